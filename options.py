@@ -1,0 +1,586 @@
+"""Every option in one place, without torch: `--help` and errors about options come at once.
+
+The fields of the dataclasses below are the flags of the command lines, the keys of the YAML files and the
+columns of the results: name, type, default, choices, range and help are stated here and nowhere else.
+Ranges are checked always, relations between options only for the layer in use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+LAYERS2D_NAMES = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention")
+METRICS = {"cosine": "cosine", "similarity": "cosine", "euclidean": "euclidean", "distance": "euclidean", "matmul": "matmul"}
+SHUFFLE_PATTERNS = ("BA", "NA", "B", "A")
+CONVOLUTION_TYPES = ("standard", "depthwise", "depthwise-separable")
+
+
+class DatasetInfo(NamedTuple):
+    """What validation needs to know of a data set before it is read."""
+
+    size: int  # side of the image a model sees unless --resize says otherwise
+    channels: int
+    classes: int | None  # None: as many as the training folder has
+    streamed: bool  # read from files as training goes, instead of held on the device
+
+
+DATASETS = {
+    "cifar10": DatasetInfo(32, 3, 10, False),
+    "cifar100": DatasetInfo(32, 3, 100, False),
+    "imagenet": DatasetInfo(224, 3, 1000, True),
+    "imagenet100": DatasetInfo(224, 3, 100, True),
+    "imagenette": DatasetInfo(224, 3, 10, True),
+    "mnist": DatasetInfo(28, 1, 10, False),
+    "fashion_mnist": DatasetInfo(28, 1, 10, False),
+    "digits": DatasetInfo(8, 1, 10, False),
+    "folder": DatasetInfo(224, 3, None, True),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Fields that are options
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Spec(NamedTuple):
+    """What an option accepts. `low` and `high` are allowed themselves, `below` is not."""
+
+    kind: type
+    help: str
+    many: bool = False
+    optional: bool = False
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    below: float | None = None
+    aliases: tuple[str, ...] = ()
+    group: str = ""
+
+
+def option(default, help: str, *, kind: type | None = None, **accepts):
+    """A dataclass field that is a flag as well; its type is that of the default, or `kind` where that is None."""
+    many = isinstance(default, tuple)
+    kind = kind or type(default[0] if many else default)
+    return field(default=default, metadata={"option": Spec(kind, help, many, default is None, **accepts)})
+
+
+def redefault(config: type, name: str, default):
+    """The option `name` of `config` with another default, for a dataclass that inherits it."""
+    return field(default=default, metadata=config.__dataclass_fields__[name].metadata)
+
+
+def specs(config: type) -> dict[str, Spec]:
+    """The options of a config dataclass, by name."""
+    return {f.name: f.metadata["option"] for f in fields(config) if "option" in f.metadata}
+
+
+def did_you_mean(name: str, valid) -> str:
+    close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+
+
+def _check_one(name: str, value, spec: Spec):
+    """`value` if the option accepts it (a whole number becomes a float where a float is asked for)."""
+    if spec.kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not spec.kind:
+        raise ValueError(f"{name}={value!r} is not {_KINDS[spec.kind]}")
+    if spec.kind is float and not math.isfinite(value):
+        raise ValueError(f"{name}={value} is not a finite number")
+    if spec.choices and value not in spec.choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(spec.choices)}{did_you_mean(value, spec.choices)}")
+    bounds = [f"at least {spec.low}"] * (spec.low is not None) + [f"at most {spec.high}"] * (spec.high is not None)
+    bounds += [f"below {spec.below}"] * (spec.below is not None)
+    if (
+        (spec.low is not None and value < spec.low)
+        or (spec.high is not None and value > spec.high)
+        or (spec.below is not None and value >= spec.below)
+    ):
+        raise ValueError(f"{name}={value} must be {' and '.join(bounds)}")
+    return value
+
+
+def check_fields(config) -> None:
+    """Check type, choices and range of every option of a (frozen) config; lists become tuples, aliases stay."""
+    for name, spec in specs(type(config)).items():
+        value = getattr(config, name)
+        if value is None and spec.optional:
+            continue
+        if spec.many:
+            if not isinstance(value, (list, tuple)) or not value:
+                raise ValueError(f"{name}={value!r} is not a list of at least one value")
+            value = tuple(_check_one(name, item, spec) for item in value)
+        else:
+            value = _check_one(name, value, spec)
+        object.__setattr__(config, name, value)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Neighbors
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NeighborConfig:
+    """Which K tokens a token is mixed with, and what is compared to find them."""
+
+    K: int = option(9, "neighbors per token, itself included where it is forced in", low=1)
+    sampling_type: str = option(
+        "all",
+        "candidates: all tokens, a random set drawn anew each step, or a spatial grid",
+        choices=("all", "random", "spatial"),
+    )
+    num_samples: int = option(-1, "random: candidates; spatial: side of their grid; -1: all tokens", low=-1)
+    sample_padding: int = option(0, "spatial: margin left free at the border, in tokens", low=0)
+    magnitude_type: str = option(
+        "cosine", "what near means; similarity is cosine, distance is euclidean", choices=tuple(METRICS)
+    )
+    similarity_type: str = option(
+        "Col", "compare features (Col), places (Loc) or both (Loc_Col)", choices=("Col", "Loc", "Loc_Col")
+    )
+    aggregation_type: str = option(
+        "Col", "mix values, or values with their coordinates appended (Loc_Col)", choices=("Col", "Loc_Col")
+    )
+    lambda_param: float = option(0.5, "Loc_Col: weight of features; places get 1 - lambda_param", low=0, high=1)
+
+    def __post_init__(self):
+        self._check_ranges()
+        # A class token may be one candidate more; without one, check_candidates is stricter by one.
+        most = {"all": math.inf, "random": self.num_samples + 1, "spatial": self.num_samples**2 + 1}[self.sampling]
+        if self.K > most:
+            self._too_few(most - 1)
+
+    def _check_ranges(self) -> None:
+        check_fields(self)
+        if self.num_samples == 0:
+            raise ValueError("num_samples=0 leaves no candidates; give at least 1, or -1 for all tokens")
+
+    @property
+    def metric(self) -> str:
+        """`magnitude_type` without aliases: cosine, euclidean or matmul."""
+        return METRICS[self.magnitude_type]
+
+    @property
+    def sampling(self) -> str:
+        """`sampling_type`, where num_samples=-1 means all."""
+        return "all" if self.num_samples == -1 else self.sampling_type
+
+    def check_candidates(self, grid: tuple[int, ...] | None, *, axes: int = 2, class_tokens: int = 0) -> None:
+        """Raise ValueError if a token of this grid of sides cannot have K neighbors.
+
+        With `grid=None` (size not known yet) only what `axes` sides of any length allow is checked.
+        """
+        s, pad = self.num_samples, self.sample_padding
+        tokens = math.prod(grid) if grid else math.inf
+        if self.sampling == "random" and s > tokens:
+            raise ValueError(f"num_samples={s} is more than the {tokens} tokens of the {_sides(grid)} grid")
+        if self.sampling == "spatial" and grid and s > min(grid) - 2 * pad:
+            raise ValueError(
+                f"num_samples={s} with sample_padding={pad} does not fit the {_sides(grid)} grid; "
+                f"at most {max(min(grid) - 2 * pad, 0)} per side"
+            )
+        candidates = class_tokens + {"all": tokens, "random": s, "spatial": s**axes}[self.sampling]
+        if self.K > candidates:
+            self._too_few(candidates)
+
+    def _too_few(self, candidates: int):
+        how = "tokens there are" if self.sampling == "all" else f"candidates of sampling_type={self.sampling_type} with "
+        how += "" if self.sampling == "all" else f"num_samples={self.num_samples}"
+        raise ValueError(f"K={self.K} is more than the {candidates} {how}; K can be 1 to {candidates}")
+
+
+def _sides(grid: tuple[int, ...]) -> str:
+    return " x ".join(map(str, grid))
+
+
+def shuffle_factors(pattern: str, scale: int, axes: int) -> tuple[int, int]:
+    """Factors by which a shuffle pattern multiplies the input and output channels a mixer works on."""
+    factor = scale**axes
+    return (factor if pattern in ("B", "BA") else 1), (factor if pattern in ("A", "BA") else 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllConvNetConfig(NeighborConfig):
+    """An all-convolutional network: one mixer, BatchNorm and ReLU per entry of `channels`."""
+
+    layer: str = option("ConvNN", f"{', '.join(LAYERS2D_NAMES)}, or A/B of two different ones side by side")
+    num_layers: int | None = option(None, "must match the length of --channels if given", kind=int, low=1)
+    channels: tuple[int, ...] = option((32, 64, 128, 256, 512), "output channels of each layer", low=1)
+    kernel_size: int = option(3, "Conv2d: side of the window", low=1)
+    num_heads: int = option(4, "Attention: heads", low=1)
+    shuffle_pattern: str = option(
+        "BA", "pixel-unshuffle before (B), shuffle after (A), both (BA) or neither (NA)", choices=SHUFFLE_PATTERNS
+    )
+    shuffle_scale: int = option(2, "side of the block that a shuffle moves into channels", low=1)
+    padding: int = option(0, "ConvNN: zero ring around the image that takes part in the search", low=0)
+    branch_ratio: float = option(0.5, "A/B: share of the output channels of B; 0 and 1 build the single layer", low=0, high=1)
+    magnitude_type: str = redefault(NeighborConfig, "magnitude_type", "similarity")
+    image_size: int | tuple[int, int] = 32
+    in_channels: int = 3
+    num_classes: int = 10
+
+    def __post_init__(self):
+        self._check_ranges()
+        if self.num_layers not in (None, len(self.channels)):
+            raise ValueError(f"num_layers={self.num_layers} does not match channels={_words(self.channels)}; drop one of them")
+        object.__setattr__(self, "num_layers", len(self.channels))
+        size = self.image_size
+        object.__setattr__(self, "image_size", (size, size) if isinstance(size, int) else tuple(size))
+        names = self.layer.split("/")
+        for name in names:
+            if name not in LAYERS2D_NAMES:
+                valid = ", ".join(LAYERS2D_NAMES)
+                raise ValueError(
+                    f"layer={self.layer!r} is not one of {valid} or A/B of two{did_you_mean(name, LAYERS2D_NAMES)}"
+                )
+        if len(names) > 2 or len(set(names)) != len(names):
+            raise ValueError(f"layer={self.layer!r} must be one layer, or A/B of two different ones")
+        for index, grid in enumerate(self.grids()):
+            for name, width in self.branches(self.channels[index]):
+                self._check_layer(name, width, grid)
+
+    @property
+    def neighbors(self) -> NeighborConfig:
+        return NeighborConfig(**{f.name: getattr(self, f.name) for f in fields(NeighborConfig)})
+
+    def branches(self, out_channels: int) -> list[tuple[str, int]]:
+        """(layer, its share of the output channels) of the one or two layers side by side."""
+        first, _, second = self.layer.partition("/")
+        if not second or self.branch_ratio == 0:
+            return [(first, out_channels)]
+        if self.branch_ratio == 1:
+            return [(second, out_channels)]
+        if out_channels < 2:
+            raise ValueError(f"channels={out_channels} cannot be shared by the two branches of layer={self.layer}")
+        width = min(max(round(out_channels * self.branch_ratio), 1), out_channels - 1)
+        return [(first, out_channels - width), (second, width)]
+
+    def grids(self) -> list[tuple[int, int]]:
+        """Height and width of the feature map that enters each layer; patterns A and B change it on the way."""
+        height, width = self.image_size
+        if self.layer == "Conv2d" or self.shuffle_pattern in ("BA", "NA"):
+            return [(height, width)] * self.num_layers
+        if "Conv2d" in dict(self.branches(2)):
+            raise ValueError(
+                f"shuffle_pattern={self.shuffle_pattern} changes the size of the map and Conv2d keeps it; use BA or NA"
+            )
+        result = []
+        for _ in self.channels:
+            result.append((height, width))
+            if self.shuffle_pattern == "A":
+                height, width = height * self.shuffle_scale, width * self.shuffle_scale
+            else:
+                self._check_divides((height, width))
+                height, width = height // self.shuffle_scale, width // self.shuffle_scale
+        return result
+
+    def _check_divides(self, grid: tuple[int, int]) -> None:
+        if any(side % self.shuffle_scale for side in grid):
+            raise ValueError(
+                f"shuffle_scale={self.shuffle_scale} does not divide the {_sides(grid)} map; "
+                f"use a scale that divides it, shuffle_pattern=NA or another size (resize)"
+            )
+
+    def _check_layer(self, name: str, out_channels: int, grid: tuple[int, int]) -> None:
+        """Relations between options that only matter for the layers in use."""
+        if name == "Conv2d":
+            return
+        if self.shuffle_pattern in ("B", "BA"):
+            self._check_divides(grid)
+            grid = tuple(side // self.shuffle_scale for side in grid)
+        if name == "Attention":
+            width = out_channels * shuffle_factors(self.shuffle_pattern, self.shuffle_scale, 2)[1]
+            if width % self.num_heads:
+                raise ValueError(f"num_heads={self.num_heads} does not divide the {width} channels that attention runs on")
+        else:
+            ring = 2 * self.padding if name == "ConvNN" else 0
+            self.neighbors.check_candidates(tuple(side + ring for side in grid))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data, training, system
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What images a run sees."""
+
+    dataset: str = option("cifar10", "data set; digits is embedded, folder has train/ and val/", choices=tuple(DATASETS))
+    data_path: str = option("./Data", "folder that holds the data sets")
+    resize: int | None = option(None, "side the images are resized to", kind=int, low=1)
+    val_fraction: float = option(
+        0.0, "share of the training set held out; the best epoch then goes by it, not by the test set", low=0, below=1
+    )
+    augment: bool = option(False, "random crop, and horizontal flip where the class survives it")
+    noise: float = option(
+        0.0, "standard deviation of Gaussian noise on training and test images, whose values run from 0 to 1", low=0
+    )
+    download: bool = option(True, "download the data set if it is not there")
+    num_workers: int | None = option(None, "processes that read images (default: one per core, at most 8)", kind=int, low=0)
+    train_limit: int | None = option(None, "train on the first n images, balanced by class", kind=int, low=1)
+    test_limit: int | None = option(None, "test on the first n images, balanced by class", kind=int, low=1)
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+SYSTEM = {"group": "system and output"}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a run trains, where, and what it leaves behind."""
+
+    batch_size: int = option(256, "images per optimizer step, over all accumulated micro-batches", low=1)
+    num_epochs: int = option(150, "epochs", low=1)
+    use_amp: bool = option(False, "automatic mixed precision")
+    amp_dtype: str = option("bfloat16", "precision under --use_amp; float16 needs CUDA", choices=("bfloat16", "float16"))
+    use_compiled: bool = option(False, "torch.compile the model")
+    compile_mode: str = option(
+        "default",
+        "torch.compile mode; reduce-memory is default with activations recomputed",
+        choices=("default", "reduce-overhead", "reduce-memory", "max-autotune"),
+    )
+    clip_grad_norm: float = option(1.0, "largest norm of the gradient; 0: no clipping", low=0)
+    accumulate_steps: int = option(1, "micro-batches per optimizer step", low=1)
+    criterion: str = option("CrossEntropy", "loss; MSE is on one-hot targets", choices=("CrossEntropy", "MSE"))
+    label_smoothing: float = option(0.0, "share of the target spread over all classes", low=0, below=1)
+    optimizer: str = option("adamw", "optimizer", choices=("adam", "sgd", "adamw"))
+    lr: float = option(1e-3, "learning rate", low=0)
+    weight_decay: float = option(1e-6, "weight decay", low=0)
+    momentum: float = option(0.9, "sgd: momentum", low=0, below=1)
+    scheduler: str = option(
+        "none",
+        "step: times lr_gamma every lr_step epochs; cosine: to 0 at the end; plateau: times lr_gamma after lr_step "
+        "epochs without a better loss",
+        choices=("step", "cosine", "plateau", "none"),
+    )
+    lr_step: int = option(20, "step, plateau: epochs", low=1)
+    lr_gamma: float = option(0.1, "step, plateau: factor", low=0, below=1)
+    warmup_epochs: int = option(0, "epochs over which the learning rate rises linearly from 0", low=0)
+    mixup: float = option(0.0, "alpha of mixup; 0: off. With cutmix, each batch takes one of them", low=0)
+    cutmix: float = option(0.0, "alpha of cutmix; 0: off", low=0)
+    ema_decay: float = option(0.0, "decay of the averaged weights that are then evaluated; 0: off", low=0, below=1)
+    early_stopping: int = option(0, "stop after n epochs without a better test (or validation) loss; 0: never", low=0)
+
+    device: str = option("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cpu", "cuda", "mps"), **SYSTEM)
+    seed: int = option(0, "of weights, order and augmentation", low=0, below=2**31, **SYSTEM)
+    deterministic: bool = option(False, "use deterministic algorithms only", **SYSTEM)
+    output_dir: str | None = option(None, "where results go (default: ./Output/<model>/<layer>)", kind=str, **SYSTEM)
+    resume: bool = option(False, "go on from last.pt in the output directory; start if there is none", **SYSTEM)
+    checkpoint: str | None = option(
+        None, "weights to start from, or to evaluate with --test_only: FILE.pt or FILE.safetensors", kind=str, **SYSTEM
+    )
+    save_minutes: float = option(10.0, "write last.pt this often within an epoch too; 0: only at its end", low=0, **SYSTEM)
+    save_every: int = option(0, "keep epoch_<n>.pt every n epochs; 0: none", low=0, **SYSTEM)
+    export: str | None = option(None, "write the best weights to FILE.safetensors", kind=str, **SYSTEM)
+    test_only: bool = option(
+        False, "evaluate --checkpoint, else best.pt in the output directory, and write test_results.json", **SYSTEM
+    )
+    tensorboard: bool = option(False, "write event files for TensorBoard too", **SYSTEM)
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.accumulate_steps > self.batch_size:
+            raise ValueError(f"accumulate_steps={self.accumulate_steps} is more than batch_size={self.batch_size} images")
+        if self.warmup_epochs > self.num_epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs} is more than num_epochs={self.num_epochs}")
+        if self.export and not self.export.endswith(".safetensors"):
+            raise ValueError(f"export={self.export!r} must end in .safetensors")
+        if self.export and self.test_only:
+            raise ValueError(f"export={self.export!r} writes weights and test_only=True writes only its results; drop one")
+        if self.checkpoint and not self.checkpoint.endswith((".pt", ".pth", ".safetensors")):
+            raise ValueError(f"checkpoint={self.checkpoint!r} must end in .pt, .pth or .safetensors")
+        if self.checkpoint and not Path(self.checkpoint).is_file():
+            raise ValueError(f"checkpoint={self.checkpoint!r} does not exist")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line and YAML
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Options(NamedTuple):
+    """The resolved options of one run."""
+
+    model: AllConvNetConfig
+    data: DataConfig
+    train: TrainConfig
+
+    def as_dict(self) -> dict:
+        """Every option by name, as plain values that YAML and a checkpoint can hold."""
+        values = {}
+        for config in self:
+            for name in specs(type(config)):
+                value = getattr(config, name)
+                values[name] = list(value) if isinstance(value, tuple) else value
+        return values
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line, exit status 2; `name=value` in a message becomes the flag a user would type."""
+        names = "|".join(action.dest for action in self._actions)
+        message = re.sub(rf"(?<![\w-])({names})=", r"--\1 ", " ".join(message.split()))
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _words(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _add_option(group, name: str, spec: Spec, default) -> None:
+    """Values are collected as text; `_convert` and the dataclasses give the same errors for flags, YAML and Python."""
+    shown = "" if default is None else f" (default: {_words(default)})".replace("%", "%%")
+    metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper()
+    flags = [f"--{name}", *(f"--{alias}" for alias in spec.aliases)]
+    kwargs = {"dest": name, "default": argparse.SUPPRESS, "help": spec.help + shown, "metavar": metavar}
+    if spec.kind is bool:
+        group.add_argument(*flags, **kwargs | {"nargs": "?", "const": "True", "metavar": "True|False"})
+        no = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        group.add_argument(f"--no-{name}", action="store_const", const="False", **no)
+    else:
+        group.add_argument(*flags, **kwargs, nargs="+" if spec.many else None)
+
+
+def _convert(name: str, value, spec: Spec):
+    """Text from the command line (or `1e-3`, which YAML reads as text) to the option's type."""
+    if isinstance(value, list):
+        return tuple(_convert(name, item, spec) for item in value)
+    if not isinstance(value, str) or spec.kind is str:
+        return None if spec.optional and value in ("none", "None") else value
+    if spec.optional and value.lower() == "none":
+        return None
+    if spec.kind is bool:
+        booleans = {"true": True, "false": False}
+        if value.lower() not in booleans:
+            raise ValueError(f"{name}={value!r} is not True or False")
+        return booleans[value.lower()]
+    try:
+        return spec.kind(value)
+    except ValueError:
+        raise ValueError(f"{name}={value!r} is not {_KINDS[spec.kind]}") from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error instead of the last one winning."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ValueError(f"the key {key.value!r} stands twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str) -> dict:
+    """The mapping in a YAML file; ValueError in one line for whatever is wrong with it."""
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise ValueError(f"config={path!r}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"config={path!r}: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"config={path!r} must be a list of `name: value` lines")
+    return values
+
+
+def _count_classes(data_path: str) -> int:
+    train = Path(data_path) / "train"
+    if not train.is_dir() or not (Path(data_path) / "val").is_dir():
+        raise ValueError(f"data_path={data_path!r} must hold train/ and val/ with one folder per class for dataset=folder")
+    classes = sum(entry.is_dir() for entry in train.iterdir())
+    if classes < 2:
+        raise ValueError(f"data_path={data_path!r} has {classes} class folders in train/; it needs at least 2")
+    return classes
+
+
+def resolve(model_type: type, family: str, values: dict) -> Options:
+    """Options from plain values by name; what the data set decides is filled in. Raises ValueError."""
+
+    def build(config: type, **more):
+        return config(**{name: values[name] for name in specs(config) if name in values}, **more)
+
+    data, train = build(DataConfig), build(TrainConfig)
+    info = DATASETS[data.dataset]
+    workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    data = dataclasses.replace(
+        data,
+        resize=data.resize or info.size,
+        num_workers=workers if data.num_workers is None else data.num_workers,
+    )
+    classes = info.classes or _count_classes(data.data_path)
+    model = build(model_type, image_size=data.resize, in_channels=info.channels, num_classes=classes)
+    if train.output_dir is None:
+        train = dataclasses.replace(train, output_dir=f"./Output/{family}/{model.layer.replace('/', '-')}")
+    return Options(model, data, train)
+
+
+def make_parser(model_type: type, description: str, defaults: dict) -> argparse.ArgumentParser:
+    parser = _Parser(description=description, usage="%(prog)s [options]", allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags on the command line win")
+    titles = {model_type: "model and layer", NeighborConfig: "neighbors", DataConfig: "data", TrainConfig: "training"}
+    groups = {}
+    for config, title in titles.items():
+        for name, spec in specs(config).items():
+            if config is model_type and name in specs(NeighborConfig):
+                continue  # listed with the neighbors, but with the model's default
+            owner = model_type if config is NeighborConfig else config
+            default = defaults.get(name, owner.__dataclass_fields__[name].default)
+            heading = spec.group or title
+            if heading not in groups:
+                groups[heading] = parser.add_argument_group(heading)
+            _add_option(groups[heading], name, spec, default)
+    return parser
+
+
+def parse_options(
+    model_type: type, family: str, description: str, argv: list[str] | None = None, defaults: dict | None = None
+) -> tuple[Options, argparse.ArgumentParser]:
+    """Flags over YAML over defaults -> checked options, and the parser, whose `error` ends a run in one line.
+
+    `family` names the output folder; `defaults` are a program's own defaults, where they differ from the dataclass.
+    """
+    defaults = defaults or {}
+    parser = make_parser(model_type, description, defaults)
+    known = {name: spec for config in (model_type, DataConfig, TrainConfig) for name, spec in specs(config).items()}
+    given, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    given = vars(given)
+    if rest:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        what = "unknown option" if rest[0].startswith("-") else "a value without an option:"
+        parser.error(f"{what} {rest[0]}{did_you_mean(rest[0].split('=')[0], flags)}")
+    path = given.pop("config")
+    try:
+        values = read_yaml(path) if path else {}
+        for name in values:
+            if name not in known:
+                raise ValueError(f"config={path!r}: unknown key {name!r}{did_you_mean(name, known)}")
+        values = {name: _convert(name, value, known[name]) for name, value in (values | given).items()}
+        return resolve(model_type, family, defaults | values), parser
+    except ValueError as error:
+        parser.error(str(error))
