@@ -1,0 +1,438 @@
+"""Select and aggregate, the two steps of every mixer here, as pure functions on tensors.
+
+    index  = find_neighbors(query, key, K, metric)     # (B, N, K): for token i its K nearest, nearest first
+    scores = neighbor_scores(query, key, index, metric)  # (B, N, K): carries the gradient of the choice
+    output = aggregate(values, index, weight, scores)  # (B, N, D): a convolution over the K slots
+
+Tokens are rows: query (B, N, C), key and values (B, M, C). An index counts rows of key. With several heads, B is
+batch x heads. Nothing here is K times as large as its input: searching, scoring and aggregating gather their
+neighbors in chunks that fit the cache, and the backward pass gathers them again. The chunked loops are custom
+operators, so that `torch.compile` sees one node instead of an unrolled loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from options import METRICS, NeighborConfig
+
+__all__ = [
+    "METRICS",
+    "NeighborConfig",
+    "aggregate",
+    "coordinates",
+    "find_neighbors",
+    "gather_neighbors",
+    "grid_places",
+    "join_coordinates",
+    "location_neighbors",
+    "neighbor_scores",
+    "neighbor_weights",
+    "random_candidates",
+    "spatial_candidates",
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Places and candidates. A grid is a tuple of sides: (height, width), or (length,) for a sequence without a grid;
+# its tokens are numbered in raster order, after `class_tokens` tokens that have no place.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def grid_places(grid: tuple[int, ...], device=None) -> Tensor:
+    """(N, axes) whole-pixel position of each token of the grid."""
+    sides = [torch.arange(side, device=device) for side in grid]
+    return torch.cartesian_prod(*sides).view(-1, len(grid))
+
+
+def coordinates(places: Tensor, grid: tuple[int, ...], dtype: torch.dtype, class_tokens: int = 0) -> Tensor:
+    """(class_tokens + N, axes) positions from -1 to 1 along each side; a side of one, and class tokens, are at 0."""
+    axes = [(2 * places[:, a] - (side - 1)).to(dtype) / max(side - 1, 1) for a, side in enumerate(grid)]
+    return F.pad(torch.stack(axes, dim=1), (0, 0, class_tokens, 0))
+
+
+def join_coordinates(features: Tensor, places: Tensor, lambda_param: float) -> Tensor:
+    """lambda * features / std joined with (1 - lambda) * coordinates: (B, N, C), (N, axes) -> (B, N, C + axes).
+
+    The standard deviation is that of one image (and head), a constant for the gradient.
+    """
+    B, N, C = features.shape
+    wide = features.detach().to(_accumulator(features.dtype))
+    std = wide.std(dim=(1, 2), keepdim=True, correction=min(1, N * C - 1)).clamp_min(1e-12)
+    features = (lambda_param * features / std).to(features.dtype)
+    return torch.cat([features, ((1 - lambda_param) * places).expand(B, -1, -1)], dim=2)
+
+
+def spatial_candidates(grid: tuple[int, ...], num_samples: int, padding: int = 0, class_tokens: int = 0, device=None) -> Tensor:
+    """(S,) evenly spaced tokens, `num_samples` along each side, and every class token."""
+    s, index = num_samples, torch.zeros(1, dtype=torch.long, device=device)
+    for side in grid:
+        i = torch.arange(s, device=device)
+        along = padding + i * (side - 1 - 2 * padding) // (s - 1) if s > 1 else torch.full_like(i, (side - 1) // 2)
+        index = (index[:, None] * side + along).flatten()
+    return torch.cat([torch.arange(class_tokens, device=device), index + class_tokens])
+
+
+def random_candidates(tokens: int, num_samples: int, class_tokens: int = 0, device=None, fixed: bool = False) -> Tensor:
+    """(S,) random tokens and every class token; with `fixed` the same ones every time, for evaluation.
+
+    Drawn from the device's global generator: a `torch.Generator` would break a compiled graph.
+    """
+    generator = torch.Generator().manual_seed(0) if fixed else None
+    order = torch.randperm(tokens, generator=generator, device="cpu" if fixed else device).to(device)
+    return torch.cat([torch.arange(class_tokens, device=device), order[:num_samples] + class_tokens])
+
+
+def location_neighbors(places: Tensor, K: int, self_index: Tensor, candidates: Tensor | None = None) -> Tensor:
+    """K nearest tokens by Euclidean distance in whole pixels, ties in raster order: (N, K).
+
+    places (M, axes); self_index (N,) says which of them are asked for. Among all tokens, neighbors come in raster
+    order, so that slot k is tap k of a convolution; among candidates, the token itself comes first, then the
+    nearest ones.
+    """
+    M = places.shape[0]
+    keys = torch.arange(M, device=places.device) if candidates is None else candidates
+    rows = max(1, _chunk(places) // (keys.numel() * places.shape[1]))
+    found = []
+    for own in self_index.split(rows):
+        distance = (places[own][:, None] - places[keys]).square().sum(-1)  # (n, S)
+        rank = distance * M + keys  # whole numbers: a tie goes to the token that comes first
+        if candidates is None:
+            found.append(keys[rank.topk(K, largest=False).indices].sort().values)
+        else:
+            rank = rank.masked_fill(keys == own[:, None], torch.iinfo(rank.dtype).max)
+            others = keys[rank.topk(K - 1, largest=False).indices]
+            found.append(torch.cat([own[:, None], others], dim=1))
+    return torch.cat(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Chunks
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _chunk(x: Tensor) -> int:
+    """Elements that a chunk may hold: a megabyte or two on a CPU, whose cache is small, more on a GPU."""
+    return 2**18 if x.device.type == "cpu" else 2**24
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast would do to the inputs of a matrix product; it does not look into custom operators."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _gathered(x: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Neighbors in chunks: x (G, M, C), index (G, N, K) -> (rows of (G x N), flat index, gathered (rows, K, C))."""
+    G, N, K = index.shape
+    M, C = x.shape[1:]
+    flat = x.reshape(G * M, C)
+    index = (index + torch.arange(G, device=x.device).mul_(M).view(G, 1, 1)).view(G * N, K)
+    step = max(1, _chunk(x) // (K * C))
+    for start in range(0, G * N, step):
+        rows = slice(start, min(start + step, G * N))
+        chosen = index[rows].flatten()
+        yield rows, chosen, flat.index_select(0, chosen).view(-1, K, C)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Select
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def find_neighbors(
+    query: Tensor,
+    key: Tensor,
+    K: int,
+    metric: str,
+    *,
+    candidates: Tensor | None = None,
+    self_index: Tensor | None = None,
+) -> Tensor:
+    """For each query its K nearest keys, nearest first, as row numbers of key: LongTensor (B, N, K).
+
+    query (B, N, C), key (B, M, C); metric: cosine, euclidean or matmul, or an alias of them; candidates (S,): only
+    these keys count; self_index (N,): the row of key that is the query's own token, then always slot 0, the other
+    K - 1 coming from the remaining keys. Scores are computed in float32 at least, whatever autocast says: bfloat16
+    ties often. Nothing here carries a gradient.
+
+    Raises ValueError for an unknown metric and for a K without enough candidates.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric={metric!r} is not one of {', '.join(METRICS)}")
+    available = key.shape[1] if candidates is None else candidates.shape[0]
+    if not 1 <= K <= available:
+        raise ValueError(f"K={K} must be 1 to {available}, the number of candidates")
+    return torch.ops.convnn.find_neighbors(query.detach(), key.detach(), K, METRICS[metric], candidates, self_index)
+
+
+@torch.library.custom_op("convnn::find_neighbors", mutates_args=())
+def _find_neighbors(
+    query: Tensor, key: Tensor, K: int, metric: str, candidates: Tensor | None, self_index: Tensor | None
+) -> Tensor:
+    B, N, _ = query.shape
+    index = torch.empty(B, N, K, dtype=torch.long, device=query.device)
+    forced = 0
+    if self_index is not None:
+        index[:, :, 0] = self_index
+        forced = 1
+    if K == forced:
+        return index
+    if candidates is not None:
+        key = key.index_select(1, candidates)
+    M, dtype = key.shape[1], _accumulator(query.dtype)
+    images = max(1, min(B, _chunk(query) // (N * M)))
+    rows = max(1, min(N, _chunk(query) // M))
+    with torch.autocast(query.device.type, enabled=False):
+        for b in range(0, B, images):
+            keys, queries = key[b : b + images].to(dtype), query[b : b + images].to(dtype)
+            offset = None
+            if metric == "cosine":  # the length of the query does not change an order
+                keys = F.normalize(keys, dim=2, eps=1e-12)
+            elif metric == "euclidean":  # -|q - k|^2 / 2 without |q|^2; centered, so that little cancels
+                center = keys.mean(dim=1, keepdim=True)
+                keys, queries = keys - center, queries - center
+                offset = keys.square().sum(dim=2).mul_(-0.5)[:, None]  # (b, 1, M)
+            for n in range(0, N, rows):
+                part = queries[:, n : n + rows]
+                scores = torch.bmm(part, keys.mT) if offset is None else torch.baddbmm(offset, part, keys.mT)
+                if forced:
+                    own = self_index[n : n + rows, None]
+                    if candidates is None:
+                        scores.scatter_(2, own.expand(len(scores), -1, 1), -math.inf)
+                    else:
+                        scores.masked_fill_(own == candidates, -math.inf)
+                nearest = scores.topk(K - forced, dim=2).indices
+                index[b : b + images, n : n + rows, forced:] = nearest if candidates is None else candidates[nearest]
+    return index
+
+
+@_find_neighbors.register_fake
+def _(query, key, K, metric, candidates, self_index):
+    return query.new_empty((*query.shape[:2], K), dtype=torch.long)
+
+
+@register_flop_formula(torch.ops.convnn.find_neighbors)
+def _(query, key, K, metric, candidates, self_index, **_kwargs) -> int:
+    B, N, C = query
+    return 0 if K == (self_index is not None) else 2 * B * N * (candidates or key[1:])[0] * C
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Gather and score
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def gather_neighbors(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x (B, M, C) by index (B, N, K): (B, N, K, C), K times as large as x; `aggregate` does without it."""
+    B, N, K = index.shape
+    return x.gather(1, index.reshape(B, N * K, 1).expand(-1, -1, x.shape[2])).view(B, N, K, -1)
+
+
+def neighbor_scores(query: Tensor, key: Tensor, index: Tensor, metric: str) -> Tensor:
+    """Scores of the chosen pairs only, with gradient: query (B, N, C), key (B, M, C), index (B, N, K) -> (B, N, K).
+
+    matmul: q . k / sqrt(C); cosine: q . k / (|q| |k|); euclidean: -|q - k|. In float32 at least. The gradient of a
+    distance of 0 is 0.
+    """
+    metric = METRICS[metric]
+    if metric == "cosine":
+        wide = _accumulator(query.dtype)
+        query, key = F.normalize(query.to(wide), dim=-1, eps=1e-12), F.normalize(key.to(wide), dim=-1, eps=1e-12)
+    query, key = _autocast(query, key)
+    product = torch.ops.convnn.pair_scores(query, key, index, metric == "euclidean")
+    if metric == "matmul":
+        return product / math.sqrt(query.shape[-1])
+    if metric == "cosine":
+        return product
+    apart = product > 0
+    return -torch.where(apart, torch.where(apart, product, 1).sqrt(), 0)
+
+
+def neighbor_weights(query: Tensor, key: Tensor, index: Tensor, metric: str, *, softmax: bool = True) -> Tensor:
+    """What the value of each slot is multiplied by: (B, N, K), float32 at least.
+
+    softmax over the K scores, or else the raw score: q . k / sqrt(C), the cosine, or 1 / (distance + 1e-8).
+    """
+    scores = neighbor_scores(query, key, index, metric)
+    if softmax:
+        return scores.softmax(dim=-1)
+    return (1e-8 - scores).reciprocal() if METRICS[metric] == "euclidean" else scores
+
+
+@torch.library.custom_op("convnn::pair_scores", mutates_args=())
+def _pair_scores(query: Tensor, key: Tensor, index: Tensor, squared_distance: bool) -> Tensor:
+    dtype = _accumulator(query.dtype)
+    scores = query.new_empty(index.shape, dtype=dtype)
+    flat, queries = scores.view(-1, index.shape[2]), query.reshape(-1, 1, query.shape[2])
+    for rows, _, keys in _gathered(key, index):
+        own, keys = queries[rows].to(dtype), keys.to(dtype)
+        flat[rows] = ((own - keys).square() if squared_distance else own * keys).sum(-1)
+    return scores
+
+
+@_pair_scores.register_fake
+def _(query, key, index, squared_distance):
+    return query.new_empty(index.shape, dtype=_accumulator(query.dtype))
+
+
+@torch.library.custom_op("convnn::pair_scores_backward", mutates_args=())
+def _pair_scores_backward(
+    grad: Tensor, query: Tensor, key: Tensor, index: Tensor, squared_distance: bool
+) -> tuple[Tensor, Tensor]:
+    C, dtype = query.shape[2], _accumulator(query.dtype)
+    grad_query = query.new_empty(query.shape, dtype=dtype)
+    grad_key = key.new_zeros(key.shape, dtype=dtype)
+    queries, slopes = query.reshape(-1, 1, C), grad.reshape(-1, index.shape[2], 1)
+    for rows, chosen, keys in _gathered(key, index):
+        own, keys, slope = queries[rows].to(dtype), keys.to(dtype), slopes[rows]
+        if squared_distance:
+            to_query = (own - keys) * (2 * slope)
+            to_key = -to_query
+        else:
+            to_query, to_key = keys * slope, own * slope
+        grad_query.view(-1, C)[rows] = to_query.sum(1)
+        grad_key.view(-1, C).index_add_(0, chosen, to_key.reshape(-1, C))
+    return grad_query.to(query.dtype), grad_key.to(key.dtype)
+
+
+@_pair_scores_backward.register_fake
+def _(grad, query, key, index, squared_distance):
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+def _save_pair(ctx, inputs, output):
+    query, key, index, ctx.squared_distance = inputs
+    ctx.save_for_backward(query, key, index)
+
+
+def _pair_gradient(ctx, grad):
+    return *torch.ops.convnn.pair_scores_backward(grad, *ctx.saved_tensors, ctx.squared_distance), None, None
+
+
+_pair_scores.register_autograd(_pair_gradient, setup_context=_save_pair)
+
+
+@register_flop_formula(torch.ops.convnn.pair_scores)
+def _(query, key, index, squared_distance, **_kwargs) -> int:
+    return 2 * math.prod(index) * query[2]
+
+
+@register_flop_formula(torch.ops.convnn.pair_scores_backward)
+def _(grad, query, key, index, squared_distance, **_kwargs) -> int:
+    return 4 * math.prod(index) * query[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Aggregate
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def aggregate(
+    values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None = None, *, depthwise: bool = False
+) -> Tensor:
+    """Convolution over the K slots: sum over k of W_k (score_ik value_j(i,k)), without bias.
+
+    values (B, M, C); index (B, N, K); weight as `nn.Conv1d` holds it: (D, C, K), or depthwise (C, 1, K);
+    scores (B, N, K) or None for plain values. Returns (B, N, D), depthwise (B, N, C).
+    """
+    C, K = values.shape[2], index.shape[2]
+    # The slots of a gathered row lie one after the other: (D, C, K) -> (D, K * C), depthwise (C, 1, K) -> (K, C).
+    weight = weight.view(C, K).t() if depthwise else weight.transpose(1, 2).reshape(-1, K * C)
+    values, weight = _autocast(values, weight)
+    return torch.ops.convnn.aggregate(values, index, weight.contiguous(), scores, depthwise)
+
+
+def _scaled(gathered: Tensor, scores: Tensor | None, rows: slice) -> Tensor:
+    """Gathered values times their scores: (rows, K, C), in the dtype of the values."""
+    if scores is None:
+        return gathered
+    return (gathered * scores.reshape(-1, scores.shape[2], 1)[rows]).to(gathered.dtype)
+
+
+@torch.library.custom_op("convnn::aggregate", mutates_args=())
+def _aggregate(values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None, depthwise: bool) -> Tensor:
+    B, N, _ = index.shape
+    output = values.new_empty(B * N, weight.shape[1] if depthwise else weight.shape[0])
+    for rows, _, gathered in _gathered(values, index):
+        mixed = _scaled(gathered, scores, rows)
+        output[rows] = (mixed * weight).sum(1) if depthwise else mixed.flatten(1) @ weight.t()
+    return output.view(B, N, -1)
+
+
+@_aggregate.register_fake
+def _(values, index, weight, scores, depthwise):
+    return values.new_empty((*index.shape[:2], weight.shape[1 if depthwise else 0]))
+
+
+@torch.library.custom_op("convnn::aggregate_backward", mutates_args=())
+def _aggregate_backward(
+    grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None, depthwise: bool, need_values: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    C, K, dtype = values.shape[2], index.shape[2], _accumulator(values.dtype)
+    grad = grad.reshape(-1, grad.shape[2])
+    grad_values = values.new_zeros(values.shape if need_values else 0, dtype=dtype)
+    grad_weight = weight.new_zeros(weight.shape, dtype=dtype)
+    grad_scores = values.new_empty(0 if scores is None else scores.shape, dtype=dtype)
+    for rows, chosen, gathered in _gathered(values, index):
+        mixed = _scaled(gathered, scores, rows)
+        if depthwise:
+            grad_weight += (mixed * grad[rows, None]).sum(0, dtype=dtype)
+        else:
+            grad_weight += grad[rows].t() @ mixed.flatten(1)
+        if scores is None and not need_values:
+            continue
+        to_mixed = grad[rows, None] * weight if depthwise else (grad[rows] @ weight).view(-1, K, C)
+        if scores is not None:
+            grad_scores.view(-1, K)[rows] = (to_mixed * gathered).sum(-1, dtype=dtype)
+            to_mixed = to_mixed * scores.reshape(-1, K, 1)[rows]
+        if need_values:
+            grad_values.view(-1, C).index_add_(0, chosen, to_mixed.reshape(-1, C).to(dtype))
+    return grad_values.to(values.dtype), grad_weight.to(weight.dtype), grad_scores
+
+
+@_aggregate_backward.register_fake
+def _(grad, values, index, weight, scores, depthwise, need_values):
+    return (
+        values.new_empty(values.shape if need_values else 0),
+        weight.new_empty(weight.shape),
+        values.new_empty(0 if scores is None else scores.shape, dtype=_accumulator(values.dtype)),
+    )
+
+
+def _save_aggregate(ctx, inputs, output):
+    values, index, weight, scores, ctx.depthwise = inputs
+    ctx.save_for_backward(values, index, weight, scores)
+
+
+def _aggregate_gradient(ctx, grad):
+    scores, need_values = ctx.saved_tensors[3], ctx.needs_input_grad[0]
+    to_values, to_weight, to_scores = torch.ops.convnn.aggregate_backward(grad, *ctx.saved_tensors, ctx.depthwise, need_values)
+    to_scores = None if scores is None else to_scores.to(scores.dtype)
+    return to_values if need_values else None, None, to_weight, to_scores, None
+
+
+_aggregate.register_autograd(_aggregate_gradient, setup_context=_save_aggregate)
+
+
+@register_flop_formula(torch.ops.convnn.aggregate)
+def _(values, index, weight, scores, depthwise, **_kwargs) -> int:
+    return 2 * index[0] * index[1] * math.prod(weight)
+
+
+@register_flop_formula(torch.ops.convnn.aggregate_backward)
+def _(grad, values, index, weight, scores, depthwise, need_values, **_kwargs) -> int:
+    return 2 * index[0] * index[1] * math.prod(weight) * (1 + (need_values or scores is not None))
