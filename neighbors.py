@@ -35,6 +35,7 @@ __all__ = [
     "neighbor_scores",
     "neighbor_weights",
     "random_candidates",
+    "raster_index",
     "spatial_candidates",
 ]
 
@@ -69,23 +70,34 @@ def join_coordinates(features: Tensor, places: Tensor, lambda_param: float) -> T
     return torch.cat([features, ((1 - lambda_param) * places).expand(B, -1, -1)], dim=2)
 
 
+def raster_index(grid: tuple[int, ...], positions: list[Tensor]) -> Tensor:
+    """Numbers of the tokens at every combination of the given positions, one list of them per side."""
+    index = torch.zeros(1, dtype=torch.long, device=positions[0].device)
+    for side, along in zip(grid, positions, strict=True):
+        index = (index[:, None] * side + along).flatten()
+    return index
+
+
 def spatial_candidates(grid: tuple[int, ...], num_samples: int, padding: int = 0, class_tokens: int = 0, device=None) -> Tensor:
     """(S,) evenly spaced tokens, `num_samples` along each side, and every class token."""
-    s, index = num_samples, torch.zeros(1, dtype=torch.long, device=device)
-    for side in grid:
-        i = torch.arange(s, device=device)
-        along = padding + i * (side - 1 - 2 * padding) // (s - 1) if s > 1 else torch.full_like(i, (side - 1) // 2)
-        index = (index[:, None] * side + along).flatten()
-    return torch.cat([torch.arange(class_tokens, device=device), index + class_tokens])
+    s, i = num_samples, torch.arange(num_samples, device=device)
+    along = [padding + i * (side - 1 - 2 * padding) // (s - 1) if s > 1 else i + (side - 1) // 2 for side in grid]
+    return torch.cat([torch.arange(class_tokens, device=device), raster_index(grid, along) + class_tokens])
 
 
 def random_candidates(tokens: int, num_samples: int, class_tokens: int = 0, device=None, fixed: bool = False) -> Tensor:
     """(S,) random tokens and every class token; with `fixed` the same ones every time, for evaluation.
 
-    Drawn from the device's global generator: a `torch.Generator` would break a compiled graph.
+    Neither kind holds a `torch.Generator`, which would break a compiled graph: drawn ones come from the device's
+    global generator, fixed ones are the order of a hash of the token's number (the finalizer of MurmurHash3).
     """
-    generator = torch.Generator().manual_seed(0) if fixed else None
-    order = torch.randperm(tokens, generator=generator, device="cpu" if fixed else device).to(device)
+    if fixed:
+        h = torch.arange(1, tokens + 1, device=device)
+        for factor in (0x85EBCA6B, 0xC2B2AE35):
+            h = ((h ^ (h >> 16)) * factor) & 0xFFFFFFFF
+        order = (h ^ (h >> 16)).argsort()
+    else:
+        order = torch.randperm(tokens, device=device)
     return torch.cat([torch.arange(class_tokens, device=device), order[:num_samples] + class_tokens])
 
 

@@ -1,0 +1,84 @@
+"""All-convolutional networks whose layers are any mixer of `layers2d.py`, or two of them side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d
+from options import AllConvNetConfig
+
+__all__ = ["LAYERS2D", "AllConvNet", "AllConvNetConfig", "make_layer2d"]
+
+
+def _conv2d(config: AllConvNetConfig, in_channels: int, out_channels: int) -> nn.Module:
+    return nn.Conv2d(in_channels, out_channels, config.kernel_size, padding="same")
+
+
+def _convnn(config: AllConvNetConfig, in_channels: int, out_channels: int) -> nn.Module:
+    return ConvNN2d(
+        in_channels,
+        out_channels,
+        config.neighbors,
+        shuffle_pattern=config.shuffle_pattern,
+        shuffle_scale=config.shuffle_scale,
+        padding=config.padding,
+        image_size=config.image_size,
+    )
+
+
+def _convnn_attention(config: AllConvNetConfig, in_channels: int, out_channels: int) -> nn.Module:
+    return ConvNNAttention2d(
+        in_channels,
+        out_channels,
+        config.neighbors,
+        shuffle_pattern=config.shuffle_pattern,
+        shuffle_scale=config.shuffle_scale,
+        image_size=config.image_size,
+    )
+
+
+def _attention(config: AllConvNetConfig, in_channels: int, out_channels: int) -> nn.Module:
+    return Attention2d(
+        in_channels,
+        out_channels,
+        config.num_heads,
+        shuffle_pattern=config.shuffle_pattern,
+        shuffle_scale=config.shuffle_scale,
+    )
+
+
+LAYERS2D = {"Conv2d": _conv2d, "ConvNN": _convnn, "ConvNN_Attn": _convnn_attention, "Attention": _attention}
+
+
+def make_layer2d(config: AllConvNetConfig, in_channels: int, out_channels: int) -> nn.Module:
+    """The mixer that `config.layer` names, on maps of `config.image_size`; A/B splits the output channels."""
+    layers = [LAYERS2D[name](config, in_channels, width) for name, width in config.branches(out_channels)]
+    return layers[0] if len(layers) == 1 else Branching2d(*layers)
+
+
+class AllConvNet(nn.Module):
+    """Per entry of `channels` a mixer, BatchNorm and ReLU; then average pooling, dropout and a linear classifier.
+
+    (B, in_channels, H, W) -> logits (B, num_classes). Raises ValueError for a config that cannot be built.
+    """
+
+    def __init__(self, config: AllConvNetConfig):
+        super().__init__()
+        self.config = config
+        layers = []
+        in_channels = config.in_channels
+        for out_channels, grid in zip(config.channels, config.grids(), strict=True):
+            # A config of this one layer: shuffle patterns A and B change the size of the map from layer to layer.
+            one = dataclasses.replace(config, channels=(out_channels,), num_layers=None, image_size=grid)
+            mixer = make_layer2d(one, in_channels, out_channels)
+            layers.append(nn.Sequential(mixer, nn.BatchNorm2d(out_channels), nn.ReLU()))
+            in_channels = out_channels
+        self.layers = nn.Sequential(*layers)
+        self.dropout = nn.Dropout(0.1)
+        self.classifier = nn.Linear(in_channels, config.num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(x).mean(dim=(2, 3))  # (B, C)
+        return self.classifier(self.dropout(x))
