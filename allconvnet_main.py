@@ -1,0 +1,20 @@
+"""Train and evaluate all-convolutional networks: Conv2d, ConvNN, ConvNN attention, attention, or two of them side by side."""
+
+from __future__ import annotations
+
+import sys
+
+from options import AllConvNetConfig, parse_options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options, parser = parse_options(AllConvNetConfig, "AllConvNet", __doc__, argv)
+    # torch takes seconds to import: only once the options are known to be right.
+    from allconvnet import AllConvNet
+    from train_eval import run
+
+    return run(options, lambda: AllConvNet(options.model), parser.error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,382 @@
+"""Seeds, devices, checkpoint files, and what a run writes into its output folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+COLUMNS = (
+    "epoch lr train_loss train_top1 train_top5 test_loss test_top1 test_top5 seconds images_per_s".split()
+)  # and, where a validation set is held out, val_loss val_top1 val_top5
+
+
+# What may differ when a run is resumed: where it runs and what it writes. All else would change its numbers.
+RESUME_MAY_CHANGE = set(
+    "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
+    "tensorboard early_stopping use_compiled compile_mode".split()
+)
+
+
+class RunError(Exception):
+    """Something a user can mend, in one line; the program ends with exit status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Device and random numbers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that --device names; auto takes cuda, then mps, then cpu. Raises RunError if it is absent."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in present.items() if there)
+    if not present[name]:
+        raise RunError(f"--device {name}: there is none here; use {' or '.join(d for d, there in present.items() if there)}")
+    return torch.device(name)
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed torch on all devices; `deterministic` also forbids operations whose result may vary from run to run."""
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def random_state() -> dict:
+    """The state of every generator a run draws from; data order and augmentation are functions of the seed instead."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write to a temporary file in the same folder, flush it to disk, rename it over `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write tensors and plain values so that a reader sees the old file or the new one, never half of one."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint; no code in it is run. Raises RunError for anything that is not a whole checkpoint."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return {"model": load_file(path)}
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise almost anything
+        reason = str(error).split("\n")[0][:120] or type(error).__name__
+        raise RunError(f"{path} is not a readable checkpoint: {reason}") from None
+    if not isinstance(state, dict):
+        raise RunError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
+    return state if "model" in state else {"model": state}
+
+
+def evaluated_weights(state: dict) -> dict:
+    """The weights of a checkpoint that its metrics belong to: the averaged ones if there are any."""
+    weights = state.get("ema") or state["model"]
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in weights.items()}
+
+
+def load_weights(model: nn.Module, weights: dict, source: str) -> None:
+    """Load a state dict of exactly this architecture. Raises RunError that names the first difference."""
+    own = model.state_dict()
+    for name, value in own.items():
+        if name not in weights:
+            raise RunError(f"{source} is of another architecture: it has no {name}")
+        if weights[name].shape != value.shape:
+            shapes = f"{tuple(weights[name].shape)} there, {tuple(value.shape)} here"
+            raise RunError(f"{source} is of another architecture or number of classes: {name} is {shapes}")
+    for name in weights:
+        if name not in own:
+            raise RunError(f"{source} is of another architecture: this model has no {name}")
+    model.load_state_dict(weights)
+
+
+def export_weights(path: Path, weights: dict) -> None:
+    """Write a state dict as safetensors, for sharing."""
+    from safetensors.torch import save
+
+    write_atomically(path, save({name: value.contiguous() for name, value in weights.items()}))
+
+
+def resumable_state(path: Path, options: dict) -> dict | None:
+    """The state in last.pt, or None if there is none. Raises RunError if it is of a run with other options."""
+    if not path.exists():
+        return None
+    state = load_checkpoint(path)
+    if "config" not in state:
+        raise RunError(f"--resume: {path} holds weights only, not a run")
+    for name, value in options.items():
+        if name not in RESUME_MAY_CHANGE and state["config"].get(name) != value:
+            raise RunError(f"--resume: {path} was trained with --{name} {state['config'].get(name)}, not {value}")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a model costs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def count_flops(model: nn.Module, image: torch.Tensor) -> int:
+    """FLOPs of one forward pass in eval mode, a multiply-add counted as two.
+
+    Counted by `torch.utils.flop_counter`: matrix products, convolutions, attention, and the search, the scores and
+    the aggregation of neighbors. It does not see element-wise work, normalization, softmax, top-K and gather.
+    """
+    training = model.training
+    model.eval()
+    # Attention decomposed into its two products counts the same on every device.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(image)
+    model.train(training)
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def measure_latency(model: nn.Module, image: torch.Tensor, seconds: float = 1.0) -> float:
+    """Median milliseconds of a forward pass in eval mode on this one image, warm-up excluded."""
+    training = model.training
+    model.eval()
+    synchronize = torch.cuda.synchronize if image.is_cuda else (lambda: None)
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 13 or (time.perf_counter() < end and len(times) < 103):
+        synchronize()
+        start = time.perf_counter()
+        model(image)
+        synchronize()
+        times.append(time.perf_counter() - start)
+    model.train(training)
+    return 1e3 * statistics.median(times[3:])
+
+
+def peak_memory(device: torch.device) -> dict:
+    """Peak memory in bytes, and of what: the CUDA allocator, else the process."""
+    if device.type == "cuda":
+        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device), "peak_memory_of": "CUDA allocator"}
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_memory_bytes": peak, "peak_memory_of": "process (resident)"}
+
+
+def versions() -> dict:
+    names = ("torch", "torchvision", "numpy")
+    found = {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **found, "cuda": torch.version.cuda}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Progress
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A tqdm bar when stderr is a terminal; otherwise a line there at most every 30 seconds. Counts images."""
+
+    LINE_EVERY = 30
+
+    def __init__(self, title: str, total: int, done: int = 0):
+        self.title, self.total, self.done = title, total, done
+        self.start, self.first, self.printed = time.monotonic(), done, time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(desc=title, total=total, initial=done, unit=" images", unit_scale=True, leave=False)
+
+    @property
+    def due(self) -> bool:
+        return self.bar is not None or time.monotonic() - self.printed > self.LINE_EVERY
+
+    def advance(self, images: int) -> None:
+        self.done += images
+        if self.bar is not None:
+            self.bar.update(images)
+
+    def show(self, loss: float, top1: float) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, top-1 {top1:.2f} %", refresh=False)
+            return
+        self.printed = time.monotonic()
+        rate = (self.done - self.first) / (self.printed - self.start)
+        left = tqdm.format_interval((self.total - self.done) / max(rate, 1e-9))
+        print(
+            f"{self.title}: {self.done:,}/{self.total:,} images, {rate:,.0f} images/s, ETA {left}, "
+            f"loss {loss:.4f}, top-1 {top1:.2f} %",
+            file=sys.stderr,
+        )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The output folder
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def describe_model(model: nn.Module) -> str:
+    """The text of model.txt: module tree and parameter table."""
+    rows = [(name, "x".join(map(str, p.shape)) or "1", f"{p.numel():,}") for name, p in model.named_parameters()]
+    rows.append(("total", "", f"{count_parameters(model):,}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    table = [f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {count:>{widths[2]}}".rstrip() for name, shape, count in rows]
+    return f"{model}\n\n" + "\n".join(table) + "\n"
+
+
+def epoch_line(row: dict) -> str:
+    """One epoch of the history in words; losses per image, accuracies in percent."""
+    line = f"epoch {row['epoch']:3d}  time {row['seconds']:7.2f} s"
+    for name in ("train", "val", "test"):
+        if f"{name}_loss" in row:
+            line += f"  {name} loss {row[f'{name}_loss']:.4f} top-1 {row[f'{name}_top1']:6.2f} top-5 {row[f'{name}_top5']:6.2f}"
+    return line
+
+
+class RunFolder:
+    """Writes the outputs of one run into its folder, as the run goes.
+
+    Tables are rewritten whole from the history after every epoch, so that a resumed run has no gap or double line.
+    """
+
+    CURVES_EVERY = 30  # seconds between drawings of curves.png: a drawing can take as long as a short epoch
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._drawn = 0.0
+
+    @property
+    def last(self) -> Path:
+        return self.path / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.pt"
+
+    def check_writable(self) -> None:
+        """Raise RunError if the folder cannot be written; nothing is created yet."""
+        existing = self.path
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise RunError(f"--output_dir {self.path}: {existing} is not a folder that can be written to")
+
+    def start(self, options: dict, model: nn.Module, resumed: bool) -> None:
+        """Create the folder and write what is known before training; warn if it holds another run."""
+        if not resumed and any((self.path / name).exists() for name in ("args.txt", "metrics.csv", "last.pt", "best.pt")):
+            print(
+                f"warning: {self.path} holds another run, which is written over; its weights stay as *.pt.old", file=sys.stderr
+            )
+            for path in (self.last, self.best):
+                if path.exists():
+                    path.replace(path.with_name(path.name + ".old"))
+            for name in ("train_eval_results.txt", "metrics.csv", "summary.json", "curves.png"):
+                (self.path / name).unlink(missing_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        shown = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in options.items()}
+        self._write("args.txt", "".join(f"{name}: {value}\n" for name, value in shown.items()))
+        self._write("config.yaml", yaml.safe_dump(options, sort_keys=False))
+        self._write("model.txt", describe_model(model))
+
+    def epoch_done(self, history: list[dict], best: dict, summary: dict, last: bool) -> None:
+        """Write the results so far; `best` is the row of the best epoch."""
+        average = statistics.fmean(row["seconds"] for row in history)
+        judge = "val" if "val_top1" in best else "test"
+        text = "".join(epoch_line(row) + "\n" for row in history)
+        text += f"\naverage epoch time {average:.2f} s\n"
+        text += f"best {judge} top-1 {best[f'{judge}_top1']:.2f} % in epoch {best['epoch']}"
+        text += f", where test top-1 is {best['test_top1']:.2f} %\n" if judge == "val" else ", chosen on the test set\n"
+        self._write("train_eval_results.txt", text)
+        table = io.StringIO()
+        extra = [name for name in best if name not in COLUMNS]
+        writer = csv.DictWriter(table, COLUMNS + extra, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        self._write("metrics.csv", table.getvalue())
+        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+        if last or time.monotonic() - self._drawn > self.CURVES_EVERY:
+            draw_curves(history, self.path / "curves.png")
+            self._drawn = time.monotonic()
+
+    def _write(self, name: str, text: str) -> None:
+        write_atomically(self.path / name, text)
+
+
+def draw_curves(history: list[dict], path: Path) -> None:
+    """Loss and top-1 accuracy by epoch, as PNG."""
+    from matplotlib.figure import Figure  # imported late: it takes most of a second
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    for axis, key, label in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1 accuracy (%)"), strict=True):
+        for name in ("train", "val", "test"):
+            if f"{name}_{key}" in history[0]:
+                values = [row[f"{name}_{key}"] for row in history]
+                axis.plot(epochs, values, label=name, marker="." if len(epochs) < 30 else None)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomically(path, buffer.getbuffer())
