@@ -2,6 +2,7 @@
 
 import builtins
 import collections
+import contextlib
 import gzip
 import io
 import os
@@ -352,7 +353,9 @@ def test_stratified_split_is_exact_where_it_can_be_and_takes_images_from_everywh
     labels = np.repeat(np.arange(10), 500)
     _, held = dataset.stratified_split(labels, 0.1)
     assert np.bincount(labels[held]).tolist() == [50] * 10
-    assert len(set(held[labels[held] == 3] // 50)) >= 8  # of ten tenths of the class; not only its beginning
+    one_class = held[labels[held] == 3] - 1500
+    assert len(set(one_class // 50)) >= 8  # of ten tenths of the class; not only its beginning
+    assert len(set(np.diff(one_class))) > 10  # nor every tenth image
 
 
 def test_limits_and_validation_split_of_digits(tmp_path):
@@ -737,6 +740,20 @@ def test_augmentation_of_folders_depends_on_the_image_not_on_the_batch(tmp_path)
     assert not torch.equal(everything(plain, 2)[0][plain.order(2).argsort()], sorted_images[0])
 
 
+def test_augmentation_of_folders_crops_and_flips(tmp_path):
+    image = np.zeros((40, 40, 3), np.uint8)
+    image[:, 20:] = 255
+    for part, n in (("train", 60), ("val", 1)):
+        (tmp_path / part / "a").mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(image).save(tmp_path / part / "a" / f"{i}.png")
+    images = pixels(everything(load("folder", tmp_path, resize=16, augment=True).train)[0], "folder")
+    assert len({out.numpy().tobytes() for out in images}) > 30
+    # Which side is bright, where the crop has both.
+    difference = images[:, 0, :, -1].mean(1) - images[:, 0, :, 0].mean(1)
+    assert (difference > 200).sum() > 10 and (difference < -200).sum() > 10
+
+
 def test_resuming_does_not_decode_what_is_skipped(tmp_path, monkeypatch):
     write_folder(tmp_path)
     train = load("folder", tmp_path, resize=16, batch_size=4).train
@@ -793,7 +810,7 @@ def inherited(number, frame):
 
 signal.signal(signal.SIGTERM, inherited)
 signal.signal(signal.SIGINT, inherited)
-config = dataset.DataConfig(dataset="folder", data_path=sys.argv[1], resize=8, num_workers=1)
+config = dataset.DataConfig(dataset="folder", data_path=sys.argv[1], resize=8, num_workers=2)
 data = dataset.load_data(config, batch_size=1, seed=0, device=torch.device("cpu"))
 train, test = data.train.epoch(0), data.test.epoch(0)
 next(train), next(test)
@@ -802,6 +819,8 @@ subprocess.run(["kill", "-INT", str(worker.pid)])
 time.sleep(0.3)
 print(worker.is_alive())
 try:
+    if sys.argv[2] == "leave":
+        sys.exit()
     subprocess.run(["kill", "-TERM", str(worker.pid)])
     time.sleep(10)
 except RuntimeError:  # torch's handler of SIGCHLD
@@ -809,18 +828,24 @@ except RuntimeError:  # torch's handler of SIGCHLD
 """
 
 
-def test_workers_leave_signals_to_the_main_process_and_end_quietly_with_it(tmp_path):
+@pytest.mark.parametrize("what, printed", [("leave", ["True"]), ("kill", ["True", "True"])])
+def test_workers_leave_signals_to_the_main_process_and_end_quietly_with_it(tmp_path, what, printed):
     write_folder(tmp_path)
-    command = [sys.executable, "-c", WORKER_SCRIPT, str(tmp_path)]
+    command = [sys.executable, "-W", "ignore::UserWarning", "-c", WORKER_SCRIPT, str(tmp_path), what]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(dataset.__file__).parent, timeout=60)
-    assert done.stdout.split() == ["True", "True"] and done.stderr == "" and done.returncode == 0
+    assert done.stdout.split() == printed and done.stderr == "" and done.returncode == 0
 
 
-def test_workers_stop_at_once_with_their_batches(tmp_path):
+@pytest.mark.parametrize("corrupt", [False, True])
+def test_workers_stop_at_once_with_their_batches(tmp_path, corrupt):
     write_folder(tmp_path)
     data = load("folder", tmp_path, resize=16, num_workers=1)
-    list(data.train.epoch(0))
+    next(data.train.epoch(0))
     worker = data.train._loader._iterator._workers[0]
+    if corrupt:
+        (tmp_path / "train" / "ant" / "0.png").write_bytes(b"")
+        with contextlib.suppress(DataError):
+            list(data.train.epoch(0))
     start = time.monotonic()
     del data
     assert not worker.is_alive() and time.monotonic() - start < 4  # torch waits for 5 seconds if they cannot be told
