@@ -1,0 +1,345 @@
+"""layers1d.py and layers2d.py: one file, since the 2-D layers are the 1-D ones over a folded grid."""
+
+import math
+
+import pytest
+import torch
+from naive import aggregate, neighbors, pairs, window
+from torch import nn
+from torch.nn import functional as F
+
+from layers1d import Attention1d, ConvNN1d, ConvNNAttention1d, PixelShuffle1d, PixelUnshuffle1d
+from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d
+from neighbors import NeighborConfig, coordinates, grid_places, random_candidates, spatial_candidates
+
+SAMPLING = [("all", -1), ("random", 9), ("spatial", 3)]
+
+
+def tokens_of(x):
+    return x.flatten(2).transpose(1, 2)
+
+
+# --- identities -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("magnitude_type", ["cosine", "euclidean", "matmul"])
+@pytest.mark.parametrize("size", [(6, 6), (5, 8), (3, 1)])
+@pytest.mark.parametrize("p", [1, 2])
+def test_convnn_by_location_is_conv2d(p, size, magnitude_type):
+    conv = nn.Conv2d(3, 4, 2 * p + 1, padding=p).double()
+    cfg = NeighborConfig(K=(2 * p + 1) ** 2, similarity_type="Loc", magnitude_type=magnitude_type)
+    layer = ConvNN2d(3, 4, cfg, padding=p, image_size=size).double()
+    layer.conv.load_state_dict({"weight": conv.weight.flatten(2), "bias": conv.bias})
+    x = torch.randn(2, 3, *size).double().requires_grad_()
+    for shortcut in (True, False):  # F.conv2d, and the general path through the table of places
+        layer.is_convolution = shortcut
+        ours, theirs = layer(x), conv(x)
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+        direction = torch.randn_like(ours)
+        ours = torch.autograd.grad(ours, [x, layer.conv.weight, layer.conv.bias], direction)
+        theirs = torch.autograd.grad(theirs, [x, conv.weight, conv.bias], direction)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.flatten(), b.flatten(), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_convnn_by_location_is_conv1d(p):
+    conv = nn.Conv1d(3, 4, 2 * p + 1, padding=p).double()
+    layer = ConvNN1d(3, 4, NeighborConfig(K=2 * p + 1, similarity_type="Loc"), padding=p).double()
+    layer.conv.load_state_dict(conv.state_dict())
+    x = torch.randn(2, 3, 10).double()
+    torch.testing.assert_close(layer(x), conv(x), atol=1e-9, rtol=0)
+
+
+def test_convnn_by_location_without_padding_uses_the_nearest_inside():
+    cfg = NeighborConfig(K=5, similarity_type="Loc")
+    layer = ConvNN2d(2, 3, cfg).double()
+    x = torch.randn(2, 2, 4, 5).double()
+    index = torch.tensor([window((4, 5), i, 5) for i in range(20)]).expand(2, -1, -1)
+    expected = aggregate(tokens_of(x), index, layer.conv.weight) + layer.conv.bias
+    torch.testing.assert_close(tokens_of(layer(x)), expected)
+
+
+@pytest.mark.parametrize("pattern", ["NA", "BA"])
+def test_convnn_attention_with_all_neighbors_is_attention(pattern):
+    attention = Attention2d(3, 4, 1, shuffle_pattern=pattern).double()
+    tokens = 24 // (4 if pattern == "BA" else 1)
+    cfg = NeighborConfig(K=tokens, magnitude_type="matmul")
+    layer = ConvNNAttention2d(3, 4, cfg, convolution_type="depthwise", shuffle_pattern=pattern).double()
+    layer.load_state_dict(attention.state_dict(), strict=False)
+    x = torch.randn(2, 3, 4, 6).double().requires_grad_()
+    torch.testing.assert_close(layer(x), attention(x), atol=1e-9, rtol=0)
+    (ours,), (theirs,) = (torch.autograd.grad(m(x).square().sum(), x) for m in (layer, attention))
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_attention_against_torch_multihead(heads):
+    layer = Attention2d(3, 8, heads).double()
+    reference = nn.MultiheadAttention(8, heads, batch_first=True, dtype=torch.float64)
+    x = torch.randn(2, 3, 3, 4).double()
+    # nn.MultiheadAttention projects from its own width: widen the input with zeros and the weights with it.
+    weight = F.pad(layer.qkv.weight, (0, 5))
+    reference.load_state_dict(
+        {
+            "in_proj_weight": weight,
+            "in_proj_bias": layer.qkv.bias,
+            "out_proj.weight": layer.proj.weight,
+            "out_proj.bias": layer.proj.bias,
+        }
+    )
+    tokens = F.pad(tokens_of(x), (0, 5))
+    expected = reference(tokens, tokens, tokens, need_weights=False)[0]
+    torch.testing.assert_close(tokens_of(layer(x)), expected, atol=1e-9, rtol=0)
+
+
+# --- against the plain form ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize(("sampling", "samples"), SAMPLING)
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "matmul"])
+@pytest.mark.parametrize("similarity", ["Col", "Loc_Col"])
+def test_convnn_against_the_plain_form(similarity, metric, sampling, samples, padding):
+    cfg = NeighborConfig(
+        K=5,
+        sampling_type=sampling,
+        num_samples=samples,
+        magnitude_type=metric,
+        similarity_type=similarity,
+        aggregation_type="Col" if padding else "Loc_Col",  # the tokens of the ring tie: all must be worth the same
+        lambda_param=0.7,
+    )
+    layer = ConvNN2d(3, 4, cfg, padding=padding).double().eval()
+    x = torch.randn(2, 3, 5, 6).double().requires_grad_()
+    grid = (5 + 2 * padding, 6 + 2 * padding)
+    tokens = tokens_of(F.pad(x, [padding] * 4))
+    places = coordinates(grid_places(grid), grid, torch.float64).expand(2, -1, -1)
+    values = tokens if padding else torch.cat([tokens, places], dim=2)
+    key = tokens.detach()
+    if similarity == "Loc_Col":
+        key = torch.cat([0.7 * key / key.std(dim=(1, 2), keepdim=True), 0.3 * places], dim=2)
+    inner = torch.arange(math.prod(grid)).view(grid)
+    inner = inner[padding : grid[0] - padding, padding : grid[1] - padding].flatten()
+    candidates = torch.arange(math.prod(grid))
+    if sampling == "random":
+        candidates = random_candidates(math.prod(grid), samples, fixed=True)
+    if sampling == "spatial":
+        candidates = spatial_candidates(grid, samples)
+    # The token itself, then the nearest candidates other than it: the plain way, token by token.
+    ranked = neighbors(key[:, inner], key, len(candidates), metric, candidates).tolist()
+    index = [[[i, *(j for j in row if j != i)][:5] for i, row in zip(inner.tolist(), image, strict=True)] for image in ranked]
+    expected = aggregate(values, torch.tensor(index), layer.conv.weight) + layer.conv.bias
+    ours = tokens_of(layer(x))
+    torch.testing.assert_close(ours, expected)
+    direction = torch.randn_like(ours)
+    inputs = [x, layer.conv.weight, layer.conv.bias]
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(expected, inputs, direction), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "matmul"])
+@pytest.mark.parametrize("convolution_type", ["standard", "depthwise", "depthwise-separable"])
+def test_convnn_attention_against_the_plain_form(convolution_type, metric, softmax):
+    cfg = NeighborConfig(K=4, magnitude_type=metric)
+    layer = ConvNNAttention2d(3, 4, cfg, convolution_type=convolution_type, softmax_topk_val=softmax).double()
+    x = torch.randn(2, 3, 3, 4).double().requires_grad_()
+    query, key, value = layer.qkv(tokens_of(x)).chunk(3, dim=-1)
+    index = neighbors(query, key, 4, metric)
+    scores = pairs(query, key, index, metric)
+    if softmax:
+        weights = scores.softmax(-1)
+    else:
+        weights = 1 / (-scores + 1e-8) if metric == "euclidean" else scores
+    if convolution_type == "standard":
+        mixed = aggregate(value, index, layer.conv.weight, weights)
+    else:
+        depthwise = layer.conv[0] if convolution_type == "depthwise-separable" else layer.conv
+        assert torch.equal(depthwise.weight, torch.ones(4, 1, 4, dtype=torch.float64))
+        nn.init.normal_(depthwise.weight)
+        mixed = aggregate(value, index, depthwise.weight, weights, groups=4)
+        if convolution_type == "depthwise-separable":
+            mixed = F.conv1d(mixed.transpose(1, 2), layer.conv[1].weight).transpose(1, 2)
+    ours, theirs = tokens_of(layer(x)), layer.proj(mixed)
+    torch.testing.assert_close(ours, theirs)
+    direction = torch.randn_like(ours)
+    inputs = [x, *layer.parameters()]
+    for a, b in zip(torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("similarity", ["Col", "Loc", "Loc_Col"])
+@pytest.mark.parametrize(("sampling", "samples"), SAMPLING)
+def test_sampled_attention_has_the_token_itself_first(sampling, samples, similarity):
+    cfg = NeighborConfig(K=3, sampling_type=sampling, num_samples=samples, similarity_type=similarity)
+    layer = ConvNNAttention2d(3, 4, cfg)
+    tokens = torch.randn(2, 20, 4)
+    index = layer.select(*(layer.select.compared(t, (4, 5)) for t in (tokens, torch.randn(2, 20, 4))), (4, 5))
+    assert index.shape == (2, 20, 3)
+    if sampling != "all":
+        assert torch.equal(index[:, :, 0], torch.arange(20).expand(2, -1))
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer_type", [ConvNN2d, ConvNNAttention2d])
+@pytest.mark.parametrize("similarity", ["Col", "Loc"])
+def test_random_candidates_vary_in_training_and_not_in_evaluation(layer_type, similarity):
+    cfg = NeighborConfig(K=4, sampling_type="random", num_samples=5, similarity_type=similarity)
+    layer = layer_type(3, 4, cfg)
+    x = torch.randn(2, 3, 6, 6)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    first = layer(x)
+    torch.manual_seed(1)
+    assert torch.equal(first, layer(x))
+    torch.testing.assert_close(first[1:], layer(x[1:]))  # and an image is the same alone
+
+
+# --- shuffles and shapes --------------------------------------------------------------------------------------------
+
+
+def test_pixel_shuffle_1d():
+    x = torch.arange(2 * 3 * 8.0).view(2, 3, 8)
+    down = PixelUnshuffle1d(2)(x)
+    assert down.shape == (2, 6, 4)
+    assert torch.equal(down[:, 1], x[:, 0, 1::2]) and torch.equal(down[:, 4], x[:, 2, 0::2])
+    assert torch.equal(PixelShuffle1d(2)(down), x)
+    with pytest.raises(ValueError, match="shuffle_scale=3"):
+        PixelUnshuffle1d(3)(x)
+    with pytest.raises(ValueError, match="shuffle_scale=2"):
+        PixelShuffle1d(2)(x)
+
+
+def make(layer_type, **kwargs):
+    what = 2 if issubclass(layer_type, Attention1d) else NeighborConfig(K=3)
+    return layer_type(4, 6, what, **kwargs)
+
+
+@pytest.mark.parametrize("layer_type", [ConvNN1d, ConvNNAttention1d, Attention1d, ConvNN2d, ConvNNAttention2d, Attention2d])
+@pytest.mark.parametrize(("pattern", "factor"), [("NA", 1), ("BA", 1), ("A", 2), ("B", 0.5)])
+def test_shapes_by_shuffle_pattern(layer_type, pattern, factor):
+    layer = make(layer_type, shuffle_pattern=pattern)
+    for size in [(8,), (2,)] if layer.axes == 1 else [(8, 4), (4, 4)]:
+        if layer.axes == 1 and size == (2,) and not isinstance(layer, Attention1d):
+            continue  # fewer tokens than neighbors
+        y = layer(torch.randn(1, 4, *size))
+        assert y.shape == (1, 6, *(int(side * factor) for side in size)) and y.isfinite().all()
+
+
+@pytest.mark.parametrize("layer_type", [ConvNN2d, ConvNNAttention2d, Attention2d])
+def test_shuffled_layer_is_the_layer_between_shuffles(layer_type):
+    """BA equals: unshuffle, the same layer without shuffles at 4 times the channels, shuffle."""
+    what = 2 if layer_type is Attention2d else NeighborConfig(K=3)
+    layer = layer_type(3, 4, what, shuffle_pattern="BA").double()
+    inside = layer_type(12, 16, what).double()
+    inside.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 3, 6, 8).double()
+    torch.testing.assert_close(layer(x), F.pixel_shuffle(inside(F.pixel_unshuffle(x, 2)), 2))
+
+
+def test_branching():
+    first, second = nn.Conv2d(3, 2, 1), ConvNN2d(3, 5, NeighborConfig(K=2))
+    x = torch.randn(2, 3, 4, 4)
+    y = Branching2d(first, second)(x)
+    assert torch.equal(y[:, :2], first(x).relu()) and torch.equal(y[:, 2:], second(x).relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layer_type", [ConvNN2d, ConvNNAttention2d, Attention2d])
+def test_autocast(layer_type, dtype):
+    # All tokens as neighbors: a choice among near ties would differ between the precisions.
+    layer = layer_type(4, 6, 2 if layer_type is Attention2d else NeighborConfig(K=36 if layer_type is ConvNNAttention2d else 1))
+    x = torch.randn(2, 4, 6, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), layer(x), atol=0.03, rtol=0.03)
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["image_size known", "tables on the first forward"])
+@pytest.mark.parametrize("similarity", ["Col", "Loc", "Loc_Col"])
+@pytest.mark.parametrize(("sampling", "samples"), SAMPLING)
+@pytest.mark.parametrize("layer_type", [ConvNN2d, ConvNNAttention2d])
+def test_compiles_without_a_graph_break(layer_type, sampling, samples, similarity, known):
+    cfg = NeighborConfig(K=3, sampling_type=sampling, num_samples=samples, similarity_type=similarity)
+    layer = layer_type(3, 4, cfg, image_size=(4, 6) if known else None).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 3, 4, 6)
+    torch.testing.assert_close(compiled(x), layer(x))
+    layer.train()
+    compiled(x).sum().backward()  # random: draws inside the graph
+
+
+@pytest.mark.parametrize("similarity", ["Col", "Loc", "Loc_Col"])
+def test_state_dict_holds_weights_only(similarity):
+    cfg = NeighborConfig(K=3, sampling_type="random", num_samples=4, similarity_type=similarity)
+    layer = ConvNN2d(3, 4, cfg, image_size=6)
+    layer(torch.randn(1, 3, 4, 4))  # another shape
+    assert set(layer.state_dict()) == {"conv.weight", "conv.bias"}
+
+
+def test_tables_in_float64_are_exact():
+    """Coordinates must not be rounded to float32 on the way."""
+    cfg = NeighborConfig(K=1, aggregation_type="Loc_Col")
+    layer = ConvNN2d(1, 2, cfg, image_size=7, bias=False).double()
+    layer.conv.weight.data = torch.tensor([[0, 1.0, 0], [0, 0, 1]]).double()[:, :, None]
+    y = layer(torch.zeros(1, 1, 7, 7).double())
+    assert torch.equal(y[0, 1, 0], torch.arange(-3, 4).double() / 3)
+    assert torch.equal(y[0, 0, :, 0], torch.arange(-3, 4).double() / 3)
+
+
+# --- what does not fit ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ConvNN2d(3, 4, NeighborConfig(K=17), image_size=4), "K=17 .* 1 to 16"),
+        (lambda: ConvNN2d(3, 4, NeighborConfig(K=37), padding=1, image_size=4), "K=37 .* 1 to 36"),
+        (lambda: ConvNN2d(3, 4, NeighborConfig(K=5), shuffle_pattern="BA", image_size=4), "K=5 .* 1 to 4"),
+        (lambda: ConvNN2d(3, 4, NeighborConfig(K=10, sampling_type="random", num_samples=9)), "K=10 .* 1 to 9"),
+        (lambda: ConvNN2d(3, 4, NeighborConfig(K=5, sampling_type="spatial", num_samples=2)), "K=5 .* 1 to 4"),
+        (lambda: ConvNN1d(3, 4, NeighborConfig(K=3, sampling_type="spatial", num_samples=2)), "K=3 .* 1 to 2"),
+        (lambda: ConvNN2d(3, 4, NeighborConfig(sampling_type="random", num_samples=17), image_size=4), "num_samples=17"),
+        (lambda: ConvNN2d(3, 4, NeighborConfig(K=4, sampling_type="spatial", num_samples=5), image_size=(4, 9)), "at most 4"),
+        (
+            lambda: ConvNN2d(3, 4, NeighborConfig(K=4, sampling_type="spatial", num_samples=3, sample_padding=1), image_size=4),
+            "at most 2",
+        ),
+        (lambda: ConvNN2d(3, 4, NeighborConfig(), padding=-1), "padding=-1"),
+        (lambda: ConvNN2d(3, 4, NeighborConfig(), shuffle_pattern="AB"), "BA, NA, B, A"),
+        (lambda: ConvNN2d(3, 4, NeighborConfig(), shuffle_pattern="BA", image_size=(6, 7)), "shuffle_scale=2 .* 6 x 7"),
+        (lambda: ConvNNAttention2d(3, 4, NeighborConfig(), convolution_type="dense"), "standard, depthwise"),
+        (
+            lambda: ConvNNAttention2d(3, 4, NeighborConfig(aggregation_type="Loc_Col"), convolution_type="depthwise"),
+            "'standard' or 'depthwise-separable'",
+        ),
+        (lambda: Attention2d(3, 6, 4), "num_heads=4 .* 6 channels"),
+    ],
+)
+def test_errors_at_construction(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "message"),
+    [
+        (ConvNN2d(3, 4, NeighborConfig(K=9)), (2, 4), "K=9 .* 1 to 8"),
+        (ConvNNAttention2d(3, 4, NeighborConfig(K=9)), (2, 4), "K=9 .* 1 to 8"),
+        (ConvNN2d(3, 4, NeighborConfig(K=1), shuffle_pattern="B"), (3, 4), "shuffle_scale=2"),
+        (Attention2d(3, 4, 1, shuffle_pattern="BA"), (3, 4), "shuffle_scale=2"),
+        (ConvNN1d(3, 4, NeighborConfig(K=2), shuffle_pattern="BA"), (5,), "shuffle_scale=2"),
+    ],
+)
+def test_errors_on_the_first_forward(layer, size, message):
+    with pytest.raises(ValueError, match=message):
+        layer(torch.randn(1, 3, *size))

@@ -1,0 +1,359 @@
+import math
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from naive import aggregate as naive_aggregate
+from naive import gather, pairs, scores, window
+from naive import neighbors as naive_neighbors
+from torch.utils.flop_counter import FlopCounterMode
+
+import neighbors
+from neighbors import (
+    METRICS,
+    NeighborConfig,
+    aggregate,
+    coordinates,
+    find_neighbors,
+    gather_neighbors,
+    grid_places,
+    join_coordinates,
+    location_neighbors,
+    neighbor_scores,
+    neighbor_weights,
+    random_candidates,
+    spatial_candidates,
+)
+
+KINDS = ("cosine", "euclidean", "matmul")
+
+
+@st.composite
+def problems(draw):
+    """Random tokens in float64: query (B, N, C), key (B, M, C), K."""
+    B, N, M, C = (draw(st.integers(1, n)) for n in (3, 9, 9, 5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    query, key = (torch.randn(B, n, C, dtype=torch.float64, generator=generator) for n in (N, M))
+    return query, key, draw(st.integers(1, M))
+
+
+@pytest.fixture(params=[None, 7], ids=["one chunk", "chunks of 7 elements"])
+def chunks(request, monkeypatch):
+    """Both as one chunk and cut into the smallest pieces."""
+    if request.param:
+        monkeypatch.setattr(neighbors, "_chunk", lambda x: request.param)
+
+
+def assert_same_neighbors(found, expected, query, key, metric):
+    """Equal scores slot by slot (equal indices would be too much: ties), and no neighbor twice."""
+    full = scores(query, key, metric)
+    # One channel ranks cosines of exactly 1 and -1 only: all are ties but for rounding.
+    torch.testing.assert_close(full.gather(2, found), full.gather(2, expected), atol=1e-9, rtol=1e-9)
+    assert all(len(set(row.tolist())) == len(row) for row in found.flatten(0, 1))
+
+
+# --- select ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@given(problem=problems())
+def test_search_is_topk_of_the_full_matrix(metric, problem):
+    query, key, K = problem
+    found = find_neighbors(query, key, K, metric)
+    assert found.dtype == torch.long and found.shape == (*query.shape[:2], K)
+    assert_same_neighbors(found, naive_neighbors(query, key, K, metric), query, key, metric)
+
+
+@pytest.mark.parametrize("metric", KINDS)
+def test_search_in_chunks(metric, chunks):
+    query, key = torch.randn(3, 11, 4).double(), torch.randn(3, 13, 4).double()
+    own = torch.randperm(13)[:11]
+    for candidates in (None, torch.randperm(13)[:6]):
+        for self_index in (None, own):
+            found = find_neighbors(query, key, 5, metric, candidates=candidates, self_index=self_index)
+            expected = naive_neighbors(query, key, 5, metric, candidates, self_index)
+            assert torch.equal(found, expected)  # random floats have no ties
+
+
+@pytest.mark.parametrize("metric", KINDS)
+def test_self_is_slot_0_whatever_the_ties(metric):
+    key = torch.ones(2, 20, 3)  # every token ties with every other
+    for candidates in (None, torch.tensor([3, 1, 7, 4])):
+        found = find_neighbors(key, key, 4, metric, candidates=candidates, self_index=torch.arange(20))
+        assert torch.equal(found[:, :, 0], torch.arange(20).expand(2, -1))
+        assert all(len(set(row.tolist())) == 4 for row in found.flatten(0, 1))
+        if candidates is not None:
+            assert torch.isin(found[:, :, 1:], candidates).all()
+
+
+def test_search_of_self_alone_and_of_everything():
+    x = torch.randn(2, 6, 3)
+    own = torch.arange(6)
+    assert torch.equal(find_neighbors(x, x, 1, "cosine", self_index=own), own.view(1, 6, 1).expand(2, 6, 1))
+    everything = find_neighbors(x, x, 6, "matmul", self_index=own)
+    assert torch.equal(everything.sort().values, own.expand(2, 6, 6))
+
+
+def test_euclidean_search_far_from_the_origin():
+    """|q|^2 - 2 q.k + |k|^2 in float32 cancels to noise here; centering keeps the order."""
+    x = torch.rand(1, 50, 3) + 1000
+    expected = naive_neighbors(x.double(), x.double(), 5, "euclidean")
+    found = find_neighbors(x, x, 5, "euclidean")
+    assert (found == expected).float().mean() > 0.95
+
+
+def test_search_ignores_autocast_and_keeps_the_order_of_float32():
+    x = torch.randn(2, 40, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(find_neighbors(x, x, 5, "cosine"), find_neighbors(x.clone(), x, 5, "cosine"))
+        found = find_neighbors(x, x, 5, "matmul")
+    assert torch.equal(found, naive_neighbors(x.double(), x.double(), 5, "matmul"))
+
+
+def test_search_has_no_gradient():
+    x = torch.randn(1, 5, 3, requires_grad=True)
+    assert not find_neighbors(x, x, 2, "matmul").requires_grad
+
+
+@pytest.mark.parametrize(
+    ("K", "metric", "candidates", "message"),
+    [(6, "cosine", None, "1 to 5"), (0, "cosine", None, "1 to 5"), (3, "cosine", [0, 1], "1 to 2"), (2, "cos", None, "matmul")],
+)
+def test_search_errors_name_what_is_allowed(K, metric, candidates, message):
+    x = torch.randn(1, 5, 3)
+    with pytest.raises(ValueError, match=message):
+        find_neighbors(x, x, K, metric, candidates=None if candidates is None else torch.tensor(candidates))
+
+
+def allocated_peak(function):
+    """Largest sum of live bytes that the CPU allocator handed out while `function` ran."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as profiler:
+        result = function()
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    del result
+    return peak
+
+
+def test_search_memory_and_time_against_the_full_matrix():
+    """Issue figures: B=16, N=1024, C=64; extra memory under 1/8 of the score matrix, no slower than bmm + topk."""
+    x = torch.randn(16, 1024, 64)
+
+    def full():
+        return torch.bmm(x, x.mT).topk(9).indices
+
+    def chunked():
+        return find_neighbors(x, x, 9, "matmul")
+
+    assert allocated_peak(full) >= 16 * 1024 * 1024 * 4  # the measure sees what it should
+    assert allocated_peak(chunked) < 16 * 1024 * 1024 * 4 / 8
+    times = {full: [], chunked: []}
+    for _ in range(7):
+        for function, taken in times.items():
+            start = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - start)
+    assert sorted(times[chunked])[3] < 1.2 * sorted(times[full])[3]  # 1.2: other work on this machine
+
+
+# --- places and candidates ------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=2).map(tuple), st.integers(1, 9))
+def test_location_neighbors_equal_a_slow_sort(grid, K):
+    tokens = math.prod(grid)
+    K = min(K, tokens)
+    places = grid_places(grid)
+    found = location_neighbors(places, K, torch.arange(tokens))
+    assert found.tolist() == [window(grid, i, K) for i in range(tokens)]
+
+
+def test_location_neighbors_among_candidates_are_nearest_first():
+    places = grid_places((4, 5))
+    candidates = torch.tensor([19, 0, 7, 2])
+    found = location_neighbors(places, 3, torch.arange(20), candidates)
+    for i, row in enumerate(found.tolist()):
+        distance = {j: ((places[i] - places[j]) ** 2).sum().item() for j in candidates.tolist() if j != i}
+        assert row == [i, *sorted(distance, key=lambda j: (distance[j], j))[:2]]
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 3), st.integers(1, 8))
+def test_spatial_candidates_are_the_formula(height, width, padding, s):
+    if s > min(height, width) - 2 * padding:
+        return
+
+    def positions(side):
+        if s == 1:
+            return [(side - 1) // 2]
+        return [math.floor(padding + i * (side - 1 - 2 * padding) / (s - 1) + 1e-9) for i in range(s)]
+
+    expected = [r * width + c for r in positions(height) for c in positions(width)]
+    found = spatial_candidates((height, width), s, padding)
+    assert found.tolist() == expected and len(set(expected)) == s * s
+    assert spatial_candidates((height, width), s, padding, class_tokens=1).tolist() == [0, *(j + 1 for j in expected)]
+
+
+def test_random_candidates():
+    drawn = [random_candidates(30, 8) for _ in range(20)]
+    assert all(len(set(d.tolist())) == 8 and 0 <= d.min() and d.max() < 30 for d in drawn)
+    assert len({tuple(d.tolist()) for d in drawn}) > 1
+    fixed = random_candidates(1000, 100, fixed=True)
+    assert torch.equal(fixed, random_candidates(1000, 100, fixed=True)) and len(fixed.unique()) == 100
+    assert 400 < fixed.float().mean() < 600  # spread over the tokens
+    assert random_candidates(30, 8, class_tokens=1)[0] == 0
+
+
+def test_coordinates():
+    expected = [[0, 0], [-1, -1], [-1, 0], [-1, 1], [1, -1], [1, 0], [1, 1]]
+    assert coordinates(grid_places((2, 3)), (2, 3), torch.float64, class_tokens=1).tolist() == expected
+    assert coordinates(grid_places((1,)), (1,), torch.float64).tolist() == [[0]]
+
+
+def test_joined_features_are_scaled_per_image():
+    features = torch.randn(3, 12, 4).double() * torch.tensor([1.0, 10.0, 0.1]).view(3, 1, 1)
+    places = coordinates(grid_places((3, 4)), (3, 4), torch.float64)
+    joined = join_coordinates(features, places, 0.3)
+    for image in range(3):
+        alone = join_coordinates(features[image : image + 1], places, 0.3)
+        torch.testing.assert_close(joined[image : image + 1], alone, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(joined[image, :, :4], 0.3 * features[image] / features[image].std())
+        torch.testing.assert_close(joined[image, :, 4:], 0.7 * places)
+    assert join_coordinates(torch.zeros(1, 12, 4).double(), places, 0.5).isfinite().all()
+
+
+# --- score and aggregate: forward and gradients ---------------------------------------------------------------------
+
+
+def assert_same_gradients(ours, theirs, inputs, tolerance=1e-9):
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+    direction = torch.randn_like(ours)
+    for a, b in zip(torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction), strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@given(problem=problems(), metric=st.sampled_from(KINDS))
+def test_scores_of_pairs(problem, metric):
+    query, key, K = problem
+    inputs = query.requires_grad_(), key.requires_grad_()
+    index = torch.randint(0, key.shape[1], (*query.shape[:2], K))
+    assert_same_gradients(neighbor_scores(query, key, index, metric), pairs(query, key, index, metric), inputs)
+
+
+def test_weights():
+    query, key = torch.randn(2, 4, 3).double(), torch.randn(2, 6, 3).double()
+    index = find_neighbors(query, key, 3, "matmul")
+    chosen = pairs(query, key, index, "euclidean")
+    torch.testing.assert_close(neighbor_weights(query, key, index, "euclidean"), chosen.softmax(-1))
+    torch.testing.assert_close(neighbor_weights(query, key, index, "euclidean", softmax=False), 1 / (1e-8 - chosen))
+    matmul = pairs(query, key, index, "matmul")
+    torch.testing.assert_close(neighbor_weights(query, key, index, "matmul", softmax=False), matmul)
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_distance_of_zero_has_a_finite_gradient(softmax):
+    x = torch.zeros(1, 4, 3, requires_grad=True)
+    index = find_neighbors(x, x, 4, "euclidean")
+    weights = neighbor_weights(x, x, index, "euclidean", softmax=softmax)
+    (gradient,) = torch.autograd.grad(weights.sum(), x)
+    assert weights.isfinite().all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("depthwise", [False, True])
+@given(problem=problems(), D=st.integers(1, 4))
+def test_aggregate_is_a_convolution_over_slots(weighted, depthwise, problem, D):
+    query, values, K = problem
+    B, N, _ = query.shape
+    C = values.shape[2]
+    index = torch.randint(0, values.shape[1], (B, N, K))
+    weight = torch.randn(C, 1, K).double() if depthwise else torch.randn(D, C, K).double()
+    inputs = [values, weight] + [torch.randn(B, N, K).double()] * weighted
+    for x in inputs:
+        x.requires_grad_()
+    factors = inputs[2] if weighted else None
+    ours = aggregate(values, index, weight, factors, depthwise=depthwise)
+    assert_same_gradients(ours, naive_aggregate(values, index, weight, factors, C if depthwise else 1), inputs)
+    assert torch.equal(gather_neighbors(values, index), gather(values, index))
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_aggregate_and_scores_in_chunks(chunks, depthwise):
+    values, query = (torch.randn(2, 9, 3).double().requires_grad_() for _ in range(2))
+    weight = torch.randn(3, 1 if depthwise else 3, 4).double().requires_grad_()
+    index = find_neighbors(query, values, 4, "cosine")
+    ours = aggregate(values, index, weight, neighbor_weights(query, values, index, "cosine"), depthwise=depthwise)
+    factors = pairs(query, values, index, "cosine").softmax(-1)
+    theirs = naive_aggregate(values, index, weight, factors, 3 if depthwise else 1)
+    assert_same_gradients(ours, theirs, (values, query, weight))
+
+
+def test_aggregate_under_autocast_is_bfloat16_with_float32_weights():
+    values, weight = torch.randn(2, 9, 8), torch.randn(5, 8, 4)
+    index = find_neighbors(values, values, 4, "cosine")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        factors = neighbor_weights(values, values, index, "cosine")
+        out = aggregate(values, index, weight, factors)
+    assert factors.dtype == torch.float32 and out.dtype == torch.bfloat16
+    exact = naive_aggregate(values, index, weight, pairs(values, values, index, "cosine").softmax(-1))
+    torch.testing.assert_close(out.float(), exact, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_operators_follow_the_rules_of_torch_library(depthwise):
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    index = find_neighbors(x, x, 2, "cosine")
+    factors = torch.rand(2, 5, 2, requires_grad=True)
+    weight = torch.randn(2, 3) if depthwise else torch.randn(4, 6)
+    torch.library.opcheck(torch.ops.convnn.find_neighbors, (x.detach(), x.detach(), 2, "cosine", None, torch.arange(5)))
+    torch.library.opcheck(torch.ops.convnn.pair_scores, (x, x, index, True))
+    torch.library.opcheck(torch.ops.convnn.aggregate, (x, index, weight.requires_grad_(), factors, depthwise))
+
+
+def test_flops_against_a_hand_count():
+    B, N, M, C, D, K = 2, 5, 7, 3, 4, 3
+    query, key = torch.randn(B, N, C, requires_grad=True), torch.randn(B, M, C, requires_grad=True)
+    weight = torch.randn(D, C, K, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        index = find_neighbors(query, key, K, "matmul")
+        out = aggregate(key, index, weight, neighbor_weights(query, key, index, "matmul"))
+    search, pair, mix = 2 * B * N * M * C, 2 * B * N * K * C, 2 * B * N * K * C * D
+    assert counter.get_total_flops() == search + pair + mix
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * pair + 2 * mix
+
+
+# --- NeighborConfig -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"K": 0}, "K=0 must be at least 1"),
+        ({"K": "9"}, "whole number"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"sample_padding": -1}, "sample_padding=-1"),
+        ({"lambda_param": 1.5}, "lambda_param=1.5"),
+        ({"magnitude_type": "cos"}, "did you mean"),
+        ({"sampling_type": "grid"}, "all, random, spatial"),
+        ({"similarity_type": "loc"}, "Loc_Col"),
+        ({"aggregation_type": "Loc"}, "Col, Loc_Col"),
+        ({"K": 9, "sampling_type": "random", "num_samples": 7}, "K=9 .* 1 to 7"),
+    ],
+)
+def test_config_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        NeighborConfig(**options)
+
+
+def test_config_aliases_and_no_sampling():
+    assert NeighborConfig(magnitude_type="similarity").metric == "cosine"
+    assert NeighborConfig(magnitude_type="distance").metric == "euclidean"
+    assert NeighborConfig(sampling_type="random").sampling == "all"
