@@ -1,0 +1,182 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from allconvnet import LAYERS2D, AllConvNet, AllConvNetConfig, make_layer2d
+from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d
+from options import LAYERS2D_NAMES
+from utils import count_flops, count_parameters
+
+PAIRS = [f"{a}/{b}" for a, b in itertools.permutations(LAYERS2D, 2)]
+LAYERS = [*LAYERS2D, *PAIRS]
+
+
+def make(**options):
+    defaults = {"channels": (4, 8), "K": 3, "num_heads": 2, "image_size": (4, 6), "num_classes": 5}
+    return AllConvNet(AllConvNetConfig(**defaults | options))
+
+
+def test_option_names_are_the_registry():
+    assert tuple(LAYERS2D) == LAYERS2D_NAMES and len(PAIRS) == 12
+
+
+@pytest.mark.parametrize("pattern", ["BA", "NA"])
+@pytest.mark.parametrize("magnitude_type", ["similarity", "distance", "matmul"])
+@pytest.mark.parametrize(("sampling", "samples"), [("all", -1), ("random", 5), ("spatial", 2)])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_layer_trains_a_step(layer, sampling, samples, magnitude_type, pattern):
+    model = make(
+        layer=layer,
+        channels=(16, 16),  # fewer, and ReLU can be dead for all that a branch of attention puts out
+        sampling_type=sampling,
+        num_samples=samples,
+        magnitude_type=magnitude_type,
+        shuffle_pattern=pattern,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, labels = torch.randn(4, 3, 4, 6), torch.arange(4)
+    before = F.cross_entropy(model(x), labels)
+    before.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        # A bias right before BatchNorm has a gradient of zero by nature.
+        assert parameter.grad.abs().sum() > 0 or (name.endswith("bias") and "/" not in layer), name
+    optimizer.step()
+    assert F.cross_entropy(model(x), labels).isfinite()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_are_what_the_name_says(layer):
+    types = {"Conv2d": nn.Conv2d, "ConvNN": ConvNN2d, "ConvNN_Attn": ConvNNAttention2d, "Attention": Attention2d}
+    config = AllConvNetConfig(layer=layer, channels=[8], K=3, image_size=4, branch_ratio=0.25)
+    mixer = make_layer2d(config, 3, 8)
+    if "/" not in layer:
+        assert type(mixer) is types[layer]
+        return
+    first, second = layer.split("/")
+    assert type(mixer) is Branching2d and type(mixer.first) is types[first] and type(mixer.second) is types[second]
+    x = torch.randn(1, 3, 4, 4)
+    assert mixer.first(x).shape[1] == 6 and mixer.second(x).shape[1] == 2
+
+
+@pytest.mark.parametrize(("ratio", "kind"), [(0, nn.Conv2d), (1, ConvNN2d), (0.5, Branching2d)])
+def test_branch_ratio_of_0_and_1_builds_the_single_layer(ratio, kind):
+    config = AllConvNetConfig(layer="Conv2d/ConvNN", channels=[8], K=3, image_size=4, branch_ratio=float(ratio))
+    assert type(make_layer2d(config, 3, 8)) is kind
+
+
+def test_pair_of_layers_is_relu_and_concatenation():
+    model = make(layer="Conv2d/Attention", channels=(8,)).eval()
+    x = torch.randn(2, 3, 4, 6)
+    mixer, norm, _ = model.layers[0]
+    features = norm(torch.cat([mixer.first(x).relu(), mixer.second(x).relu()], 1)).relu().mean((2, 3))
+    torch.testing.assert_close(model(x), model.classifier(features))
+
+
+@pytest.mark.parametrize("layer", LAYERS2D)
+@pytest.mark.parametrize(("channels", "batch"), [(1, 1), (3, 1), (1, 3)])
+def test_grey_and_colour_and_a_batch_of_one(layer, channels, batch):
+    model = make(layer=layer, in_channels=channels)
+    assert model(torch.randn(batch, channels, 4, 6)).shape == (batch, 5)
+
+
+@pytest.mark.parametrize("layer", ["ConvNN", "ConvNN_Attn", "ConvNN/ConvNN_Attn"])
+@pytest.mark.parametrize("K", [1, 6])
+def test_one_neighbor_and_all_neighbors(layer, K):
+    model = make(layer=layer, K=K)  # BA: 4 x 6 pixels are 6 tokens
+    assert model(torch.randn(2, 3, 4, 6)).isfinite().all()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_an_image_is_the_same_alone_and_in_a_batch(layer):
+    model = make(layer=layer, sampling_type="random", num_samples=4, similarity_type="Loc_Col").double().eval()
+    x = torch.randn(3, 3, 4, 6).double()
+    torch.testing.assert_close(model(x)[1:2], model(x[1:2]))
+
+
+@pytest.mark.parametrize(("pattern", "sizes"), [("B", [(8, 12), (4, 6), (2, 3)]), ("A", [(4, 4), (8, 8), (16, 16)])])
+@pytest.mark.parametrize("layer", ["ConvNN", "Attention/ConvNN_Attn"])
+def test_patterns_that_change_the_size_of_the_map(layer, pattern, sizes):
+    channels = (4, 4, 4)[: len(sizes)]
+    if pattern == "B":
+        channels = channels[:2]  # a third layer would have fewer tokens than neighbors
+    model = make(layer=layer, channels=channels, shuffle_pattern=pattern, image_size=sizes[0])
+    seen = []
+    for block in model.layers:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[2:])))
+    model(torch.randn(1, 3, *sizes[0]))
+    assert seen == [*sizes[1:], (32, 32)][: len(channels)] if pattern == "A" else seen == sizes[1:]
+
+
+@pytest.mark.parametrize("layer", LAYERS2D)
+def test_compiles_without_a_graph_break(layer):
+    torch._dynamo.reset()
+    model = make(layer=layer, sampling_type="random", num_samples=4).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 3, 4, 6)
+    torch.testing.assert_close(compiled(x), model(x))
+    model.train()
+    compiled(x).sum().backward()
+
+
+@pytest.mark.parametrize("layer", ["ConvNN", "Conv2d/ConvNN_Attn"])
+def test_inductor_equals_eager(layer):
+    torch._dynamo.reset()
+    model = make(layer=layer).eval()
+    x = torch.randn(2, 3, 4, 6, requires_grad=True)
+    compiled = torch.compile(model)
+    torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+    ours, theirs = (torch.autograd.grad(call(x).square().sum(), [x, *model.parameters()]) for call in (compiled, model))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_parameters_and_flops_by_hand():
+    """Two layers 3 -> 4 -> 8 on 4 x 6 pixels, K = 3, five classes; a multiply-add is two FLOPs."""
+    pixels, tokens, K = 24, 6, 3  # BA with scale 2: a quarter of the tokens, 4 times the channels
+    head = 8 * 5 + 5
+    norms = 2 * 4 + 2 * 8
+
+    conv = make(layer="Conv2d")
+    assert count_parameters(conv) == (3 * 4 * 9 + 4) + (4 * 8 * 9 + 8) + norms + head
+    assert count_flops(conv, torch.zeros(1, 3, 4, 6)) == 2 * pixels * 9 * (3 * 4 + 4 * 8) + 2 * 8 * 5
+
+    convnn = make(layer="ConvNN")
+    assert count_parameters(convnn) == (12 * 16 * K + 16) + (16 * 32 * K + 32) + norms + head
+    search = 2 * tokens * tokens * (12 + 16)
+    mix = 2 * tokens * K * (12 * 16 + 16 * 32)
+    assert count_flops(convnn, torch.zeros(1, 3, 4, 6)) == search + mix + 2 * 8 * 5
+
+    attention = make(layer="Attention")
+    weights = (12 * 48 + 48) + (16 * 16 + 16) + (16 * 96 + 96) + (32 * 32 + 32)
+    assert count_parameters(attention) == weights + norms + head
+    projections = 2 * tokens * (12 * 48 + 16 * 16 + 16 * 96 + 32 * 32)
+    products = 2 * 2 * tokens * tokens * (16 + 32)
+    assert count_flops(attention, torch.zeros(1, 3, 4, 6)) == projections + products + 2 * 8 * 5
+
+    both = make(layer="ConvNN_Attn")
+    assert count_parameters(both) == weights + (16 * 16 * K + 32 * 32 * K) + norms + head
+    search = 2 * tokens * tokens * (16 + 32)
+    scores = 2 * tokens * K * (16 + 32)
+    mix = 2 * tokens * K * (16 * 16 + 32 * 32)
+    assert count_flops(both, torch.zeros(1, 3, 4, 6)) == projections + search + scores + mix + 2 * 8 * 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"K": 7}, "K=7 .* 1 to 6"),
+        ({"image_size": (4, 7)}, "shuffle_scale=2 does not divide the 4 x 7 map"),
+        ({"layer": "Attention", "num_heads": 3}, "num_heads=3"),
+        ({"layer": "Conv2D"}, "did you mean Conv2d"),
+        ({"layer": "Conv2d/Conv2d"}, "two different ones"),
+        ({"layer": "Conv2d/ConvNN", "shuffle_pattern": "B"}, "shuffle_pattern=B"),
+        ({"num_layers": 3}, "num_layers=3 does not match channels=4 8"),
+    ],
+)
+def test_errors_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
