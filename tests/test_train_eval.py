@@ -1,0 +1,370 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import train_eval
+from dataset import DeviceBatches, Recipe
+from options import TrainConfig
+from train_eval import (
+    Average,
+    LearningRate,
+    Meter,
+    NonFiniteLoss,
+    Training,
+    autocast_for,
+    evaluate,
+    make_loss,
+    make_mix,
+    make_optimizer,
+    train_one_epoch,
+)
+from utils import RunError
+
+CPU = torch.device("cpu")
+
+
+def make_batches(n=50, batch_size=16, part="train", classes=3):
+    """Three classes that differ in brightness."""
+    labels = np.arange(n) % classes
+    images = np.random.default_rng(0).integers(0, 60, (n, 1, 4, 4)) + 60 * labels[:, None, None, None]
+    recipe = Recipe("digits", part, batch_size, seed=0, resize=4, device=CPU)
+    return DeviceBatches(images.astype(np.uint8), labels, np.arange(n), recipe)
+
+
+def make_model(dropout=0.0):
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3))
+
+
+def make_training(model=None, steps=4, **options):
+    config = TrainConfig(**{"num_epochs": 3, "batch_size": 16, "lr": 0.01} | options)
+    return Training(model or make_model(), config, CPU, steps)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+# --- sums and losses ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [3, 12])
+def test_meter_counts_images_not_batches(classes):
+    logits, labels = torch.randn(23, classes), torch.randint(0, classes, (23,))
+    meter = Meter(CPU)
+    for part in (slice(0, 10), slice(10, 20), slice(20, 23)):
+        meter.add(F.cross_entropy(logits[part], labels[part]), logits[part], labels[part])
+    order = logits.argsort(dim=1, descending=True)
+    top5 = sum(int(label in row[:5]) for label, row in zip(labels, order, strict=True)) / 23
+    metrics = meter.read()
+    assert metrics.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert metrics.top1 == pytest.approx(100 * (order[:, 0] == labels).float().mean().item())
+    assert metrics.top5 == pytest.approx(100 * top5)
+    assert classes > 5 or metrics.top5 == 100  # top-5 of three classes is top-3
+
+
+def test_meter_counts_the_dominant_label_of_mixed_targets():
+    meter = Meter(CPU)
+    meter.add(torch.tensor(0.0), torch.eye(3), torch.tensor([[0.6, 0.4, 0], [0.6, 0.4, 0], [0, 0.1, 0.9]]))
+    assert meter.read().top1 == pytest.approx(200 / 3)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("soft", [False, True])
+def test_losses_by_their_formulas(smoothing, soft):
+    logits = torch.randn(5, 4).double()
+    labels = torch.randint(0, 4, (5,))
+    shares = torch.rand(5, 4).double().softmax(1) if soft else torch.eye(4).double()[labels]
+    targets = shares if soft else labels
+    smoothed = shares * (1 - smoothing) + smoothing / 4
+    log_probability = logits - logits.exp().sum(1, keepdim=True).log()
+    cross_entropy = -(smoothed * log_probability).sum(1).mean()
+    torch.testing.assert_close(make_loss("CrossEntropy", smoothing)(logits, targets), cross_entropy)
+    torch.testing.assert_close(make_loss("MSE", smoothing)(logits, targets), ((logits - smoothed) ** 2).mean())
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixing_keeps_the_shares_of_pixels(mixup, cutmix):
+    """Images of one constant per class: what an image holds of each must be what its target says."""
+    labels = torch.arange(8) % 4
+    images = F.one_hot(labels, 4).float()[:, :, None, None].expand(-1, -1, 8, 8)
+    mix = make_mix(mixup, cutmix, 4)
+    seen = set()
+    for _ in range(10):
+        mixed, targets = mix(images, labels)
+        torch.testing.assert_close(mixed.mean((2, 3)), targets, atol=1e-5, rtol=0)
+        seen.add(targets.max(1).values.mean().item())
+    assert len(seen) > 1 and make_mix(0.0, 0.0, 4) is None
+
+
+# --- learning rate --------------------------------------------------------------------------------------------------
+
+
+def rates(steps, losses=None, **options):
+    """Learning rate at the start of every epoch."""
+    config = TrainConfig(lr=0.5, num_epochs=12, **options)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedule = LearningRate(optimizer, config, steps)
+    result = []
+    for epoch in range(12):
+        result.append(schedule.now)
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+        schedule.epoch_done(losses[epoch] if losses else 1.0)
+    return result
+
+
+def reference(make, losses=None):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = make(optimizer)
+    result = []
+    for epoch in range(12):
+        result.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step(*([losses[epoch]] if losses else []))
+    return result
+
+
+def test_schedules_are_those_of_torch_at_every_epoch():
+    schedulers = torch.optim.lr_scheduler
+    step = rates(5, scheduler="step", lr_step=4, lr_gamma=0.2)
+    assert step == pytest.approx(reference(lambda o: schedulers.StepLR(o, 4, 0.2)))
+    assert rates(5, scheduler="cosine") == pytest.approx(reference(lambda o: schedulers.CosineAnnealingLR(o, 12)))
+    assert rates(5, scheduler="none") == [0.5] * 12
+    losses = [1, 0.9, 0.9, 0.95, 0.9, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8]
+    plateau = rates(5, losses, scheduler="plateau", lr_step=2, lr_gamma=0.2)
+    expected = reference(lambda o: schedulers.ReduceLROnPlateau(o, factor=0.2, patience=2), losses)
+    assert plateau == pytest.approx(expected) and len(set(plateau)) == 3
+
+
+@pytest.mark.parametrize("scheduler", ["none", "cosine", "plateau"])
+def test_warmup_rises_linearly_step_by_step(scheduler):
+    config = TrainConfig(lr=0.5, num_epochs=4, warmup_epochs=2, scheduler=scheduler)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedule = LearningRate(optimizer, config, 5)
+    seen = []
+    for _ in range(11):
+        seen.append(schedule.now)
+        optimizer.step()
+        schedule.step()
+    assert seen[:10] == pytest.approx([0.5 * (i + 1) / 10 for i in range(10)])
+    assert seen[10] == pytest.approx(0.5)
+
+
+# --- a step ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_a_step_is_the_plain_optimizer_step(name):
+    model, twin = make_model(), make_model()
+    twin.load_state_dict(model.state_dict())
+    training = make_training(model, optimizer=name, clip_grad_norm=0.5, weight_decay=0.1)
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    more = {"momentum": 0.9} if name == "sgd" else {}
+    optimizer = kinds[name](twin.parameters(), lr=0.01, weight_decay=0.1, fused=False, **more)
+    for images, labels in make_batches().epoch(0):
+        training.update(images, labels, make_loss("CrossEntropy"))
+        optimizer.zero_grad()
+        F.cross_entropy(twin(images), labels).backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+        optimizer.step()
+    torch.testing.assert_close(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 16])
+def test_accumulated_micro_batches_are_the_whole_batch(accumulate):
+    whole, parts = make_training(), make_training(accumulate_steps=accumulate)
+    parts.model.load_state_dict(whole.model.state_dict())
+    for images, labels in make_batches().epoch(0):  # 16, 16, 16 and 2 images
+        whole.update(images, labels, make_loss("CrossEntropy"))
+        parts.update(images, labels, make_loss("CrossEntropy"))
+    torch.testing.assert_close(weights(whole.model), weights(parts.model))
+    torch.testing.assert_close(whole.meter.sums, parts.meter.sums)
+
+
+def test_average_of_weights_and_statistics():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    average = Average(model, 0.9)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(3):
+        for value in model.state_dict().values():
+            value.add_(1)
+        average.update(model)
+        for name, value in model.state_dict().items():
+            floating = value.is_floating_point()
+            expected[name] = 0.9 * expected[name] + 0.1 * value if floating else value.clone()
+    for name, value in average.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_never_reaches_the_weights(fault, name):
+    training = make_training(optimizer=name, clip_grad_norm=0.0)
+    batches = list(make_batches().epoch(0))
+    loss_function = make_loss("CrossEntropy")
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * math.inf
+
+    def faulty(logits, targets):
+        return loss_function(logits, targets) * math.nan if fault == "loss" else Overflow.apply(loss_function(logits, targets))
+
+    training.update(*batches[0], loss_function)
+    training.check_finite()
+    before = weights(training.model)
+    training.update(*batches[1], faulty)
+    training.update(*batches[2], loss_function)  # and none after it, until the host has looked
+    assert torch.equal(weights(training.model), before)
+    with pytest.raises(NonFiniteLoss, match=r"epoch 1, step 2, learning rate 0.01; .*--lr"):
+        training.check_finite()
+
+
+def test_float16_needs_cuda():
+    with pytest.raises(RunError, match="bfloat16"):
+        autocast_for(TrainConfig(use_amp=True, amp_dtype="float16"), CPU)
+
+
+def test_mixed_precision_runs_the_model_in_bfloat16():
+    training = make_training(use_amp=True)
+    seen = []
+    training.model[1].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    train_one_epoch(training, make_batches(), make_loss("CrossEntropy"))
+    assert set(seen) == {torch.bfloat16} and {p.dtype for p in training.model.parameters()} == {torch.float32}
+
+
+# --- epochs ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_learns_and_evaluation_counts_every_image_once():
+    training = make_training(lr=0.05)
+    for _ in range(20):
+        metrics = train_one_epoch(training, make_batches(), make_loss("CrossEntropy"))
+        training.epoch, training.step, training.meter = training.epoch + 1, 0, Meter(CPU)
+    assert metrics.top1 > 95
+    results = [
+        evaluate(training.model, make_batches(batch_size=b, part="test"), make_loss("CrossEntropy"), device=CPU)
+        for b in (50, 16, 7)
+    ]
+    ((images, labels),) = make_batches(batch_size=50, part="test").epoch(0)
+    logits = training.model.eval()(images)
+    for result in results:
+        assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+        assert result.top1 == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
+
+
+def test_no_step_waits_for_the_device(monkeypatch):
+    """Looking at a number on the device makes the host wait; over 60 steps that may happen a few times only."""
+    looks = []
+
+    def counted(original):
+        return lambda *args, **kwargs: (looks.append(original.__name__), original(*args, **kwargs))[1]
+
+    training = make_training(clip_grad_norm=1.0, ema_decay=0.9, accumulate_steps=2, steps=60)
+    batches = make_batches(n=240, batch_size=4)
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
+    train_one_epoch(training, batches, make_loss("CrossEntropy"))
+    assert training.step == 60
+    steps = looks.count("item") + looks.count("__bool__") + looks.count("__float__") + looks.count("tolist")
+    assert steps <= 2 * 60 / train_eval.READ_EVERY + 4, looks
+
+
+def test_saving_within_an_epoch(monkeypatch):
+    training = make_training(save_minutes=1e-9, steps=25)
+    saved = []
+    train_one_epoch(
+        training, make_batches(n=100, batch_size=4), make_loss("CrossEntropy"), save=lambda: saved.append(training.step)
+    )
+    assert saved == [20]
+    training = make_training(save_minutes=0.0, steps=25)
+    train_one_epoch(
+        training, make_batches(n=100, batch_size=4), make_loss("CrossEntropy"), save=lambda: saved.append(training.step)
+    )
+    assert saved == [20]
+
+
+@pytest.mark.parametrize("stop", [0, 5, 13])
+def test_a_state_that_is_loaded_goes_on_bit_for_bit(stop):
+    options = {"ema_decay": 0.9, "scheduler": "cosine", "warmup_epochs": 1, "accumulate_steps": 2, "batch_size": 4, "steps": 13}
+    loss_function = make_loss("CrossEntropy")
+    mix = make_mix(0.5, 0.0, 3)
+
+    def run(training):
+        while training.epoch < 2:
+            metrics = train_one_epoch(training, make_batches(batch_size=4), loss_function, mix)
+            training.history.append(list(metrics))
+            training.epoch, training.step, training.meter = training.epoch + 1, 0, Meter(CPU)
+
+    torch.manual_seed(0)
+    whole = make_training(make_model(dropout=0.3), **options)
+    start = {name: value.clone() for name, value in whole.model.state_dict().items()}
+    torch.manual_seed(1)
+    run(whole)
+
+    interrupted = make_training(make_model(dropout=0.3), **options)
+    interrupted.model.load_state_dict(start)
+    interrupted.average.model.load_state_dict(start)
+    torch.manual_seed(1)
+    if stop < 13:
+        states = {}
+        original = interrupted.update
+
+        def recording(*args):
+            original(*args)
+            states[interrupted.step] = torch_copy(interrupted.state_dict({}))
+
+        states[0] = torch_copy(interrupted.state_dict({}))
+        interrupted.update = recording
+        train_one_epoch(interrupted, make_batches(batch_size=4), loss_function, mix)
+        state = states[stop]
+    else:
+        interrupted.history.append(list(train_one_epoch(interrupted, make_batches(batch_size=4), loss_function, mix)))
+        interrupted.epoch, interrupted.step, interrupted.meter = 1, 0, Meter(CPU)
+        state = torch_copy(interrupted.state_dict({}))
+
+    torch.manual_seed(99)
+    resumed = make_training(make_model(dropout=0.3), **options)
+    resumed.load_state_dict(state)
+    run(resumed)
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert torch.equal(weights(resumed.average.model), weights(whole.average.model))
+    assert resumed.history == whole.history and resumed.schedule.now == whole.schedule.now
+
+
+def torch_copy(state):
+    """Through a file's bytes and back, as a checkpoint goes: nothing but tensors and plain values gets through."""
+    import io
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def test_optimizers_have_their_options():
+    model = make_model()
+    group = make_optimizer(model, TrainConfig(optimizer="sgd", lr=0.3, momentum=0.7, weight_decay=0.2)).param_groups[0]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.7, 0.2)
+    assert type(make_optimizer(model, TrainConfig(optimizer="adam"))) is torch.optim.Adam
+    assert type(make_optimizer(model, TrainConfig(optimizer="adamw"))) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize("patience", [0, 1, 2])
+def test_early_stopping_counts_epochs_without_a_better_loss(patience):
+    losses = [1.0, 0.8, 0.9, 0.8, 0.7]
+    stalled = [
+        train_eval._stalled([{"test_loss": loss} for loss in losses[:n]], "test", patience) for n in range(len(losses) + 1)
+    ]
+    expected = {0: [False] * 6, 1: [False, False, False, True, True, False], 2: [False] * 4 + [True, False]}
+    assert stalled == expected[patience]
