@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d
 from options import AllConvNetConfig
@@ -61,7 +62,9 @@ def make_layer2d(config: AllConvNetConfig, in_channels: int, out_channels: int) 
 class AllConvNet(nn.Module):
     """Per entry of `channels` a mixer, BatchNorm and ReLU; then average pooling, dropout and a linear classifier.
 
-    (B, in_channels, H, W) -> logits (B, num_classes). Raises ValueError for a config that cannot be built.
+    (B, in_channels, H, W) -> logits (B, num_classes). Raises ValueError for a config that cannot be built. `recompute`
+    keeps only the inputs of the layers for the backward pass; for a compiled model, since eagerly it would count every
+    batch twice in BatchNorm's statistics.
     """
 
     def __init__(self, config: AllConvNetConfig):
@@ -76,9 +79,12 @@ class AllConvNet(nn.Module):
             layers.append(nn.Sequential(mixer, nn.BatchNorm2d(out_channels), nn.ReLU()))
             in_channels = out_channels
         self.layers = nn.Sequential(*layers)
+        self.recompute = False
         self.dropout = nn.Dropout(0.1)
         self.classifier = nn.Linear(in_channels, config.num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.layers(x).mean(dim=(2, 3))  # (B, C)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.recompute and self.training else layer(x)
+        x = x.mean(dim=(2, 3))  # (B, C)
         return self.classifier(self.dropout(x))

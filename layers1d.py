@@ -87,6 +87,9 @@ class NeighborSelection(nn.Module):
         if grid is not None:
             self._tables(grid, device=None)
 
+    def extra_repr(self) -> str:
+        return f"{self.neighbors}, padding={self.padding}"
+
     def forward(self, query: Tensor, key: Tensor, grid: tuple[int, ...]) -> Tensor:
         """query (B, N, C), key (B, M, C), both joined with coordinates where asked for -> index (B, N, K)."""
         cfg = self.neighbors

@@ -86,8 +86,9 @@ def specs(config: type) -> dict[str, Spec]:
 
 
 def did_you_mean(name: str, valid) -> str:
-    close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    names = {one.lower(): one for one in valid}
+    close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
+    return f"; did you mean {names[close[0]]}?" if close else ""
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
@@ -96,9 +97,11 @@ _KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: 
 def _check_one(name: str, value, spec: Spec):
     """`value` if the option accepts it (a whole number becomes a float where a float is asked for)."""
     if spec.kind is float and type(value) is int:
-        value = float(value)
+        value = float(str(value))  # of the text, as 10**400 is inf then instead of an OverflowError
     if type(value) is not spec.kind:
         raise ValueError(f"{name}={value!r} is not {_KINDS[spec.kind]}")
+    if value == "":
+        raise ValueError(f"{name}='' is empty; give a value or leave {name} out")
     if spec.kind is float and not math.isfinite(value):
         raise ValueError(f"{name}={value} is not a finite number")
     if spec.choices and value not in spec.choices:
@@ -277,9 +280,10 @@ class AllConvNetConfig(NeighborConfig):
     def grids(self) -> list[tuple[int, int]]:
         """Height and width of the feature map that enters each layer; patterns A and B change it on the way."""
         height, width = self.image_size
-        if self.layer == "Conv2d" or self.shuffle_pattern in ("BA", "NA"):
+        names = [name for name, _ in self.branches(2)]
+        if names == ["Conv2d"] or self.shuffle_pattern in ("BA", "NA"):
             return [(height, width)] * self.num_layers
-        if "Conv2d" in dict(self.branches(2)):
+        if "Conv2d" in names:
             raise ValueError(
                 f"shuffle_pattern={self.shuffle_pattern} changes the size of the map and Conv2d keeps it; use BA or NA"
             )
@@ -411,7 +415,7 @@ class TrainConfig:
             raise ValueError(f"export={self.export!r} writes weights and test_only=True writes only its results; drop one")
         if self.checkpoint and not self.checkpoint.endswith((".pt", ".pth", ".safetensors")):
             raise ValueError(f"checkpoint={self.checkpoint!r} must end in .pt, .pth or .safetensors")
-        if self.checkpoint and not Path(self.checkpoint).is_file():
+        if self.checkpoint and not os.path.isfile(self.checkpoint):
             raise ValueError(f"checkpoint={self.checkpoint!r} does not exist")
 
 
@@ -441,7 +445,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line, exit status 2; `name=value` in a message becomes the flag a user would type."""
         names = "|".join(action.dest for action in self._actions)
-        message = re.sub(rf"(?<![\w-])({names})=", r"--\1 ", " ".join(message.split()))
+        message = re.sub(rf"(?<!\S)({names})=", r"--\1 ", " ".join(message.split()))
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -465,9 +469,9 @@ def _add_option(group, name: str, spec: Spec, default) -> None:
 
 def _convert(name: str, value, spec: Spec):
     """Text from the command line (or `1e-3`, which YAML reads as text) to the option's type."""
-    if isinstance(value, list):
-        return tuple(_convert(name, item, spec) for item in value)
-    if not isinstance(value, str) or spec.kind is str:
+    if isinstance(value, list) and spec.many:
+        return tuple(_convert(name, item, spec._replace(many=False)) for item in value)
+    if not isinstance(value, str) or spec.kind is str or spec.many:
         return None if spec.optional and value in ("none", "None") else value
     if spec.optional and value.lower() == "none":
         return None
@@ -486,11 +490,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a key that stands twice is an error instead of the last one winning."""
 
     def construct_mapping(self, node, deep=False):
-        seen = set()
+        seen = []  # a key that is a list or mapping cannot be hashed
         for key, _ in node.value:
             if key.value in seen:
                 raise ValueError(f"the key {key.value!r} stands twice")
-            seen.add(key.value)
+            seen.append(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -500,7 +504,7 @@ def read_yaml(path: str) -> dict:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise ValueError(f"config={path!r}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"config={path!r}: {error}") from None
     if values is None:
         return {}
@@ -511,7 +515,7 @@ def read_yaml(path: str) -> dict:
 
 def _count_classes(data_path: str) -> int:
     train = Path(data_path) / "train"
-    if not train.is_dir() or not (Path(data_path) / "val").is_dir():
+    if not all(os.path.isdir(os.path.join(data_path, part)) for part in ("train", "val")):
         raise ValueError(f"data_path={data_path!r} must hold train/ and val/ with one folder per class for dataset=folder")
     classes = sum(entry.is_dir() for entry in train.iterdir())
     if classes < 2:
@@ -542,6 +546,7 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
 
 def make_parser(model_type: type, description: str, defaults: dict) -> argparse.ArgumentParser:
     parser = _Parser(description=description, usage="%(prog)s [options]", allow_abbrev=False)
+    parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.I)  # -1e-3 is a value as well, not a flag
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags on the command line win")
     titles = {model_type: "model and layer", NeighborConfig: "neighbors", DataConfig: "data", TrainConfig: "training"}
     groups = {}
@@ -572,11 +577,11 @@ def parse_options(
     given = vars(given)
     if rest:
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        what = "unknown option" if rest[0].startswith("-") else "a value without an option:"
-        parser.error(f"{what} {rest[0]}{did_you_mean(rest[0].split('=')[0], flags)}")
+        what = f"unknown option {rest[0]}" if rest[0].startswith("-") else f"a value without an option: {rest[0]!r}"
+        parser.error(f"{what}{did_you_mean(rest[0].split('=')[0], flags)}")
     path = given.pop("config")
     try:
-        values = read_yaml(path) if path else {}
+        values = {} if path is None else read_yaml(path)
         for name in values:
             if name not in known:
                 raise ValueError(f"config={path!r}: unknown key {name!r}{did_you_mean(name, known)}")

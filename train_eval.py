@@ -180,8 +180,7 @@ def compile_for(config: TrainConfig, model: nn.Module) -> Callable:
     if not config.use_compiled:
         return model
     if config.compile_mode == "reduce-memory":
-        # Keep almost no activations for the backward pass: compute them again from the layer inputs.
-        torch._functorch.config.activation_memory_budget = 0.0
+        model.recompute = True
         return torch.compile(model)
     return torch.compile(model, mode=config.compile_mode)
 
@@ -344,12 +343,13 @@ def evaluate(
 ) -> Metrics:
     """Means over all images of `batches`, every one counted once; `call` is the compiled model if there is one."""
     model.eval()
+    call = model if call is None else call
     meter = Meter(device)
     progress = Progress(title, batches.num_samples)
     for step, (images, labels) in enumerate(batches.epoch(0), start=1):
         torch.compiler.cudagraph_mark_step_begin()
         with autocast():
-            logits = (call or model)(images)
+            logits = call(images)
         logits = logits.float()
         meter.add(loss_function(logits, labels), logits, labels)
         progress.advance(len(images))

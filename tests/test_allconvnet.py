@@ -134,6 +134,30 @@ def test_inductor_equals_eager(layer):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_recomputed_activations_change_nothing():
+    """The compile mode reduce-memory: gradients with the same random candidates, statistics of BatchNorm counted once."""
+    x = torch.randn(4, 3, 4, 6)
+    results = []
+    for recompute in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = make(layer="ConvNN/ConvNN_Attn", sampling_type="random", num_samples=4)
+        model.recompute = recompute
+        saved = []
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: (saved.append(t.numel()), t)[1], lambda t: t):
+            y = torch.compile(model, backend="aot_eager")(x)
+        y.square().sum().backward()
+        gradients = [p.grad for p in model.parameters()]
+        results.append((gradients, dict(model.named_buffers()), sum(saved)))
+    (gradients, buffers, saved), (again, buffers_again, saved_again) = results
+    for a, b in zip(gradients, again, strict=True):
+        torch.testing.assert_close(a, b)
+    for name, value in buffers.items():
+        torch.testing.assert_close(value, buffers_again[name])
+    assert saved_again < saved
+
+
 def test_parameters_and_flops_by_hand():
     """Two layers 3 -> 4 -> 8 on 4 x 6 pixels, K = 3, five classes; a multiply-add is two FLOPs."""
     pixels, tokens, K = 24, 6, 3  # BA with scale 2: a quarter of the tokens, 4 times the channels

@@ -1,0 +1,344 @@
+"""The command line as a user types it: what it prints, what it leaves, what it says when something is wrong."""
+
+import csv
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import utils
+from allconvnet_main import main
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--dataset digits --layer Conv2d/ConvNN --channels 4 8 --batch_size 32 --train_limit 100 --test_limit 50 --device cpu"
+OUTPUTS = "args.txt config.yaml model.txt train_eval_results.txt metrics.csv summary.json curves.png last.pt best.pt".split()
+
+
+def run(line, folder, *, epochs=2):
+    return main([*shlex.split(f"{SMALL} --num_epochs {epochs} {line}"), "--output_dir", str(folder)])
+
+
+def fails(line, capsys):
+    """The one line on stderr of a command that ends with status 2."""
+    with pytest.raises(SystemExit) as end:
+        main(shlex.split(line))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and "Traceback" not in error, error
+    return error
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two epochs, for tests that only read it."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert run("", folder) == 0
+    return folder
+
+
+# --- outputs --------------------------------------------------------------------------------------------------------
+
+
+def test_outputs_are_all_there(trained):
+    assert sorted(path.name for path in trained.iterdir()) == sorted(OUTPUTS)
+    table = rows(trained)
+    assert list(table[0]) == (
+        "epoch lr train_loss train_top1 train_top5 test_loss test_top1 test_top5 seconds images_per_s".split()
+    )
+    assert [row["epoch"] for row in table] == ["1", "2"]
+    assert all(0 <= float(row[name]) <= 100 for row in table for name in row if "top" in name)
+    results = (trained / "train_eval_results.txt").read_text().splitlines()
+    assert results[0].startswith("epoch   1") and results[1].startswith("epoch   2")
+    assert "average epoch time" in results[-2] and "chosen on the test set" in results[-1]
+    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_args_and_config_hold_every_option(trained):
+    args = dict(line.split(": ", 1) for line in (trained / "args.txt").read_text().splitlines())
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert list(args) == list(config)
+    assert args["channels"] == "4 8" and config["channels"] == [4, 8]
+    assert args["num_layers"] == "2" and args["resize"] == "8" and args["lr"] == "0.001"
+
+
+def test_summary(trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    table = rows(trained)
+    assert summary["finished"] and summary["epochs"] == 2
+    assert summary["best"]["test_top1"] == max(float(row["test_top1"]) for row in table)
+    assert summary["final"]["test_loss"] == float(table[-1]["test_loss"])
+    assert summary["best_epoch_chosen_on"] == "test set" and "--val_fraction" in summary["note"]
+    assert summary["latency_ms_per_image"] > 0 and summary["peak_memory_bytes"] > 0
+    model = (trained / "model.txt").read_text()
+    assert f"{summary['parameters']:,}" in model and "Branching2d" in model
+    state = torch.load(trained / "best.pt", weights_only=True)
+    assert summary["parameters"] == sum(v.numel() for k, v in state["model"].items() if "running" not in k and "num_b" not in k)
+
+
+def test_checkpoints_hold_what_the_design_names(trained):
+    for name in ("last.pt", "best.pt"):
+        state = torch.load(trained / name, weights_only=True)
+        assert list(state) == "model optimizer scheduler scaler ema sampler rng epoch step best history config".split()
+    assert (state["epoch"], state["step"]) == (state["best"]["epoch"], 0)
+
+
+def test_config_of_a_run_runs_again_with_equal_numbers(trained, tmp_path):
+    assert main(["--config", str(trained / "config.yaml"), "--output_dir", str(tmp_path / "again")]) == 0
+    names = [name for name in rows(trained)[0] if name not in ("seconds", "images_per_s")]
+    assert [[row[n] for n in names] for row in rows(trained)] == [[row[n] for n in names] for row in rows(tmp_path / "again")]
+
+
+def test_output_goes_to_a_folder_named_after_the_layer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(f"{SMALL} --num_epochs 1")) == 0
+    assert (tmp_path / "Output" / "AllConvNet" / "Conv2d-ConvNN" / "best.pt").exists()
+
+
+def test_another_run_in_the_folder_is_written_over_with_a_warning(tmp_path, capsys):
+    run("", tmp_path / "run")
+    weights = (tmp_path / "run" / "best.pt").read_bytes()
+    capsys.readouterr()
+    run("--seed 1", tmp_path / "run", epochs=1)
+    assert "warning" in capsys.readouterr().err
+    assert len(rows(tmp_path / "run")) == 1 and (tmp_path / "run" / "best.pt.old").read_bytes() == weights
+
+
+# --- flags do what they say -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--use_amp",
+        "--clip_grad_norm 0 --optimizer sgd --momentum 0.5 --scheduler step --lr_step 1",
+        "--accumulate_steps 4 --criterion MSE --label_smoothing 0.1 --optimizer adam --scheduler plateau",
+        "--mixup 0.5 --cutmix 0.5 --ema_decay 0.5 --scheduler cosine --warmup_epochs 1 --augment --noise 0.1",
+        "--deterministic --save_minutes 0.0001 --num_workers 0 --no-download",
+        "--resize 12 --layer Attention/ConvNN_Attn --sampling_type random --num_samples 12",
+    ],
+)
+def test_flags_train(line, tmp_path):
+    assert run(line, tmp_path / "run") == 0
+    assert all(torch.isfinite(torch.tensor(float(value))) for row in rows(tmp_path / "run") for value in row.values())
+
+
+def test_compiled(tmp_path):
+    torch._dynamo.reset()
+    assert run("--use_compiled --layer Conv2d --channels 4", tmp_path / "run", epochs=1) == 0
+    assert not any("_orig_mod" in name for name in torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"])
+
+
+def test_seeds_repeat_and_differ(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(f"--seed {seed} --layer ConvNN --sampling_type random --num_samples 12", tmp_path / name, epochs=1)
+    losses = [rows(tmp_path / name)[0]["test_loss"] for name in "abc"]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_validation_set_chooses_the_best_epoch(tmp_path):
+    run("--val_fraction 0.3 --lr 0.01", tmp_path / "run", epochs=4)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    table = rows(tmp_path / "run")
+    assert summary["best_epoch_chosen_on"] == "validation set" and summary["train_images"] == 70
+    assert summary["best"]["val_top1"] == max(float(row["val_top1"]) for row in table)
+    assert "best val top-1" in (tmp_path / "run" / "train_eval_results.txt").read_text()
+
+
+def test_early_stopping(tmp_path):
+    run("--early_stopping 2 --lr 0", tmp_path / "run", epochs=9)  # a loss that BatchNorm's statistics alone can change
+    losses = [float(row["test_loss"]) for row in rows(tmp_path / "run")]
+    assert len(losses) < 9 and min(losses[-2:]) >= min(losses[:-2])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
+
+
+def test_save_every_and_export_and_checkpoint(tmp_path):
+    pytest.importorskip("safetensors")
+    exported = tmp_path / "w.safetensors"
+    run(f"--save_every 2 --export {exported}", tmp_path / "run", epochs=4)
+    assert {path.name for path in (tmp_path / "run").glob("epoch_*.pt")} == {"epoch_2.pt", "epoch_4.pt"}
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
+    for path in (exported, tmp_path / "run" / "best.pt"):
+        weights = utils.evaluated_weights(utils.load_checkpoint(path))
+        assert all(torch.equal(weights[name], value) for name, value in best.items())
+        run(f"--checkpoint {path} --lr 0 --weight_decay 0", tmp_path / "from", epochs=1)
+        started = torch.load(tmp_path / "from" / "last.pt", weights_only=True)["model"]
+        assert all(
+            torch.equal(started[name], value) for name, value in best.items() if "running" not in name and "num" not in name
+        )
+
+
+def test_tensorboard(tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run("--tensorboard", tmp_path / "run")
+    events = accumulators.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    values = [event.value for event in events.Scalars("test_loss")]
+    assert values == pytest.approx([float(row["test_loss"]) for row in rows(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("more", ["", "--ema_decay 0.5"])
+def test_test_only_gives_the_number_of_the_best_epoch_and_writes_nothing_else(more, tmp_path, capsys):
+    folder = tmp_path / "run"
+    run(more, folder, epochs=3)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert run(f"--test_only {more}", folder) == 0
+    results = json.loads((folder / "test_results.json").read_text())
+    best = json.loads((folder / "summary.json").read_text())["best"]
+    assert (results["top1"], results["top5"]) == (best["test_top1"], best["test_top5"])
+    assert results["loss"] == pytest.approx(best["test_loss"]) and results["images"] == 50
+    assert f"top-1 {best['test_top1']:.2f}" in capsys.readouterr().out
+    (folder / "test_results.json").unlink()
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_resume_goes_on_where_the_run_stopped(trained, tmp_path, capsys):
+    run("", tmp_path / "run", epochs=1)
+    assert run("--resume", tmp_path / "run") == 0
+    assert "resumed" in capsys.readouterr().out
+    ours, theirs = (torch.load(folder / "last.pt", weights_only=True) for folder in (tmp_path / "run", trained))
+    assert all(torch.equal(ours["model"][name], value) for name, value in theirs["model"].items())
+    assert [row["test_loss"] for row in rows(tmp_path / "run")] == [row["test_loss"] for row in rows(trained)]
+    assert run("--resume", tmp_path / "run") == 0  # a finished run stays finished
+    assert len(rows(tmp_path / "run")) == 2
+
+
+def test_resume_without_a_run_starts_one(tmp_path):
+    assert run("--resume", tmp_path / "run", epochs=1) == 0
+    assert len(rows(tmp_path / "run")) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    assert run("--lr 1e30 --clip_grad_norm 0 --optimizer sgd", tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert re.search(r"not finite at epoch 1, step \d+, learning rate 1e\+30", error) and "--lr" in error
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+# --- what is wrong ends in one line ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--device cuda", ["--device cuda", "cpu"]),
+        ("--use_amp --amp_dtype float16", ["--amp_dtype float16", "bfloat16"]),
+        ("--test_only", ["--test_only", "best.pt", "--checkpoint"]),
+        ("--dataset cifar10 --no-download --data_path nowhere", ["nowhere", "cifar-10-batches-py", "--dataset digits"]),
+        (
+            "--dataset fashion_mnist --no-download --data_path nowhere",
+            ["nowhere", "train-images-idx3-ubyte", "--dataset digits"],
+        ),
+        ("--dataset imagenette --no-download --data_path nowhere", ["nowhere", "train/", "--dataset digits"]),
+        ("--train_limit 5000", ["--train_limit 5000", "1437"]),
+        ("--K 20", ["--K 20", "1 to 16"]),
+        ("--layr ConvNN", ["--layr", "--layer"]),
+    ],
+)
+def test_errors_before_anything_is_written(line, words, tmp_path, monkeypatch, capsys):
+    if "cuda" in line and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    monkeypatch.chdir(tmp_path)
+    device = "" if "--device" in line else "--device cpu"
+    error = fails(f"--dataset digits --num_epochs 1 {device} {line}", capsys)
+    assert all(word in error for word in words), error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "--output_dir" in fails(f"{SMALL} --output_dir {tmp_path / 'file'}", capsys)
+
+
+def test_checkpoint_of_another_architecture_names_the_first_difference(trained, tmp_path, capsys):
+    base = f"--dataset digits --checkpoint {trained / 'best.pt'} --test_only --device cpu"
+    assert "layers.0.0.first.weight" in fails(f"{base} --layer Conv2d/ConvNN --channels 6 8", capsys)
+    assert "layers.0.0.weight" in fails(f"{base} --layer Conv2d --channels 4 8", capsys)
+    assert "layers.2.0" in fails(f"{base} --layer Conv2d/ConvNN --channels 4 8 8", capsys)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 truncated"])
+def test_a_file_that_is_no_checkpoint(content, tmp_path, capsys):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    assert str(path) in fails(f"{SMALL} --checkpoint {path} --test_only", capsys)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "touched",))
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    fails(f"{SMALL} --checkpoint {tmp_path / 'evil.pt'} --test_only", capsys)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_resume_under_other_options(trained, capsys):
+    base = f"{SMALL} --num_epochs 4 --output_dir {trained} --resume"
+    assert "--lr 0.001, not 0.5" in fails(f"{base} --lr 0.5", capsys)
+    assert "--K 9, not 5" in fails(f"{base} --K 5", capsys)
+
+
+def test_torchvision_made_for_another_torch_is_one_line(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    command = [sys.executable, "allconvnet_main.py", *shlex.split("--dataset imagenette --download --data_path nowhere")]
+    result = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "run")],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "torchvision" in result.stderr and "pip install" in result.stderr
+
+
+# --- progress, and the README ---------------------------------------------------------------------------------------
+
+
+def test_without_a_terminal_there_is_one_line_per_epoch(tmp_path):
+    command = [
+        sys.executable,
+        "allconvnet_main.py",
+        *shlex.split(f"{SMALL} --num_epochs 2 --output_dir"),
+        str(tmp_path / "run"),
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == ""
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["Conv2d/ConvNN", "epoch", "epoch", "best"]
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if re.match(r"\s*python allconvnet_main.py", line)]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_commands_of_the_readme_parse(command, monkeypatch):
+    from options import AllConvNetConfig, parse_options
+
+    monkeypatch.chdir(ROOT)
+    parse_options(AllConvNetConfig, "AllConvNet", "", shlex.split(command)[2:])
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        "--layer ConvNN --sampling_type spatial --num_samples 8 --K 9 --channels 64 128 256 --num_layers 3",
+        "--layer Attention/ConvNN_Attn --sampling_type random --num_samples 32 --channels 64 128 256 --num_layers 3",
+    ],
+)
+def test_the_two_examples_of_the_readme_run(example, tmp_path):
+    assert any(example in " ".join(command.split()) for command in readme_commands())
+    small = "--dataset digits --resize 32 --num_epochs 1 --train_limit 20 --test_limit 10 --batch_size 10 --device cpu"
+    assert main([*shlex.split(f"{example} {small}"), "--output_dir", str(tmp_path / "run")]) == 0

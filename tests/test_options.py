@@ -1,0 +1,723 @@
+"""The expectations here are written out from the flag reference, not taken from `options.py`."""
+
+import dataclasses
+import math
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import options
+from options import AllConvNetConfig, DataConfig, NeighborConfig, Options, TrainConfig, parse_options
+
+ROOT = Path(__file__).parent.parent
+BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "resume", "test_only", "tensorboard")
+LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention")
+
+# What `allconvnet_main.py` without a flag resolves to; num_workers depends on the machine.
+DEFAULTS = {
+    # model and layer
+    "layer": "ConvNN",
+    "num_layers": 5,
+    "channels": [32, 64, 128, 256, 512],
+    "kernel_size": 3,
+    "num_heads": 4,
+    "shuffle_pattern": "BA",
+    "shuffle_scale": 2,
+    "padding": 0,
+    "branch_ratio": 0.5,
+    # neighbors
+    "K": 9,
+    "sampling_type": "all",
+    "num_samples": -1,
+    "sample_padding": 0,
+    "magnitude_type": "similarity",
+    "similarity_type": "Col",
+    "aggregation_type": "Col",
+    "lambda_param": 0.5,
+    # data
+    "dataset": "cifar10",
+    "data_path": "./Data",
+    "resize": 32,
+    "val_fraction": 0.0,
+    "augment": False,
+    "noise": 0.0,
+    "download": True,
+    "num_workers": ...,
+    "train_limit": None,
+    "test_limit": None,
+    # training
+    "batch_size": 256,
+    "num_epochs": 150,
+    "use_amp": False,
+    "amp_dtype": "bfloat16",
+    "use_compiled": False,
+    "compile_mode": "default",
+    "clip_grad_norm": 1.0,
+    "accumulate_steps": 1,
+    "criterion": "CrossEntropy",
+    "label_smoothing": 0.0,
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "weight_decay": 1e-6,
+    "momentum": 0.9,
+    "scheduler": "none",
+    "lr_step": 20,
+    "lr_gamma": 0.1,
+    "warmup_epochs": 0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "ema_decay": 0.0,
+    "early_stopping": 0,
+    # system and output
+    "device": "auto",
+    "seed": 0,
+    "deterministic": False,
+    "output_dir": "./Output/AllConvNet/ConvNN",
+    "resume": False,
+    "checkpoint": None,
+    "save_minutes": 10.0,
+    "save_every": 0,
+    "export": None,
+    "test_only": False,
+    "tensorboard": False,
+}
+CHOICES = {
+    "shuffle_pattern": ("BA", "NA", "B", "A"),
+    "sampling_type": ("all", "random", "spatial"),
+    "magnitude_type": ("similarity", "cosine", "distance", "euclidean", "matmul"),
+    "similarity_type": ("Col", "Loc", "Loc_Col"),
+    "aggregation_type": ("Col", "Loc_Col"),
+    "dataset": (
+        *("cifar10", "cifar100", "imagenet", "imagenet100", "imagenette"),
+        *("mnist", "fashion_mnist", "digits", "folder"),
+    ),
+    "amp_dtype": ("bfloat16", "float16"),
+    "compile_mode": ("default", "reduce-overhead", "reduce-memory", "max-autotune"),
+    "criterion": ("CrossEntropy", "MSE"),
+    "optimizer": ("adam", "sgd", "adamw"),
+    "scheduler": ("step", "cosine", "plateau", "none"),
+    "device": ("auto", "cpu", "cuda", "mps"),
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty working directory: no ./Data, and what is written shows."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def parse(*argv: str) -> Options:
+    """Options of a command line, given as words or as one text."""
+    argv = shlex.split(argv[0]) if len(argv) == 1 else argv
+    return parse_options(AllConvNetConfig, "AllConvNet", "Train.", list(argv))[0]
+
+
+def parse_yaml(text: str, *argv: str) -> Options:
+    Path("c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return parse("--config", "c.yaml", *argv)
+
+
+def values(*argv: str) -> dict:
+    return parse(*argv).as_dict()
+
+
+def error_of(call, *args, capsys) -> str:
+    """The one line on stderr that a command line ends in, with exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        call(*args)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.endswith("\n") and len(err.splitlines()) == 1, err
+    return err.strip()
+
+
+def assert_says(line: str, fragments: str) -> None:
+    """`fragments` are separated by "; "."""
+    for fragment in fragments.split("; "):
+        assert re.search(rf"(?<!\w){re.escape(fragment)}(?!\w)", line), f"{fragment!r} is not in: {line}"
+
+
+def defaults_of(config: type) -> dict:
+    return {f.name: f.default for f in dataclasses.fields(config)}
+
+
+# --- the flags ------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_reference():
+    found = values("")
+    assert set(found) == set(DEFAULTS)
+    for name, expected in DEFAULTS.items():
+        if expected is not ...:
+            assert found[name] == expected and type(found[name]) is type(expected), name
+    assert type(found["num_workers"]) is int and 0 <= found["num_workers"] <= 8
+
+
+def test_flags_are_those_of_the_reference_and_no_others():
+    _, parser = parse_options(AllConvNetConfig, "AllConvNet", "Train.", [])
+    found = {flag for action in parser._actions for flag in action.option_strings}
+    assert found == {"-h", "--help", "--config"} | {f"--{name}" for name in DEFAULTS} | {f"--no-{name}" for name in BOOLEANS}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_are_those_of_the_reference(name, capsys):
+    Path("val").mkdir()
+    Path("train/a").mkdir(parents=True)
+    Path("train/b").mkdir()
+    for choice in CHOICES[name]:  # one layer of width 4 and K = 4: pattern B halves the map, digits are 8 x 8
+        assert values(f"--channels 4 --K 4 --data_path . --{name} {choice}")[name] == choice
+    line = error_of(parse, f"--{name} no-such", capsys=capsys)
+    listed = re.search(r"is not one of ([^;]+)", line)[1].split(", ")
+    assert sorted(listed) == sorted(CHOICES[name])
+
+
+def test_layer_is_one_or_two_different_ones(capsys):
+    for layer in [*LAYERS, *(f"{a}/{b}" for a in LAYERS for b in LAYERS if a != b)]:
+        found = values(f"--layer {layer}")
+        assert found["layer"] == layer
+        assert found["output_dir"] == "./Output/AllConvNet/" + layer.replace("/", "-")
+    for bad in ("ConvNNAttention", "ConvNN/ConvNN", "ConvNN/", "/ConvNN", "", "Conv2d/ConvNN/Attention", "Conv2d/Conv1d"):
+        assert_says(error_of(parse, "--layer", bad, capsys=capsys), f"--layer {bad!r}")
+
+
+def test_sizes_follow_the_data_set():
+    sizes = {"cifar10": 32, "cifar100": 32, "mnist": 28, "fashion_mnist": 28, "digits": 8}
+    sizes |= dict.fromkeys(["imagenet", "imagenet100", "imagenette"], 224)
+    classes = {"cifar100": 100, "imagenet": 1000, "imagenet100": 100}
+    for name, size in sizes.items():
+        model, data, _ = parse(f"--dataset {name}")
+        assert data.resize == size and model.image_size == (size, size)
+        assert model.in_channels == (1 if size in (28, 8) else 3)
+        assert model.num_classes == classes.get(name, 10)
+        assert parse(f"--dataset {name} --resize 48").model.image_size == (48, 48)
+
+
+def test_classes_of_a_folder_are_counted(capsys):
+    assert_says(error_of(parse, "--dataset folder --data_path pets", capsys=capsys), "--data_path 'pets'; train/; val/")
+    Path("pets/train/cat").mkdir(parents=True)
+    assert_says(error_of(parse, "--dataset folder --data_path pets", capsys=capsys), "--data_path 'pets'; train/; val/")
+    Path("pets/val").mkdir()
+    assert_says(error_of(parse, "--dataset folder --data_path pets", capsys=capsys), "--data_path 'pets'; 1; at least 2")
+    Path("pets/train/notes.txt").touch()
+    Path("pets/train/dog").mkdir()
+    assert parse("--dataset folder --data_path pets").model.num_classes == 2
+
+
+def test_help_names_every_flag_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert not stop.value.code
+    for name, default in DEFAULTS.items():
+        section = re.search(rf"^  --{name} (.*?)(?=^  --|^\S|\Z)", text, re.M | re.S)
+        assert section, name
+        stated = re.search(r"\(default: ([^)]*)\)", " ".join(section[1].split()))
+        if name not in ("num_layers", "resize", "output_dir", "num_workers") and default is not None:
+            assert stated[1] == (" ".join(map(str, default)) if isinstance(default, list) else str(default))
+
+
+def test_neighbor_config_alone():
+    assert defaults_of(NeighborConfig) == {name: DEFAULTS[name] for name in defaults_of(NeighborConfig)} | {
+        "magnitude_type": "cosine"
+    }
+    names = {"similarity": "cosine", "distance": "euclidean", "cosine": "cosine", "euclidean": "euclidean", "matmul": "matmul"}
+    for name, metric in names.items():
+        assert parse(f"--magnitude_type {name}").model.neighbors == NeighborConfig(magnitude_type=name)
+        assert NeighborConfig(magnitude_type=name).metric == metric
+    assert NeighborConfig(sampling_type="spatial").sampling == "all"  # num_samples=-1
+    assert NeighborConfig(sampling_type="spatial", num_samples=3).sampling == "spatial"
+
+
+# --- parsing --------------------------------------------------------------------------------------------------------
+
+
+def test_flags_win_over_yaml_over_defaults():
+    assert parse_yaml("K: 5\nlr: 0.5\n", "--K", "7").as_dict() == values("--K 7 --lr 0.5")
+    assert parse_yaml("augment: true\nuse_amp: true", "--no-augment").as_dict() == values("--use_amp")
+    assert parse_yaml("channels: [8, 8]", "--channels", "4").model.channels == (4,)
+    assert parse_yaml("") == parse_yaml("# nothing\n") == parse("")
+    assert parse("--config", "c.yaml", "--K", "3") == parse("--K", "3", "--config", "c.yaml")
+
+
+def test_a_programs_own_defaults_lose_to_yaml_and_flags():
+    def lr(*argv):
+        return parse_options(AllConvNetConfig, "AllConvNet", "Train.", list(argv), defaults={"lr": 1e-4})[0].train.lr
+
+    Path("lr.yaml").write_text("lr: 0.3")
+    assert (lr(), lr("--config", "lr.yaml"), lr("--config", "lr.yaml", "--lr", "0.2")) == (1e-4, 0.3, 0.2)
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+def test_booleans_in_all_forms(name):
+    for on in (f"--{name}", f"--{name} True", f"--{name} true", f"--{name}=True", f"--no-{name} --{name}"):
+        assert values(on)[name] is True
+    for off in (f"--no-{name}", f"--{name} False", f"--{name} false", f"--{name}=False", f"--{name} --no-{name}"):
+        assert values(off)[name] is False
+    assert parse_yaml(f"{name}: true").as_dict()[name] is True
+    assert parse_yaml(f"{name}: 'False'").as_dict()[name] is False
+
+
+def test_a_boolean_flag_leaves_the_next_flag_alone():
+    found = values("--augment --K 4 --use_amp")
+    assert found["augment"] is found["use_amp"] is True and found["K"] == 4
+
+
+def test_numbers_as_yaml_and_people_write_them():
+    found = parse_yaml("lr: 1e-3\nweight_decay: 1e-6\nnoise: 1\nmomentum: '.5'\nseed: '7'").as_dict()
+    expected = {"lr": 1e-3, "weight_decay": 1e-6, "noise": 1.0, "momentum": 0.5, "seed": 7}
+    assert {name: found[name] for name in expected} == expected
+    assert all(type(found[name]) is type(value) for name, value in expected.items())
+    assert values("--lr 1e-3 --noise 1 --momentum .5 --num_samples -1")["noise"] == 1.0
+
+
+def test_none_where_it_is_allowed():
+    optional = ("num_layers", "resize", "num_workers", "train_limit", "test_limit", "output_dir", "checkpoint", "export")
+    for name in optional:
+        for text in ("none", "None"):
+            assert values(f"--{name} {text}") == values("")
+            assert parse_yaml(f"{name}: {text}").as_dict() == values("")
+        assert parse_yaml(f"{name}: null").as_dict() == values("")
+    assert values("--scheduler none")["scheduler"] == "none"
+
+
+def test_lists():
+    assert values("--channels 8 16 --K 3")["channels"] == [8, 16]
+    assert parse_yaml("channels: [8, '16']").as_dict()["channels"] == [8, 16]
+    assert parse_yaml("channels:\n- 8\n- 16\n").model.num_layers == 2
+    assert values("--channels 8 16 --num_layers 2")["num_layers"] == 2
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+# Command line, and what the one line must say: the flag, the value, and what would work.
+BAD = [
+    # unknown
+    ("--chan 3", "--chan; did you mean --channels?"),
+    ("--chan=3", "--chan; did you mean --channels?"),
+    ("--num_epoch 3", "--num_epoch; did you mean --num_epochs?"),
+    ("--k 3", "--k; did you mean --K?"),
+    ("-K 3", "-K; did you mean --K?"),
+    ("--use-amp", "--use-amp; did you mean --use_amp?"),
+    ("--no-lr", "--no-lr"),
+    ("--d_model 3", "--d_model"),
+    ("stray", "'stray'"),
+    ("K=3", "'K=3'"),
+    ("--num_epochs 3 stray", "'stray'"),
+    ("--layer ConvNN Attention", "'Attention'"),
+    ("--layer convNN", "--layer 'convNN'; did you mean ConvNN?; Conv2d, ConvNN, ConvNN_Attn, Attention"),
+    ("--layer K=3", "--layer 'K=3'"),
+    ("--dataset mnits", "--dataset 'mnits'; did you mean mnist?; cifar10"),
+    ("--dataset MNIST", "--dataset 'MNIST'; did you mean mnist?"),
+    ("--similarity_type loc", "--similarity_type 'loc'; did you mean Loc?; Col, Loc, Loc_Col"),
+    # types
+    ("--K", "--K; expected one argument"),
+    ("--K x", "--K 'x'; whole number"),
+    ("--K 2.5", "--K '2.5'; whole number"),
+    ("--K 3.0", "--K '3.0'; whole number"),
+    ("--K none", "--K 'none'; whole number"),
+    ("--num_epochs 1e2", "--num_epochs '1e2'; whole number"),
+    ("--lr fast", "--lr 'fast'; number"),
+    ("--channels", "--channels; at least one"),
+    ("--channels 8 x", "--channels 'x'; whole number"),
+    ("--channels 8,16", "--channels '8,16'; whole number"),
+    ("--augment maybe", "--augment 'maybe'; True or False"),
+    ("--augment 1", "--augment '1'; True or False"),
+    ("--no-augment True", "'True'"),
+    ("--lr nan", "--lr nan; finite"),
+    ("--lr inf", "--lr inf; finite"),
+    ("--lr -inf", "--lr -inf; finite"),
+    ("--lr 1e999", "--lr inf; finite"),
+    ("--branch_ratio nan", "--branch_ratio nan; finite"),
+    ("--checkpoint ''", "--checkpoint ''; empty"),
+    ("--output_dir ''", "--output_dir ''; empty"),
+    ("--config ''", "--config ''"),
+    # ranges
+    ("--K 0", "--K 0; at least 1"),
+    ("--K -3", "--K -3; at least 1"),
+    ("--channels 8 0", "--channels 0; at least 1"),
+    ("--kernel_size 0", "--kernel_size 0; at least 1"),
+    ("--num_heads 0", "--num_heads 0; at least 1"),
+    ("--shuffle_scale 0", "--shuffle_scale 0; at least 1"),
+    ("--padding -1", "--padding -1; at least 0"),
+    ("--sample_padding -1", "--sample_padding -1; at least 0"),
+    ("--num_samples 0", "--num_samples 0; at least 1; -1"),
+    ("--num_samples -2", "--num_samples -2; at least -1"),
+    ("--branch_ratio 1.5", "--branch_ratio 1.5; at least 0; at most 1"),
+    ("--lambda_param -0.5", "--lambda_param -0.5; at least 0; at most 1"),
+    ("--lr -1e-3", "--lr -0.001; at least 0"),
+    ("--val_fraction 1", "--val_fraction 1.0; below 1"),
+    ("--label_smoothing 1.5", "--label_smoothing 1.5; below 1"),
+    ("--ema_decay 1", "--ema_decay 1.0; below 1"),
+    ("--momentum -.5", "--momentum -0.5; at least 0"),
+    ("--noise -1", "--noise -1.0; at least 0"),
+    ("--batch_size 0", "--batch_size 0; at least 1"),
+    ("--num_epochs 0", "--num_epochs 0; at least 1"),
+    ("--train_limit 0", "--train_limit 0; at least 1"),
+    ("--num_workers -1", "--num_workers -1; at least 0"),
+    ("--seed -1", "--seed -1; at least 0"),
+    # neighbors: the default is 32 x 32 with BA and scale 2, so 16 x 16 tokens
+    ("--K 257", "--K 257; 256 tokens; 1 to 256"),
+    ("--K 325 --padding 1", "--K 325; 1 to 324"),
+    ("--K 257 --padding 1 --layer ConvNN_Attn", "--K 257; 1 to 256"),
+    ("--K 1025 --shuffle_pattern NA", "--K 1025; 1 to 1024"),
+    ("--K 65 --shuffle_scale 4", "--K 65; 1 to 64"),
+    ("--K 17 --dataset digits", "--K 17; 1 to 16"),
+    ("--K 257 --layer Conv2d/ConvNN", "--K 257; 1 to 256"),
+    ("--K 257 --sampling_type random", "--K 257; 1 to 256"),  # num_samples=-1 means all
+    ("--sampling_type random --num_samples 8", "--K 9; --num_samples 8; --sampling_type random; 1 to 8"),
+    ("--sampling_type random --num_samples 257", "--num_samples 257; 256 tokens"),
+    ("--sampling_type random --num_samples 325 --padding 1", "--num_samples 325; 324 tokens"),
+    ("--sampling_type spatial --num_samples 2", "--K 9; --num_samples 2; --sampling_type spatial; 1 to 4"),
+    ("--sampling_type spatial --num_samples 3 --K 10", "--K 10; --num_samples 3; 1 to 9"),
+    ("--sampling_type spatial --num_samples 17", "--num_samples 17; 16 x 16; at most 16"),
+    ("--sampling_type spatial --num_samples 19 --padding 1", "--num_samples 19; 18 x 18; at most 18"),
+    ("--sampling_type spatial --num_samples 11 --sample_padding 3", "--num_samples 11; --sample_padding 3; at most 10"),
+    ("--sampling_type spatial --num_samples 3 --sample_padding 8", "--num_samples 3; --sample_padding 8; at most 0"),
+    # heads divide the channels that attention runs on: times 4 under A and BA
+    ("--layer Attention --num_heads 3", "--num_heads 3; 128"),
+    ("--layer Attention --num_heads 64 --shuffle_pattern NA", "--num_heads 64; 32"),
+    ("--layer Attention --num_heads 64 --shuffle_pattern B", "--num_heads 64; 32"),
+    ("--layer Conv2d/Attention --num_heads 128", "--num_heads 128; 64"),
+    ("--layer Conv2d/Attention --num_heads 3 --branch_ratio 1", "--num_heads 3; 128"),
+    ("--layer Attention/Conv2d --num_heads 3 --branch_ratio 0", "--num_heads 3; 128"),
+    # shapes
+    ("--dataset mnist --shuffle_scale 3", "--shuffle_scale 3; 28 x 28"),
+    ("--resize 33", "--shuffle_scale 2; 33 x 33; resize"),
+    ("--shuffle_scale 3 --layer Attention", "--shuffle_scale 3; 32 x 32"),
+    ("--shuffle_scale 3 --layer Conv2d/ConvNN_Attn", "--shuffle_scale 3; 32 x 32"),
+    ("--shuffle_pattern B --dataset mnist --K 1", "--shuffle_scale 2; 7 x 7"),  # 28, 14, 7
+    ("--shuffle_pattern B", "--K 9; 1 to 4"),  # 16 x 16, 8 x 8, 4 x 4, 2 x 2 tokens
+    ("--shuffle_pattern A --layer Conv2d/ConvNN", "--shuffle_pattern A; Conv2d; BA or NA"),
+    ("--shuffle_pattern B --layer Attention/Conv2d", "--shuffle_pattern B; Conv2d; BA or NA"),
+    ("--num_layers 3", "--num_layers 3; --channels 32 64 128 256 512"),
+    ("--num_layers 1 --channels 8 8", "--num_layers 1; --channels 8 8"),
+    ("--layer Conv2d/ConvNN --channels 1", "--channels 1; --layer Conv2d/ConvNN"),
+    # training and files
+    ("--accumulate_steps 257", "--accumulate_steps 257; --batch_size 256"),
+    ("--accumulate_steps 3 --batch_size 2", "--accumulate_steps 3; --batch_size 2"),
+    ("--warmup_epochs 5 --num_epochs 4", "--warmup_epochs 5; --num_epochs 4"),
+    ("--checkpoint no.pt", "--checkpoint 'no.pt'; does not exist"),
+    ("--checkpoint no.safetensors --test_only", "--checkpoint 'no.safetensors'; does not exist"),
+    (f"--checkpoint {'x' * 300}.pt", "--checkpoint; does not exist"),
+    ("--checkpoint no.txt", "--checkpoint 'no.txt'; .pt; .safetensors"),
+    ("--checkpoint .pt/", "--checkpoint '.pt/'"),
+    ("--export weights.pt", "--export 'weights.pt'; .safetensors"),
+    ("--dataset folder --data_path gone", "--data_path 'gone'; train/; val/"),
+    (f"--dataset folder --data_path {'x' * 300}", "--data_path; train/; val/"),
+    ("--config gone.yaml", "--config 'gone.yaml'; No such file"),
+    ("--config K=3.yaml", "--config 'K=3.yaml'; No such file"),
+    ("--config .", "--config '.'; directory"),
+]
+
+
+@pytest.mark.parametrize(("line", "says"), BAD, ids=[line[:60] for line, _ in BAD])
+def test_a_bad_command_line_ends_in_one_clear_line(line, says, folder, capsys):
+    found = error_of(parse, line, capsys=capsys)
+    assert "error: " in found
+    assert_says(found.split("error: ", 1)[1], says)
+    assert not list(folder.iterdir())  # nothing is written
+
+
+BAD_YAML = [
+    ("K: 3\nlr: 1\nK: 4\n", "--config 'c.yaml'; 'K'; twice"),
+    ("{K: 3, K: 3}", "--config 'c.yaml'; 'K'; twice"),
+    ("chanels: [8]", "--config 'c.yaml'; 'chanels'; did you mean channels?"),
+    ("k: 8", "'k'; did you mean K?"),
+    ("no-augment: true", "'no-augment'; did you mean augment?"),
+    ("config: d.yaml", "'config'"),
+    ("3: 4", "unknown key 3"),
+    ("? [K, lr]\n: 3", "--config 'c.yaml'; line 1"),
+    ("? {K: 3}\n: 3", "--config 'c.yaml'; line 1"),
+    ("- K\n- 3\n", "--config 'c.yaml'; name: value"),
+    ("just text", "--config 'c.yaml'; name: value"),
+    ("0", "--config 'c.yaml'; name: value"),
+    ("K: [1\n", "--config 'c.yaml'; line 1"),
+    ("\tK: 3", "--config 'c.yaml'; line 1"),
+    ("K: 3\n---\nK: 4\n", "--config 'c.yaml'; single document"),
+    ("K: !!python/name:os.system", "--config 'c.yaml'; os.system"),
+    ("[" * 5000, "--config 'c.yaml'"),
+    (b"K: \xff", "--config 'c.yaml'; utf-8"),
+    (b"K: \x00", "--config 'c.yaml'"),
+    ("K: 3.0", "--K 3.0; whole number"),
+    ("K: true", "--K True; whole number"),
+    ("K: null", "--K None; whole number"),
+    ("K: [3]", "--K [3]; whole number"),
+    ("K: &again [*again]", "--K; whole number"),
+    ("K: 0", "--K 0; at least 1"),
+    ("seed: none", "--seed 'none'; whole number"),
+    ("lr: true", "--lr True; number"),
+    ("lr: .nan", "--lr nan; finite"),
+    ("lr: -.inf", "--lr -inf; finite"),
+    ("lr: 1e999", "--lr inf; finite"),
+    ("lr: 1" + 400 * "0", "--lr inf; finite"),
+    ("lr: {a: 1}", "--lr {'a': 1}; number"),
+    ("augment: maybe", "--augment 'maybe'; True or False"),
+    ("augment: 1", "--augment 1; True or False"),
+    ("channels: 32", "--channels 32; list"),
+    ("channels: 32 64", "--channels '32 64'; list"),
+    ("channels: []", "--channels; at least one"),
+    ("channels: [8, 6.5]", "--channels 6.5; whole number"),
+    ("channels: [[8]]", "--channels [8]; whole number"),
+    ("layer: 3", "--layer 3; text"),
+    ("layer: [Conv2d, ConvNN]", "--layer ['Conv2d', 'ConvNN']; text"),
+    ("scheduler: null", "--scheduler None; text"),
+    ("checkpoint: ''", "--checkpoint ''; empty"),
+    ("export: weights.pt", "--export 'weights.pt'; .safetensors"),
+    ("K: 257", "--K 257; 1 to 256"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), BAD_YAML, ids=[str(text)[:40] for text, _ in BAD_YAML])
+def test_a_bad_yaml_file_ends_in_one_clear_line(text, says, capsys):
+    assert_says(error_of(parse_yaml, text, capsys=capsys), says)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--layer Conv2d --K 9999",
+        "--layer Conv2d --shuffle_scale 5",
+        "--layer Conv2d --num_heads 7",
+        "--layer Conv2d --shuffle_pattern A",
+        "--layer Conv2d --shuffle_pattern B --resize 33",
+        "--layer Conv2d --sampling_type random --num_samples 9999",
+        "--layer Conv2d --sampling_type spatial --num_samples 2",
+        "--layer ConvNN --num_heads 7",
+        "--layer ConvNN --channels 1 --branch_ratio 0.3",
+        "--layer ConvNN_Attn --padding 1 --num_heads 7",
+        "--layer Attention --K 9999",
+        "--layer Attention --sampling_type random --num_samples 2",
+        "--layer Conv2d/Attention --K 9999",
+        "--shuffle_pattern NA --shuffle_scale 5",
+        "--shuffle_pattern A --shuffle_scale 3 --channels 8 8",
+        "--shuffle_pattern A --layer ConvNN/Attention --channels 8 8",
+        "--sample_padding 99",
+        "--sample_padding 99 --sampling_type random --num_samples 9",
+        # one branch only
+        "--layer Conv2d/ConvNN --branch_ratio 0 --K 9999",
+        "--layer ConvNN/Conv2d --branch_ratio 1 --K 9999",
+        "--layer ConvNN/Attention --branch_ratio 0 --num_heads 7",
+        "--layer Attention/ConvNN --branch_ratio 1 --num_heads 7",
+        "--layer Conv2d/ConvNN --branch_ratio 0 --shuffle_pattern A",
+        "--layer Conv2d/ConvNN --branch_ratio 1 --shuffle_pattern A",
+        "--layer ConvNN/Conv2d --branch_ratio 1 --channels 1",
+        # at the limits
+        "--K 256",
+        "--K 324 --padding 1",
+        "--K 1024 --shuffle_pattern NA",
+        "--sampling_type random --num_samples 9",
+        "--sampling_type random --num_samples 256 --K 256",
+        "--sampling_type spatial --num_samples 3",
+        "--sampling_type spatial --num_samples 18 --padding 1",
+        "--sampling_type spatial --num_samples 10 --sample_padding 3",
+        "--sampling_type spatial --num_samples 1 --sample_padding 3 --K 1",
+        "--layer Attention --num_heads 128",
+        "--layer Attention --num_heads 128 --shuffle_pattern A",
+        "--layer Conv2d/Attention --num_heads 64",
+        "--shuffle_pattern B --channels 8 8 8",
+        "--accumulate_steps 256",
+        "--branch_ratio 0",
+        "--branch_ratio 1",
+        "--lr 0 --seed 2147483647 --lambda_param 1 --save_minutes 0 --num_workers 0",
+    ],
+)
+def test_relations_hold_only_for_the_layer_in_use(line):
+    expected = dict(pair.split(" ", 1) for pair in line[2:].split(" --"))
+    found = values(line)
+    for name, text in expected.items():
+        value = found[name]
+        assert " ".join(map(str, value)) == text if isinstance(value, list) else type(value)(text) == value
+
+
+def test_checkpoints_by_suffix():
+    for name in ("a.pt", "a.pth", "a.safetensors"):
+        Path(name).touch()
+        assert values(f"--checkpoint {name}")["checkpoint"] == name
+    assert values("--export a.safetensors")["export"] == "a.safetensors"
+
+
+def test_configs_raise_value_error_and_name_the_option():
+    for config, bad in [
+        (NeighborConfig, {"K": 0}),
+        (NeighborConfig, {"sampling_type": "random", "num_samples": 3}),
+        (AllConvNetConfig, {"K": 257}),
+        (AllConvNetConfig, {"channels": (8, "8")}),
+        (DataConfig, {"dataset": "cifar"}),
+        (TrainConfig, {"lr": math.nan}),
+        (TrainConfig, {"use_amp": 1}),
+    ]:
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            config(**bad)
+
+
+# --- YAML and back --------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def settings_of_a_run(draw):
+    """Any values that go together, on maps of 8 x 8 tokens or more."""
+    pattern = draw(st.sampled_from(["BA", "NA", "A"]))
+    pairs = st.permutations(LAYERS).map(lambda names: "/".join(names[:2]))
+    layer = draw(st.sampled_from(LAYERS) | pairs.filter(lambda pair: pattern != "A" or "Conv2d" not in pair))
+    sampling = draw(st.sampled_from(CHOICES["sampling_type"]))
+    samples = {"all": st.just(-1), "random": st.integers(9, 64), "spatial": st.integers(3, 4)}[sampling]
+    fractions = st.floats(0, 1, exclude_max=True)
+    positive = st.floats(0, allow_infinity=False)
+    given = {
+        "layer": st.just(layer),
+        "channels": st.lists(st.integers(1, 9).map(lambda n: 32 * n), min_size=1, max_size=2),
+        "shuffle_pattern": st.just(pattern),
+        "shuffle_scale": st.sampled_from([1, 2, 4]),
+        "num_heads": st.sampled_from([1, 2, 4, 8]),
+        "branch_ratio": st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]),
+        "padding": st.integers(0, 3),
+        "K": st.integers(1, 9),
+        "sampling_type": st.just(sampling),
+        "num_samples": samples,
+        "sample_padding": st.integers(0, 2),
+        "resize": st.sampled_from([32, 48]),
+        "batch_size": st.integers(8, 10**12),
+        "accumulate_steps": st.integers(1, 8),
+        "num_epochs": st.integers(5, 10**6),
+        "warmup_epochs": st.integers(0, 5),
+        "seed": st.integers(0, 2**31 - 1),
+        "num_workers": st.none() | st.integers(0, 9),
+        "train_limit": st.none() | st.integers(1, 10**9),
+        "data_path": st.text(min_size=1),
+        "output_dir": st.text(min_size=1).filter(lambda text: text not in ("none", "None")),
+        "export": st.none() | st.text().map(lambda text: text + ".safetensors"),
+        **{name: st.booleans() for name in BOOLEANS if name != "test_only"},
+        **dict.fromkeys(("val_fraction", "label_smoothing", "momentum", "lr_gamma", "ema_decay"), fractions),
+        **dict.fromkeys(("lr", "weight_decay", "clip_grad_norm", "mixup", "cutmix", "save_minutes"), positive),
+        **{
+            name: st.sampled_from(choices)
+            for name, choices in CHOICES.items()
+            if name not in ("shuffle_pattern", "sampling_type", "dataset")
+        },
+    }
+    return draw(st.fixed_dictionaries(given))
+
+
+def as_argv(settings: dict) -> list[str]:
+    argv = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
+        else:
+            argv.append(f"--{name}={value}")
+    return argv
+
+
+@given(settings=settings_of_a_run())
+def test_options_survive_yaml(settings, tmp_path_factory):
+    file = tmp_path_factory.mktemp("yaml") / "config.yaml"
+    first = parse("--K=1", *as_argv(settings))
+    found = first.as_dict()
+    assert {name: found[name] for name in settings if settings[name] is not None} == {
+        name: value for name, value in settings.items() if value is not None
+    }
+    for plain in (found, settings):  # what a run writes, and what a person would
+        file.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+        assert parse("--config", str(file)) == first
+    assert list(yaml.safe_load(yaml.safe_dump(found, sort_keys=False))) == list(found)
+
+
+# --- presets --------------------------------------------------------------------------------------------------------
+
+
+def test_preset_allconvnet_states_the_defaults():
+    file = ROOT / "configs/allconvnet.yaml"
+    stated = yaml.safe_load(file.read_text())
+    assert stated == {name: DEFAULTS[name] for name in stated} and len(stated) > 40
+    assert parse("--config", str(file)) == parse("")
+
+
+def test_preset_demo():
+    file = ROOT / "configs/demo.yaml"
+    stated, found = yaml.safe_load(file.read_text()), values("--config", str(file))
+    assert found["dataset"] == "digits" and stated == {name: found[name] for name in stated}
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------------
+
+
+@given(ratio=st.floats(0, 1), channels=st.integers(2, 600))
+def test_branches_share_the_channels(ratio, channels):
+    config = AllConvNetConfig(layer="Conv2d/ConvNN", branch_ratio=ratio, channels=(channels,))
+    found = config.branches(channels)
+    if ratio in (0, 1):
+        assert found == [(("Conv2d", "ConvNN")[int(ratio)], channels)]
+    else:
+        (first, rest), (second, share) = found
+        assert (first, second) == ("Conv2d", "ConvNN")
+        assert rest + share == channels and rest >= 1 and share >= 1
+        assert abs(share - min(max(ratio * channels, 1), channels - 1)) <= 0.5
+
+
+def test_a_single_layer_ignores_the_ratio():
+    for ratio in (0.0, 0.3, 1.0):
+        assert AllConvNetConfig(layer="ConvNN", branch_ratio=ratio).branches(7) == [("ConvNN", 7)]
+
+
+def test_grids():
+    def grids(pattern, size=(12, 16), layer="ConvNN", **more):
+        return AllConvNetConfig(layer=layer, shuffle_pattern=pattern, image_size=size, channels=(4, 4, 4), K=1, **more).grids()
+
+    for pattern in ("NA", "BA"):
+        assert grids(pattern) == [(12, 16)] * 3
+    assert grids("A") == [(12, 16), (24, 32), (48, 64)]
+    assert grids("A", shuffle_scale=3) == [(12, 16), (36, 48), (108, 144)]
+    assert grids("B", size=(24, 16)) == [(24, 16), (12, 8), (6, 4)]
+    assert grids("B", size=8, layer="ConvNN_Attn/Attention", branch_ratio=0) == [(8, 8), (4, 4), (2, 2)]
+    assert grids("A", layer="Conv2d") == grids("A", layer="ConvNN/Conv2d", branch_ratio=1) == [(12, 16)] * 3
+    with pytest.raises(ValueError, match="shuffle_scale=2 does not divide the 3 x 4 map"):
+        grids("B")
+
+
+# --- speed ----------------------------------------------------------------------------------------------------------
+
+HEAVY = {"torch", "torchvision", "numpy", "matplotlib", "PIL", "safetensors", "tqdm", "tensorboard"}
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["-c", "import options"], 0),
+        (["allconvnet_main.py", "--help"], 0),
+        (["allconvnet_main.py", "--K", "9999"], 2),
+        (["allconvnet_main.py", "--config", "configs/demo.yaml", "--chan", "3"], 2),
+    ],
+    ids=["import", "help", "bad value", "bad flag"],
+)
+def test_nothing_heavy_is_imported_for_help_and_errors(words, status):
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-X", "importtime", *words], cwd=ROOT, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+    assert done.returncode == status
+    lines = done.stderr.splitlines()
+    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines if line.startswith("import time:")}
+    assert "options" in imported and not imported & HEAVY
+    assert "Traceback" not in done.stderr
+    rest = [line for line in lines if not line.startswith("import time:")]
+    assert len(rest) == (1 if status else 0) and all(line.startswith("allconvnet_main.py: error: ") for line in rest)
+    assert min(seconds) < 1
+
+
+def test_modules_that_use_options_offer_the_same_classes():
+    """The layer names, stated without torch, are those of the registry."""
+    import allconvnet
+    import neighbors
+
+    assert tuple(allconvnet.LAYERS2D) == options.LAYERS2D_NAMES == LAYERS
+    assert allconvnet.AllConvNetConfig is AllConvNetConfig and neighbors.NeighborConfig is NeighborConfig
