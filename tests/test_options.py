@@ -364,6 +364,7 @@ BAD = [
     ("--train_limit 0", "--train_limit 0; at least 1"),
     ("--num_workers -1", "--num_workers -1; at least 0"),
     ("--seed -1", "--seed -1; at least 0"),
+    ("--seed 2147483648", "--seed 2147483648; below 2147483648"),
     # neighbors: the default is 32 x 32 with BA and scale 2, so 16 x 16 tokens
     ("--K 257", "--K 257; 256 tokens; 1 to 256"),
     ("--K 325 --padding 1", "--K 325; 1 to 324"),
