@@ -93,8 +93,8 @@ def random_candidates(tokens: int, num_samples: int, class_tokens: int = 0, devi
     """
     if fixed:
         h = torch.arange(1, tokens + 1, device=device)
-        for factor in (0x85EBCA6B, 0xC2B2AE35):
-            h = ((h ^ (h >> 16)) * factor) & 0xFFFFFFFF
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
         order = (h ^ (h >> 16)).argsort()
     else:
         order = torch.randperm(tokens, device=device)
@@ -130,8 +130,8 @@ def location_neighbors(places: Tensor, K: int, self_index: Tensor, candidates: T
 
 
 def _chunk(x: Tensor) -> int:
-    """Elements that a chunk may hold: a megabyte or two on a CPU, whose cache is small, more on a GPU."""
-    return 2**18 if x.device.type == "cpu" else 2**24
+    """Elements that a chunk of scores may hold: a megabyte on a CPU, whose cache is small, four on a GPU."""
+    return 2**18 if x.device.type == "cpu" else 2**20
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -153,7 +153,8 @@ def _gathered(x: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]
     M, C = x.shape[1:]
     flat = x.reshape(G * M, C)
     index = (index + torch.arange(G, device=x.device).mul_(M).view(G, 1, 1)).view(G * N, K)
-    step = max(1, _chunk(x) // (K * C))
+    elements = _chunk(x) if x.device.type == "cpu" else 2**23  # a GPU needs large matrix products
+    step = max(1, elements // (K * C))
     for start in range(0, G * N, step):
         rows = slice(start, min(start + step, G * N))
         chosen = index[rows].flatten()
@@ -163,6 +164,12 @@ def _gathered(x: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]
 # ---------------------------------------------------------------------------------------------------------------
 # Select
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def _plain_name(metric: str) -> str:
+    if metric not in METRICS:
+        raise ValueError(f"metric={metric!r} is not one of {', '.join(METRICS)}")
+    return METRICS[metric]
 
 
 def find_neighbors(
@@ -183,12 +190,11 @@ def find_neighbors(
 
     Raises ValueError for an unknown metric and for a K without enough candidates.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric={metric!r} is not one of {', '.join(METRICS)}")
+    metric = _plain_name(metric)
     available = key.shape[1] if candidates is None else candidates.shape[0]
     if not 1 <= K <= available:
         raise ValueError(f"K={K} must be 1 to {available}, the number of candidates")
-    return torch.ops.convnn.find_neighbors(query.detach(), key.detach(), K, METRICS[metric], candidates, self_index)
+    return torch.ops.convnn.find_neighbors(query.detach(), key.detach(), K, metric, candidates, self_index)
 
 
 @torch.library.custom_op("convnn::find_neighbors", mutates_args=())
@@ -260,10 +266,10 @@ def neighbor_scores(query: Tensor, key: Tensor, index: Tensor, metric: str) -> T
     matmul: q . k / sqrt(C); cosine: q . k / (|q| |k|); euclidean: -|q - k|. In float32 at least. The gradient of a
     distance of 0 is 0.
     """
-    metric = METRICS[metric]
-    if metric == "cosine":
+    metric = _plain_name(metric)
+    if metric == "cosine":  # eps bounds the gradient of a vector of zeros
         wide = _accumulator(query.dtype)
-        query, key = F.normalize(query.to(wide), dim=-1, eps=1e-12), F.normalize(key.to(wide), dim=-1, eps=1e-12)
+        query, key = F.normalize(query.to(wide), dim=-1, eps=1e-6), F.normalize(key.to(wide), dim=-1, eps=1e-6)
     query, key = _autocast(query, key)
     product = torch.ops.convnn.pair_scores(query, key, index, metric == "euclidean")
     if metric == "matmul":
@@ -282,7 +288,7 @@ def neighbor_weights(query: Tensor, key: Tensor, index: Tensor, metric: str, *, 
     scores = neighbor_scores(query, key, index, metric)
     if softmax:
         return scores.softmax(dim=-1)
-    return (1e-8 - scores).reciprocal() if METRICS[metric] == "euclidean" else scores
+    return (1e-8 - scores).reciprocal() if _plain_name(metric) == "euclidean" else scores
 
 
 @torch.library.custom_op("convnn::pair_scores", mutates_args=())

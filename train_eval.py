@@ -1,7 +1,7 @@
 """Training and evaluation: one loop for fp32 and mixed precision, eager and compiled.
 
 `run` is what both command lines call. `fit` trains epoch by epoch and writes the outputs; `train_one_epoch` and
-`evaluate` are its two halves. Losses and counts stay on the device: the host waits for it every `READ_EVERY` steps.
+`evaluate` are its two halves. Losses and counts stay on the device: the host waits for it every 20 steps.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 import utils
-from dataset import Data, DataError, load_data
+from dataset import Data, DataError, import_torchvision, load_data
 from options import Options, TrainConfig
 from utils import Progress, RunError, RunFolder
 
-READ_EVERY = 20  # steps between two looks at numbers on the device
+READ_EVERY, READ_SECONDS = 20, 5  # steps, or seconds, between two looks at numbers on the device
 
 
 class NonFiniteLoss(Exception):
@@ -85,8 +85,7 @@ def make_mix(mixup: float, cutmix: float, num_classes: int) -> Callable | None:
     """mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899) of a batch, or None; labels become shares (B, classes)."""
     if not mixup and not cutmix:
         return None
-    from torchvision.transforms import v2  # imported late: it takes seconds
-
+    v2 = import_torchvision().transforms.v2
     mixes = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
     mixes += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
     return v2.RandomChoice(mixes)
@@ -110,7 +109,9 @@ class LearningRate:
         self.steps_per_epoch = steps_per_epoch
         schedulers = torch.optim.lr_scheduler
         self.by_step = schedulers.LambdaLR(optimizer, self.factor)
-        self.plateau = schedulers.ReduceLROnPlateau(optimizer, factor=config.lr_gamma, patience=config.lr_step)
+        self.plateau = schedulers.ReduceLROnPlateau(
+            optimizer, factor=config.lr_gamma, patience=config.lr_step - 1, threshold=0, eps=0
+        )
 
     def factor(self, step: int) -> float:
         """What the learning rate is multiplied by at this optimizer step, counted from 0 over the whole run."""
@@ -185,6 +186,12 @@ def compile_for(config: TrainConfig, model: nn.Module) -> Callable:
     return torch.compile(model, mode=config.compile_mode)
 
 
+def new_step(config: TrainConfig, device: torch.device) -> None:
+    """Let CUDA graphs reuse the memory of the step before; micro-batches of one step keep theirs."""
+    if config.use_compiled and device.type == "cuda":
+        torch.compiler.cudagraph_mark_step_begin()
+
+
 class Training:
     """Everything that a training step changes, which is what `last.pt` holds."""
 
@@ -201,6 +208,7 @@ class Training:
         self.call_evaluated = compile_for(config, self.average.model) if self.average else self.call
         self.meter = Meter(device)
         self.seconds = 0.0  # of training in this epoch, before it was interrupted
+        self.lr = config.lr  # at the start of this epoch
         self.epoch = 0  # epochs done
         self.step = 0  # steps done in the epoch after that
         self.best: dict = {}  # row of the history
@@ -208,15 +216,16 @@ class Training:
         # 1 from the first step on whose loss or gradient is not finite; then no step reaches the weights.
         self.bad = torch.zeros((), device=device)
         self.bad_step = torch.full((), -1, device=device, dtype=torch.long)
+        self.bad_lr = torch.zeros((), device=device)
 
     def update(self, images: Tensor, targets: Tensor, loss_function: Callable) -> None:
         """One optimizer step on a batch, in micro-batches under --accumulate_steps."""
         self.optimizer.zero_grad(set_to_none=True)
+        new_step(self.config, self.device)
         finite = torch.ones_like(self.bad, dtype=torch.bool)
         poison = torch.where(self.bad > 0, math.nan, 1.0)  # float16: makes the scaler skip the step too
         size = math.ceil(len(images) / self.config.accumulate_steps)
         for part, part_targets in zip(images.split(size), targets.split(size), strict=True):
-            torch.compiler.cudagraph_mark_step_begin()
             with self.autocast():
                 logits = self.call(part)
             logits = logits.float()
@@ -236,6 +245,7 @@ class Training:
             finite &= norm.isfinite()
         now_bad = torch.maximum(self.bad, (~finite).float())
         self.bad_step = torch.where(now_bad > self.bad, self.step, self.bad_step)
+        self.bad_lr = torch.where(now_bad > self.bad, self.schedule.now, self.bad_lr)
         self.bad = now_bad
         if not self.scaler.is_enabled():
             self.optimizer.found_inf = self.bad
@@ -249,10 +259,12 @@ class Training:
         """Raise NonFiniteLoss if a step was not finite. Waits for the device."""
         step = self.bad_step.item()
         if step >= 0:
+            advice = "a lower --lr, --warmup_epochs"
+            advice += "" if self.config.clip_grad_norm else ", --clip_grad_norm 1"
+            advice += ", --amp_dtype bfloat16" if self.scaler.is_enabled() else ""
             raise NonFiniteLoss(
                 f"the loss or its gradient is not finite at epoch {self.epoch + 1}, step {step + 1}, learning rate "
-                f"{self.schedule.now:g}; that step did not reach the weights. Try a lower --lr, --warmup_epochs, "
-                f"--clip_grad_norm 1" + (", or --amp_dtype bfloat16" if self.scaler.is_enabled() else "")
+                f"{self.bad_lr.item():g}; that step did not reach the weights. Try {advice}"
             )
 
     def state_dict(self, options: dict) -> dict:
@@ -263,7 +275,7 @@ class Training:
             "scheduler": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": self.average.model.state_dict() if self.average else None,
-            "sampler": {"seed": self.config.seed, "sums": self.meter.sums, "seconds": self.seconds},
+            "sampler": {"seed": self.config.seed, "sums": self.meter.sums, "seconds": self.seconds, "lr": self.lr},
             "rng": utils.random_state(),
             "epoch": self.epoch,
             "step": self.step,
@@ -280,7 +292,7 @@ class Training:
         if self.average:
             self.average.model.load_state_dict(state["ema"])
         self.meter.sums.copy_(state["sampler"]["sums"])
-        self.seconds = state["sampler"]["seconds"]
+        self.seconds, self.lr = state["sampler"]["seconds"], state["sampler"]["lr"]
         self.epoch, self.step = state["epoch"], state["step"]
         self.best, self.history = state["best"], state["history"]
         utils.set_random_state(state["rng"])
@@ -306,24 +318,27 @@ def train_one_epoch(
     """
     training.model.train()
     config = training.config
+    if training.step == 0:
+        training.lr = training.schedule.now
     started, earlier = time.perf_counter(), training.seconds
-    saved = time.monotonic()
-    size = config.batch_size
-    progress = Progress(f"epoch {training.epoch + 1}/{config.num_epochs}", batches.num_samples, training.step * size)
-    for images, targets in batches.epoch(training.epoch, start=training.step):
-        if mix is not None:
-            images, targets = mix(images, targets)
-        training.update(images, targets, loss_function)
-        progress.advance(len(images))
-        if training.step % READ_EVERY == 0:
-            training.check_finite()
-            training.seconds = earlier + time.perf_counter() - started
-            if progress.due:
-                progress.show(*training.meter.read()[:2])
-            if save is not None and config.save_minutes and time.monotonic() - saved > 60 * config.save_minutes:
+    saved = looked = time.monotonic()
+    done = training.step * config.batch_size
+    with Progress(f"epoch {training.epoch + 1}/{config.num_epochs}", batches.num_samples, done) as progress:
+        for images, targets in batches.epoch(training.epoch, start=training.step):
+            if mix is not None:
+                images, targets = mix(images, targets)
+            training.update(images, targets, loss_function)
+            progress.advance(len(images))
+            now = time.monotonic()
+            if training.step % READ_EVERY == 0 or now - looked > READ_SECONDS:
+                looked = now
+                training.check_finite()
+                if progress.due:
+                    progress.show(*training.meter.read()[:2])
+            if save is not None and config.save_minutes and now - saved > 60 * config.save_minutes:
+                training.seconds = earlier + time.perf_counter() - started
                 save()
                 saved = time.monotonic()
-    progress.close()
     training.check_finite()
     metrics = training.meter.read()
     training.seconds = earlier + time.perf_counter() - started
@@ -345,17 +360,14 @@ def evaluate(
     model.eval()
     call = model if call is None else call
     meter = Meter(device)
-    progress = Progress(title, batches.num_samples)
-    for step, (images, labels) in enumerate(batches.epoch(0), start=1):
-        torch.compiler.cudagraph_mark_step_begin()
-        with autocast():
-            logits = call(images)
-        logits = logits.float()
-        meter.add(loss_function(logits, labels), logits, labels)
-        progress.advance(len(images))
-        if step % READ_EVERY == 0 and progress.due:
-            progress.show(*meter.read()[:2])
-    progress.close()
+    with Progress(title, batches.num_samples) as progress:
+        for step, (images, labels) in enumerate(batches.epoch(0), start=1):
+            with autocast():
+                logits = call(images).float()
+            meter.add(loss_function(logits, labels), logits, labels)
+            progress.advance(len(images))
+            if step % READ_EVERY == 0 and progress.due:
+                progress.show(*meter.read()[:2])
     return meter.read()
 
 
@@ -376,13 +388,12 @@ def fit(
     judge = "val" if data.val is not None else "test"
     board = _tensorboard(folder) if config.tensorboard else None
 
-    def save(path=folder.last):
+    def save(*paths):
         training.check_finite()
-        utils.save_checkpoint(path, training.state_dict(options))
+        utils.save_checkpoint(training.state_dict(options), *paths)
 
     while training.epoch < config.num_epochs and not _stalled(training.history, judge, config.early_stopping):
-        lr = training.schedule.now
-        metrics = {"train": train_one_epoch(training, data.train, loss_function, mix, save)}
+        metrics = {"train": train_one_epoch(training, data.train, loss_function, mix, lambda: save(folder.last))}
         for name, batches in (("val", data.val), ("test", data.test)):
             if batches is not None:
                 metrics[name] = evaluate(
@@ -394,18 +405,19 @@ def fit(
                     autocast=training.autocast,
                     title=name,
                 )
+        for name, values in metrics.items():
+            if not math.isfinite(values.loss):
+                raise NonFiniteLoss(f"the {name} loss is not finite after epoch {training.epoch + 1}; try a lower --lr")
         training.schedule.epoch_done(metrics[judge].loss)
-        row = _row(training, metrics, lr, data.train.num_samples)
+        row = _row(training, metrics, data.train.num_samples)
         training.history.append(row)
         is_best = not training.best or row[f"{judge}_top1"] > training.best[f"{judge}_top1"]
         training.best = row if is_best else training.best
         training.epoch, training.step, training.seconds = training.epoch + 1, 0, 0.0
         training.meter = Meter(training.device)
-        save()
-        if is_best:
-            save(folder.best)
-        if config.save_every and training.epoch % config.save_every == 0:
-            save(folder.path / f"epoch_{training.epoch}.pt")
+        keep = config.save_every and training.epoch % config.save_every == 0
+        kept = folder.path / f"epoch_{training.epoch}.pt"
+        save(folder.last, *([folder.best] if is_best else []), *([kept] if keep else []))
         ended = training.epoch == config.num_epochs or _stalled(training.history, judge, config.early_stopping)
         folder.epoch_done(training.history, training.best, _summary(training, judge, facts, ended), last=ended)
         left = (config.num_epochs - training.epoch) * row["seconds"]
@@ -425,8 +437,8 @@ def _stalled(history: list[dict], judge: str, patience: int) -> bool:
     return min(losses[-patience:]) >= min(losses[:-patience])
 
 
-def _row(training: Training, metrics: dict[str, Metrics], lr: float, images: int) -> dict:
-    row = {"epoch": training.epoch + 1, "lr": lr}
+def _row(training: Training, metrics: dict[str, Metrics], images: int) -> dict:
+    row = {"epoch": training.epoch + 1, "lr": training.lr}
     for name in ("train", "test"):
         row |= {f"{name}_{key}": value for key, value in metrics[name]._asdict().items()}
     row |= {"seconds": training.seconds, "images_per_s": images / max(training.seconds, 1e-9)}
@@ -480,7 +492,8 @@ def run(options: Options, make_model: Callable[[], nn.Module], fail: Callable[[s
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        last = RunFolder(options.train.output_dir).last
+        print("interrupted" + (f"; --resume goes on from {last}" if last.exists() else ""), file=sys.stderr)
         return 130
     return 0
 
@@ -491,7 +504,11 @@ def _prepare(options: Options, make_model: Callable[[], nn.Module]) -> tuple[nn.
     device = utils.pick_device(train.device)
     autocast_for(train, device)
     folder = RunFolder(train.output_dir)
-    folder.check_writable()
+    utils.check_writable(folder.path, "--output_dir")
+    if train.export:
+        utils.check_writable(Path(train.export).parent, "--export")
+    if train.mixup or train.cutmix:
+        import_torchvision()
     if train.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard")
     utils.seed_everything(train.seed, train.deterministic)
@@ -505,7 +522,7 @@ def _test(options: Options, make_model: Callable[[], nn.Module]) -> None:
     path = Path(train.checkpoint) if train.checkpoint else folder.best
     if not path.exists():
         raise RunError(f"--test_only: there is no {path}; train first, or name the weights with --checkpoint FILE")
-    utils.load_weights(model, utils.evaluated_weights(utils.load_checkpoint(path)), str(path))
+    utils.load_weights(model, path)
     data = load_data(options.data, batch_size=train.batch_size, seed=train.seed, device=device, test_only=True)
     model.to(device)
     metrics = evaluate(
@@ -527,12 +544,15 @@ def _train(options: Options, make_model: Callable[[], nn.Module]) -> None:
     train, plain = options.train, options.as_dict()
     state = utils.resumable_state(folder.last, plain) if train.resume else None
     if train.checkpoint and state is None:
-        utils.load_weights(model, utils.evaluated_weights(utils.load_checkpoint(Path(train.checkpoint))), train.checkpoint)
+        utils.load_weights(model, Path(train.checkpoint))
     data = load_data(options.data, batch_size=train.batch_size, seed=train.seed, device=device)
     model.to(device)
     training = Training(model, train, device, len(data.train))
     if state is not None:
-        training.load_state_dict(state)
+        try:
+            training.load_state_dict(state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise RunError(f"--resume: {folder.last} is damaged ({type(error).__name__})") from None
         print(f"resumed {folder.last}: {training.epoch} epochs and {training.step} steps are done")
     shape = (options.model.in_channels, *options.model.image_size)
     facts = {
@@ -551,6 +571,6 @@ def _train(options: Options, make_model: Callable[[], nn.Module]) -> None:
     )
     best = fit(training, data, folder, plain, facts)
     if train.export:
-        utils.export_weights(Path(train.export), utils.evaluated_weights(utils.load_checkpoint(folder.best)))
+        utils.export_weights(Path(train.export), utils.evaluated_weights(folder.best))
     judge = "val" if data.val is not None else "test"
     print(f"best {judge} top-1 {best[f'{judge}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")

@@ -7,8 +7,10 @@ import io
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -96,11 +98,24 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
+def check_writable(folder: Path, flag: str) -> None:
+    """Raise RunError if a folder cannot be made or written to; nothing is left there."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        raise RunError(f"{flag} {folder}: {existing} cannot be written to ({error.strerror})") from None
+
+
+def save_checkpoint(state: dict, *paths: Path) -> None:
     """Write tensors and plain values so that a reader sees the old file or the new one, never half of one."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(path, buffer.getbuffer())
+    for path in paths:
+        write_atomically(path, buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -112,21 +127,27 @@ def load_checkpoint(path: Path) -> dict:
             return {"model": load_file(path)}
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost anything
-        reason = str(error).split("\n")[0][:120] or type(error).__name__
-        raise RunError(f"{path} is not a readable checkpoint: {reason}") from None
+        reason = (
+            "it holds more than tensors and plain values" if "Unsupported" in str(error) else "damaged, or another kind of file"
+        )
+        raise RunError(f"{path} is not a checkpoint that can be read: {reason}") from None
     if not isinstance(state, dict):
         raise RunError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
     return state if "model" in state else {"model": state}
 
 
-def evaluated_weights(state: dict) -> dict:
-    """The weights of a checkpoint that its metrics belong to: the averaged ones if there are any."""
+def evaluated_weights(source: Path) -> dict:
+    """The weights in a checkpoint that its metrics belong to: the averaged ones if there are any. Raises RunError."""
+    state = load_checkpoint(source)
     weights = state.get("ema") or state["model"]
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise RunError(f"{source} is not a checkpoint: its model is not tensors by name")
     return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in weights.items()}
 
 
-def load_weights(model: nn.Module, weights: dict, source: str) -> None:
-    """Load a state dict of exactly this architecture. Raises RunError that names the first difference."""
+def load_weights(model: nn.Module, source: Path) -> None:
+    """Load the weights in a checkpoint of exactly this architecture. Raises RunError that names the first difference."""
+    weights = evaluated_weights(source)
     own = model.state_dict()
     for name, value in own.items():
         if name not in weights:
@@ -144,6 +165,7 @@ def export_weights(path: Path, weights: dict) -> None:
     """Write a state dict as safetensors, for sharing."""
     from safetensors.torch import save
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save({name: value.contiguous() for name, value in weights.items()}))
 
 
@@ -264,7 +286,10 @@ class Progress:
             file=sys.stderr,
         )
 
-    def close(self) -> None:
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_exception) -> None:
         if self.bar is not None:
             self.bar.close()
 
@@ -312,25 +337,17 @@ class RunFolder:
     def best(self) -> Path:
         return self.path / "best.pt"
 
-    def check_writable(self) -> None:
-        """Raise RunError if the folder cannot be written; nothing is created yet."""
-        existing = self.path
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise RunError(f"--output_dir {self.path}: {existing} is not a folder that can be written to")
-
     def start(self, options: dict, model: nn.Module, resumed: bool) -> None:
         """Create the folder and write what is known before training; warn if it holds another run."""
         if not resumed and any((self.path / name).exists() for name in ("args.txt", "metrics.csv", "last.pt", "best.pt")):
             print(
                 f"warning: {self.path} holds another run, which is written over; its weights stay as *.pt.old", file=sys.stderr
             )
-            for path in (self.last, self.best):
-                if path.exists():
-                    path.replace(path.with_name(path.name + ".old"))
-            for name in ("train_eval_results.txt", "metrics.csv", "summary.json", "curves.png"):
+            for path in self.path.glob("*.pt"):
+                path.replace(path.with_name(path.name + ".old"))
+            for name in ("train_eval_results.txt", "metrics.csv", "summary.json", "curves.png", "test_results.json"):
                 (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
         shown = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in options.items()}
         self._write("args.txt", "".join(f"{name}: {value}\n" for name, value in shown.items()))
@@ -352,7 +369,7 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(history)
         self._write("metrics.csv", table.getvalue())
-        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+        self._write("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
         if last or time.monotonic() - self._drawn > self.CURVES_EVERY:
             draw_curves(history, self.path / "curves.png")
             self._drawn = time.monotonic()

@@ -106,11 +106,13 @@ def test_output_goes_to_a_folder_named_after_the_layer(tmp_path, monkeypatch):
 
 def test_another_run_in_the_folder_is_written_over_with_a_warning(tmp_path, capsys):
     run("", tmp_path / "run")
+    run("--test_only", tmp_path / "run")
     weights = (tmp_path / "run" / "best.pt").read_bytes()
     capsys.readouterr()
     run("--seed 1", tmp_path / "run", epochs=1)
     assert "warning" in capsys.readouterr().err
     assert len(rows(tmp_path / "run")) == 1 and (tmp_path / "run" / "best.pt.old").read_bytes() == weights
+    assert not (tmp_path / "run" / "test_results.json").exists()
 
 
 # --- flags do what they say -----------------------------------------------------------------------------------------
@@ -161,16 +163,23 @@ def test_early_stopping(tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
 
 
+def test_a_run_whose_weights_overflow_does_not_finish(tmp_path, capsys):
+    """Loss and gradient of the one step are finite, what it makes of the weights is not."""
+    line = "--lr 1e38 --clip_grad_norm 0 --optimizer sgd --layer Conv2d --batch_size 100"
+    assert run(line, tmp_path / "run", epochs=1) == 1
+    assert "not finite" in capsys.readouterr().err and not (tmp_path / "run" / "best.pt").exists()
+
+
 def test_save_every_and_export_and_checkpoint(tmp_path):
     pytest.importorskip("safetensors")
-    exported = tmp_path / "w.safetensors"
-    run(f"--save_every 2 --export {exported}", tmp_path / "run", epochs=4)
+    exported = tmp_path / "new folder" / "w.safetensors"
+    run(f"--save_every 2 --export '{exported}'", tmp_path / "run", epochs=4)
     assert {path.name for path in (tmp_path / "run").glob("epoch_*.pt")} == {"epoch_2.pt", "epoch_4.pt"}
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
     for path in (exported, tmp_path / "run" / "best.pt"):
-        weights = utils.evaluated_weights(utils.load_checkpoint(path))
+        weights = utils.evaluated_weights(path)
         assert all(torch.equal(weights[name], value) for name, value in best.items())
-        run(f"--checkpoint {path} --lr 0 --weight_decay 0", tmp_path / "from", epochs=1)
+        run(f"--checkpoint '{path}' --lr 0 --weight_decay 0", tmp_path / "from", epochs=1)
         started = torch.load(tmp_path / "from" / "last.pt", weights_only=True)["model"]
         assert all(
             torch.equal(started[name], value) for name, value in best.items() if "running" not in name and "num" not in name
@@ -280,6 +289,47 @@ def test_a_checkpoint_runs_no_code(tmp_path, capsys):
     torch.save({"model": Evil()}, tmp_path / "evil.pt")
     fails(f"{SMALL} --checkpoint {tmp_path / 'evil.pt'} --test_only", capsys)
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("content", [{"model": 3}, {"model": {"a": 1}}, [1], {"optimizer": {}}])
+def test_a_checkpoint_of_something_else(content, tmp_path, capsys):
+    torch.save(content, tmp_path / "x.pt")
+    assert str(tmp_path / "x.pt") in fails(f"{SMALL} --checkpoint {tmp_path / 'x.pt'} --test_only", capsys)
+
+
+def test_resume_from_a_damaged_state(trained, tmp_path, capsys):
+    state = torch.load(trained / "last.pt", weights_only=True)
+    del state["optimizer"]["state"]
+    (tmp_path / "run").mkdir()
+    torch.save(state, tmp_path / "run" / "last.pt")
+    assert "last.pt is damaged" in fails(f"{SMALL} --num_epochs 3 --resume --output_dir {tmp_path / 'run'}", capsys)
+
+
+def test_resume_within_an_epoch(tmp_path, monkeypatch):
+    """Killed in the middle of the second epoch, after a checkpoint within it: the same files as if it had not been."""
+    import train_eval
+
+    options = "--batch_size 4 --save_minutes 1e-9 --scheduler cosine --warmup_epochs 1 --mixup 0.3 --ema_decay 0.5 --augment"
+    assert run(options, tmp_path / "whole") == 0
+    original, steps = train_eval.Training.update, []
+
+    def update(self, *args):
+        steps.append(1)
+        if len(steps) == 40:
+            raise KeyboardInterrupt
+        original(self, *args)
+
+    monkeypatch.setattr(train_eval.Training, "update", update)
+    assert run(options, tmp_path / "killed") == 130
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"] > 0
+    assert run(f"{options} --resume", tmp_path / "killed") == 0
+    whole, killed = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "killed"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(killed[part][name], value) for name, value in whole[part].items())
+    names = [name for name in rows(tmp_path / "whole")[0] if name not in ("seconds", "images_per_s")]
+    ours, theirs = ([[row[n] for n in names] for row in rows(tmp_path / name)] for name in ("killed", "whole"))
+    assert ours == theirs
 
 
 def test_resume_under_other_options(trained, capsys):

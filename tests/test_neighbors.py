@@ -246,6 +246,12 @@ def test_scores_of_pairs(problem, metric):
     assert_same_gradients(neighbor_scores(query, key, index, metric), pairs(query, key, index, metric), inputs)
 
 
+def test_scores_name_the_metrics():
+    x = torch.randn(1, 3, 2)
+    with pytest.raises(ValueError, match="cosine, similarity"):
+        neighbor_scores(x, x, torch.zeros(1, 3, 1, dtype=torch.long), "cos")
+
+
 def test_weights():
     query, key = torch.randn(2, 4, 3).double(), torch.randn(2, 6, 3).double()
     index = find_neighbors(query, key, 3, "matmul")
@@ -254,6 +260,15 @@ def test_weights():
     torch.testing.assert_close(neighbor_weights(query, key, index, "euclidean", softmax=False), 1 / (1e-8 - chosen))
     matmul = pairs(query, key, index, "matmul")
     torch.testing.assert_close(neighbor_weights(query, key, index, "matmul", softmax=False), matmul)
+
+
+def test_cosine_with_a_token_of_zeros_has_a_bounded_gradient():
+    x = torch.randn(1, 4, 3)
+    x[0, 1] = 0
+    x.requires_grad_()
+    index = find_neighbors(x, x, 4, "cosine")
+    (gradient,) = torch.autograd.grad(neighbor_weights(x, x, index, "cosine").square().sum(), x)
+    assert gradient.isfinite().all() and gradient.abs().max() < 1e7
 
 
 @pytest.mark.parametrize("softmax", [True, False])

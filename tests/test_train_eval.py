@@ -137,8 +137,9 @@ def test_schedules_are_those_of_torch_at_every_epoch():
     assert rates(5, scheduler="none") == [0.5] * 12
     losses = [1, 0.9, 0.9, 0.95, 0.9, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8]
     plateau = rates(5, losses, scheduler="plateau", lr_step=2, lr_gamma=0.2)
-    expected = reference(lambda o: schedulers.ReduceLROnPlateau(o, factor=0.2, patience=2), losses)
-    assert plateau == pytest.approx(expected) and len(set(plateau)) == 3
+    expected = reference(lambda o: schedulers.ReduceLROnPlateau(o, factor=0.2, patience=1, threshold=0), losses)
+    assert plateau == pytest.approx(expected)
+    assert plateau == pytest.approx([0.5] * 4 + [0.1] * 4 + [0.02] * 2 + [0.004] * 2)
 
 
 @pytest.mark.parametrize("scheduler", ["none", "cosine", "plateau"])
