@@ -155,12 +155,13 @@ def test_search_memory_and_time_against_the_full_matrix():
     assert allocated_peak(full) >= 16 * 1024 * 1024 * 4  # the measure sees what it should
     assert allocated_peak(chunked) < 16 * 1024 * 1024 * 4 / 8
     times = {full: [], chunked: []}
-    for _ in range(7):
+    for _ in range(9):
         for function, taken in times.items():
             start = time.perf_counter()
             function()
             taken.append(time.perf_counter() - start)
-    assert sorted(times[chunked])[3] < 1.2 * sorted(times[full])[3]  # 1.2: other work on this machine
+    # The best of nine: with other work on the cores, the many short chunks wait for them more often than two long calls.
+    assert min(times[chunked]) < 1.2 * min(times[full])
 
 
 # --- places and candidates ------------------------------------------------------------------------------------------

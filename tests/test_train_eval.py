@@ -281,18 +281,16 @@ def test_no_step_waits_for_the_device(monkeypatch):
     assert steps <= 2 * 60 / train_eval.READ_EVERY + 4, looks
 
 
-def test_saving_within_an_epoch(monkeypatch):
-    training = make_training(save_minutes=1e-9, steps=25)
-    saved = []
-    train_one_epoch(
-        training, make_batches(n=100, batch_size=4), make_loss("CrossEntropy"), save=lambda: saved.append(training.step)
-    )
-    assert saved == [20]
-    training = make_training(save_minutes=0.0, steps=25)
-    train_one_epoch(
-        training, make_batches(n=100, batch_size=4), make_loss("CrossEntropy"), save=lambda: saved.append(training.step)
-    )
-    assert saved == [20]
+def test_saving_within_an_epoch():
+    for minutes, expected in ((1e-9, list(range(1, 26))), (60.0, []), (0.0, [])):
+        training = make_training(save_minutes=minutes, steps=25)
+        saved = []
+
+        def save(training=training, saved=saved):
+            saved.append(training.step)
+
+        train_one_epoch(training, make_batches(n=100, batch_size=4), make_loss("CrossEntropy"), save=save)
+        assert saved == expected
 
 
 @pytest.mark.parametrize("stop", [0, 5, 13])
