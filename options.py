@@ -582,6 +582,8 @@ def parse_options(
     path = given.pop("config")
     try:
         values = {} if path is None else read_yaml(path)
+        if "channels" in given:
+            values.pop("num_layers", None)  # config.yaml holds the length of the channels it was written with
         for name in values:
             if name not in known:
                 raise ValueError(f"config={path!r}: unknown key {name!r}{did_you_mean(name, known)}")

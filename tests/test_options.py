@@ -722,3 +722,11 @@ def test_modules_that_use_options_offer_the_same_classes():
 
     assert tuple(allconvnet.LAYERS2D) == options.LAYERS2D_NAMES == LAYERS
     assert allconvnet.AllConvNetConfig is AllConvNetConfig and neighbors.NeighborConfig is NeighborConfig
+
+
+def test_config_of_a_run_can_be_run_with_other_channels(tmp_path):
+    """config.yaml holds num_layers as resolved; it must not stand in the way of --channels."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(parse("--channels", "8", "16").as_dict()))
+    assert parse("--config", str(path), "--channels", "8").model.num_layers == 1
+    assert parse("--config", str(path)).model.num_layers == 2
