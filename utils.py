@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -236,9 +237,11 @@ def peak_memory(device: torch.device) -> dict:
 
 
 def versions() -> dict:
-    names = ("torch", "torchvision", "numpy")
-    found = {name: metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **found, "cuda": torch.version.cuda}
+    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for name in ("torch", "torchvision", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # small data sets train without torchvision
+            found[name] = metadata.version(name)
+    return found
 
 
 def device_name(device: torch.device) -> str:
