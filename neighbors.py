@@ -153,8 +153,8 @@ def _gathered(x: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]
     M, C = x.shape[1:]
     flat = x.reshape(G * M, C)
     index = (index + torch.arange(G, device=x.device).mul_(M).view(G, 1, 1)).view(G * N, K)
-    elements = _chunk(x) if x.device.type == "cpu" else 2**23  # a GPU needs large matrix products
-    step = max(1, elements // (K * C))
+    # Larger than chunks of scores: matrix products follow, and a GPU needs those to be large.
+    step = max(1, _chunk(x) * (2 if x.device.type == "cpu" else 8) // (K * C))
     for start in range(0, G * N, step):
         rows = slice(start, min(start + step, G * N))
         chosen = index[rows].flatten()
