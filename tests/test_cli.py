@@ -370,6 +370,8 @@ def test_without_a_terminal_there_is_one_line_per_epoch(tmp_path):
 
 def readme_commands():
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    for variable, value in (("${layer/\\//-}", "x"), ("$layer", "Conv2d/ConvNN"), ("$seed", "1")):  # of its shell loop
+        text = text.replace(variable, value)
     return [line.strip() for line in text.splitlines() if re.match(r"\s*python allconvnet_main.py", line)]
 
 
