@@ -129,8 +129,10 @@ class NeighborSelection(nn.Module):
         """Constant tables of this shape of grid, by name."""
         suffix = "".join(f"_{side}" for side in grid)
         if f"places{suffix}" not in self._buffers:
-            for name, table in self._make_tables(grid).items():
-                self.register_buffer(name + suffix, table.to(device), persistent=False)
+            with torch.inference_mode(False):  # made while evaluating, they must still serve a backward pass
+                tables = {name: table.to(device) for name, table in self._make_tables(grid).items()}
+            for name, table in tables.items():
+                self.register_buffer(name + suffix, table, persistent=False)
         return {name.removesuffix(suffix): table for name, table in self._buffers.items() if name.endswith(suffix)}
 
     def _make_tables(self, grid: tuple[int, ...]) -> dict[str, Tensor]:

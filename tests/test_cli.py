@@ -375,6 +375,11 @@ def readme_commands():
     return [line.strip() for line in text.splitlines() if re.match(r"\s*python allconvnet_main.py", line)]
 
 
+def test_python_of_the_readme_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    exec(code, {})
+
+
 @pytest.mark.parametrize("command", readme_commands())
 def test_commands_of_the_readme_parse(command, monkeypatch):
     from options import AllConvNetConfig, parse_options

@@ -286,6 +286,14 @@ def test_state_dict_holds_weights_only(similarity):
     assert set(layer.state_dict()) == {"conv.weight", "conv.bias"}
 
 
+def test_tables_made_in_inference_mode_serve_training():
+    layer = ConvNN2d(1, 2, NeighborConfig(K=2, similarity_type="Loc"))
+    x = torch.randn(1, 1, 4, 4)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+
+
 def test_tables_in_float64_are_exact():
     """Coordinates must not be rounded to float32 on the way."""
     cfg = NeighborConfig(K=1, aggregation_type="Loc_Col")
