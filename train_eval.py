@@ -566,7 +566,7 @@ def _train(options: Options, make_model: Callable[[], nn.Module]) -> None:
     folder.start(plain, model, resumed=state is not None)
     print(
         f"{options.model.layer} on {options.data.dataset}: {facts['parameters']:,} parameters, "
-        f"{facts['flops_per_image'] / 1e6:,.1f} MFLOPs per image, {facts['train_images']:,} training and "
+        f"{facts['flops_per_image'] / 1e6:,.2f} MFLOPs per image, {facts['train_images']:,} training and "
         f"{facts['test_images']:,} test images, on {utils.device_name(device)}"
     )
     best = fit(training, data, folder, plain, facts)
