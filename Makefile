@@ -12,7 +12,8 @@ demo: $(VENV)/.installed
 	@echo "and tested them after every epoch on the other 360."
 	@echo "Results: Output/demo/train_eval_results.txt, metrics.csv and summary.json; look at Output/demo/curves.png."
 	@echo "Try next:"
-	@echo "  $(BIN)/python allconvnet_main.py --config configs/demo.yaml --layer ConvNN --output_dir Output/demo-ConvNN"
+	@echo "  $(BIN)/python allconvnet_main.py --config configs/demo.yaml --layer Attention/ConvNN_Attn --output_dir Output/demo2"
+	@echo "  $(BIN)/python allconvnet_main.py --config configs/demo.yaml --layer ConvNN --output_dir Output/demo3  # blind to place"
 	@echo "  $(BIN)/python allconvnet_main.py --config configs/demo.yaml --test_only"
 	@echo "  $(BIN)/python allconvnet_main.py --help"
 

@@ -97,6 +97,18 @@ def test_an_image_is_the_same_alone_and_in_a_batch(layer):
     torch.testing.assert_close(model(x)[1:2], model(x[1:2]))
 
 
+@pytest.mark.parametrize("layer", ["ConvNN", "ConvNN_Attn", "Attention", "ConvNN/Attention"])
+def test_a_network_that_selects_by_content_is_blind_to_place(layer):
+    """Shuffled pixels give equal logits: no rule looks at the order of tokens. (Ties do: a token that ReLU left without
+    any feature is as near to all others, which does not happen with 16 channels here.)"""
+    model = make(layer=layer, channels=(16, 16), shuffle_pattern="NA").double().eval()
+    x = torch.randn(2, 3, 4, 6).double()
+    shuffled = x.flatten(2)[:, :, torch.randperm(24)].view_as(x)
+    torch.testing.assert_close(model(shuffled), model(x))
+    by_place = make(layer=layer, channels=(16, 16), shuffle_pattern="NA", similarity_type="Loc").double().eval()
+    assert layer == "Attention" or not torch.allclose(by_place(shuffled), by_place(x))
+
+
 @pytest.mark.parametrize(("pattern", "sizes"), [("B", [(8, 12), (4, 6), (2, 3)]), ("A", [(4, 4), (8, 8), (16, 16)])])
 @pytest.mark.parametrize("layer", ["ConvNN", "Attention/ConvNN_Attn"])
 def test_patterns_that_change_the_size_of_the_map(layer, pattern, sizes):
