@@ -10,6 +10,7 @@ import copy
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -501,6 +502,8 @@ def run(options: Options, make_model: Callable[[], nn.Module], fail: Callable[[s
 def _prepare(options: Options, make_model: Callable[[], nn.Module]) -> tuple[nn.Module, RunFolder, torch.device]:
     """Everything that can fail before data is read or a file is written."""
     train = options.train
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError("several processes cannot train one model yet, they would overwrite each other; start one process")
     device = utils.pick_device(train.device)
     autocast_for(train, device)
     folder = RunFolder(train.output_dir)

@@ -262,6 +262,12 @@ def test_errors_before_anything_is_written(line, words, tmp_path, monkeypatch, c
     assert list(tmp_path.iterdir()) == []
 
 
+def test_several_processes_are_refused_until_they_work_together(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process" in fails(f"{SMALL} --output_dir {tmp_path / 'run'}", capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_output_folder_that_is_a_file(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "--output_dir" in fails(f"{SMALL} --output_dir {tmp_path / 'file'}", capsys)
