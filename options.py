@@ -21,6 +21,19 @@ from typing import NamedTuple
 import yaml
 
 LAYERS2D_NAMES = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention")
+LAYERS1D_NAMES = (
+    "Attention",
+    "ConvNN",
+    "ConvNNAttention",
+    "Conv1d",
+    "Conv1dAttention",
+    "KvtAttention",
+    "LocalAttention",
+    "SparseAttention",
+    "NeighborhoodAttention",
+    "BranchConv",
+    "BranchAttention",
+)
 METRICS = {"cosine": "cosine", "similarity": "cosine", "euclidean": "euclidean", "distance": "euclidean", "matmul": "matmul"}
 SHUFFLE_PATTERNS = ("BA", "NA", "B", "A")
 CONVOLUTION_TYPES = ("standard", "depthwise", "depthwise-separable")
@@ -320,6 +333,162 @@ class AllConvNetConfig(NeighborConfig):
             self.neighbors.check_candidates(tuple(side + ring for side in grid))
 
 
+UNUSED = {"group": "model and layer: not used by a layer yet"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(NeighborConfig):
+    """A vision transformer: patches, then blocks of a mixer and an MLP, then a linear classifier."""
+
+    model: str = option("vit", "which model", choices=("vit",))
+    layer: str = option("Attention", "what mixes the tokens of a block", choices=LAYERS1D_NAMES)
+    patch_size: int = option(16, "side of a patch in pixels", low=1)
+    num_layers: int = option(8, "blocks", low=1)
+    num_heads: int = option(8, "heads; 1 gives ConvNN attention without head splitting", low=1)
+    d_model: int = option(512, "features per token", low=1, aliases=("d_hidden",))
+    d_mlp: int = option(2048, "hidden features of the MLP", low=1)
+    dropout: float = option(0.1, "probability of dropping what a mixer or MLP adds", low=0, below=1)
+    attention_dropout: float = option(0.1, "probability of dropping a weight of a pair of tokens", low=0, below=1)
+    attention_bias: bool = option(True, "biases of the q, k, v and output projections")
+    pos_embedding: str = option("sinusoidal", "positions added to the tokens", choices=("sinusoidal", "learned", "none"))
+    patch_norm: bool = option(True, "LayerNorm after the patch embedding")
+    final_norm: bool = option(False, "LayerNorm after the last block")
+    pool: str = option("cls", "classify by a class token, or by the mean of the patches", choices=("cls", "mean"))
+    num_local_layers: int | None = option(
+        None, "the first n blocks use --layer, the rest Attention and the class token", kind=int, low=0
+    )
+    initializer_range: float = option(0.02, "standard deviation of the truncated normal initialisation", low=0)
+    convolution_type: str = option(
+        "depthwise", "ConvNN, Conv1d and their branches: which channels a convolution mixes", choices=CONVOLUTION_TYPES
+    )
+    softmax_topk_val: bool = option(True, "ConvNN: weigh values by the softmax of the K scores; False: by the raw scores")
+    coordinate_encoding: bool = option(False, "short for --similarity_type Loc_Col")
+    kernel_size: int = option(
+        9, "Conv1d, Conv1dAttention, BranchConv: tokens; NeighborhoodAttention: side of the window, odd", low=1
+    )
+    window_size: int = option(16, "LocalAttention: |i - j| <= window_size", low=0)
+    sparse_mode: str = option("strided", "SparseAttention: which tokens attend to which", choices=("all", "local", "strided"))
+    sparse_context_window: int = option(14, "SparseAttention: stride, and twice the reach to either side", low=1)
+    dilation: int = option(1, "NeighborhoodAttention: step between the patches of a window", low=1)
+    branch_ratio: float = option(0.5, "BranchConv, BranchAttention: share of the ConvNN branch", low=0, high=1)
+    mask_type: str = option(
+        "2d_all_neighbors",
+        "kind of local mask",
+        choices=("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors"),
+        **UNUSED,
+    )
+    expansion_step: int = option(1, "reach of the local mask", low=1, **UNUSED)
+    linformer_k: int = option(64, "length that keys and values are projected to", low=1, **UNUSED)
+    performer_features: int = option(64, "random features", low=1, **UNUSED)
+    performer_kernel: str = option("softmax", "kernel of the random features", choices=("softmax", "relu"), **UNUSED)
+    nystrom_landmarks: int = option(32, "landmarks", low=1, **UNUSED)
+    nystrom_conv_kernel: int = option(0, "width of the convolution residual; 0: none", low=0, **UNUSED)
+    hybrid_window: int = option(3, "side of the window", low=1, **UNUSED)
+    hybrid_dilations: tuple[int, ...] = option((1, 2), "one window each", low=1, **UNUSED)
+    locality_strength: float = option(1.0, "how sharply heads start at their offsets", low=0, **UNUSED)
+    magnitude_type: str = redefault(NeighborConfig, "magnitude_type", "matmul")
+    image_size: int | tuple[int, int] = 224
+    in_channels: int = 3
+    num_classes: int = 10
+
+    def __post_init__(self):
+        self._check_ranges()
+        size = self.image_size
+        object.__setattr__(self, "image_size", (size, size) if isinstance(size, int) else tuple(size))
+        if any(side % self.patch_size for side in self.image_size):
+            raise ValueError(
+                f"patch_size={self.patch_size} does not divide the {_sides(self.image_size)} image; "
+                f"use one that does, or another size (resize)"
+            )
+        check_heads(self.d_model, self.num_heads)
+        if self.num_local_layers is not None and self.num_local_layers >= self.num_layers:
+            raise ValueError(
+                f"num_local_layers={self.num_local_layers} must be below num_layers={self.num_layers}; "
+                f"leave it out for {self.layer} in every block"
+            )
+        if self.coordinate_encoding:
+            if self.similarity_type == "Loc":
+                raise ValueError("coordinate_encoding=True is short for similarity_type=Loc_Col, not Loc; drop one of them")
+            object.__setattr__(self, "similarity_type", "Loc_Col")
+        if self.num_local_layers != 0:
+            self._check_layer()
+
+    @property
+    def neighbors(self) -> NeighborConfig:
+        return NeighborConfig(**{f.name: getattr(self, f.name) for f in fields(NeighborConfig)})
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def class_tokens(self) -> int:
+        """Class tokens in the blocks that use `layer`: under num_local_layers it joins after them."""
+        return int(self.pool == "cls" and self.num_local_layers is None)
+
+    def _check_layer(self) -> None:
+        """Relations between options that only matter for the layer in use."""
+        is_branch = self.layer in ("BranchConv", "BranchAttention")
+        if is_branch and self.branch_ratio not in (0, 1):
+            branch_widths(self.d_model, self.num_heads, self.branch_ratio)
+        if self.layer in ("ConvNN", "ConvNNAttention") or (is_branch and self.branch_ratio > 0):
+            grid = sequence_grid(self.grid)
+            self.neighbors.check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
+            check_slots(self.convolution_type, self.aggregation_type)
+        if self.layer == "KvtAttention":
+            tokens = math.prod(self.grid) + self.class_tokens
+            if self.K > tokens:
+                raise ValueError(f"K={self.K} is more than the {tokens} tokens there are; K can be 1 to {tokens}")
+        if self.layer == "NeighborhoodAttention":
+            check_window(self.kernel_size, self.dilation, self.grid)
+
+
+def sequence_grid(grid: tuple[int, int]) -> tuple[int, ...]:
+    """Sides of a grid of tokens; a single row or column of them is a sequence, which has one side."""
+    return tuple(side for side in grid if side > 1) or (1,)
+
+
+def check_heads(d_model: int, num_heads: int) -> None:
+    if num_heads < 1 or d_model % num_heads:
+        raise ValueError(f"num_heads={num_heads} does not divide d_model={d_model}")
+
+
+def check_slots(convolution_type: str, aggregation_type: str) -> None:
+    """Raise ValueError for an unknown convolution over the slots, or one that the values do not fit."""
+    if convolution_type not in CONVOLUTION_TYPES:
+        raise ValueError(f"convolution_type={convolution_type!r} is not one of {', '.join(CONVOLUTION_TYPES)}")
+    if aggregation_type == "Loc_Col" and convolution_type == "depthwise":
+        raise ValueError(
+            "aggregation_type=Loc_Col appends coordinates to the values, so it needs "
+            "convolution_type standard or depthwise-separable, not depthwise"
+        )
+
+
+def check_window(kernel_size: int, dilation: int, grid: tuple[int, int]) -> None:
+    """Raise ValueError if a neighborhood of this size does not lie within the grid of patches."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size={kernel_size} must be odd for a neighborhood")
+    if dilation < 1:
+        raise ValueError(f"dilation={dilation} must be at least 1")
+    if kernel_size * dilation > min(grid):
+        raise ValueError(
+            f"kernel_size={kernel_size} with dilation={dilation} spans {kernel_size * dilation} patches and the grid has "
+            f"{_sides(grid)}; their product can be at most {min(grid)}"
+        )
+
+
+def branch_widths(d_model: int, num_heads: int, branch_ratio: float) -> tuple[int, int]:
+    """Features of the ConvNN branch and of the other one. Raises ValueError if their heads do not divide them."""
+    width = round(d_model * branch_ratio)
+    if not 0 < width < d_model or width % num_heads or d_model % num_heads:
+        raise ValueError(
+            f"branch_ratio={branch_ratio} splits d_model={d_model} into {width} + {d_model - width} features, and both need "
+            f"a positive multiple of num_heads={num_heads}"
+        )
+    return width, d_model - width
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Data, training, system
 # ---------------------------------------------------------------------------------------------------------------
@@ -427,7 +596,7 @@ class TrainConfig:
 class Options(NamedTuple):
     """The resolved options of one run."""
 
-    model: AllConvNetConfig
+    model: AllConvNetConfig | ViTConfig
     data: DataConfig
     train: TrainConfig
 

@@ -480,13 +480,19 @@ def _tensorboard(folder: RunFolder):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def run(options: Options, make_model: Callable[[], nn.Module], fail: Callable[[str], None]) -> int:
+def run(
+    options: Options,
+    make_model: Callable[[], nn.Module],
+    fail: Callable[[str], None],
+    load: Callable[[nn.Module, dict], None] = utils.load_state,
+) -> int:
     """Train, or evaluate under --test_only, as the options say; returns the exit status.
 
-    `fail` ends the program with one line and status 2 for what the user can mend.
+    `fail` ends the program with one line and status 2 for what the user can mend; `load` puts the state dict of a
+    --checkpoint into the model.
     """
     try:
-        (_test if options.train.test_only else _train)(options, make_model)
+        (_test if options.train.test_only else _train)(options, make_model, load)
     except (RunError, DataError) as error:
         fail(str(error))
     except NonFiniteLoss as error:
@@ -518,14 +524,14 @@ def _prepare(options: Options, make_model: Callable[[], nn.Module]) -> tuple[nn.
     return make_model(), folder, device
 
 
-def _test(options: Options, make_model: Callable[[], nn.Module]) -> None:
+def _test(options: Options, make_model: Callable[[], nn.Module], load: Callable[[nn.Module, dict], None]) -> None:
     """Evaluate --checkpoint, else best.pt of the output folder; print and write test_results.json, nothing else."""
     model, folder, device = _prepare(options, make_model)
     train = options.train
     path = Path(train.checkpoint) if train.checkpoint else folder.best
     if not path.exists():
         raise RunError(f"--test_only: there is no {path}; train first, or name the weights with --checkpoint FILE")
-    utils.load_weights(model, path)
+    utils.load_weights(model, path, load)
     data = load_data(options.data, batch_size=train.batch_size, seed=train.seed, device=device, test_only=True)
     model.to(device)
     metrics = evaluate(
@@ -542,12 +548,12 @@ def _test(options: Options, make_model: Callable[[], nn.Module]) -> None:
     utils.write_atomically(folder.path / "test_results.json", json.dumps(results, indent=2) + "\n")
 
 
-def _train(options: Options, make_model: Callable[[], nn.Module]) -> None:
+def _train(options: Options, make_model: Callable[[], nn.Module], load: Callable[[nn.Module, dict], None]) -> None:
     model, folder, device = _prepare(options, make_model)
     train, plain = options.train, options.as_dict()
     state = utils.resumable_state(folder.last, plain) if train.resume else None
     if train.checkpoint and state is None:
-        utils.load_weights(model, Path(train.checkpoint))
+        utils.load_weights(model, Path(train.checkpoint), load)
     data = load_data(options.data, batch_size=train.batch_size, seed=train.seed, device=device)
     model.to(device)
     training = Training(model, train, device, len(data.train))

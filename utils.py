@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -134,7 +135,9 @@ def load_checkpoint(path: Path) -> dict:
         raise RunError(f"{path} is not a checkpoint that can be read: {reason}") from None
     if not isinstance(state, dict):
         raise RunError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
-    return state if "model" in state else {"model": state}
+    if "model" in state:
+        return state
+    return {"model": state.get("state_dict", state)}  # where others put the weights
 
 
 def evaluated_weights(source: Path) -> dict:
@@ -146,20 +149,28 @@ def evaluated_weights(source: Path) -> dict:
     return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in weights.items()}
 
 
-def load_weights(model: nn.Module, source: Path) -> None:
-    """Load the weights in a checkpoint of exactly this architecture. Raises RunError that names the first difference."""
-    weights = evaluated_weights(source)
+def load_state(model: nn.Module, weights: dict) -> None:
+    """Load a state dict of exactly this architecture. Raises ValueError that names the first difference."""
     own = model.state_dict()
     for name, value in own.items():
         if name not in weights:
-            raise RunError(f"{source} is of another architecture: it has no {name}")
+            raise ValueError(f"of another architecture: it has no {name}")
         if weights[name].shape != value.shape:
             shapes = f"{tuple(weights[name].shape)} there, {tuple(value.shape)} here"
-            raise RunError(f"{source} is of another architecture or number of classes: {name} is {shapes}")
+            raise ValueError(f"of another architecture or number of classes: {name} is {shapes}")
     for name in weights:
         if name not in own:
-            raise RunError(f"{source} is of another architecture: this model has no {name}")
+            raise ValueError(f"of another architecture: this model has no {name}")
     model.load_state_dict(weights)
+
+
+def load_weights(model: nn.Module, source: Path, load: Callable[[nn.Module, dict], None] = load_state) -> None:
+    """Load the weights in a checkpoint; `load` says which names it may have. Raises RunError if they do not fit."""
+    weights = evaluated_weights(source)
+    try:
+        load(model, weights)
+    except ValueError as error:
+        raise RunError(f"{source} is {error}") from None
 
 
 def export_weights(path: Path, weights: dict) -> None:

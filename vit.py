@@ -1,0 +1,313 @@
+"""Vision transformers whose attention is any mixer of `layers1d.py` and `local_attention.py`."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from layers1d import (
+    BranchingAttention,
+    BranchingConv,
+    MultiHeadAttention,
+    MultiHeadConv1d,
+    MultiHeadConv1dAttention,
+    MultiHeadConvNN,
+    MultiHeadConvNNAttention,
+    MultiHeadKvtAttention,
+    TokenLayout,
+)
+from local_attention import MultiHeadLocalAttention, MultiHeadSparseAttention, NeighborhoodAttention
+from options import ViTConfig
+from utils import load_state
+
+__all__ = ["LAYERS1D", "TokenLayout", "ViT", "ViTConfig", "load_vit_weights", "make_layer1d"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The registry
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    return MultiHeadAttention(
+        config.d_model, config.num_heads, attention_dropout=config.attention_dropout, bias=config.attention_bias
+    )
+
+
+def _convnn(config: ViTConfig, layout: TokenLayout, mixer: type = MultiHeadConvNN) -> nn.Module:
+    return mixer(
+        config.d_model,
+        config.num_heads,
+        config.neighbors,
+        layout=layout,
+        convolution_type=config.convolution_type,
+        softmax_topk_val=config.softmax_topk_val,
+        attention_dropout=config.attention_dropout,
+        bias=config.attention_bias,
+    )
+
+
+def _convnn_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    return _convnn(config, layout, MultiHeadConvNNAttention)
+
+
+def _conv1d(config: ViTConfig, layout: TokenLayout, mixer: type = MultiHeadConv1d) -> nn.Module:
+    return mixer(
+        config.d_model,
+        config.num_heads,
+        config.kernel_size,
+        layout=layout,
+        convolution_type=config.convolution_type,
+        bias=config.attention_bias,
+    )
+
+
+def _conv1d_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    return _conv1d(config, layout, MultiHeadConv1dAttention)
+
+
+def _kvt_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    return MultiHeadKvtAttention(
+        config.d_model, config.num_heads, config.K, attention_dropout=config.attention_dropout, bias=config.attention_bias
+    )
+
+
+def _local_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    return MultiHeadLocalAttention(
+        config.d_model,
+        config.num_heads,
+        layout=layout,
+        window_size=config.window_size,
+        attention_dropout=config.attention_dropout,
+        bias=config.attention_bias,
+    )
+
+
+def _sparse_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    return MultiHeadSparseAttention(
+        config.d_model,
+        config.num_heads,
+        layout=layout,
+        mode=config.sparse_mode,
+        context=config.sparse_context_window,
+        attention_dropout=config.attention_dropout,
+        bias=config.attention_bias,
+    )
+
+
+def _neighborhood_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    return NeighborhoodAttention(
+        config.d_model,
+        config.num_heads,
+        layout=layout,
+        kernel_size=config.kernel_size,
+        dilation=config.dilation,
+        attention_dropout=config.attention_dropout,
+        bias=config.attention_bias,
+    )
+
+
+def _branch_conv(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    if config.branch_ratio in (0, 1):
+        return _convnn_attention(config, layout) if config.branch_ratio else _conv1d_attention(config, layout)
+    return BranchingConv(
+        config.d_model,
+        config.num_heads,
+        config.neighbors,
+        config.kernel_size,
+        layout=layout,
+        branch_ratio=config.branch_ratio,
+        convolution_type=config.convolution_type,
+        softmax_topk_val=config.softmax_topk_val,
+        attention_dropout=config.attention_dropout,
+        bias=config.attention_bias,
+    )
+
+
+def _branch_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    if config.branch_ratio in (0, 1):
+        return _convnn_attention(config, layout) if config.branch_ratio else _attention(config, layout)
+    return BranchingAttention(
+        config.d_model,
+        config.num_heads,
+        config.neighbors,
+        layout=layout,
+        branch_ratio=config.branch_ratio,
+        convolution_type=config.convolution_type,
+        softmax_topk_val=config.softmax_topk_val,
+        attention_dropout=config.attention_dropout,
+        bias=config.attention_bias,
+    )
+
+
+LAYERS1D = {
+    "Attention": _attention,
+    "ConvNN": _convnn,
+    "ConvNNAttention": _convnn_attention,
+    "Conv1d": _conv1d,
+    "Conv1dAttention": _conv1d_attention,
+    "KvtAttention": _kvt_attention,
+    "LocalAttention": _local_attention,
+    "SparseAttention": _sparse_attention,
+    "NeighborhoodAttention": _neighborhood_attention,
+    "BranchConv": _branch_conv,
+    "BranchAttention": _branch_attention,
+}
+
+
+def make_layer1d(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    """The mixer that `config.layer` names, on tokens of this layout."""
+    return LAYERS1D[config.layer](config, layout)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def sinusoidal_positions(tokens: int, d_model: int) -> Tensor:
+    """(tokens, d_model): sines and cosines in turn, of wavelengths from 2 pi to 20000 pi (arXiv 1706.03762, 3.5)."""
+    half = torch.arange((d_model + 1) // 2, dtype=torch.float64)
+    angles = torch.arange(tokens, dtype=torch.float64)[:, None] * 10000 ** (-2 * half / d_model)
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :d_model].float()
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + drop(mixer(norm(x))), then x + drop(mlp(norm(x))). (B, N, d_model) -> the same."""
+
+    def __init__(self, d_model: int, d_mlp: int, mixer: nn.Module, dropout: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(d_model, eps=1e-6)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(d_model, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(d_model, d_mlp), nn.GELU(), nn.Linear(d_mlp, d_model))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
+        """With output_attentions also the mixing matrix of the mixer."""
+        mixed, matrix = self.mixer(self.norm1(x), True) if output_attentions else (self.mixer(self.norm1(x)), None)
+        x = x + self.dropout(mixed)
+        x = x + self.dropout(self.mlp(self.norm2(x)))
+        return (x, matrix) if output_attentions else x
+
+
+class ViT(nn.Module):
+    """Vision transformer (Dosovitskiy et al., arXiv 2010.11929) with any mixer: (B, channels, H, W) -> logits (B, classes).
+
+    Patches, in raster order, after the class token if `pool="cls"`. Under `num_local_layers` the first blocks mix
+    patches only, and the class token joins after them (d'Ascoli et al., arXiv 2103.10697). `recompute` keeps only the
+    inputs of the blocks for the backward pass.
+    """
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.config = config
+        d, height, width = config.d_model, *config.grid
+        self.patch_embedding = nn.Conv2d(config.in_channels, d, config.patch_size, stride=config.patch_size)
+        self.patch_norm = nn.LayerNorm(d, eps=1e-6) if config.patch_norm else nn.Identity()
+        self.class_token = nn.Parameter(torch.empty(1, 1, d)) if config.pool == "cls" else None
+        local = TokenLayout(height, width, config.class_tokens)
+        if config.pos_embedding == "learned":
+            self.pos_embedding = nn.Parameter(torch.empty(1, local.num_tokens, d))
+        else:
+            table = sinusoidal_positions(local.num_tokens, d)[None] if config.pos_embedding == "sinusoidal" else None
+            self.register_buffer("pos_embedding", table, persistent=False)
+        self.num_local_layers = config.num_layers if config.num_local_layers is None else config.num_local_layers
+        mixers = [make_layer1d(config, local) for _ in range(self.num_local_layers)]
+        mixers += [_attention(config, local) for _ in range(config.num_layers - self.num_local_layers)]
+        self.blocks = nn.ModuleList(Block(d, config.d_mlp, mixer, config.dropout) for mixer in mixers)
+        self.norm = nn.LayerNorm(d, eps=1e-6) if config.final_norm else nn.Identity()
+        self.classifier = nn.Linear(d, config.num_classes)
+        self.recompute = False
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Truncated normal for projections, patches, class token and positions; biases zero. Convolutions keep their own."""
+        std = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, nn.Linear) or module is self.patch_embedding:
+                nn.init.trunc_normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for parameter in (self.class_token, self.pos_embedding):
+            if isinstance(parameter, nn.Parameter):
+                nn.init.trunc_normal_(parameter, std=std)
+
+    def forward(self, images: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, list[Tensor | None]]:
+        """images (B, channels, H, W) -> logits; with output_attentions also a mixing matrix (B, heads, N, N) per block."""
+        if tuple(images.shape[2:]) != self.config.image_size:
+            raise ValueError(
+                f"images of {tuple(images.shape[2:])} were given, and the model was made for {self.config.image_size}"
+            )
+        x = self.patch_norm(self.patch_embedding(images).flatten(2).transpose(1, 2))  # (B, N, d)
+        if self.config.class_tokens:
+            x = self.with_class_token(x)
+        if self.pos_embedding is not None:
+            x = x + self.pos_embedding
+        matrices: list[Tensor | None] = []
+        for number, block in enumerate(self.blocks):
+            if number == self.num_local_layers and self.class_token is not None:
+                x = self.with_class_token(x)
+            if output_attentions:
+                x, matrix = block(x, True)
+                matrices.append(matrix)
+            else:
+                x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
+        x = self.norm(x)
+        logits = self.classifier(x[:, 0] if self.class_token is not None else x.mean(dim=1))
+        return (logits, matrices) if output_attentions else logits
+
+    def with_class_token(self, x: Tensor) -> Tensor:
+        return torch.cat([self.class_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights of others
+# ---------------------------------------------------------------------------------------------------------------
+
+# Names in torchvision's and in timm's state dicts, and ours.
+TORCHVISION = {
+    r"conv_proj\.": "patch_embedding.",
+    r"encoder\.pos_embedding": "pos_embedding",
+    r"encoder\.layers\.encoder_layer_(\d+)\.ln_([12])\.": r"blocks.\1.norm\2.",
+    r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.in_proj_": r"blocks.\1.mixer.qkv.",
+    r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.out_proj\.": r"blocks.\1.mixer.proj.",
+    r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.(?:linear_1|0)\.": r"blocks.\1.mlp.0.",
+    r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.(?:linear_2|3)\.": r"blocks.\1.mlp.2.",
+    r"encoder\.ln\.": "norm.",
+    r"heads\.head\.": "classifier.",
+}
+TIMM = {
+    r"patch_embed\.proj\.": "patch_embedding.",
+    r"cls_token": "class_token",
+    r"pos_embed": "pos_embedding",
+    r"blocks\.(\d+)\.attn\.": r"blocks.\1.mixer.",
+    r"blocks\.(\d+)\.mlp\.fc1\.": r"blocks.\1.mlp.0.",
+    r"blocks\.(\d+)\.mlp\.fc2\.": r"blocks.\1.mlp.2.",
+    r"(?:fc_)?norm\.": "norm.",
+    r"head\.": "classifier.",
+}
+
+
+def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Load a state dict of this model, or of the same architecture by torchvision or timm (`vit_b_16`, `vit_base_patch16_224`).
+
+    Raises ValueError that names the first difference.
+    """
+    names = {}
+    if "conv_proj.weight" in state_dict:
+        names = TORCHVISION
+    elif "patch_embed.proj.weight" in state_dict:
+        names = TIMM
+
+    def ours(name: str) -> str:
+        for pattern, replacement in names.items():
+            if re.match(pattern, name):
+                return re.sub(pattern, replacement, name, count=1)
+        return name
+
+    load_state(model, {ours(name): value for name, value in state_dict.items()})

@@ -1,0 +1,20 @@
+"""Train and evaluate vision transformers whose attention is replaced by ConvNN, k-NN, local or sparse attention and others."""
+
+from __future__ import annotations
+
+import sys
+
+from options import ViTConfig, parse_options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options, parser = parse_options(ViTConfig, "ViT", __doc__, argv, defaults={"lr": 1e-4, "resize": 224})
+    # torch takes seconds to import: only once the options are known to be right.
+    from train_eval import run
+    from vit import ViT, load_vit_weights
+
+    return run(options, lambda: ViT(options.model), parser.error, load_vit_weights)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
