@@ -29,6 +29,7 @@ from neighbors import (
     random_candidates,
     raster_index,
     spatial_candidates,
+    weighted_sum,
 )
 from options import SHUFFLE_PATTERNS, branch_widths, check_heads, check_slots, sequence_grid, shuffle_factors
 
@@ -567,14 +568,13 @@ class MultiHeadKvtAttention(MultiHeadMixer):
         if K < 1:
             raise ValueError(f"K={K} must be at least 1")
         self.K = K
-        self.register_buffer("slots", torch.ones(self.head_dim, 1, K), persistent=False)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
         heads = query.shape[:2]
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B * H, N, d)
         index = find_neighbors(query, key, self.K, "matmul")  # (B * H, N, K)
         weights = neighbor_weights(query, key, index, "matmul")
-        out = aggregate(value, index, self.slots, F.dropout(weights, self.dropout), depthwise=True)
+        out = weighted_sum(value, index, F.dropout(weights, self.dropout))
         return out.unflatten(0, heads), mixing_matrix(index, weights, self.num_heads) if output_matrix else None
 
 

@@ -142,7 +142,7 @@ class PlacedAttention(MultiHeadMixer):
 
 
 # Gathering keys and values of a tile costs about as much as this many times its scores.
-TILES_PAY = 4
+TILES_PAY = 6
 
 
 class MultiHeadLocalAttention(PlacedAttention):

@@ -37,6 +37,7 @@ __all__ = [
     "random_candidates",
     "raster_index",
     "spatial_candidates",
+    "weighted_sum",
 ]
 
 
@@ -147,6 +148,20 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
+def _blocks(x: Tensor, B: int, N: int, M: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of a (B, N, M) matrix that a chunk can hold: as many whole images as fit, or some rows of one."""
+    images = max(1, min(B, _chunk(x) // (N * M)))
+    rows = max(1, min(N, _chunk(x) // M))
+    for b in range(0, B, images):
+        for n in range(0, N, rows):
+            yield slice(b, min(b + images, B)), slice(n, min(n + rows, N))
+
+
+def _dense_pays(index: Tensor, tokens: int) -> bool:
+    """Whether matrix products over all tokens, of which K are used, cost less than gathering K rows (measured on a CPU)."""
+    return tokens <= 32 * index.shape[2]
+
+
 def _gathered(x: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Neighbors in chunks: x (G, M, C), index (G, N, K) -> (rows of (G x N), flat index, gathered (rows, K, C))."""
     G, N, K = index.shape
@@ -212,29 +227,27 @@ def _find_neighbors(
     if candidates is not None:
         key = key.index_select(1, candidates)
     M, dtype = key.shape[1], _accumulator(query.dtype)
-    images = max(1, min(B, _chunk(query) // (N * M)))
-    rows = max(1, min(N, _chunk(query) // M))
+    keys = offset = None
     with torch.autocast(query.device.type, enabled=False):
-        for b in range(0, B, images):
-            keys, queries = key[b : b + images].to(dtype), query[b : b + images].to(dtype)
-            offset = None
-            if metric == "cosine":  # the length of the query does not change an order
-                keys = F.normalize(keys, dim=2, eps=1e-12)
-            elif metric == "euclidean":  # -|q - k|^2 / 2 without |q|^2; centered, so that little cancels
-                center = keys.mean(dim=1, keepdim=True)
-                keys, queries = keys - center, queries - center
-                offset = keys.square().sum(dim=2).mul_(-0.5)[:, None]  # (b, 1, M)
-            for n in range(0, N, rows):
-                part = queries[:, n : n + rows]
-                scores = torch.bmm(part, keys.mT) if offset is None else torch.baddbmm(offset, part, keys.mT)
-                if forced:
-                    own = self_index[n : n + rows, None]
-                    if candidates is None:
-                        scores.scatter_(2, own.expand(len(scores), -1, 1), -math.inf)
-                    else:
-                        scores.masked_fill_(own == candidates, -math.inf)
-                nearest = scores.topk(K - forced, dim=2).indices
-                index[b : b + images, n : n + rows, forced:] = nearest if candidates is None else candidates[nearest]
+        for b, n in _blocks(query, B, N, M):
+            if n.start == 0:
+                keys, queries, offset = key[b].to(dtype), query[b].to(dtype), None
+                if metric == "cosine":  # the length of the query does not change an order
+                    keys = F.normalize(keys, dim=2, eps=1e-12)
+                elif metric == "euclidean":  # -|q - k|^2 / 2 without |q|^2; centered, so that little cancels
+                    center = keys.mean(dim=1, keepdim=True)
+                    keys, queries = keys - center, queries - center
+                    offset = keys.square().sum(dim=2).mul_(-0.5)[:, None]  # (b, 1, M)
+            part = queries[:, n]
+            scores = torch.bmm(part, keys.mT) if offset is None else torch.baddbmm(offset, part, keys.mT)
+            if forced:
+                own = self_index[n, None]
+                if candidates is None:
+                    scores.scatter_(2, own.expand(len(scores), -1, 1), -math.inf)
+                else:
+                    scores.masked_fill_(own == candidates, -math.inf)
+            nearest = scores.topk(K - forced, dim=2).indices
+            index[b, n, forced:] = nearest if candidates is None else candidates[nearest]
     return index
 
 
@@ -291,10 +304,19 @@ def neighbor_weights(query: Tensor, key: Tensor, index: Tensor, metric: str, *, 
     return (1e-8 - scores).reciprocal() if _plain_name(metric) == "euclidean" else scores
 
 
+def _scattered(index: Tensor, weights: Tensor, tokens: int) -> Tensor:
+    """(B, N, K) weights at their places in a matrix (B, N, M) of zeros."""
+    return weights.new_zeros(*index.shape[:2], tokens).scatter_add_(2, index, weights)
+
+
 @torch.library.custom_op("convnn::pair_scores", mutates_args=())
 def _pair_scores(query: Tensor, key: Tensor, index: Tensor, squared_distance: bool) -> Tensor:
     dtype = _accumulator(query.dtype)
     scores = query.new_empty(index.shape, dtype=dtype)
+    if not squared_distance and _dense_pays(index, key.shape[1]):
+        for b, n in _blocks(query, *index.shape[:2], key.shape[1]):
+            scores[b, n] = torch.bmm(query[b, n].to(dtype), key[b].mT.to(dtype)).gather(2, index[b, n])
+        return scores
     flat, queries = scores.view(-1, index.shape[2]), query.reshape(-1, 1, query.shape[2])
     for rows, _, keys in _gathered(key, index):
         own, keys = queries[rows].to(dtype), keys.to(dtype)
@@ -314,6 +336,12 @@ def _pair_scores_backward(
     C, dtype = query.shape[2], _accumulator(query.dtype)
     grad_query = query.new_empty(query.shape, dtype=dtype)
     grad_key = key.new_zeros(key.shape, dtype=dtype)
+    if not squared_distance and _dense_pays(index, key.shape[1]):
+        for b, n in _blocks(query, *index.shape[:2], key.shape[1]):
+            slope = _scattered(index[b, n], grad[b, n].to(dtype), key.shape[1])
+            grad_query[b, n] = torch.bmm(slope, key[b].to(dtype))
+            grad_key[b] += torch.bmm(slope.mT, query[b, n].to(dtype))
+        return grad_query.to(query.dtype), grad_key.to(key.dtype)
     queries, slopes = query.reshape(-1, 1, C), grad.reshape(-1, index.shape[2], 1)
     for rows, chosen, keys in _gathered(key, index):
         own, keys, slope = queries[rows].to(dtype), keys.to(dtype), slopes[rows]
@@ -454,3 +482,78 @@ def _(values, index, weight, scores, depthwise, **_kwargs) -> int:
 @register_flop_formula(torch.ops.convnn.aggregate_backward)
 def _(grad, values, index, weight, scores, depthwise, need_values, **_kwargs) -> int:
     return 2 * index[0] * index[1] * math.prod(weight) * (1 + (need_values or scores is not None))
+
+
+def weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Sum of the values of the neighbors times their weights: values (B, M, C), index and weights (B, N, K) -> (B, N, C).
+
+    What `aggregate` computes with depthwise weights of one.
+    """
+    (values,) = _autocast(values)
+    return torch.ops.convnn.weighted_sum(values, index, weights)
+
+
+@torch.library.custom_op("convnn::weighted_sum", mutates_args=())
+def _weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    (B, M, C), (_, N, K) = values.shape, index.shape
+    output = values.new_empty(B, N, C)
+    if _dense_pays(index, M):
+        for b, n in _blocks(values, B, N, M):
+            output[b, n] = torch.bmm(_scattered(index[b, n], weights[b, n].to(values.dtype), M), values[b])
+    else:
+        for rows, _, gathered in _gathered(values, index):
+            part = weights.view(-1, 1, K)[rows].to(values.dtype)
+            output.view(-1, C)[rows] = torch.bmm(part, gathered).squeeze(1)
+    return output
+
+
+@_weighted_sum.register_fake
+def _(values, index, weights):
+    return values.new_empty((*index.shape[:2], values.shape[2]))
+
+
+@torch.library.custom_op("convnn::weighted_sum_backward", mutates_args=())
+def _weighted_sum_backward(grad: Tensor, values: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    (B, M, C), (_, N, K), dtype = values.shape, index.shape, _accumulator(values.dtype)
+    grad_values = values.new_zeros(values.shape, dtype=dtype)
+    grad_weights = weights.new_empty(weights.shape)
+    if _dense_pays(index, M):
+        for b, n in _blocks(values, B, N, M):
+            grad_weights[b, n] = torch.bmm(grad[b, n], values[b].mT).gather(2, index[b, n]).to(weights.dtype)
+            grad_values[b] += torch.bmm(_scattered(index[b, n], weights[b, n].to(grad.dtype), M).mT, grad[b, n])
+    else:
+        grad = grad.reshape(-1, 1, C)
+        for rows, chosen, gathered in _gathered(values, index):
+            part = grad[rows]
+            grad_weights.view(-1, K)[rows] = torch.bmm(part, gathered.mT).squeeze(1).to(weights.dtype)
+            to_values = weights.view(-1, K, 1)[rows] * part
+            grad_values.view(-1, C).index_add_(0, chosen, to_values.reshape(-1, C).to(dtype))
+    return grad_values.to(values.dtype), grad_weights
+
+
+@_weighted_sum_backward.register_fake
+def _(grad, values, index, weights):
+    return values.new_empty(values.shape), weights.new_empty(weights.shape)
+
+
+def _save_weighted_sum(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _weighted_sum_gradient(ctx, grad):
+    values, index, weights = ctx.saved_tensors
+    to_values, to_weights = torch.ops.convnn.weighted_sum_backward(grad, values, index, weights)
+    return to_values, None, to_weights
+
+
+_weighted_sum.register_autograd(_weighted_sum_gradient, setup_context=_save_weighted_sum)
+
+
+@register_flop_formula(torch.ops.convnn.weighted_sum)
+def _(values, index, weights, **_kwargs) -> int:
+    return 2 * math.prod(index) * values[2]
+
+
+@register_flop_formula(torch.ops.convnn.weighted_sum_backward)
+def _(grad, values, index, weights, **_kwargs) -> int:
+    return 4 * math.prod(index) * values[2]

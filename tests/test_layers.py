@@ -328,7 +328,7 @@ def test_tables_in_float64_are_exact():
         (lambda: ConvNNAttention2d(3, 4, NeighborConfig(), convolution_type="dense"), "standard, depthwise"),
         (
             lambda: ConvNNAttention2d(3, 4, NeighborConfig(aggregation_type="Loc_Col"), convolution_type="depthwise"),
-            "'standard' or 'depthwise-separable'",
+            "standard or depthwise-separable",
         ),
         (lambda: Attention2d(3, 6, 4), "num_heads=4 .* 6 channels"),
     ],

@@ -3,7 +3,7 @@ import time
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from naive import aggregate as naive_aggregate
 from naive import gather, pairs, scores, window
@@ -25,6 +25,7 @@ from neighbors import (
     neighbor_weights,
     random_candidates,
     spatial_candidates,
+    weighted_sum,
 )
 
 KINDS = ("cosine", "euclidean", "matmul")
@@ -44,6 +45,12 @@ def chunks(request, monkeypatch):
     """Both as one chunk and cut into the smallest pieces."""
     if request.param:
         monkeypatch.setattr(neighbors, "_chunk", lambda x: request.param)
+
+
+@pytest.fixture(params=[True, False], ids=["dense", "gathered"])
+def strategy(request, monkeypatch):
+    """Both ways of scoring and summing: products over all tokens, and gathered rows."""
+    monkeypatch.setattr(neighbors, "_dense_pays", lambda index, tokens: request.param)
 
 
 def assert_same_neighbors(found, expected, query, key, metric):
@@ -239,8 +246,9 @@ def assert_same_gradients(ours, theirs, inputs, tolerance=1e-9):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the strategy is that of the whole test
 @given(problem=problems(), metric=st.sampled_from(KINDS))
-def test_scores_of_pairs(problem, metric):
+def test_scores_of_pairs(strategy, problem, metric):
     query, key, K = problem
     inputs = query.requires_grad_(), key.requires_grad_()
     index = torch.randint(0, key.shape[1], (*query.shape[:2], K))
@@ -299,8 +307,18 @@ def test_aggregate_is_a_convolution_over_slots(weighted, depthwise, problem, D):
     assert torch.equal(gather_neighbors(values, index), gather(values, index))
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problem=problems())
+def test_weighted_sum(strategy, problem):
+    query, values, K = problem
+    index = torch.randint(0, values.shape[1], (*query.shape[:2], K))
+    weights = torch.randn(index.shape).double().requires_grad_()
+    theirs = (gather(values.requires_grad_(), index) * weights[..., None]).sum(2)
+    assert_same_gradients(weighted_sum(values, index, weights), theirs, (values, weights))
+
+
 @pytest.mark.parametrize("depthwise", [False, True])
-def test_aggregate_and_scores_in_chunks(chunks, depthwise):
+def test_aggregate_and_scores_in_chunks(chunks, strategy, depthwise):
     values, query = (torch.randn(2, 9, 3).double().requires_grad_() for _ in range(2))
     weight = torch.randn(3, 1 if depthwise else 3, 4).double().requires_grad_()
     index = find_neighbors(query, values, 4, "cosine")
@@ -308,6 +326,9 @@ def test_aggregate_and_scores_in_chunks(chunks, depthwise):
     factors = pairs(query, values, index, "cosine").softmax(-1)
     theirs = naive_aggregate(values, index, weight, factors, 3 if depthwise else 1)
     assert_same_gradients(ours, theirs, (values, query, weight))
+    ones, factors = torch.ones(3, 1, 4).double(), torch.rand(2, 9, 4).double().requires_grad_()
+    theirs = naive_aggregate(values, index, ones, factors, 3)
+    assert_same_gradients(weighted_sum(values, index, factors), theirs, (values, factors))
 
 
 def test_aggregate_under_autocast_is_bfloat16_with_float32_weights():
@@ -321,6 +342,23 @@ def test_aggregate_under_autocast_is_bfloat16_with_float32_weights():
     torch.testing.assert_close(out.float(), exact, atol=0.05, rtol=0.05)
 
 
+def test_dense_and_gathered_agree_under_autocast():
+    values, index = torch.randn(2, 40, 8), torch.randint(0, 40, (2, 40, 4))
+    weights = torch.rand(2, 40, 4, requires_grad=True)
+    exact = naive_aggregate(values, index, torch.ones(8, 1, 4), weights, 8)
+    (expected,) = torch.autograd.grad(exact.square().sum(), weights)
+    for M in (40, 400):  # dense, gathered
+        padded = torch.cat([values, torch.zeros(2, M - 40, 8)], dim=1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = weighted_sum(padded, index, weights)
+            scores = neighbor_scores(values, padded, index, "matmul")
+        assert out.dtype == torch.bfloat16 and scores.dtype == torch.float32
+        torch.testing.assert_close(out.float(), exact, atol=0.05, rtol=0.05)
+        torch.testing.assert_close(scores, pairs(values, padded, index, "matmul"), atol=0.05, rtol=0.05)
+        (gradient,) = torch.autograd.grad(out.float().square().sum(), weights)
+        torch.testing.assert_close(gradient, expected, atol=0.5, rtol=0.05)
+
+
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_operators_follow_the_rules_of_torch_library(depthwise):
     x = torch.randn(2, 5, 3, requires_grad=True)
@@ -329,6 +367,7 @@ def test_operators_follow_the_rules_of_torch_library(depthwise):
     weight = torch.randn(2, 3) if depthwise else torch.randn(4, 6)
     torch.library.opcheck(torch.ops.convnn.find_neighbors, (x.detach(), x.detach(), 2, "cosine", None, torch.arange(5)))
     torch.library.opcheck(torch.ops.convnn.pair_scores, (x, x, index, True))
+    torch.library.opcheck(torch.ops.convnn.weighted_sum, (x, index, factors))
     torch.library.opcheck(torch.ops.convnn.aggregate, (x, index, weight.requires_grad_(), factors, depthwise))
 
 
