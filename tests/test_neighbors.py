@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from memory import allocated_peak
 from naive import aggregate as naive_aggregate
 from naive import gather, pairs, scores, window
 from naive import neighbors as naive_neighbors
@@ -132,21 +133,6 @@ def test_search_errors_name_what_is_allowed(K, metric, candidates, message):
     x = torch.randn(1, 5, 3)
     with pytest.raises(ValueError, match=message):
         find_neighbors(x, x, K, metric, candidates=None if candidates is None else torch.tensor(candidates))
-
-
-def allocated_peak(function):
-    """Largest sum of live bytes that the CPU allocator handed out while `function` ran."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as profiler:
-        result = function()
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    del result
-    return peak
 
 
 def test_search_memory_and_time_against_the_full_matrix():

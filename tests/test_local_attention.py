@@ -1,0 +1,233 @@
+"""local_attention.py: every mixer against dense attention under a mask that is written out pair by pair."""
+
+import math
+
+import pytest
+import torch
+from memory import allocated_peak
+
+import local_attention
+from layers1d import MultiHeadAttention, TokenLayout
+from local_attention import MultiHeadLocalAttention, MultiHeadSparseAttention, NeighborhoodAttention, rotate
+
+LAYOUTS = [TokenLayout(7, 5, 1), TokenLayout(6, 7), TokenLayout(1, 37, 2)]
+
+
+@pytest.fixture(params=[0, math.inf], ids=["tiles", "dense"])
+def strategy(request, monkeypatch):
+    """Both ways: tiles always, and one dense attention always."""
+    monkeypatch.setattr(local_attention, "TILES_PAY", request.param)
+    return request.param
+
+
+def plain_mask(layout, sees):
+    """(N, N): class tokens see all and are seen by all; `sees` says it of patches, one pair at a time."""
+    c, N = layout.class_tokens, layout.num_tokens
+    return torch.tensor([[i < c or j < c or sees(i - c, j - c) for j in range(N)] for i in range(N)])
+
+
+def plain_rotation(x):
+    """Rotary positions by complex numbers: features (n, n + d/2) of token i are one number, times e^(i angle)."""
+    half = x.shape[-1] // 2
+    angles = torch.arange(x.shape[2]).double()[:, None] * 10000.0 ** (-torch.arange(half).double() / half)
+    turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([turned.real, turned.imag, x[..., 2 * half :]], dim=-1)
+
+
+def plain_attention(layer, x, mask, turn=lambda t: t):
+    """Dense attention of every head under a mask, and its matrix."""
+    heads = [part.unflatten(2, (layer.num_heads, -1)).transpose(1, 2) for part in layer.qkv(x).chunk(3, dim=2)]
+    query, key, value = turn(heads[0]), turn(heads[1]), heads[2]
+    scores = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf)
+    matrix = scores.softmax(-1)
+    return layer.proj((matrix @ value).transpose(1, 2).flatten(2)), matrix
+
+
+def check(layer, mask, turn=lambda t: t):
+    """Outputs, gradients and matrix are those of dense attention under the mask."""
+    layer = layer.double()
+    assert layer.is_dense == (local_attention.TILES_PAY > 0 or not layer.sees)
+    x = torch.randn(2, layer.layout.num_tokens, layer.proj.in_features).double().requires_grad_()
+    expected, matrix = plain_attention(layer, x, mask, turn)
+    ours = layer(x)
+    torch.testing.assert_close(ours, expected, atol=1e-9, rtol=0)
+    direction, inputs = torch.randn_like(ours), [x, *layer.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(expected, inputs, direction), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+    out, found = layer(x, output_attentions=True)
+    torch.testing.assert_close(out, expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(found, matrix, atol=1e-9, rtol=0)
+
+
+# --- local ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("window", [0, 1, 7, 20, 99])
+def test_local_attention(strategy, layout, window):
+    layer = MultiHeadLocalAttention(12, 2, layout=layout, window_size=window)
+    check(layer, plain_mask(layout, lambda i, j: abs(i - j) <= window), plain_rotation)
+
+
+def test_local_attention_of_odd_heads_leaves_the_last_feature():
+    layout = TokenLayout(1, 40, 1)
+    check(
+        MultiHeadLocalAttention(10, 2, layout=layout, window_size=3),
+        plain_mask(layout, lambda i, j: abs(i - j) <= 3),
+        plain_rotation,
+    )
+
+
+def test_rotation_keeps_lengths_and_sees_distances_only():
+    query, key = torch.randn(2, 1, 1, 1, 8).double().unbind()
+    positions = torch.arange(20)
+    turned_query, turned_key = (rotate(t.expand(1, 1, 20, 8), positions) for t in (query, key))
+    torch.testing.assert_close(turned_query.norm(dim=-1), query.norm(dim=-1).expand(1, 1, 20))
+    products = (turned_query @ turned_key.mT)[0, 0]
+    for shift in (1, 5):
+        along = products.diagonal(shift)
+        torch.testing.assert_close(along, along[:1].expand_as(along))
+    assert not torch.isclose(products[0, 1], products[0, 5])
+
+
+# --- sparse ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("context", [1, 2, 5, 14, 60])
+@pytest.mark.parametrize("mode", ["local", "strided"])
+def test_sparse_attention(strategy, layout, mode, context):
+    def sees(i, j):
+        return abs(i - j) <= context / 2 or (mode == "strided" and (i - j) % context == 0)
+
+    check(MultiHeadSparseAttention(12, 2, layout=layout, mode=mode, context=context), plain_mask(layout, sees))
+
+
+def test_sparse_attention_all_is_attention():
+    layout = TokenLayout(3, 5, 1)
+    layer = MultiHeadSparseAttention(12, 3, layout=layout, mode="all", context=4)
+    check(layer, torch.ones(16, 16, dtype=torch.bool))
+    attention = MultiHeadAttention(12, 3).double()
+    attention.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 16, 12).double()
+    torch.testing.assert_close(layer.double()(x), attention(x), atol=1e-9, rtol=0)
+
+
+# --- neighborhood ---------------------------------------------------------------------------------------------------
+
+
+def plain_window(position, side, kernel_size, dilation):
+    """Positions along one side that one position sees, after Hassani et al.: slide until the window is inside."""
+    group = range(position % dilation, side, dilation)
+    start = group.index(position) - kernel_size // 2
+    while start < 0:
+        start += 1
+    while start + kernel_size > len(group):
+        start -= 1
+    return set(group[start : start + kernel_size])
+
+
+@pytest.mark.parametrize("layout", [TokenLayout(7, 5, 1), TokenLayout(6, 7), TokenLayout(11, 9, 2)], ids=str)
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(1, 1), (3, 1), (5, 1), (1, 2), (1, 5), (3, 2), (3, 3)])
+def test_neighborhood_attention(strategy, layout, kernel_size, dilation):
+    if kernel_size * dilation > min(layout.grid):
+        with pytest.raises(ValueError, match=f"kernel_size={kernel_size} with dilation={dilation} spans"):
+            NeighborhoodAttention(12, 2, layout=layout, kernel_size=kernel_size, dilation=dilation)
+        return
+
+    def sees(i, j):
+        (y, x), (row, column) = divmod(i, layout.width), divmod(j, layout.width)
+        return row in plain_window(y, layout.height, kernel_size, dilation) and column in plain_window(
+            x, layout.width, kernel_size, dilation
+        )
+
+    mask = plain_mask(layout, sees)
+    assert (mask[layout.class_tokens :, layout.class_tokens :].sum(1) == kernel_size**2).all()
+    check(NeighborhoodAttention(12, 2, layout=layout, kernel_size=kernel_size, dilation=dilation), mask)
+
+
+def test_a_window_as_large_as_the_grid_is_attention(strategy):
+    layout = TokenLayout(5, 5, 1)
+    layer = NeighborhoodAttention(12, 3, layout=layout, kernel_size=5).double()
+    attention = MultiHeadAttention(12, 3).double()
+    attention.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 26, 12).double()
+    torch.testing.assert_close(layer(x), attention(x), atol=1e-9, rtol=0)
+
+
+# --- cost, dropout, errors ------------------------------------------------------------------------------------------
+
+MIXERS = {
+    "local": lambda layout, **more: MultiHeadLocalAttention(16, 2, layout=layout, window_size=16, **more),
+    "sparse local": lambda layout, **more: MultiHeadSparseAttention(16, 2, layout=layout, mode="local", context=32, **more),
+    "strided": lambda layout, **more: MultiHeadSparseAttention(16, 2, layout=layout, mode="strided", context=32, **more),
+    "neighborhood": lambda layout, **more: NeighborhoodAttention(16, 2, layout=layout, kernel_size=5, **more),
+}
+
+
+def training_peak(layer, N):
+    x = torch.randn(1, N, 16, requires_grad=True)
+    layer(x)  # makes nothing that stays
+    return allocated_peak(lambda: layer(x).sum().backward())
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_memory_grows_with_tokens_times_window(name):
+    """Four times the tokens: about four times the memory (a stride of 32 brings N / 32 keys), where a mask needs 16 times."""
+    peaks = []
+    for side in (32, 64):
+        built = []
+        layout = TokenLayout(side, side, 1)
+        building = allocated_peak(lambda built=built, layout=layout: built.append(MIXERS[name](layout)))
+        assert side < 64 or (building < layout.num_tokens**2 and not built[0].is_dense)  # not even a mask of bytes
+        peaks.append(training_peak(built[0], layout.num_tokens))
+    assert peaks[1] < (8 if name == "strided" else 5) * peaks[0]
+    assert peaks[1] < 4 * 2 * 4097**2 / (4 if name == "strided" else 8)  # bytes of two heads' scores
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_dropout_drops_weights_in_training_only(strategy, name):
+    layer, x = MIXERS[name](TokenLayout(6, 6, 1), attention_dropout=0.5), torch.randn(2, 37, 16)
+    assert not torch.equal(layer(x), layer(x))
+    mean = torch.stack([layer(x) for _ in range(500)]).mean(0)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    torch.testing.assert_close(mean, layer(x), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_tiles_under_autocast_and_compiled(strategy, name):
+    layer, x = MIXERS[name](TokenLayout(6, 6, 1)), torch.randn(2, 37, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), layer(x), atol=0.03, rtol=0.03)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    compiled(x).sum().backward()
+
+
+def test_state_dicts_hold_weights_only(strategy):
+    for make in MIXERS.values():
+        assert set(make(TokenLayout(6, 6, 1)).state_dict()) == {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MultiHeadLocalAttention(8, 2, layout=LAYOUTS[0], window_size=-1), "window_size=-1"),
+        (lambda: MultiHeadSparseAttention(8, 2, layout=LAYOUTS[0], mode="some", context=4), "all, local, strided"),
+        (lambda: MultiHeadSparseAttention(8, 2, layout=LAYOUTS[0], mode="local", context=0), "context=0"),
+        (lambda: NeighborhoodAttention(8, 2, layout=LAYOUTS[0], kernel_size=4), "kernel_size=4 must be odd"),
+        (lambda: NeighborhoodAttention(8, 2, layout=LAYOUTS[0], kernel_size=3, dilation=0), "dilation=0"),
+        (lambda: NeighborhoodAttention(8, 2, layout=LAYOUTS[0], kernel_size=7), "at most 5"),
+        (lambda: NeighborhoodAttention(8, 3, layout=LAYOUTS[0], kernel_size=3), "num_heads=3"),
+        (lambda: NeighborhoodAttention(8, 2, layout=LAYOUTS[0], kernel_size=3)(torch.randn(1, 35, 8)), "35 tokens"),
+    ],
+)
+def test_errors(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
