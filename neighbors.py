@@ -465,8 +465,9 @@ def _save_aggregate(ctx, inputs, output):
 
 
 def _aggregate_gradient(ctx, grad):
-    scores, need_values = ctx.saved_tensors[3], ctx.needs_input_grad[0]
-    to_values, to_weight, to_scores = torch.ops.convnn.aggregate_backward(grad, *ctx.saved_tensors, ctx.depthwise, need_values)
+    saved, need_values = ctx.saved_tensors, ctx.needs_input_grad[0]  # read once: activation checkpointing allows no more
+    scores = saved[3]
+    to_values, to_weight, to_scores = torch.ops.convnn.aggregate_backward(grad, *saved, ctx.depthwise, need_values)
     to_scores = None if scores is None else to_scores.to(scores.dtype)
     return to_values if need_values else None, None, to_weight, to_scores, None
 

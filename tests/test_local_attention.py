@@ -183,7 +183,7 @@ def test_memory_grows_with_tokens_times_window(name):
         building = allocated_peak(lambda built=built, layout=layout: built.append(MIXERS[name](layout)))
         assert side < 64 or (building < layout.num_tokens**2 and not built[0].is_dense)  # not even a mask of bytes
         peaks.append(training_peak(built[0], layout.num_tokens))
-    assert peaks[1] < (8 if name == "strided" else 5) * peaks[0]
+    assert peaks[1] < (10 if name == "strided" else 5) * peaks[0]
     assert peaks[1] < 4 * 2 * 4097**2 / (4 if name == "strided" else 8)  # bytes of two heads' scores
 
 

@@ -1,0 +1,435 @@
+import copy
+import math
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+from layers1d import (
+    BranchingAttention,
+    BranchingConv,
+    MultiHeadAttention,
+    MultiHeadConv1d,
+    MultiHeadConv1dAttention,
+    MultiHeadConvNN,
+    MultiHeadConvNNAttention,
+    MultiHeadKvtAttention,
+    TokenLayout,
+)
+from local_attention import MultiHeadLocalAttention, MultiHeadSparseAttention, NeighborhoodAttention
+from options import LAYERS1D_NAMES
+from train_eval import make_optimizer
+from utils import count_flops, count_parameters
+from vit import LAYERS1D, ViT, ViTConfig, load_vit_weights, make_layer1d
+
+TYPES = {
+    "Attention": MultiHeadAttention,
+    "ConvNN": MultiHeadConvNN,
+    "ConvNNAttention": MultiHeadConvNNAttention,
+    "Conv1d": MultiHeadConv1d,
+    "Conv1dAttention": MultiHeadConv1dAttention,
+    "KvtAttention": MultiHeadKvtAttention,
+    "LocalAttention": MultiHeadLocalAttention,
+    "SparseAttention": MultiHeadSparseAttention,
+    "NeighborhoodAttention": NeighborhoodAttention,
+    "BranchConv": BranchingConv,
+    "BranchAttention": BranchingAttention,
+}
+CONVOLUTIONS = ("Conv1d", "Conv1dAttention")
+
+
+def make_config(**options):
+    """12 patches in 3 rows of 4, by default after a class token: 13 tokens."""
+    defaults = {
+        "image_size": (12, 16),
+        "patch_size": 4,
+        "num_layers": 2,
+        "num_heads": 2,
+        "d_model": 16,
+        "d_mlp": 24,
+        "K": 4,
+        "kernel_size": 3,
+        "window_size": 2,
+        "sparse_context_window": 3,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "num_classes": 5,
+        "initializer_range": 0.2,
+    }
+    return ViTConfig(**defaults | options)
+
+
+def make(**options):
+    return ViT(make_config(**options))
+
+
+def images(batch=2, channels=3, size=(12, 16)):
+    return torch.randn(batch, channels, *size)
+
+
+# --- the registry ---------------------------------------------------------------------------------------------------
+
+
+def test_option_names_are_the_registry():
+    assert tuple(LAYERS1D) == LAYERS1D_NAMES == tuple(TYPES)
+
+
+@pytest.mark.parametrize("layer", LAYERS1D)
+def test_layers_are_what_the_name_says_and_follow_the_flags(layer):
+    config = make_config(
+        layer=layer,
+        K=5,
+        kernel_size=1,
+        window_size=7,
+        sparse_mode="local",
+        sparse_context_window=6,
+        dilation=3,
+        branch_ratio=0.25,
+        convolution_type="standard",
+        softmax_topk_val=False,
+        attention_dropout=0.3,
+        attention_bias=False,
+        magnitude_type="distance",
+        num_heads=4,
+    )
+    mixer = make_layer1d(config, TokenLayout(3, 4, 1))
+    assert type(mixer) is TYPES[layer]
+    assert not any("bias" in name for name, _ in mixer.named_parameters())
+    parts = [mixer.first, mixer.second] if layer.startswith("Branch") else [mixer]
+    for part in parts:
+        assert part.num_heads == 4
+        if layer not in CONVOLUTIONS and not isinstance(part, MultiHeadConv1dAttention):
+            assert part.attention_dropout == 0.3
+        if isinstance(part, MultiHeadConvNNAttention):
+            assert part.select.neighbors == config.neighbors and not part.softmax_topk_val
+            assert part.conv.weight.shape == (part.head_dim, part.head_dim, 5)
+        if isinstance(part, MultiHeadConv1dAttention):
+            assert part.conv.weight.shape == (part.head_dim, part.head_dim, 1)
+    if layer.startswith("Branch"):
+        assert mixer.widths == (4, 12)
+    if layer == "KvtAttention":
+        assert mixer.K == 5
+    if "LocalAttention" in layer or layer in ("SparseAttention", "NeighborhoodAttention"):
+        reach = {"LocalAttention": 7, "SparseAttention": 3, "NeighborhoodAttention": 0}[layer]
+        patches = mixer.make_mask(torch.device("cpu"))[1:, 1:]
+        far = torch.tensor([[abs(i - j) <= reach for j in range(12)] for i in range(12)])
+        assert torch.equal(patches, far)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kinds"), [(0.0, (MultiHeadConv1dAttention, MultiHeadAttention)), (1.0, (MultiHeadConvNNAttention,) * 2)]
+)
+def test_branch_ratio_of_0_and_1_builds_the_single_layer(ratio, kinds):
+    for layer, kind in zip(("BranchConv", "BranchAttention"), kinds, strict=True):
+        assert type(make_layer1d(make_config(layer=layer, branch_ratio=ratio), TokenLayout(3, 4, 1))) is kind
+
+
+# --- every layer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("layer", LAYERS1D)
+def test_every_layer_trains_a_step(layer, pool):
+    model = make(layer=layer, pool=pool, pos_embedding="learned")
+    tokens = 13 if pool == "cls" else 12  # odd and even
+    x, labels = images(4), torch.arange(4)
+    before = F.cross_entropy(model(x), labels)
+    before.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert F.cross_entropy(model(x), labels) < before
+    logits, matrices = model.eval()(x, output_attentions=True)
+    torch.testing.assert_close(logits, model(x))
+    assert logits.shape == (4, 5) and len(matrices) == 2
+    for matrix in matrices:
+        if layer in CONVOLUTIONS:
+            assert matrix is None
+        else:
+            assert matrix.shape == (4, 2, tokens, tokens)
+            torch.testing.assert_close(matrix.sum(3), torch.ones(4, 2, tokens))
+
+
+@pytest.mark.parametrize("magnitude_type", ["cosine", "distance"])
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("layer", ["ConvNN", "ConvNNAttention", "BranchConv"])
+@pytest.mark.parametrize(("sampling", "samples"), [("all", -1), ("random", 5), ("spatial", 2)])
+def test_neighbors_give_every_parameter_a_gradient(layer, magnitude_type, softmax, sampling, samples):
+    model = make(
+        layer=layer,
+        magnitude_type=magnitude_type,
+        softmax_topk_val=softmax,
+        sampling_type=sampling,
+        num_samples=samples,
+        coordinate_encoding=True,
+    )
+    model(images(4)).square().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("layer", LAYERS1D)
+@pytest.mark.parametrize(("channels", "batch", "size"), [(1, 1, (12, 12)), (3, 1, (20, 12)), (1, 3, (12, 12))])
+def test_grey_and_colour_odd_grids_and_a_batch_of_one(layer, channels, batch, size):
+    model = make(layer=layer, in_channels=channels, image_size=size)
+    assert model(images(batch, channels, size)).shape == (batch, 5)
+
+
+@pytest.mark.parametrize("layer", LAYERS1D)
+def test_an_image_is_the_same_alone_and_in_a_batch(layer):
+    model = make(layer=layer, sampling_type="random", num_samples=4, similarity_type="Loc_Col").double().eval()
+    x = images(3).double()
+    torch.testing.assert_close(model(x)[1:2], model(x[1:2]))
+
+
+@pytest.mark.parametrize("layer", LAYERS1D)
+def test_bfloat16_autocast(layer):
+    model, x = make(layer=layer, K=12), images()  # a choice among near ties would differ between the precisions
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(x)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), model(x), atol=0.1, rtol=0.1)
+    logits.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("layer", LAYERS1D)
+def test_compiles_without_a_graph_break(layer):
+    model = make(layer=layer, sampling_type="random", num_samples=5, similarity_type="Loc_Col").eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = images()
+    torch.testing.assert_close(compiled(x), model(x))
+    model.train()
+    model.recompute = True
+    compiled(x).sum().backward()
+
+
+@pytest.mark.parametrize("layer", ["ConvNNAttention", "SparseAttention"])
+def test_inductor_gives_the_same_gradients(layer):
+    model, x = make(layer=layer), images()
+    expected = torch.autograd.grad(model(x).square().sum(), model.parameters())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(x).square().sum(), model.parameters()), expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    model, x = make(layer="ConvNNAttention", sampling_type="random", num_samples=5, dropout=0.3), images()
+    gradients = []
+    for model.recompute in (False, True):
+        torch.manual_seed(0)
+        gradients.append(torch.autograd.grad(model(x).square().sum(), model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("layer", LAYERS1D)
+def test_a_copy_for_averaging_and_its_state_dict(layer):
+    model = make(layer=layer).eval()
+    twin = make(layer=layer).eval()
+    twin.load_state_dict(model.state_dict())
+    x = images()
+    assert torch.equal(copy.deepcopy(model)(x), model(x)) and torch.equal(twin(x), model(x))
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"num_heads": 3}, 5_479_306),
+        ({"layer": "ConvNNAttention", "num_heads": 1}, 5_500_042),
+        ({"layer": "ConvNNAttention", "num_heads": 1, "convolution_type": "standard"}, 9_460_618),
+    ],
+)
+def test_parameter_counts(options, expected):
+    config = ViTConfig(image_size=224, num_layers=12, d_model=192, d_mlp=768, attention_bias=False, K=9, **options)
+    assert count_parameters(ViT(config)) == expected
+
+
+def test_flops_against_a_hand_count():
+    """Multiply-adds times two: patches, projections, scores and their products with values, MLP, classifier."""
+    N, d, mlp = 13, 16, 24
+    block = N * d * 3 * d + 2 * N * N * d + N * d * d + 2 * N * d * mlp
+    expected = 2 * (12 * 4 * 4 * 3 * d + 2 * block + d * 5)
+    assert count_flops(make(), images(1)) == expected
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("pos_embedding", ["sinusoidal", "learned", "none"])
+@pytest.mark.parametrize(("patch_norm", "final_norm"), [(True, False), (False, True)])
+def test_the_model_step_by_step(pool, pos_embedding, patch_norm, final_norm):
+    model = make(pool=pool, pos_embedding=pos_embedding, patch_norm=patch_norm, final_norm=final_norm).double().eval()
+    x = images().double()
+    rows = [
+        x[:, :, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4].flatten(1) @ model.patch_embedding.weight.flatten(1).T
+        for i in range(3)
+        for j in range(4)
+    ]
+    tokens = torch.stack(rows, dim=1) + model.patch_embedding.bias
+
+    def norm(layer, tokens):
+        centered = tokens - tokens.mean(-1, keepdim=True)
+        return layer.weight * centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt() + layer.bias
+
+    if patch_norm:
+        tokens = norm(model.patch_norm, tokens)
+    if pool == "cls":
+        tokens = torch.cat([model.class_token.expand(2, -1, -1), tokens], dim=1)
+    if pos_embedding == "sinusoidal":
+        table = [
+            [(math.sin if n % 2 == 0 else math.cos)(i / 10000 ** ((n - n % 2) / 16)) for n in range(16)]
+            for i in range(tokens.shape[1])
+        ]
+        tokens = tokens + torch.tensor(table, dtype=torch.float64).float().double()
+    elif pos_embedding == "learned":
+        tokens = tokens + model.pos_embedding
+    for block in model.blocks:
+        tokens = tokens + block.mixer(norm(block.norm1, tokens))
+        hidden = F.linear(norm(block.norm2, tokens), block.mlp[0].weight, block.mlp[0].bias)
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+        tokens = tokens + F.linear(hidden, block.mlp[2].weight, block.mlp[2].bias)
+    if final_norm:
+        tokens = norm(model.norm, tokens)
+    pooled = tokens[:, 0] if pool == "cls" else tokens.mean(1)
+    torch.testing.assert_close(model(x), pooled @ model.classifier.weight.T + model.classifier.bias, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_local_layers_come_first_and_the_class_token_after_them(n, pool):
+    model = make(layer="NeighborhoodAttention", num_layers=3, num_local_layers=n, pool=pool, pos_embedding="learned")
+    kinds = [type(block.mixer) for block in model.blocks]
+    assert kinds == [NeighborhoodAttention] * n + [MultiHeadAttention] * (3 - n)
+    assert model.pos_embedding.shape == (1, 12, 16)
+    sizes = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[1]))
+    logits, matrices = model(images(), output_attentions=True)
+    assert sizes == [12] * n + [12 + (pool == "cls")] * (3 - n)
+    assert [matrix.shape[2] for matrix in matrices] == sizes and logits.shape == (2, 5)
+
+
+def test_attention_in_every_block_is_the_plan_without_local_layers():
+    with pytest.raises(ValueError, match="num_local_layers=2 must be below num_layers=2"):
+        make(num_local_layers=2)
+
+
+def test_dropout_is_that_of_the_blocks_in_training_only():
+    model, x = make(dropout=0.5), images()
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_initialisation():
+    torch.manual_seed(1)
+    model = ViT(
+        ViTConfig(
+            image_size=32,
+            patch_size=4,
+            d_model=128,
+            num_heads=4,
+            num_layers=2,
+            initializer_range=0.05,
+            layer="ConvNNAttention",
+            pos_embedding="learned",
+        )
+    )
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            assert module.weight.std().item() == pytest.approx(0.05, rel=0.05)
+            assert module.bias is None or not module.bias.any()
+        if isinstance(module, nn.Conv1d):
+            assert torch.equal(module.weight, torch.ones_like(module.weight))
+    assert model.pos_embedding.std().item() == pytest.approx(0.05, rel=0.1) and model.class_token.abs().sum() > 0
+    standard = make(layer="ConvNNAttention", convolution_type="standard")
+    bound = (8 * 4) ** -0.5  # torch's own initialisation of a convolution of 8 channels and 4 slots
+    weight = standard.blocks[0].mixer.conv.weight
+    assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"images of \(16, 12\) .* \(12, 16\)"):
+        make()(images(size=(16, 12)))
+
+
+def test_optimizer_takes_the_model():
+    from options import TrainConfig
+
+    model = make(layer="ConvNNAttention")
+    assert len(make_optimizer(model, TrainConfig()).param_groups[0]["params"]) == len(list(model.parameters()))
+
+
+# --- weights of torchvision and timm --------------------------------------------------------------------------------
+
+SAME_AS_OTHERS = {"patch_norm": False, "final_norm": True, "pos_embedding": "learned"}
+
+
+def random_weights(model):
+    """Weights large enough for a mistake anywhere to show in the logits."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else 1.5 / parameter[0].numel() ** 0.5)
+            if "ln" in name or "norm" in name:
+                parameter.add_("weight" in name)
+    return model.eval()
+
+
+def test_vit_b16_is_that_of_torchvision():
+    import yaml
+
+    with open("configs/vit_b16.yaml") as file:
+        stated = yaml.safe_load(file)
+    names = {name: value for name, value in stated.items() if name in ViTConfig.__dataclass_fields__}
+    reference = torchvision.models.vit_b_16(num_classes=10).eval()
+    nn.init.normal_(reference.heads.head.weight, std=0.02)
+    model = ViT(ViTConfig(**names)).eval()
+    assert count_parameters(model) == count_parameters(reference)
+    load_vit_weights(model, reference.state_dict())
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        ours, theirs = model(x), reference(x)
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_torchvision_state_dicts_by_weights_that_matter():
+    reference = torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 24, num_classes=5)
+    random_weights(reference)
+    model = make(image_size=16, **SAME_AS_OTHERS).eval()
+    load_vit_weights(model, reference.state_dict())
+    x = images(size=(16, 16))
+    torch.testing.assert_close(model(x), reference(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_timm_state_dicts(pool):
+    timm = pytest.importorskip("timm")
+    kwargs = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 1.5, "num_classes": 5}
+    if pool == "mean":
+        kwargs |= {"global_pool": "avg", "class_token": False, "fc_norm": False}
+    reference = random_weights(timm.models.vision_transformer.VisionTransformer(**kwargs))
+    model = make(image_size=16, pool=pool, **SAME_AS_OTHERS).eval()
+    load_vit_weights(model, reference.state_dict())
+    x = images(size=(16, 16))
+    torch.testing.assert_close(model(x), reference(x), atol=1e-5, rtol=1e-5)
+
+
+def test_own_state_dicts_and_what_does_not_fit():
+    model = make()
+    load_vit_weights(make(), model.state_dict())
+    with pytest.raises(ValueError, match=r"number of classes: classifier\.weight is .5, 16. there, .7, 16. here"):
+        load_vit_weights(make(num_classes=7), model.state_dict())
+    with pytest.raises(ValueError, match=r"it has no blocks\.0\.mixer\.conv\.weight"):
+        load_vit_weights(make(layer="ConvNNAttention"), model.state_dict())
+    with pytest.raises(ValueError, match=r"this model has no blocks\.1\.norm1\.weight"):
+        load_vit_weights(make(num_layers=1), model.state_dict())
+    reference = torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 24, num_classes=5)
+    with pytest.raises(ValueError, match="patch_norm"):
+        load_vit_weights(make(image_size=16, final_norm=True, pos_embedding="learned"), reference.state_dict())
