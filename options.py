@@ -434,7 +434,7 @@ class ViTConfig(NeighborConfig):
             branch_widths(self.d_model, self.num_heads, self.branch_ratio)
         if self.layer in ("ConvNN", "ConvNNAttention") or (is_branch and self.branch_ratio > 0):
             grid = sequence_grid(self.grid)
-            self.neighbors.check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
+            self.check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
             check_slots(self.convolution_type, self.aggregation_type)
         if self.layer == "KvtAttention":
             tokens = math.prod(self.grid) + self.class_tokens
@@ -461,7 +461,7 @@ def check_slots(convolution_type: str, aggregation_type: str) -> None:
     if aggregation_type == "Loc_Col" and convolution_type == "depthwise":
         raise ValueError(
             "aggregation_type=Loc_Col appends coordinates to the values, so it needs "
-            "convolution_type standard or depthwise-separable, not depthwise"
+            "convolution_type=standard or depthwise-separable, not depthwise"
         )
 
 
@@ -742,6 +742,7 @@ def parse_options(
     defaults = defaults or {}
     parser = make_parser(model_type, description, defaults)
     known = {name: spec for config in (model_type, DataConfig, TrainConfig) for name, spec in specs(config).items()}
+    aliases = {alias: name for name, spec in known.items() for alias in spec.aliases}
     given, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     given = vars(given)
     if rest:
@@ -753,6 +754,10 @@ def parse_options(
         values = {} if path is None else read_yaml(path)
         if "channels" in given:
             values.pop("num_layers", None)  # config.yaml holds the length of the channels it was written with
+        for alias in aliases.keys() & values.keys():
+            if aliases[alias] in values:
+                raise ValueError(f"config={path!r}: {alias!r} is another name of {aliases[alias]!r}; drop one of them")
+            values[aliases[alias]] = values.pop(alias)
         for name in values:
             if name not in known:
                 raise ValueError(f"config={path!r}: unknown key {name!r}{did_you_mean(name, known)}")

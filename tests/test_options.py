@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import options
-from options import AllConvNetConfig, DataConfig, NeighborConfig, Options, TrainConfig, parse_options
+from options import AllConvNetConfig, DataConfig, NeighborConfig, Options, TrainConfig, ViTConfig, parse_options
 
 ROOT = Path(__file__).parent.parent
 BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "resume", "test_only", "tensorboard")
@@ -684,6 +684,215 @@ def test_grids():
         grids("B")
 
 
+# --- the ViT --------------------------------------------------------------------------------------------------------
+
+# What `vit_main.py` without a flag resolves to, where it differs from `allconvnet_main.py`.
+VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in ("channels", "padding")} | {
+    "model": "vit",
+    "layer": "Attention",
+    "patch_size": 16,
+    "num_layers": 8,
+    "num_heads": 8,
+    "d_model": 512,
+    "d_mlp": 2048,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "attention_bias": True,
+    "pos_embedding": "sinusoidal",
+    "patch_norm": True,
+    "final_norm": False,
+    "pool": "cls",
+    "num_local_layers": None,
+    "initializer_range": 0.02,
+    "convolution_type": "depthwise",
+    "softmax_topk_val": True,
+    "coordinate_encoding": False,
+    "kernel_size": 9,
+    "window_size": 16,
+    "sparse_mode": "strided",
+    "sparse_context_window": 14,
+    "mask_type": "2d_all_neighbors",
+    "expansion_step": 1,
+    "dilation": 1,
+    "linformer_k": 64,
+    "performer_features": 64,
+    "performer_kernel": "softmax",
+    "nystrom_landmarks": 32,
+    "nystrom_conv_kernel": 0,
+    "hybrid_window": 3,
+    "hybrid_dilations": [1, 2],
+    "locality_strength": 1.0,
+    "branch_ratio": 0.5,
+    "magnitude_type": "matmul",
+    "lr": 1e-4,
+    "resize": 224,
+    "output_dir": "./Output/ViT/Attention",
+}
+for name in ("shuffle_pattern", "shuffle_scale"):
+    del VIT_DEFAULTS[name]
+VIT_BOOLEANS = (*BOOLEANS, "attention_bias", "patch_norm", "final_norm", "softmax_topk_val", "coordinate_encoding")
+VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name != "shuffle_pattern"} | {
+    "layer": (
+        *("Attention", "ConvNN", "ConvNNAttention", "Conv1d", "Conv1dAttention", "KvtAttention", "LocalAttention"),
+        *("SparseAttention", "NeighborhoodAttention", "BranchConv", "BranchAttention"),
+    ),
+    "pos_embedding": ("sinusoidal", "learned", "none"),
+    "pool": ("cls", "mean"),
+    "convolution_type": ("standard", "depthwise", "depthwise-separable"),
+    "sparse_mode": ("all", "local", "strided"),
+    "mask_type": ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors"),
+    "performer_kernel": ("softmax", "relu"),
+}
+
+
+def parse_vit(line: str) -> Options:
+    return parse_options(ViTConfig, "ViT", "Train.", shlex.split(line), {"lr": 1e-4, "resize": 224})[0]
+
+
+def test_vit_defaults_are_those_of_the_reference():
+    found = parse_vit("").as_dict()
+    assert set(found) == set(VIT_DEFAULTS)
+    for name, expected in VIT_DEFAULTS.items():
+        if expected is not ...:
+            assert found[name] == expected and type(found[name]) is type(expected), name
+
+
+def test_vit_flags_are_those_of_the_reference_and_no_others():
+    _, parser = parse_options(ViTConfig, "ViT", "Train.", [])
+    found = {flag for action in parser._actions for flag in action.option_strings}
+    negations = {f"--no-{name}" for name in VIT_BOOLEANS}
+    assert found == {"-h", "--help", "--config", "--d_hidden"} | {f"--{name}" for name in VIT_DEFAULTS} | negations
+
+
+@pytest.mark.parametrize("name", VIT_CHOICES)
+def test_vit_choices_are_those_of_the_reference(name, capsys):
+    Path("val").mkdir()
+    Path("train/a").mkdir(parents=True)
+    Path("train/b").mkdir()
+    more = "--convolution_type standard" if name == "aggregation_type" else ""
+    for choice in VIT_CHOICES[name]:
+        assert parse_vit(f"--data_path . {more} --{name} {choice}").as_dict()[name] == choice
+    line = error_of(parse_vit, f"--{name} no-such", capsys=capsys)
+    assert sorted(re.search(r"is not one of ([^;]+)", line)[1].split(", ")) == sorted(VIT_CHOICES[name])
+
+
+def test_vit_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse_vit("--help")
+    text = capsys.readouterr().out
+    assert all(f"\n  --{name} " in text for name in VIT_DEFAULTS) and "--d_hidden" in text
+
+
+def test_d_hidden_is_another_name_of_d_model(capsys):
+    assert parse_vit("--d_hidden 192 --num_heads 3").as_dict()["d_model"] == 192
+    Path("c.yaml").write_text("d_hidden: 64")
+    assert parse_vit("--config c.yaml").model.d_model == 64
+    assert parse_vit("--config c.yaml --d_model 32").model.d_model == 32
+    Path("c.yaml").write_text("d_hidden: 64\nd_model: 32")
+    assert_says(error_of(parse_vit, "--config c.yaml", capsys=capsys), "'d_hidden'; 'd_model'; drop one")
+
+
+def test_coordinate_encoding_is_short_for_loc_col():
+    assert parse_vit("--coordinate_encoding").model == parse_vit("--coordinate_encoding --similarity_type Loc_Col").model
+    assert parse_vit("--coordinate_encoding").model.neighbors.similarity_type == "Loc_Col"
+    assert parse_vit("").model.neighbors == NeighborConfig(magnitude_type="matmul")
+
+
+def test_vit_options_survive_yaml():
+    line = (
+        "--layer BranchConv --d_hidden 96 --num_heads 4 --num_local_layers 3 --no-attention_bias --hybrid_dilations 1 3 "
+        "--coordinate_encoding --convolution_type standard --aggregation_type Loc_Col --resize 64 --lr 3e-4"
+    )
+    first = parse_vit(line)
+    Path("c.yaml").write_text(yaml.safe_dump(first.as_dict(), sort_keys=False))
+    assert parse_vit("--config c.yaml") == first
+
+
+def test_vit_sizes():
+    config = ViTConfig(image_size=(32, 48), patch_size=16)
+    assert config.image_size == (32, 48) and config.grid == (2, 3) and config.class_tokens == 1
+    assert ViTConfig(pool="mean").class_tokens == 0 == ViTConfig(num_local_layers=0).class_tokens
+    assert ViTConfig(image_size=64).image_size == (64, 64)
+    assert parse_vit("--dataset digits --resize none --patch_size 2").data.resize == 8
+
+
+VIT_BAD = [
+    ("--layer ConvNN_Attn", "--layer 'ConvNN_Attn'; did you mean ConvNNAttention?"),
+    ("--model convit", "--model 'convit'"),
+    ("--patch_size 15", "--patch_size 15; 224 x 224; resize"),
+    ("--num_heads 7", "--num_heads 7; --d_model 512"),
+    ("--d_hidden 100", "--num_heads 8; --d_model 100"),
+    ("--num_local_layers 8", "--num_local_layers 8; --num_layers 8"),
+    ("--num_local_layers -1", "--num_local_layers -1; at least 0"),
+    ("--layer ConvNNAttention --K 198", "--K 198; 1 to 197"),
+    ("--layer ConvNN --K 197 --pool mean", "--K 197; 1 to 196"),
+    ("--layer ConvNN --K 197 --num_local_layers 2", "--K 197; 1 to 196"),
+    ("--layer KvtAttention --K 198", "--K 198; 197 tokens; 1 to 197"),
+    ("--layer BranchConv --K 198", "--K 198; 1 to 197"),
+    ("--layer ConvNNAttention --K 34 --sampling_type random --num_samples 32", "--K 34; 33; --num_samples 32"),
+    ("--layer ConvNNAttention --sampling_type random --num_samples 197", "--num_samples 197; 196"),
+    ("--layer ConvNNAttention --sampling_type spatial --num_samples 15", "--num_samples 15; 14 x 14; at most 14"),
+    ("--layer ConvNNAttention --aggregation_type Loc_Col", "--aggregation_type Loc_Col; --convolution_type; standard"),
+    ("--layer BranchAttention --aggregation_type Loc_Col", "--aggregation_type Loc_Col"),
+    ("--coordinate_encoding --similarity_type Loc", "--coordinate_encoding True; --similarity_type Loc_Col"),
+    ("--layer NeighborhoodAttention --kernel_size 4", "--kernel_size 4; odd"),
+    ("--layer NeighborhoodAttention --kernel_size 15", "--kernel_size 15; --dilation 1; 14 x 14; at most 14"),
+    ("--layer NeighborhoodAttention --kernel_size 5 --dilation 3", "--kernel_size 5; --dilation 3; 15; at most 14"),
+    ("--layer BranchConv --branch_ratio 0.3", "--branch_ratio 0.3; --d_model 512; 154 + 358; --num_heads 8"),
+    ("--layer BranchAttention --branch_ratio 0.001", "--branch_ratio 0.001; 1 + 511"),
+    ("--window_size -1", "--window_size -1; at least 0"),
+    ("--sparse_context_window 0", "--sparse_context_window 0; at least 1"),
+    ("--dropout 1", "--dropout 1.0; below 1"),
+    ("--channels 3", "--channels"),
+    ("--d_modell 3", "--d_modell; did you mean --d_model?"),
+]
+
+
+@pytest.mark.parametrize(("line", "says"), VIT_BAD, ids=[line for line, _ in VIT_BAD])
+def test_a_bad_vit_command_line_ends_in_one_clear_line(line, says, folder, capsys):
+    assert_says(error_of(parse_vit, line, capsys=capsys).split("error: ", 1)[1], says)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--K 9999",
+        "--kernel_size 4",
+        "--layer Conv1d --kernel_size 4 --K 9999",
+        "--layer KvtAttention --aggregation_type Loc_Col --sampling_type random --num_samples 9999",
+        "--layer NeighborhoodAttention --branch_ratio 0.3 --K 9999",
+        "--layer BranchAttention --branch_ratio 0 --K 9999",
+        "--layer ConvNN --num_local_layers 0 --K 9999",
+        "--layer BranchConv --branch_ratio 1 --kernel_size 4",
+        "--layer ConvNNAttention --K 33 --sampling_type random --num_samples 32",
+        "--layer ConvNNAttention --K 5 --sampling_type spatial --num_samples 2",
+    ],
+)
+def test_options_that_the_layer_does_not_use_are_accepted(line):
+    assert parse_vit(line)
+
+
+VIT_PRESETS = {
+    "vit_tiny": {"patch_size": 16, "num_layers": 12, "num_heads": 3, "d_model": 192, "d_mlp": 768, "attention_bias": False}
+    | {"layer": "Attention", "resize": 224, "num_epochs": 150},
+    "vit_tiny_convnn": {"layer": "ConvNNAttention", "num_heads": 1, "convolution_type": "depthwise", "K": 9, "num_layers": 12}
+    | {"patch_size": 16, "d_model": 192, "d_mlp": 768, "attention_bias": False, "resize": 224, "num_epochs": 150},
+    "vit_b16": {"patch_size": 16, "num_layers": 12, "num_heads": 12, "d_model": 768, "d_mlp": 3072, "dropout": 0.1}
+    | {"pos_embedding": "learned", "final_norm": True, "patch_norm": False, "resize": 224},
+    "vit_cifar_small": {"resize": 32, "patch_size": 4, "d_model": 48, "num_layers": 4, "num_heads": 4, "d_mlp": 192}
+    | {"pos_embedding": "learned", "dropout": 0.0, "kernel_size": 3, "hybrid_dilations": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("name", VIT_PRESETS)
+def test_vit_presets(name):
+    found = parse_vit(f"--config {ROOT}/configs/{name}.yaml").as_dict()
+    assert {key: found[key] for key in VIT_PRESETS[name]} == VIT_PRESETS[name]
+    header = (ROOT / f"configs/{name}.yaml").read_text().splitlines()[0]
+    assert parse_vit(header.removeprefix("# python vit_main.py").replace("configs/", f"{ROOT}/configs/"))
+
+
 # --- speed ----------------------------------------------------------------------------------------------------------
 
 HEAVY = {"torch", "torchvision", "numpy", "matplotlib", "PIL", "safetensors", "tqdm", "tensorboard"}
@@ -696,8 +905,10 @@ HEAVY = {"torch", "torchvision", "numpy", "matplotlib", "PIL", "safetensors", "t
         (["allconvnet_main.py", "--help"], 0),
         (["allconvnet_main.py", "--K", "9999"], 2),
         (["allconvnet_main.py", "--config", "configs/demo.yaml", "--chan", "3"], 2),
+        (["vit_main.py", "--help"], 0),
+        (["vit_main.py", "--layer", "NeighborhoodAttention", "--kernel_size", "4"], 2),
     ],
-    ids=["import", "help", "bad value", "bad flag"],
+    ids=["import", "help", "bad value", "bad flag", "ViT help", "ViT bad value"],
 )
 def test_nothing_heavy_is_imported_for_help_and_errors(words, status):
     seconds = []
@@ -711,7 +922,7 @@ def test_nothing_heavy_is_imported_for_help_and_errors(words, status):
     assert "options" in imported and not imported & HEAVY
     assert "Traceback" not in done.stderr
     rest = [line for line in lines if not line.startswith("import time:")]
-    assert len(rest) == (1 if status else 0) and all(line.startswith("allconvnet_main.py: error: ") for line in rest)
+    assert len(rest) == (1 if status else 0) and all(line.startswith(f"{words[0]}: error: ") for line in rest)
     assert min(seconds) < 1
 
 
@@ -719,7 +930,9 @@ def test_modules_that_use_options_offer_the_same_classes():
     """The layer names, stated without torch, are those of the registry."""
     import allconvnet
     import neighbors
+    import vit
 
+    assert vit.ViTConfig is ViTConfig
     assert tuple(allconvnet.LAYERS2D) == options.LAYERS2D_NAMES == LAYERS
     assert allconvnet.AllConvNetConfig is AllConvNetConfig and neighbors.NeighborConfig is NeighborConfig
 

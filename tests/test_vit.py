@@ -1,9 +1,11 @@
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+import yaml
 from torch import nn
 from torch.nn import functional as F
 
@@ -382,10 +384,7 @@ def random_weights(model):
 
 
 def test_vit_b16_is_that_of_torchvision():
-    import yaml
-
-    with open("configs/vit_b16.yaml") as file:
-        stated = yaml.safe_load(file)
+    stated = yaml.safe_load((Path(__file__).parent.parent / "configs" / "vit_b16.yaml").read_text())
     names = {name: value for name, value in stated.items() if name in ViTConfig.__dataclass_fields__}
     reference = torchvision.models.vit_b_16(num_classes=10).eval()
     nn.init.normal_(reference.heads.head.weight, std=0.02)
