@@ -401,6 +401,8 @@ class ViTConfig(NeighborConfig):
                 f"use one that does, or another size (resize)"
             )
         check_heads(self.d_model, self.num_heads)
+        if self.initializer_range == 0:
+            raise ValueError("initializer_range=0 makes all projections equal; it must be above 0")
         if self.num_local_layers is not None and self.num_local_layers >= self.num_layers:
             raise ValueError(
                 f"num_local_layers={self.num_local_layers} must be below num_layers={self.num_layers}; "

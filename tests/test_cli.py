@@ -13,6 +13,7 @@ import torch
 import yaml
 
 import utils
+import vit_main
 from allconvnet_main import main
 
 ROOT = Path(__file__).parent.parent
@@ -24,10 +25,10 @@ def run(line, folder, *, epochs=2):
     return main([*shlex.split(f"{SMALL} --num_epochs {epochs} {line}"), "--output_dir", str(folder)])
 
 
-def fails(line, capsys):
+def fails(line, capsys, program=main):
     """The one line on stderr of a command that ends with status 2."""
     with pytest.raises(SystemExit) as end:
-        main(shlex.split(line))
+        program(shlex.split(line))
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1 and "Traceback" not in error, error
     return error
@@ -359,6 +360,111 @@ def test_torchvision_made_for_another_torch_is_one_line(tmp_path):
     assert "torchvision" in result.stderr and "pip install" in result.stderr
 
 
+# --- the ViT --------------------------------------------------------------------------------------------------------
+
+SMALL_VIT = (
+    "--dataset digits --resize 8 --patch_size 2 --num_layers 2 --num_heads 2 --d_model 16 --d_mlp 16 --batch_size 32 "
+    "--train_limit 100 --test_limit 50 --device cpu"
+)
+
+
+def run_vit(line, folder, *, epochs=2):
+    return vit_main.main([*shlex.split(f"{SMALL_VIT} --num_epochs {epochs} {line}"), "--output_dir", str(folder)])
+
+
+def test_vit_outputs_and_evaluation(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        vit_main.main(
+            shlex.split(f"{SMALL_VIT} --num_epochs 2 --layer ConvNNAttention --num_samples 6 --K 4 --sampling_type random")
+        )
+        == 0
+    )
+    folder = tmp_path / "Output" / "ViT" / "ConvNNAttention"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(OUTPUTS)
+    args = dict(line.split(": ", 1) for line in (folder / "args.txt").read_text().splitlines())
+    assert (args["d_model"], args["lr"], args["magnitude_type"], args["resize"]) == ("16", "0.0001", "matmul", "8")
+    assert "MultiHeadConvNNAttention" in (folder / "model.txt").read_text()
+    best = json.loads((folder / "summary.json").read_text())["best"]
+    assert vit_main.main(["--config", str(folder / "config.yaml"), "--test_only"]) == 0
+    assert json.loads((folder / "test_results.json").read_text())["top1"] == best["test_top1"]
+    assert f"top-1 {best['test_top1']:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--layer Attention --patch_size 16 --num_layers 8 --num_heads 8 --d_model 512",
+        "--layer ConvNNAttention --patch_size 16 --num_layers 8 --num_heads 8 --d_model 512 --K 9 --num_samples 32 "
+        "--sampling_type random",
+        "--layer Attention --num_layers 12 --num_heads 3 --d_hidden 192 --d_mlp 768 --optimizer adamw --lr 1e-3",
+        "--layer ConvNNAttention --convolution_type depthwise --num_layers 12 --d_hidden 192 --d_mlp 768 --K 9 "
+        "--sampling_type spatial --num_samples 8 --similarity_type Col --aggregation_type Col",
+    ],
+)
+def test_the_four_vit_commands_run_as_written(command, tmp_path):
+    assert any(command in " ".join(line.split()) for line in readme_commands())
+    limits = "--dataset digits --num_epochs 1 --train_limit 4 --test_limit 2 --batch_size 4 --device cpu"
+    assert vit_main.main([*shlex.split(f"{command} {limits}"), "--output_dir", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["finished"] and summary["image_shape"] == [1, 224, 224]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--layer NeighborhoodAttention --kernel_size 3 --num_local_layers 1 --use_amp --ema_decay 0.5",
+        "--layer BranchConv --kernel_size 3 --K 4 --pool mean --mixup 0.5 --accumulate_steps 2 --pos_embedding learned",
+        "--layer ConvNN --coordinate_encoding --K 4 --final_norm --no-patch_norm",
+    ],
+)
+def test_vit_flags_train(line, tmp_path):
+    assert run_vit(line, tmp_path / "run", epochs=1) == 0
+    assert all(torch.isfinite(torch.tensor(float(value))) for row in rows(tmp_path / "run") for value in row.values())
+
+
+def test_vit_resumes_bit_for_bit(tmp_path):
+    options = "--layer ConvNNAttention --K 4 --sampling_type random --num_samples 6 --dropout 0.2 --attention_dropout 0.2"
+    run_vit(options, tmp_path / "whole")
+    run_vit(options, tmp_path / "run", epochs=1)
+    assert run_vit(f"{options} --resume", tmp_path / "run") == 0
+    ours, theirs = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("run", "whole"))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_vit_checkpoints_of_torchvision(tmp_path, capsys):
+    models = pytest.importorskip("torchvision").models
+    reference = models.VisionTransformer(8, 2, 2, 2, 16, 16, num_classes=10)
+    reference.conv_proj = torch.nn.Conv2d(1, 16, 2, 2)
+    for value in reference.parameters():
+        if value.ndim > 1:
+            torch.nn.init.normal_(value, std=0.5)
+    same = "--no-patch_norm --final_norm --pos_embedding learned --test_only"
+    results = []
+    torch.save(reference.state_dict(), tmp_path / "a.pt")
+    torch.save({"state_dict": reference.state_dict()}, tmp_path / "b.pth")
+    utils.export_weights(tmp_path / "c.safetensors", reference.state_dict())
+    for name in ("a.pt", "b.pth", "c.safetensors"):
+        assert run_vit(f"{same} --checkpoint {tmp_path / name}", tmp_path / "run") == 0
+        results.append(json.loads((tmp_path / "run" / "test_results.json").read_text())["loss"])
+    from dataset import load_data
+    from options import DataConfig
+
+    data = load_data(
+        DataConfig(dataset="digits", resize=8, test_limit=50, num_workers=0),
+        batch_size=50,
+        seed=0,
+        device=torch.device("cpu"),
+        test_only=True,
+    )
+    ((images, labels),) = data.test.epoch(0)
+    expected = torch.nn.functional.cross_entropy(reference.eval()(images), labels).item()
+    assert results == pytest.approx([expected] * 3, rel=1e-5)
+    torch.save(models.VisionTransformer(8, 2, 2, 2, 16, 16, num_classes=7).state_dict(), tmp_path / "other.pt")
+    error = fails(f"{SMALL_VIT} {same} --checkpoint {tmp_path / 'other.pt'}", capsys, vit_main.main)
+    assert "other.pt is of another architecture or number of classes" in error and "patch_embedding.weight" in error
+
+
 # --- progress, and the README ---------------------------------------------------------------------------------------
 
 
@@ -376,22 +482,35 @@ def test_without_a_terminal_there_is_one_line_per_epoch(tmp_path):
 
 def readme_commands():
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    for variable, value in (("${layer/\\//-}", "x"), ("$layer", "Conv2d/ConvNN"), ("$seed", "1")):  # of its shell loop
-        text = text.replace(variable, value)
-    return [line.strip() for line in text.splitlines() if re.match(r"\s*python allconvnet_main.py", line)]
+    text = re.sub(r"for layer in (\S+)", r"layer=\1", text)  # the first of each shell loop
+    lines, layer = [], ""
+    for line in text.splitlines():
+        layer = line.split("layer=")[1].split(";")[0].split()[0] if "layer=" in line else layer
+        for variable, value in (("${layer/\\//-}", "x"), ("$layer", layer), ("$seed", "1")):
+            line = line.replace(variable, value)
+        if found := re.match(r"\s*(?:\w+=\S+ )?(python (?:allconvnet|vit)_main\.py.*)", line):
+            lines.append(found[1])
+    return lines
 
 
 def test_python_of_the_readme_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    exec(code, {})
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S):
+        exec(code, {})
 
 
 @pytest.mark.parametrize("command", readme_commands())
 def test_commands_of_the_readme_parse(command, monkeypatch):
-    from options import AllConvNetConfig, parse_options
+    from options import AllConvNetConfig, ViTConfig, parse_options
 
     monkeypatch.chdir(ROOT)
-    parse_options(AllConvNetConfig, "AllConvNet", "", shlex.split(command)[2:])
+    _, program, *argv = shlex.split(command)
+    parse_options(
+        ViTConfig if program == "vit_main.py" else AllConvNetConfig,
+        "",
+        "",
+        argv,
+        {"resize": 224} if program == "vit_main.py" else {},
+    )
 
 
 @pytest.mark.parametrize(

@@ -840,6 +840,7 @@ VIT_BAD = [
     ("--layer NeighborhoodAttention --kernel_size 5 --dilation 3", "--kernel_size 5; --dilation 3; 15; at most 14"),
     ("--layer BranchConv --branch_ratio 0.3", "--branch_ratio 0.3; --d_model 512; 154 + 358; --num_heads 8"),
     ("--layer BranchAttention --branch_ratio 0.001", "--branch_ratio 0.001; 1 + 511"),
+    ("--initializer_range 0", "--initializer_range 0; above 0"),
     ("--window_size -1", "--window_size -1; at least 0"),
     ("--sparse_context_window 0", "--sparse_context_window 0; at least 1"),
     ("--dropout 1", "--dropout 1.0; below 1"),
