@@ -31,83 +31,60 @@ __all__ = ["LAYERS1D", "TokenLayout", "ViT", "ViTConfig", "load_vit_weights", "m
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def _attention_keywords(config: ViTConfig) -> dict:
+    return {"attention_dropout": config.attention_dropout, "bias": config.attention_bias}
+
+
+def _convnn_keywords(config: ViTConfig) -> dict:
+    convnn = {"convolution_type": config.convolution_type, "softmax_topk_val": config.softmax_topk_val}
+    return convnn | _attention_keywords(config)
+
+
+def _conv1d_keywords(config: ViTConfig) -> dict:
+    return {"convolution_type": config.convolution_type, "bias": config.attention_bias}
+
+
 def _attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    return MultiHeadAttention(
-        config.d_model, config.num_heads, attention_dropout=config.attention_dropout, bias=config.attention_bias
-    )
+    return MultiHeadAttention(config.d_model, config.num_heads, **_attention_keywords(config))
 
 
-def _convnn(config: ViTConfig, layout: TokenLayout, mixer: type = MultiHeadConvNN) -> nn.Module:
-    return mixer(
-        config.d_model,
-        config.num_heads,
-        config.neighbors,
-        layout=layout,
-        convolution_type=config.convolution_type,
-        softmax_topk_val=config.softmax_topk_val,
-        attention_dropout=config.attention_dropout,
-        bias=config.attention_bias,
-    )
+def _convnn(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    return MultiHeadConvNN(config.d_model, config.num_heads, config.neighbors, layout=layout, **_convnn_keywords(config))
 
 
 def _convnn_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    return _convnn(config, layout, MultiHeadConvNNAttention)
-
-
-def _conv1d(config: ViTConfig, layout: TokenLayout, mixer: type = MultiHeadConv1d) -> nn.Module:
-    return mixer(
-        config.d_model,
-        config.num_heads,
-        config.kernel_size,
-        layout=layout,
-        convolution_type=config.convolution_type,
-        bias=config.attention_bias,
+    return MultiHeadConvNNAttention(
+        config.d_model, config.num_heads, config.neighbors, layout=layout, **_convnn_keywords(config)
     )
+
+
+def _conv1d(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    return MultiHeadConv1d(config.d_model, config.num_heads, config.kernel_size, layout=layout, **_conv1d_keywords(config))
 
 
 def _conv1d_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    return _conv1d(config, layout, MultiHeadConv1dAttention)
+    return MultiHeadConv1dAttention(
+        config.d_model, config.num_heads, config.kernel_size, layout=layout, **_conv1d_keywords(config)
+    )
 
 
 def _kvt_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    return MultiHeadKvtAttention(
-        config.d_model, config.num_heads, config.K, attention_dropout=config.attention_dropout, bias=config.attention_bias
-    )
+    return MultiHeadKvtAttention(config.d_model, config.num_heads, config.K, **_attention_keywords(config))
 
 
 def _local_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    return MultiHeadLocalAttention(
-        config.d_model,
-        config.num_heads,
-        layout=layout,
-        window_size=config.window_size,
-        attention_dropout=config.attention_dropout,
-        bias=config.attention_bias,
-    )
+    window = {"window_size": config.window_size}
+    return MultiHeadLocalAttention(config.d_model, config.num_heads, layout=layout, **window, **_attention_keywords(config))
 
 
 def _sparse_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    return MultiHeadSparseAttention(
-        config.d_model,
-        config.num_heads,
-        layout=layout,
-        mode=config.sparse_mode,
-        context=config.sparse_context_window,
-        attention_dropout=config.attention_dropout,
-        bias=config.attention_bias,
-    )
+    pattern = {"mode": config.sparse_mode, "context": config.sparse_context_window}
+    return MultiHeadSparseAttention(config.d_model, config.num_heads, layout=layout, **pattern, **_attention_keywords(config))
 
 
 def _neighborhood_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    return NeighborhoodAttention(
-        config.d_model,
-        config.num_heads,
-        layout=layout,
-        kernel_size=config.kernel_size,
-        dilation=config.dilation,
-        attention_dropout=config.attention_dropout,
-        bias=config.attention_bias,
-    )
+    window = {"kernel_size": config.kernel_size, "dilation": config.dilation}
+    return NeighborhoodAttention(config.d_model, config.num_heads, layout=layout, **window, **_attention_keywords(config))
 
 
 def _branch_conv(config: ViTConfig, layout: TokenLayout) -> nn.Module:
@@ -120,10 +97,7 @@ def _branch_conv(config: ViTConfig, layout: TokenLayout) -> nn.Module:
         config.kernel_size,
         layout=layout,
         branch_ratio=config.branch_ratio,
-        convolution_type=config.convolution_type,
-        softmax_topk_val=config.softmax_topk_val,
-        attention_dropout=config.attention_dropout,
-        bias=config.attention_bias,
+        **_convnn_keywords(config),
     )
 
 
@@ -136,10 +110,7 @@ def _branch_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
         config.neighbors,
         layout=layout,
         branch_ratio=config.branch_ratio,
-        convolution_type=config.convolution_type,
-        softmax_topk_val=config.softmax_topk_val,
-        attention_dropout=config.attention_dropout,
-        bias=config.attention_bias,
+        **_convnn_keywords(config),
     )
 
 
