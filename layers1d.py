@@ -581,11 +581,13 @@ class MultiHeadKvtAttention(MultiHeadMixer):
 class MultiHeadConv1dAttention(MultiHeadMixer):
     """Convolution along the sequence where attention would be: values projected, convolved head by head, projected.
 
-    `conv`, shared by all heads, runs over the features of one head and the `kernel_size` tokens around each; the class
-    token is the first of the sequence.
+    `conv`, shared by all heads, runs over the features of one head and the `kernel_size` tokens around each. The class token
+    is the first of the sequence: what it sees grows by (kernel_size - 1) / 2 patches a layer, the first ones of the image.
 
     Args:
         convolution_type: standard, depthwise or depthwise-separable, without bias.
+
+    Raises ValueError if the heads, the kernel or the convolution type do not fit.
     """
 
     def __init__(
@@ -600,7 +602,10 @@ class MultiHeadConv1dAttention(MultiHeadMixer):
     ):
         super().__init__(d_model, num_heads, layout=layout, bias=bias)
         check_slots(convolution_type, "Col")
-        self.conv = make_convolution(self.head_dim, self.head_dim, kernel_size, convolution_type, padding="same")
+        if kernel_size < 1:
+            raise ValueError(f"kernel_size={kernel_size} must be at least 1")
+        self.reach = (kernel_size - 1) // 2, kernel_size // 2  # tokens before and after
+        self.conv = make_convolution(self.head_dim, self.head_dim, kernel_size, convolution_type)
 
     def make_projection(self, d_model: int, bias: bool) -> None:
         self.value = nn.Linear(d_model, d_model, bias=bias)
@@ -610,7 +615,7 @@ class MultiHeadConv1dAttention(MultiHeadMixer):
 
     def mix(self, value: Tensor, output_matrix: bool) -> tuple[Tensor, None]:
         heads = value.shape[:2]
-        out = self.conv(value.flatten(0, 1).transpose(1, 2))  # (B * H, d, N)
+        out = self.conv(F.pad(value.flatten(0, 1).transpose(1, 2), self.reach))  # (B * H, d, N)
         return out.transpose(1, 2).unflatten(0, heads), None
 
 

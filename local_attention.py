@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,16 @@ def window_tiling(length: int, reach: int) -> Tiling:
     size = max(reach, 16)
     queries = [range(start, min(start + size, length)) for start in range(0, length, size)]
     keys = [range(max(tile[0] - reach, 0), min(tile[-1] + reach + 1, length)) for tile in queries]
-    return Tiling(pad_tiles(queries), pad_tiles(keys), lambda i, j: (i - j).abs() <= reach)
+    return Tiling(pad_tiles(queries), pad_tiles(keys), partial(is_near, reach=reach))
+
+
+def is_near(i: Tensor, j: Tensor, *, reach: int) -> Tensor:
+    return (i - j).abs() <= reach
+
+
+def is_strided(i: Tensor, j: Tensor, *, context: int) -> Tensor:
+    """A multiple of `context` away, and not within half of it."""
+    return ((i - j) % context == 0) & ~is_near(i, j, reach=context // 2)
 
 
 class Tiles(nn.Module):
@@ -215,7 +225,7 @@ class MultiHeadSparseAttention(PlacedAttention):
         P = layout.num_patches
         local = window_tiling(P, context // 2)
         classes = pad_tiles(range(start, P, context) for start in range(min(context, P)))
-        strided = Tiling(classes, classes, lambda i, j: ((i - j) % context == 0) & ~local.sees(i, j))
+        strided = Tiling(classes, classes, partial(is_strided, context=context))
         tilings = {"all": [], "local": [local], "strided": [local, strided]}[mode]
         super().__init__(d_model, num_heads, tilings, layout=layout, attention_dropout=attention_dropout, bias=bias)
 
@@ -245,21 +255,28 @@ class NeighborhoodAttention(PlacedAttention):
         super().__init__(d_model, num_heads, [tiling], layout=layout, attention_dropout=attention_dropout, bias=bias)
 
 
+def window_start(position: Tensor, side: int, kernel_size: int, dilation: int) -> Tensor:
+    """Where the window of a patch starts along one side, among the patches that are a multiple of `dilation` from it."""
+    length = (side - 1 - position % dilation) // dilation + 1
+    return (position // dilation - kernel_size // 2).clamp(min=0).minimum(length - kernel_size)
+
+
+def in_neighborhood(i: Tensor, j: Tensor, *, grid: tuple[int, int], kernel_size: int, dilation: int) -> Tensor:
+    """Whether patch j is in the window of patch i, along both sides."""
+    inside = True
+    for own, other, side in zip((i // grid[1], i % grid[1]), (j // grid[1], j % grid[1]), grid, strict=True):
+        steps = other // dilation - window_start(own, side, kernel_size, dilation)
+        inside = inside & (own % dilation == other % dilation) & (steps >= 0) & (steps < kernel_size)
+    return inside
+
+
 def neighborhood_tiling(height: int, width: int, kernel_size: int, dilation: int) -> Tiling:
     """Rectangles of patches `dilation` apart; each patch sees kernel_size^2 that are as far apart from it."""
 
-    def window_start(position, side):
-        """Where the window of a patch starts along one side, among the patches that are `dilation` apart from it."""
-        length = (side - 1 - position % dilation) // dilation + 1
-        return (position // dilation - kernel_size // 2).clamp(min=0).minimum(length - kernel_size)
-
-    def along(i, j, side):
-        steps = j // dilation - window_start(i, side)
-        return (i % dilation == j % dilation) & (steps >= 0) & (steps < kernel_size)
-
-    def tiles(side):
+    def along(side: int) -> tuple[Tensor, Tensor]:
         """(T, q) and (T, k) positions along one side."""
-        starts, queries, keys = window_start(torch.arange(side), side).tolist(), [], []
+        starts = window_start(torch.arange(side), side, kernel_size, dilation).tolist()
+        queries, keys = [], []
         for offset in range(dilation):
             positions = range(offset, side, dilation)
             for start in range(0, len(positions), kernel_size):
@@ -268,11 +285,12 @@ def neighborhood_tiling(height: int, width: int, kernel_size: int, dilation: int
                 keys.append(positions[starts[tile[0]] : starts[tile[-1]] + kernel_size])
         return pad_tiles(queries), pad_tiles(keys)
 
-    def product(rows, columns):
+    def product(rows: Tensor, columns: Tensor) -> Tensor:
         """Positions along both sides -> patches, (Ty * Tx, ny * nx)."""
         rows, columns = rows[:, None, :, None], columns[None, :, None, :]
         patches = torch.where((rows == NONE) | (columns == NONE), NONE, rows * width + columns)
         return patches.flatten(2).flatten(0, 1)
 
-    queries, keys = (product(*sides) for sides in zip(tiles(height), tiles(width), strict=True))
-    return Tiling(queries, keys, lambda i, j: along(i // width, j // width, height) & along(i % width, j % width, width))
+    queries, keys = (product(*sides) for sides in zip(along(height), along(width), strict=True))
+    sees = partial(in_neighborhood, grid=(height, width), kernel_size=kernel_size, dilation=dilation)
+    return Tiling(queries, keys, sees)

@@ -314,8 +314,9 @@ def _pair_scores(query: Tensor, key: Tensor, index: Tensor, squared_distance: bo
     dtype = _accumulator(query.dtype)
     scores = query.new_empty(index.shape, dtype=dtype)
     if not squared_distance and _dense_pays(index, key.shape[1]):
-        for b, n in _blocks(query, *index.shape[:2], key.shape[1]):
-            scores[b, n] = torch.bmm(query[b, n].to(dtype), key[b].mT.to(dtype)).gather(2, index[b, n])
+        with torch.autocast(query.device.type, enabled=False):
+            for b, n in _blocks(query, *index.shape[:2], key.shape[1]):
+                scores[b, n] = torch.bmm(query[b, n].to(dtype), key[b].mT.to(dtype)).gather(2, index[b, n])
         return scores
     flat, queries = scores.view(-1, index.shape[2]), query.reshape(-1, 1, query.shape[2])
     for rows, _, keys in _gathered(key, index):
@@ -337,10 +338,11 @@ def _pair_scores_backward(
     grad_query = query.new_empty(query.shape, dtype=dtype)
     grad_key = key.new_zeros(key.shape, dtype=dtype)
     if not squared_distance and _dense_pays(index, key.shape[1]):
-        for b, n in _blocks(query, *index.shape[:2], key.shape[1]):
-            slope = _scattered(index[b, n], grad[b, n].to(dtype), key.shape[1])
-            grad_query[b, n] = torch.bmm(slope, key[b].to(dtype))
-            grad_key[b] += torch.bmm(slope.mT, query[b, n].to(dtype))
+        with torch.autocast(query.device.type, enabled=False):
+            for b, n in _blocks(query, *index.shape[:2], key.shape[1]):
+                slope = _scattered(index[b, n], grad[b, n].to(dtype), key.shape[1])
+                grad_query[b, n] = torch.bmm(slope, key[b].to(dtype))
+                grad_key[b] += torch.bmm(slope.mT, query[b, n].to(dtype))
         return grad_query.to(query.dtype), grad_key.to(key.dtype)
     queries, slopes = query.reshape(-1, 1, C), grad.reshape(-1, index.shape[2], 1)
     for rows, chosen, keys in _gathered(key, index):
@@ -503,7 +505,7 @@ def _weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
             output[b, n] = torch.bmm(_scattered(index[b, n], weights[b, n].to(values.dtype), M), values[b])
     else:
         for rows, _, gathered in _gathered(values, index):
-            part = weights.view(-1, 1, K)[rows].to(values.dtype)
+            part = weights.reshape(-1, 1, K)[rows].to(values.dtype)
             output.view(-1, C)[rows] = torch.bmm(part, gathered).squeeze(1)
     return output
 
@@ -527,7 +529,7 @@ def _weighted_sum_backward(grad: Tensor, values: Tensor, index: Tensor, weights:
         for rows, chosen, gathered in _gathered(values, index):
             part = grad[rows]
             grad_weights.view(-1, K)[rows] = torch.bmm(part, gathered.mT).squeeze(1).to(weights.dtype)
-            to_values = weights.view(-1, K, 1)[rows] * part
+            to_values = weights.reshape(-1, K, 1)[rows] * part
             grad_values.view(-1, C).index_add_(0, chosen, to_values.reshape(-1, C).to(dtype))
     return grad_values.to(values.dtype), grad_weights
 

@@ -178,7 +178,7 @@ class NeighborConfig:
         # A class token may be one candidate more; without one, check_candidates is stricter by one.
         most = {"all": math.inf, "random": self.num_samples + 1, "spatial": self.num_samples**2 + 1}[self.sampling]
         if self.K > most:
-            self._too_few(most - 1)
+            self._too_few(most - 1, f", or {most} with a class token")
 
     def _check_ranges(self) -> None:
         check_fields(self)
@@ -213,10 +213,10 @@ class NeighborConfig:
         if self.K > candidates:
             self._too_few(candidates)
 
-    def _too_few(self, candidates: int):
+    def _too_few(self, candidates: int, more: str = ""):
         how = "tokens there are" if self.sampling == "all" else f"candidates of sampling_type={self.sampling_type} with "
         how += "" if self.sampling == "all" else f"num_samples={self.num_samples}"
-        raise ValueError(f"K={self.K} is more than the {candidates} {how}; K can be 1 to {candidates}")
+        raise ValueError(f"K={self.K} is more than the {candidates} {how}; K can be 1 to {candidates}{more}")
 
 
 def _sides(grid: tuple[int, ...]) -> str:
@@ -408,9 +408,7 @@ class ViTConfig(NeighborConfig):
                 f"num_local_layers={self.num_local_layers} must be below num_layers={self.num_layers}; "
                 f"leave it out for {self.layer} in every block"
             )
-        if self.coordinate_encoding:
-            if self.similarity_type == "Loc":
-                raise ValueError("coordinate_encoding=True is short for similarity_type=Loc_Col, not Loc; drop one of them")
+        if self.coordinate_encoding and self.similarity_type == "Col":
             object.__setattr__(self, "similarity_type", "Loc_Col")
         if self.num_local_layers != 0:
             self._check_layer()
@@ -438,6 +436,8 @@ class ViTConfig(NeighborConfig):
             grid = sequence_grid(self.grid)
             self.check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
             check_slots(self.convolution_type, self.aggregation_type)
+            if self.coordinate_encoding and self.similarity_type == "Loc":
+                raise ValueError("coordinate_encoding=True is short for similarity_type=Loc_Col, not Loc; drop one of them")
         if self.layer == "KvtAttention":
             tokens = math.prod(self.grid) + self.class_tokens
             if self.K > tokens:

@@ -531,7 +531,7 @@ def _test(options: Options, make_model: Callable[[], nn.Module], load: Callable[
     path = Path(train.checkpoint) if train.checkpoint else folder.best
     if not path.exists():
         raise RunError(f"--test_only: there is no {path}; train first, or name the weights with --checkpoint FILE")
-    utils.load_weights(model, path, load)
+    utils.load_weights(model, path, load, "--checkpoint" if train.checkpoint else "--test_only")
     data = load_data(options.data, batch_size=train.batch_size, seed=train.seed, device=device, test_only=True)
     model.to(device)
     metrics = evaluate(

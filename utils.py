@@ -164,13 +164,18 @@ def load_state(model: nn.Module, weights: dict) -> None:
     model.load_state_dict(weights)
 
 
-def load_weights(model: nn.Module, source: Path, load: Callable[[nn.Module, dict], None] = load_state) -> None:
-    """Load the weights in a checkpoint; `load` says which names it may have. Raises RunError if they do not fit."""
+def load_weights(
+    model: nn.Module, source: Path, load: Callable[[nn.Module, dict], None] = load_state, flag: str = "--checkpoint"
+) -> None:
+    """Load the weights in a checkpoint that `flag` asked for; `load` puts a state dict into the model, or raises ValueError.
+
+    Raises RunError if the file cannot be read or the weights do not fit.
+    """
     weights = evaluated_weights(source)
     try:
         load(model, weights)
     except ValueError as error:
-        raise RunError(f"{source} is {error}") from None
+        raise RunError(f"{flag}: {source} is {error}") from None
 
 
 def export_weights(path: Path, weights: dict) -> None:

@@ -259,7 +259,7 @@ TIMM = {
     r"blocks\.(\d+)\.attn\.": r"blocks.\1.mixer.",
     r"blocks\.(\d+)\.mlp\.fc1\.": r"blocks.\1.mlp.0.",
     r"blocks\.(\d+)\.mlp\.fc2\.": r"blocks.\1.mlp.2.",
-    r"(?:fc_)?norm\.": "norm.",
+    r"norm\.": "norm.",
     r"head\.": "classifier.",
 }
 
@@ -267,13 +267,11 @@ TIMM = {
 def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Load a state dict of this model, or of the same architecture by torchvision or timm (`vit_b_16`, `vit_base_patch16_224`).
 
-    Raises ValueError that names the first difference.
+    Theirs have patch_norm=False, final_norm=True, pos_embedding="learned", and as many classes as the model must have; timm's
+    with `fc_norm` are of another architecture. Raises ValueError that names the first difference.
     """
-    names = {}
-    if "conv_proj.weight" in state_dict:
-        names = TORCHVISION
-    elif "patch_embed.proj.weight" in state_dict:
-        names = TIMM
+    foreign = {"conv_proj.weight": TORCHVISION, "patch_embed.proj.weight": TIMM}
+    names = next((table for name, table in foreign.items() if name in state_dict), {})
 
     def ours(name: str) -> str:
         for pattern, replacement in names.items():
@@ -281,4 +279,8 @@ def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
                 return re.sub(pattern, replacement, name, count=1)
         return name
 
-    load_state(model, {ours(name): value for name, value in state_dict.items()})
+    try:
+        load_state(model, {ours(name): value for name, value in state_dict.items()})
+    except ValueError as error:
+        advice = "; those of torchvision and timm need --no-patch_norm --final_norm --pos_embedding learned" if names else ""
+        raise ValueError(f"{error}{advice}") from None

@@ -190,7 +190,7 @@ def test_memory_grows_with_tokens_times_window(name):
 @pytest.mark.parametrize("name", MIXERS)
 def test_dropout_drops_weights_in_training_only(strategy, name):
     layer, x = MIXERS[name](TokenLayout(6, 6, 1), attention_dropout=0.5), torch.randn(2, 37, 16)
-    assert (layer(x) != layer(x)).any(dim=2).float().mean() > 0.9  # patches and class token
+    assert (layer(x) != layer(x)).any(dim=2).all()  # patches and class token
     mean = torch.stack([layer(x) for _ in range(500)]).mean(0)
     layer.eval()
     assert torch.equal(layer(x), layer(x))

@@ -73,19 +73,28 @@ def test_attention_is_torch_multihead_attention(heads, bias):
     torch.testing.assert_close(ours, matrix, atol=1e-9, rtol=0)
 
 
+DROPPING = {
+    "attention": lambda p: MultiHeadAttention(8, 2, attention_dropout=p),
+    "ConvNN attention": lambda p: MultiHeadConvNNAttention(
+        8, 2, NeighborConfig(K=4), layout=TokenLayout(3, 3), attention_dropout=p
+    ),
+    "KVT": lambda p: MultiHeadKvtAttention(8, 2, 4, attention_dropout=p),
+}
+
+
 @pytest.mark.parametrize("asked", [False, True])
-def test_attention_dropout_drops_weights_in_training_only(asked):
-    layer = MultiHeadAttention(8, 2, attention_dropout=0.5)
-    x = torch.randn(2, 9, 8)
+@pytest.mark.parametrize("name", DROPPING)
+def test_dropout_drops_weights_in_training_only(name, asked):
+    layer, x = DROPPING[name](0.5), torch.randn(2, 9, 8)
 
     def out():
         return layer(x, output_attentions=True)[0] if asked else layer(x)
 
-    assert not torch.equal(out(), out())
-    mean = torch.stack([out() for _ in range(3000)]).mean(0)
+    assert (out() != out()).any(dim=2).float().mean() > 0.8  # a token may have the same weights dropped twice
+    mean = torch.stack([out() for _ in range(2000)]).mean(0)
     layer.eval()
     assert torch.equal(out(), out())
-    torch.testing.assert_close(mean, out(), atol=0.06, rtol=0)
+    torch.testing.assert_close(mean, out(), atol=0.08, rtol=0)
 
 
 # --- ConvNN attention -----------------------------------------------------------------------------------------------
@@ -282,7 +291,6 @@ def test_kvt_is_attention_under_a_mask_of_the_largest(K, strategy):
 # --- convolutions ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("kernel_size", [1, 3, 4, 9])
 @pytest.mark.parametrize("convolution_type", ["standard", "depthwise", "depthwise-separable"])
 @pytest.mark.parametrize("kind", [MultiHeadConv1d, MultiHeadConv1dAttention])
@@ -409,6 +417,7 @@ GRID = TokenLayout(4, 4, 1)
         ),
         (lambda: MultiHeadConvNN(8, 2, NeighborConfig(), layout=GRID, convolution_type="dense"), "standard, depthwise"),
         (lambda: MultiHeadConv1d(8, 2, 3, layout=GRID, convolution_type="dense"), "standard, depthwise"),
+        (lambda: MultiHeadConv1d(8, 2, 0, layout=GRID), "kernel_size=0"),
         (lambda: MultiHeadKvtAttention(8, 2, 0), "K=0"),
         (lambda: BranchingAttention(8, 2, NeighborConfig(), layout=GRID, branch_ratio=0.9), "branch_ratio=0.9"),
         (lambda: BranchingConv(12, 4, NeighborConfig(), 3, layout=GRID, branch_ratio=0.5), "6 \\+ 6 .* num_heads=4"),

@@ -834,7 +834,7 @@ VIT_BAD = [
     ("--layer ConvNNAttention --sampling_type spatial --num_samples 15", "--num_samples 15; 14 x 14; at most 14"),
     ("--layer ConvNNAttention --aggregation_type Loc_Col", "--aggregation_type Loc_Col; --convolution_type; standard"),
     ("--layer BranchAttention --aggregation_type Loc_Col", "--aggregation_type Loc_Col"),
-    ("--coordinate_encoding --similarity_type Loc", "--coordinate_encoding True; --similarity_type Loc_Col"),
+    ("--layer ConvNN --coordinate_encoding --similarity_type Loc", "--coordinate_encoding True; --similarity_type Loc_Col"),
     ("--layer NeighborhoodAttention --kernel_size 4", "--kernel_size 4; odd"),
     ("--layer NeighborhoodAttention --kernel_size 15", "--kernel_size 15; --dilation 1; 14 x 14; at most 14"),
     ("--layer NeighborhoodAttention --kernel_size 5 --dilation 3", "--kernel_size 5; --dilation 3; 15; at most 14"),
@@ -860,6 +860,7 @@ def test_a_bad_vit_command_line_ends_in_one_clear_line(line, says, folder, capsy
     [
         "--K 9999",
         "--kernel_size 4",
+        "--coordinate_encoding --similarity_type Loc",
         "--layer Conv1d --kernel_size 4 --K 9999",
         "--layer KvtAttention --aggregation_type Loc_Col --sampling_type random --num_samples 9999",
         "--layer NeighborhoodAttention --branch_ratio 0.3 --K 9999",

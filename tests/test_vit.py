@@ -1,5 +1,6 @@
 import copy
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -221,20 +222,23 @@ def test_inductor_gives_the_same_gradients(layer):
 
 def test_recomputed_activations_give_the_same_gradients():
     model, x = make(layer="ConvNNAttention", sampling_type="random", num_samples=5, dropout=0.3), images()
-    gradients = []
-    for model.recompute in (False, True):
+    gradients, calls = [], []
+    model.blocks[1].mixer.register_forward_pre_hook(lambda *_: calls.append(1))
+    for model.recompute, count in ((False, 1), (True, 3)):
         torch.manual_seed(0)
         gradients.append(torch.autograd.grad(model(x).square().sum(), model.parameters()))
+        assert len(calls) == count  # forward, and once more for the backward pass
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("layer", LAYERS1D)
-def test_a_copy_for_averaging_and_its_state_dict(layer):
+def test_copies_and_state_dicts(layer):
     model = make(layer=layer).eval()
     twin = make(layer=layer).eval()
     twin.load_state_dict(model.state_dict())
     x = images()
-    assert torch.equal(copy.deepcopy(model)(x), model(x)) and torch.equal(twin(x), model(x))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), twin):
+        assert torch.equal(copied(x), model(x))
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
 
 
@@ -308,6 +312,9 @@ def test_local_layers_come_first_and_the_class_token_after_them(n, pool):
     model = make(layer="NeighborhoodAttention", num_layers=3, num_local_layers=n, pool=pool, pos_embedding="learned")
     kinds = [type(block.mixer) for block in model.blocks]
     assert kinds == [NeighborhoodAttention] * n + [MultiHeadAttention] * (3 - n)
+    plan = make(layer="NeighborhoodAttention", num_layers=3, num_local_layers=n, attention_bias=False, attention_dropout=0.3)
+    for block in plan.blocks:
+        assert block.mixer.qkv.bias is None is block.mixer.proj.bias and block.mixer.attention_dropout == 0.3
     assert model.pos_embedding.shape == (1, 12, 16)
     sizes = []
     for block in model.blocks:
@@ -322,11 +329,18 @@ def test_attention_in_every_block_is_the_plan_without_local_layers():
         make(num_local_layers=2)
 
 
-def test_dropout_is_that_of_the_blocks_in_training_only():
-    model, x = make(dropout=0.5), images()
-    assert not torch.equal(model(x), model(x))
-    model.eval()
-    assert torch.equal(model(x), model(x))
+@pytest.mark.parametrize("part", ["mixer", "mlp"])
+def test_dropout_drops_what_mixer_and_mlp_add_in_training_only(part):
+    """With the other part adding zeros, each token's features are the input's, plus twice or none of what is added."""
+    block = make(dropout=0.5).double().blocks[0]
+    silent = block.mixer.proj if part == "mlp" else block.mlp[2]
+    nn.init.zeros_(silent.weight), nn.init.zeros_(silent.bias)
+    x = torch.randn(2, 13, 16).double()
+    added = block.eval()(x) - x
+    dropped = block.train()(x) - x
+    kept = dropped != 0
+    torch.testing.assert_close(dropped, 2 * added * kept)
+    assert 0.3 < kept.double().mean() < 0.7 and added.abs().min() > 0
 
 
 def test_initialisation():
@@ -420,6 +434,16 @@ def test_timm_state_dicts(pool):
     torch.testing.assert_close(model(x), reference(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("class_token", [True, False])
+def test_timm_models_that_normalize_after_pooling_are_refused(class_token):
+    timm = pytest.importorskip("timm")
+    kwargs = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 1.5, "num_classes": 5}
+    reference = timm.models.vision_transformer.VisionTransformer(**kwargs, global_pool="avg", class_token=class_token)
+    model = make(image_size=16, pool="cls" if class_token else "mean", **SAME_AS_OTHERS)
+    with pytest.raises(ValueError, match=r"norm\.weight"):
+        load_vit_weights(model, reference.state_dict())
+
+
 def test_own_state_dicts_and_what_does_not_fit():
     model = make()
     load_vit_weights(make(), model.state_dict())
@@ -430,5 +454,5 @@ def test_own_state_dicts_and_what_does_not_fit():
     with pytest.raises(ValueError, match=r"this model has no blocks\.1\.norm1\.weight"):
         load_vit_weights(make(num_layers=1), model.state_dict())
     reference = torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 24, num_classes=5)
-    with pytest.raises(ValueError, match="patch_norm"):
+    with pytest.raises(ValueError, match=r"no patch_norm\.weight; .* --no-patch_norm --final_norm"):
         load_vit_weights(make(image_size=16, final_norm=True, pos_embedding="learned"), reference.state_dict())
