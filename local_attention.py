@@ -1,9 +1,9 @@
-"""Attention chosen by place, on (B, N, d_model): local (sliding window), sparse (local and strided) and neighborhood.
+"""Attention chosen or biased by place, on (B, N, d_model): local, sparse, masked, neighborhood, gated positional.
 
-A mixer here says which patches see which, as tilings: tiles of patches whose queries share a short list of keys. A tile
-is a small dense attention under a mask, so time and memory grow with N x window. On short sequences, where tiles would
-save little, one dense attention under one mask runs instead, with equal results. Class tokens attend to all and are
-attended by all.
+A mixer that chooses says which patches see which, as tilings: tiles of patches whose queries share a short list of keys.
+A tile is a small dense attention under a mask, so time and memory grow with N x window. On short sequences, where tiles
+would save little, one dense attention under one mask runs instead, with equal results. Class tokens attend to all and
+are attended by all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from layers1d import MultiHeadMixer, TokenLayout, attend
-from options import check_window
+from masks import in_column, in_neighborhood, in_row, in_square, is_near, is_strided, window_reach, window_start
+from options import MASK_TYPES, check_window
 
 NONE = -1  # fills up tiles that are shorter than others
 TILES_PAY = 6  # times fewer scores than a dense attention computes: then gathering for tiles pays off (measured on a CPU)
@@ -37,21 +38,23 @@ def pad_tiles(tiles: Iterable[Iterable[int]]) -> Tensor:
     return pad_sequence([torch.tensor(list(tile)) for tile in tiles], batch_first=True, padding_value=NONE)
 
 
+def windows(length: int, reach: int, size: int) -> tuple[Tensor, Tensor]:
+    """Blocks of `size` positions (T, q), and what is at most `reach` away from any of them (T, k)."""
+    queries = [range(start, min(start + size, length)) for start in range(0, length, size)]
+    keys = [range(max(block[0] - reach, 0), min(block[-1] + reach + 1, length)) for block in queries]
+    return pad_tiles(queries), pad_tiles(keys)
+
+
 def window_tiling(length: int, reach: int) -> Tiling:
     """Blocks of a sequence, whose patches see what is at most `reach` away."""
-    size = max(reach, 16)
-    queries = [range(start, min(start + size, length)) for start in range(0, length, size)]
-    keys = [range(max(tile[0] - reach, 0), min(tile[-1] + reach + 1, length)) for tile in queries]
-    return Tiling(pad_tiles(queries), pad_tiles(keys), partial(is_near, reach=reach))
+    return Tiling(*windows(length, reach, max(reach, 16)), partial(is_near, reach=reach))
 
 
-def is_near(i: Tensor, j: Tensor, *, reach: int) -> Tensor:
-    return (i - j).abs() <= reach
-
-
-def is_strided(i: Tensor, j: Tensor, *, context: int) -> Tensor:
-    """A multiple of `context` away, and not within half of it."""
-    return ((i - j) % context == 0) & ~is_near(i, j, reach=context // 2)
+def product(rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """Positions along both sides, (Ty, ny) and (Tx, nx), -> patches of the grid, (Ty * Tx, ny * nx)."""
+    rows, columns = rows[:, None, :, None], columns[None, :, None, :]
+    patches = torch.where((rows == NONE) | (columns == NONE), NONE, rows * width + columns)
+    return patches.flatten(2).flatten(0, 1)
 
 
 class Tiles(nn.Module):
@@ -90,25 +93,18 @@ class Tiles(nn.Module):
         return tiles.flatten(1, 2).index_select(1, self.places)
 
 
-class PlacedAttention(MultiHeadMixer):
+class PlacedPattern(nn.Module):
     """Attention between the patches that one of the tilings allows; class tokens see all and are seen by all.
 
     Args:
         tilings: disjoint in the pairs they allow; without any, every patch sees every other.
+        layout: what the tokens are.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        tilings: list[Tiling],
-        *,
-        layout: TokenLayout,
-        attention_dropout: float = 0.0,
-        bias: bool = True,
-    ):
-        super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
+    def __init__(self, tilings: list[Tiling], layout: TokenLayout):
+        super().__init__()
         self.sees = [tiling.sees for tiling in tilings]
+        self.layout = layout
         P = layout.num_patches
         cost = sum(tiling.queries.numel() * tiling.keys.shape[1] for tiling in tilings)
         self.is_dense = not tilings or TILES_PAY * cost > P * P
@@ -124,32 +120,56 @@ class PlacedAttention(MultiHeadMixer):
         c = self.layout.class_tokens
         return F.pad(allowed, (c, 0, c, 0), value=True)
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, output_matrix: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, H, N, d) each -> mixed values (B, H, N, d), and the matrix (B, H, N, N) if asked for."""
         if self.is_dense or output_matrix:
             mask = self.mask if self.is_dense else self.make_mask(query.device)
-            return attend(query, key, value, mask=mask, dropout=self.dropout, output_matrix=output_matrix)
+            return attend(query, key, value, mask=mask, dropout=dropout, output_matrix=output_matrix)
         c, heads = self.layout.class_tokens, query.shape[:2]
-        out = self.mix_tiles(query[:, :, c:].flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)).unflatten(0, heads)
+        flat = query[:, :, c:].flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+        out = self.attend_tiles(*flat, dropout).unflatten(0, heads)
         if c:
-            out = torch.cat([attend(query[:, :, :c], key, value, dropout=self.dropout)[0], out], dim=2)
+            out = torch.cat([attend(query[:, :, :c], key, value, dropout=dropout)[0], out], dim=2)
         return out, None
 
-    def mix_tiles(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend_tiles(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """query (G, P, d) of the patches, key and value (G, N, d) of all tokens -> (G, P, d)."""
         inside = [(tiles.of_queries(query), tiles.of_keys(key), tiles.of_keys(value)) for tiles in self.tiles]
         if len(self.tiles) == 1:
-            return self.tiles[0].in_order(attend(*inside[0], mask=self.tiles[0].allowed, dropout=self.dropout)[0])
+            return self.tiles[0].in_order(attend(*inside[0], mask=self.tiles[0].allowed, dropout=dropout)[0])
         # One softmax over the keys of all tilings.
         scores = []
         for tiles, (q, k, _) in zip(self.tiles, inside, strict=True):
             score = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~tiles.allowed, -math.inf)
             scores.append(tiles.in_order(score))  # (G, P, k)
-        weights = F.dropout(torch.cat(scores, dim=2).softmax(dim=2), self.dropout)
+        weights = F.dropout(torch.cat(scores, dim=2).softmax(dim=2), dropout)
         parts = weights.split([score.shape[2] for score in scores], dim=2)
         out = 0
         for tiles, part, (_, _, v) in zip(self.tiles, parts, inside, strict=True):
             out = out + tiles.in_order(tiles.of_queries(part).to(v.dtype) @ v)
         return out
+
+
+class PlacedAttention(MultiHeadMixer):
+    """Attention by a `PlacedPattern`, which is made of the tilings."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        tilings: list[Tiling],
+        *,
+        layout: TokenLayout,
+        attention_dropout: float = 0.0,
+        bias: bool = True,
+    ):
+        super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
+        self.pattern = PlacedPattern(tilings, layout)
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
+        return self.pattern(query, key, value, dropout=self.dropout, output_matrix=output_matrix)
 
 
 class MultiHeadLocalAttention(PlacedAttention):
@@ -227,6 +247,54 @@ class MultiHeadSparseAttention(PlacedAttention):
         super().__init__(d_model, num_heads, tilings, layout=layout, attention_dropout=attention_dropout, bias=bias)
 
 
+class MultiHeadMaskedAttention(PlacedAttention):
+    """Attention under a local mask of `masks.py`; the class token attends to all and is attended by all.
+
+    Args:
+        mask_type: `2d_cardinal`, the patches at most `expansion_step` above, below, left or right; `2d_all_neighbors`, those
+            in a square around it; `1d_cardinal` and `1d_all_neighbors`, as many neighbors in a window on the sequence.
+
+    Raises ValueError for an unknown mask_type or a negative expansion_step.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        layout: TokenLayout,
+        mask_type: str,
+        expansion_step: int,
+        attention_dropout: float = 0.0,
+        bias: bool = True,
+    ):
+        if mask_type not in MASK_TYPES:
+            raise ValueError(f"mask_type={mask_type!r} is not one of {', '.join(MASK_TYPES)}")
+        if expansion_step < 0:
+            raise ValueError(f"expansion_step={expansion_step} must be at least 0")
+        tilings = mask_tilings(mask_type, expansion_step, layout.height, layout.width)
+        super().__init__(d_model, num_heads, tilings, layout=layout, attention_dropout=attention_dropout, bias=bias)
+
+
+def mask_tilings(mask_type: str, reach: int, height: int, width: int) -> list[Tiling]:
+    """The pairs that a mask of this type and expansion step allows."""
+    if mask_type == "1d_cardinal":
+        return [window_tiling(height * width, window_reach(1 + 4 * reach))]
+    if mask_type == "1d_all_neighbors":
+        return [window_tiling(height * width, window_reach((2 * reach + 1) ** 2))]
+    rule = {"width": width, "reach": reach}
+    size = max(reach, 16) if mask_type == "2d_cardinal" else max(reach, 4)
+    rows, columns = windows(height, reach, size), windows(width, reach, size)
+    if mask_type == "2d_all_neighbors":
+        queries, keys = (product(*sides, width) for sides in zip(rows, columns, strict=True))
+        return [Tiling(queries, keys, partial(in_square, **rule))]
+    each_row, each_column = torch.arange(height)[:, None], torch.arange(width)[:, None]
+    return [
+        Tiling(*(product(each_row, part, width) for part in columns), partial(in_row, **rule)),
+        Tiling(*(product(part, each_column, width) for part in rows), partial(in_column, **rule)),
+    ]
+
+
 class NeighborhoodAttention(PlacedAttention):
     """Neighborhood attention (Hassani et al., CVPR 2023; dilated: arXiv 2209.15001), without relative position biases.
 
@@ -252,21 +320,6 @@ class NeighborhoodAttention(PlacedAttention):
         super().__init__(d_model, num_heads, [tiling], layout=layout, attention_dropout=attention_dropout, bias=bias)
 
 
-def window_start(position: Tensor, side: int, kernel_size: int, dilation: int) -> Tensor:
-    """Where the window of a patch starts along one side, among the patches that are a multiple of `dilation` from it."""
-    length = (side - 1 - position % dilation) // dilation + 1
-    return (position // dilation - kernel_size // 2).clamp(min=0).minimum(length - kernel_size)
-
-
-def in_neighborhood(i: Tensor, j: Tensor, *, grid: tuple[int, int], kernel_size: int, dilation: int) -> Tensor:
-    """Whether patch j is in the window of patch i, along both sides."""
-    inside = True
-    for own, other, side in zip((i // grid[1], i % grid[1]), (j // grid[1], j % grid[1]), grid, strict=True):
-        steps = other // dilation - window_start(own, side, kernel_size, dilation)
-        inside = inside & (own % dilation == other % dilation) & (steps >= 0) & (steps < kernel_size)
-    return inside
-
-
 def neighborhood_tiling(height: int, width: int, kernel_size: int, dilation: int) -> Tiling:
     """Rectangles of patches `dilation` apart; each patch sees kernel_size^2 that are as far apart from it."""
 
@@ -282,12 +335,89 @@ def neighborhood_tiling(height: int, width: int, kernel_size: int, dilation: int
                 keys.append(positions[starts[tile[0]] : starts[tile[-1]] + kernel_size])
         return pad_tiles(queries), pad_tiles(keys)
 
-    def product(rows: Tensor, columns: Tensor) -> Tensor:
-        """Positions along both sides -> patches, (Ty * Tx, ny * nx)."""
-        rows, columns = rows[:, None, :, None], columns[None, :, None, :]
-        patches = torch.where((rows == NONE) | (columns == NONE), NONE, rows * width + columns)
-        return patches.flatten(2).flatten(0, 1)
-
-    queries, keys = (product(*sides) for sides in zip(along(height), along(width), strict=True))
+    queries, keys = (product(*sides, width) for sides in zip(along(height), along(width), strict=True))
     sees = partial(in_neighborhood, grid=(height, width), kernel_size=kernel_size, dilation=dilation)
     return Tiling(queries, keys, sees)
+
+
+class GatedPositionalSelfAttention(MultiHeadMixer):
+    """Gated positional self-attention (GPSA; d'Ascoli et al., arXiv 2103.10697, section 3), which starts as a convolution.
+
+    Each head mixes by (1 - sigmoid(gate)) softmax(q k^T / sqrt(d)) + sigmoid(gate) softmax(pos_proj(r)), where r_ij is
+    (dx, dy, dx^2 + dy^2), the way from patch i to patch j. At first every head attends around one offset of a kernel with as
+    many taps as there are heads, and values are the tokens themselves. The row and the column of a class token are by
+    content only; the positional softmax runs over the patches.
+
+    The two positional scores of a pair, along x and along y, add up, so their softmax is the product of one over the columns
+    and one over the rows: (w, w) and (h, h) instead of (N, N), with equal results.
+
+    Args:
+        locality_strength: how sharply the heads attend around their offsets at first (alpha in the paper).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        layout: TokenLayout,
+        locality_strength: float = 1.0,
+        attention_dropout: float = 0.0,
+        bias: bool = True,
+    ):
+        super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
+        self.locality_strength = locality_strength
+        self.pos_proj = nn.Linear(3, num_heads)
+        self.gate = nn.Parameter(torch.empty(num_heads))
+        dx, dy = (torch.arange(side) - torch.arange(side)[:, None] for side in (layout.width, layout.height))
+        self.register_buffer("along_x", torch.stack([dx, 0 * dx, dx**2], dim=2), persistent=False)  # (w, w, 3)
+        self.register_buffer("along_y", torch.stack([0 * dy, dy, dy**2], dim=2), persistent=False)  # (h, h, 3)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """The convolutional initialization of the paper; queries, keys and the output projection stay as they are."""
+        d_model = self.proj.in_features
+        nn.init.eye_(self.qkv.weight[2 * d_model :])
+        if self.qkv.bias is not None:
+            nn.init.zeros_(self.qkv.bias[2 * d_model :])
+        offsets = kernel_offsets(self.num_heads)
+        # -|r - offset|^2, but for a constant that the softmax does not see
+        weight = torch.cat([2 * offsets, -torch.ones(self.num_heads, 1)], dim=1)
+        self.pos_proj.weight.copy_(self.locality_strength * weight)
+        nn.init.zeros_(self.pos_proj.bias)
+        nn.init.ones_(self.gate)
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """The positional softmax along y, (H, h, h), and along x, (H, w, w)."""
+        with torch.autocast(self.gate.device.type, enabled=False):  # squares of distances are too long for half precision
+            scores = [self.pos_proj(along.to(self.gate.dtype)) for along in (self.along_y, self.along_x)]
+        return tuple(score.softmax(dim=1).permute(2, 0, 1) for score in scores)
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
+        c, grid = self.layout.class_tokens, (self.layout.height, self.layout.width)
+        rows, columns = self.positions()
+        gate = self.gate.sigmoid()[:, None, None]
+        if output_matrix or self.dropout:  # a weight to drop or to show is one of a pair of tokens
+            content = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(dim=-1)
+            place = (rows[:, :, None, :, None] * columns[:, None, :, None, :]).flatten(3).flatten(1, 2)  # (H, P, P)
+            patches = content[:, :, c:] * (1 - gate) + F.pad(gate * place, (c, 0))
+            matrix = torch.cat([content[:, :, :c], patches], dim=2)
+            return F.dropout(matrix, self.dropout).to(value.dtype) @ value, matrix
+        content, _ = attend(query, key, value)
+        images = value[:, :, c:].unflatten(2, grid)  # (B, H, h, w, d)
+        images = columns[:, None].to(value.dtype) @ images
+        images = (rows.to(value.dtype) @ images.flatten(3)).flatten(2, 3).unflatten(2, (-1, self.head_dim))
+        patches = content[:, :, c:] * (1 - gate) + images * gate
+        return torch.cat([content[:, :, :c], patches.to(value.dtype)], dim=2), None
+
+
+def kernel_offsets(num_heads: int) -> Tensor:
+    """(H, 2) offsets (x, y) from the center of the smallest square kernel with a tap for every head, in raster order.
+
+    A kernel with an even side has its taps at half pixels. Where heads are fewer than taps, they have those nearest the center.
+    """
+    side = math.ceil(math.sqrt(num_heads))
+    along = torch.arange(side) - (side - 1) / 2
+    taps = torch.stack([along.repeat(side), along.repeat_interleave(side)], dim=1)
+    return taps[taps.square().sum(dim=1).argsort(stable=True)[:num_heads].sort().values]

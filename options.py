@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
@@ -30,12 +31,21 @@ LAYERS1D_NAMES = (
     "KvtAttention",
     "LocalAttention",
     "SparseAttention",
+    "MaskedAttention",
     "NeighborhoodAttention",
+    "Linformer",
+    "Performer",
+    "Nystromformer",
+    "Hybrid",
+    "GPSA",
     "BranchConv",
     "BranchAttention",
 )
 METRICS = {"cosine": "cosine", "similarity": "cosine", "euclidean": "euclidean", "distance": "euclidean", "matmul": "matmul"}
 SHUFFLE_PATTERNS = ("BA", "NA", "B", "A")
+MASK_TYPES = ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors")
+PERFORMER_KERNELS = ("softmax", "relu")
+CONVIT_SIZES = {"Ti": (192, 4), "Ti_plus": (256, 4), "S": (432, 9), "S_plus": (576, 9), "B": (768, 16), "B_plus": (1024, 16)}
 CONVOLUTION_TYPES = ("standard", "depthwise", "depthwise-separable")
 
 
@@ -333,14 +343,34 @@ class AllConvNetConfig(NeighborConfig):
             self.neighbors.check_candidates(tuple(side + ring for side in grid))
 
 
-UNUSED = {"group": "model and layer: not used by a layer yet"}
+# What `model` stands for (ConViT: d'Ascoli et al., arXiv 2103.10697, table 1).
+VIT_MODELS = {"vit": {}} | {
+    f"convit_{size.lower()}": {
+        "layer": "GPSA",
+        "num_layers": 12,
+        "num_local_layers": 10,
+        "num_heads": heads,
+        "d_model": dim,
+        "d_mlp": 4 * dim,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "attention_bias": False,
+        "pos_embedding": "learned",
+        "patch_norm": False,
+        "final_norm": True,
+    }
+    for size, (dim, heads) in CONVIT_SIZES.items()
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(NeighborConfig):
-    """A vision transformer: patches, then blocks of a mixer and an MLP, then a linear classifier."""
+    """A vision transformer: patches, then blocks of a mixer and an MLP, then a linear classifier.
 
-    model: str = option("vit", "which model", choices=("vit",))
+    What is not given comes from `VIT_MODELS[model]`, and else from the defaults.
+    """
+
+    model: str = option("vit", "ViT, or the flags of a ConViT; others given beside it win", choices=tuple(VIT_MODELS))
     layer: str = option("Attention", "what mixes the tokens of a block", choices=LAYERS1D_NAMES)
     patch_size: int = option(16, "side of a patch in pixels", low=1)
     num_layers: int = option(8, "blocks", low=1)
@@ -371,21 +401,16 @@ class ViTConfig(NeighborConfig):
     sparse_context_window: int = option(14, "SparseAttention: stride, and twice the reach to either side", low=1)
     dilation: int = option(1, "NeighborhoodAttention: step between the patches of a window", low=1)
     branch_ratio: float = option(0.5, "BranchConv, BranchAttention: share of the ConvNN branch", low=0, high=1)
-    mask_type: str = option(
-        "2d_all_neighbors",
-        "kind of local mask",
-        choices=("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors"),
-        **UNUSED,
-    )
-    expansion_step: int = option(1, "reach of the local mask", low=1, **UNUSED)
-    linformer_k: int = option(64, "length that keys and values are projected to", low=1, **UNUSED)
-    performer_features: int = option(64, "random features", low=1, **UNUSED)
-    performer_kernel: str = option("softmax", "kernel of the random features", choices=("softmax", "relu"), **UNUSED)
-    nystrom_landmarks: int = option(32, "landmarks", low=1, **UNUSED)
-    nystrom_conv_kernel: int = option(0, "width of the convolution residual; 0: none", low=0, **UNUSED)
-    hybrid_window: int = option(3, "side of the window", low=1, **UNUSED)
-    hybrid_dilations: tuple[int, ...] = option((1, 2), "one window each", low=1, **UNUSED)
-    locality_strength: float = option(1.0, "how sharply heads start at their offsets", low=0, **UNUSED)
+    mask_type: str = option("2d_all_neighbors", "MaskedAttention: which patches are near", choices=MASK_TYPES)
+    expansion_step: int = option(1, "MaskedAttention: how far near patches are", low=0)
+    linformer_k: int = option(64, "Linformer: learned mixtures of the keys and of the values", low=1)
+    performer_features: int = option(64, "Performer, Hybrid: random features", low=1)
+    performer_kernel: str = option("softmax", "Performer, Hybrid: kernel of the random features", choices=PERFORMER_KERNELS)
+    nystrom_landmarks: int = option(32, "Nystromformer: landmarks; as many as tokens is attention", low=1)
+    nystrom_conv_kernel: int = option(0, "Nystromformer: tokens under the convolution that is added; 0: none", low=0)
+    hybrid_window: int = option(3, "Hybrid: side of the windows, odd", low=1)
+    hybrid_dilations: tuple[int, ...] = option((1, 2), "Hybrid: step between the patches of a window, one for each", low=1)
+    locality_strength: float = option(1.0, "GPSA: how sharply heads attend around their offsets at first", low=0)
     magnitude_type: str = redefault(NeighborConfig, "magnitude_type", "matmul")
     image_size: int | tuple[int, int] = 224
     in_channels: int = 3
@@ -406,7 +431,7 @@ class ViTConfig(NeighborConfig):
         if self.num_local_layers is not None and self.num_local_layers >= self.num_layers:
             raise ValueError(
                 f"num_local_layers={self.num_local_layers} must be below num_layers={self.num_layers}; "
-                f"leave it out for {self.layer} in every block"
+                f"a smaller number, or none for {self.layer} in every block"
             )
         if self.coordinate_encoding and self.similarity_type == "Col":
             object.__setattr__(self, "similarity_type", "Loc_Col")
@@ -444,6 +469,20 @@ class ViTConfig(NeighborConfig):
                 raise ValueError(f"K={self.K} is more than the {tokens} tokens there are; K can be 1 to {tokens}")
         if self.layer == "NeighborhoodAttention":
             check_window(self.kernel_size, self.dilation, self.grid)
+        if self.layer == "Hybrid":
+            for dilation in self.hybrid_dilations:
+                check_window(self.hybrid_window, dilation, self.grid, names=("hybrid_window", "hybrid_dilations"))
+
+
+def _over_model(init):
+    @functools.wraps(init)
+    def with_model(self, **given):
+        init(self, **VIT_MODELS.get(str(given.get("model")), {}) | given)
+
+    return with_model
+
+
+ViTConfig.__init__ = _over_model(ViTConfig.__init__)
 
 
 def sequence_grid(grid: tuple[int, int]) -> tuple[int, ...]:
@@ -467,15 +506,18 @@ def check_slots(convolution_type: str, aggregation_type: str) -> None:
         )
 
 
-def check_window(kernel_size: int, dilation: int, grid: tuple[int, int]) -> None:
-    """Raise ValueError if a neighborhood of this size does not lie within the grid of patches."""
+def check_window(
+    kernel_size: int, dilation: int, grid: tuple[int, int], names: tuple[str, str] = ("kernel_size", "dilation")
+) -> None:
+    """Raise ValueError, by the names of the two options, if a neighborhood of this size does not lie within the grid."""
+    window, step = names
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size={kernel_size} must be odd for a neighborhood")
+        raise ValueError(f"{window}={kernel_size} must be odd for a neighborhood")
     if dilation < 1:
-        raise ValueError(f"dilation={dilation} must be at least 1")
+        raise ValueError(f"{step}={dilation} must be at least 1")
     if kernel_size * dilation > min(grid):
         raise ValueError(
-            f"kernel_size={kernel_size} with dilation={dilation} spans {kernel_size * dilation} patches and the grid has "
+            f"{window}={kernel_size} with {step}={dilation} spans {kernel_size * dilation} patches and the grid has "
             f"{_sides(grid)}; their product can be at most {min(grid)}"
         )
 
@@ -711,7 +753,9 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
     classes = info.classes or _count_classes(data.data_path)
     model = build(model_type, image_size=data.resize, in_channels=info.channels, num_classes=classes)
     if train.output_dir is None:
-        train = dataclasses.replace(train, output_dir=f"./Output/{family}/{model.layer.replace('/', '-')}")
+        is_preset = getattr(model, "model", "vit") != "vit"
+        name = model.model if is_preset else model.layer.replace("/", "-")
+        train = dataclasses.replace(train, output_dir=f"./Output/{family}/{name}")
     return Options(model, data, train)
 
 

@@ -1,4 +1,4 @@
-"""Vision transformers whose attention is any mixer of `layers1d.py` and `local_attention.py`."""
+"""Vision transformers whose attention is any mixer of `layers1d.py`, `local_attention.py` and `linear_attention.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from layers1d import (
     MultiHeadKvtAttention,
     TokenLayout,
 )
-from local_attention import MultiHeadLocalAttention, MultiHeadSparseAttention, NeighborhoodAttention
+from linear_attention import HybridAttention, LinformerAttention, NystromformerAttention, PerformerAttention
+from local_attention import (
+    GatedPositionalSelfAttention,
+    MultiHeadLocalAttention,
+    MultiHeadMaskedAttention,
+    MultiHeadSparseAttention,
+    NeighborhoodAttention,
+)
 from options import ViTConfig
 from utils import load_state
 
@@ -82,9 +89,50 @@ def _sparse_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
     return MultiHeadSparseAttention(config.d_model, config.num_heads, layout=layout, **pattern, **_attention_keywords(config))
 
 
+def _masked_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    mask = {"mask_type": config.mask_type, "expansion_step": config.expansion_step}
+    return MultiHeadMaskedAttention(config.d_model, config.num_heads, layout=layout, **mask, **_attention_keywords(config))
+
+
 def _neighborhood_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
     window = {"kernel_size": config.kernel_size, "dilation": config.dilation}
     return NeighborhoodAttention(config.d_model, config.num_heads, layout=layout, **window, **_attention_keywords(config))
+
+
+def _linformer(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    return LinformerAttention(
+        config.d_model, config.num_heads, config.linformer_k, layout=layout, **_attention_keywords(config)
+    )
+
+
+def _performer(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    kernel = {"num_features": config.performer_features, "kernel": config.performer_kernel}
+    return PerformerAttention(config.d_model, config.num_heads, **kernel, **_attention_keywords(config))
+
+
+def _nystromformer(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    landmarks = {"num_landmarks": config.nystrom_landmarks, "conv_kernel": config.nystrom_conv_kernel}
+    return NystromformerAttention(config.d_model, config.num_heads, layout=layout, **landmarks, **_attention_keywords(config))
+
+
+def _hybrid(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    return HybridAttention(
+        config.d_model,
+        config.num_heads,
+        layout=layout,
+        window=config.hybrid_window,
+        dilations=config.hybrid_dilations,
+        num_features=config.performer_features,
+        kernel=config.performer_kernel,
+        **_attention_keywords(config),
+    )
+
+
+def _gpsa(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    locality = {"locality_strength": config.locality_strength}
+    return GatedPositionalSelfAttention(
+        config.d_model, config.num_heads, layout=layout, **locality, **_attention_keywords(config)
+    )
 
 
 def _branch_conv(config: ViTConfig, layout: TokenLayout) -> nn.Module:
@@ -123,7 +171,13 @@ LAYERS1D = {
     "KvtAttention": _kvt_attention,
     "LocalAttention": _local_attention,
     "SparseAttention": _sparse_attention,
+    "MaskedAttention": _masked_attention,
     "NeighborhoodAttention": _neighborhood_attention,
+    "Linformer": _linformer,
+    "Performer": _performer,
+    "Nystromformer": _nystromformer,
+    "Hybrid": _hybrid,
+    "GPSA": _gpsa,
     "BranchConv": _branch_conv,
     "BranchAttention": _branch_attention,
 }
@@ -144,6 +198,22 @@ def sinusoidal_positions(tokens: int, d_model: int) -> Tensor:
     half = torch.arange((d_model + 1) // 2, dtype=torch.float64)
     angles = torch.arange(tokens, dtype=torch.float64)[:, None] * 10000 ** (-2 * half / d_model)
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :d_model].float()
+
+
+@torch.no_grad()
+def init_vit_weights(model: nn.Module, std: float) -> None:
+    """Truncated normal for projections, patches, class token and positions; zero for biases; GPSA starts as it does."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or name.endswith("patch_embedding"):
+            nn.init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("class_token", "pos_embedding")):
+            nn.init.trunc_normal_(parameter, std=std)
+    for module in model.modules():
+        if isinstance(module, GatedPositionalSelfAttention):
+            module.init_weights()
 
 
 class Block(nn.Module):
@@ -193,20 +263,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(d, eps=1e-6) if config.final_norm else nn.Identity()
         self.classifier = nn.Linear(d, config.num_classes)
         self.recompute = False
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Truncated normal for projections, patches, class token and positions; biases zero. Convolutions keep their own."""
-        std = self.config.initializer_range
-        for module in self.modules():
-            if isinstance(module, nn.Linear) or module is self.patch_embedding:
-                nn.init.trunc_normal_(module.weight, std=std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for parameter in (self.class_token, self.pos_embedding):
-            if isinstance(parameter, nn.Parameter):
-                nn.init.trunc_normal_(parameter, std=std)
+        init_vit_weights(self, config.initializer_range)
 
     def forward(self, images: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, list[Tensor | None]]:
         """images (B, channels, H, W) -> logits; with output_attentions also a mixing matrix (B, heads, N, N) per block."""

@@ -8,7 +8,15 @@ from memory import allocated_peak
 
 import local_attention
 from layers1d import MultiHeadAttention, TokenLayout
-from local_attention import MultiHeadLocalAttention, MultiHeadSparseAttention, NeighborhoodAttention, rotate
+from local_attention import (
+    GatedPositionalSelfAttention,
+    MultiHeadLocalAttention,
+    MultiHeadMaskedAttention,
+    MultiHeadSparseAttention,
+    NeighborhoodAttention,
+    rotate,
+)
+from options import MASK_TYPES
 
 LAYOUTS = [TokenLayout(7, 5, 1), TokenLayout(6, 7), TokenLayout(1, 37, 2)]
 
@@ -46,7 +54,7 @@ def plain_attention(layer, x, mask, turn=lambda t: t):
 def check(layer, mask, turn=lambda t: t):
     """Outputs, gradients and matrix are those of dense attention under the mask."""
     layer = layer.double()
-    assert layer.is_dense == (local_attention.TILES_PAY > 0 or not layer.sees)
+    assert layer.pattern.is_dense == (local_attention.TILES_PAY > 0 or not layer.pattern.sees)
     x = torch.randn(2, layer.layout.num_tokens, layer.proj.in_features).double().requires_grad_()
     expected, matrix = plain_attention(layer, x, mask, turn)
     ours = layer(x)
@@ -157,6 +165,136 @@ def test_a_window_as_large_as_the_grid_is_attention(strategy):
     torch.testing.assert_close(layer(x), attention(x), atol=1e-9, rtol=0)
 
 
+# --- masked ---------------------------------------------------------------------------------------------------------
+
+
+def sees_masked(mask_type, step, width):
+    """One pair at a time; the windows on the sequence have as many neighbors as the shapes on the grid."""
+
+    def sees(i, j):
+        (y, x), (row, column) = divmod(i, width), divmod(j, width)
+        dy, dx = abs(row - y), abs(column - x)
+        return {
+            "1d_cardinal": abs(i - j) <= 2 * step,
+            "1d_all_neighbors": abs(i - j) <= ((2 * step + 1) ** 2 - 1) / 2,
+            "2d_cardinal": (dy == 0 and dx <= step) or (dx == 0 and dy <= step),
+            "2d_all_neighbors": dy <= step and dx <= step,
+        }[mask_type]
+
+    return sees
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, TokenLayout(11, 9, 2)], ids=str)
+@pytest.mark.parametrize("step", [0, 1, 2, 5, 40])
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+def test_masked_attention(strategy, layout, step, mask_type):
+    layer = MultiHeadMaskedAttention(12, 2, layout=layout, mask_type=mask_type, expansion_step=step)
+    check(layer, plain_mask(layout, sees_masked(mask_type, step, layout.width)))
+
+
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+def test_a_mask_that_allows_everything_is_attention(strategy, mask_type):
+    layout = TokenLayout(1, 40, 1) if mask_type == "2d_cardinal" else TokenLayout(6, 7, 1)  # no cross covers a grid
+    layer = MultiHeadMaskedAttention(12, 3, layout=layout, mask_type=mask_type, expansion_step=40).double()
+    attention = MultiHeadAttention(12, 3).double()
+    attention.load_state_dict(layer.state_dict())
+    x = torch.randn(2, layout.num_tokens, 12).double()
+    torch.testing.assert_close(layer(x), attention(x), atol=1e-9, rtol=0)
+
+
+# --- gated positional -----------------------------------------------------------------------------------------------
+
+
+def plain_gpsa(layer, x):
+    """Equation by equation over all pairs of patches; class tokens by content only."""
+    layout, c = layer.layout, layer.layout.class_tokens
+    query, key, value = (part.unflatten(2, (layer.num_heads, -1)).transpose(1, 2) for part in layer.qkv(x).chunk(3, dim=2))
+    content = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
+    places = [divmod(i, layout.width) for i in range(layout.num_patches)]
+    relative = torch.tensor(
+        [[[v - x, u - y, (v - x) ** 2 + (u - y) ** 2] for u, v in places] for y, x in places], dtype=torch.float64
+    )
+    place = layer.pos_proj(relative).permute(2, 0, 1).softmax(-1)
+    gate = layer.gate.sigmoid()[:, None, None]
+    matrix = content.clone()
+    matrix[:, :, c:] = (1 - gate) * content[:, :, c:]
+    matrix[:, :, c:, c:] = matrix[:, :, c:, c:] + gate * place
+    return layer.proj((matrix @ value).transpose(1, 2).flatten(2)), matrix
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("heads", [1, 3, 4])
+def test_gpsa_against_the_plain_form(layout, heads):
+    layer = GatedPositionalSelfAttention(12, heads, layout=layout, locality_strength=0.3).double()
+    for parameter in (layer.gate, layer.pos_proj.weight, layer.pos_proj.bias):
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, layout.num_tokens, 12).double().requires_grad_()
+    expected, matrix = plain_gpsa(layer, x)
+    torch.testing.assert_close(matrix.sum(-1), torch.ones_like(matrix[..., 0]))
+    inputs, direction = [x, *layer.parameters()], torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, inputs, direction)
+    (out, found), bare = layer(x, output_attentions=True), layer(x)
+    torch.testing.assert_close(found, matrix, atol=1e-9, rtol=0)
+    for ours in (out, bare):
+        torch.testing.assert_close(ours, expected, atol=1e-9, rtol=0)
+        for a, b in zip(torch.autograd.grad(ours, inputs, direction), wanted, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_gpsa_with_closed_gates_is_attention(layout):
+    layer, attention = GatedPositionalSelfAttention(12, 3, layout=layout).double(), MultiHeadAttention(12, 3).double()
+    attention.load_state_dict(
+        {name: value for name, value in layer.state_dict().items() if "pos" not in name and name != "gate"}
+    )
+    torch.nn.init.constant_(layer.gate, -800)
+    x = torch.randn(2, layout.num_tokens, 12).double().requires_grad_()
+    torch.testing.assert_close(layer(x), attention(x), atol=1e-9, rtol=0)
+    torch.testing.assert_close(layer(x, True)[1], attention(x, True)[1], atol=1e-9, rtol=0)
+    ours, theirs = (torch.autograd.grad(m(x).square().sum(), x)[0] for m in (layer, attention))
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+def test_gpsa_starts_as_a_convolution():
+    """Gates open, nine heads, sharp: head k brings its features from tap k of a 3 x 3 kernel, and proj mixes them."""
+    height, width, d = 6, 5, 18
+    layer = GatedPositionalSelfAttention(d, 9, layout=TokenLayout(height, width), locality_strength=50.0).double()
+    torch.nn.init.constant_(layer.gate, 800)
+    weight = torch.zeros(d, d, 9).double()
+    for feature in range(d):
+        weight[:, feature, feature // 2] = layer.proj.weight[:, feature]
+    images = torch.randn(2, d, height, width).double()
+    expected = torch.nn.functional.conv2d(images, weight.unflatten(2, (3, 3)), layer.proj.bias, padding=1)
+    ours = layer(images.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (height, width))
+    inside = (..., slice(1, -1), slice(1, -1))
+    torch.testing.assert_close(ours[inside], expected[inside], atol=1e-9, rtol=0)
+    assert not torch.allclose(ours, expected)  # at the border heads look at the nearest patch there is, not at zeros
+
+
+@pytest.mark.parametrize("heads", range(1, 17))
+def test_gpsa_heads_start_at_offsets_around_the_center(heads):
+    layer = GatedPositionalSelfAttention(48 * heads, heads, layout=TokenLayout(3, 4), locality_strength=2.0)
+    weight = layer.pos_proj.weight.double()
+    assert (weight[:, 2] == -2).all() and (layer.pos_proj.bias == 0).all() and (layer.gate == 1).all()
+    offsets = [tuple(pair) for pair in (weight[:, :2] / 4).tolist()]
+    side = next(side for side in range(1, 9) if side**2 >= heads)
+    half = (side - 1) / 2
+    square = [(x - half, y - half) for y in range(side) for x in range(side)]
+    assert len(set(offsets)) == heads and offsets == [tap for tap in square if tap in offsets]
+    left_out = [x**2 + y**2 for x, y in square if (x, y) not in offsets]
+    assert min(left_out, default=9) >= max(x**2 + y**2 for x, y in offsets)
+    value = layer.qkv.weight[2 * 48 * heads :]
+    assert torch.equal(value, torch.eye(48 * heads)) and (layer.qkv.bias[2 * 48 * heads :] == 0).all()
+
+
+def test_gpsa_positions_are_exact_under_autocast():
+    layer = GatedPositionalSelfAttention(18, 9, layout=TokenLayout(14, 14), locality_strength=1.3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rows, columns = layer.positions()
+    for ours, exact in zip((rows, columns), layer.positions(), strict=True):
+        assert torch.equal(ours, exact)
+
+
 # --- cost, dropout, errors ------------------------------------------------------------------------------------------
 
 MIXERS = {
@@ -164,7 +302,15 @@ MIXERS = {
     "sparse local": lambda layout, **more: MultiHeadSparseAttention(16, 2, layout=layout, mode="local", context=32, **more),
     "strided": lambda layout, **more: MultiHeadSparseAttention(16, 2, layout=layout, mode="strided", context=32, **more),
     "neighborhood": lambda layout, **more: NeighborhoodAttention(16, 2, layout=layout, kernel_size=5, **more),
+    "cross": lambda layout, **more: MultiHeadMaskedAttention(
+        16, 2, layout=layout, mask_type="2d_cardinal", expansion_step=2, **more
+    ),
+    "square": lambda layout, **more: MultiHeadMaskedAttention(
+        16, 2, layout=layout, mask_type="2d_all_neighbors", expansion_step=2, **more
+    ),
+    "gated": lambda layout, **more: GatedPositionalSelfAttention(16, 2, layout=layout, locality_strength=0.1, **more),
 }
+TILED = [name for name in MIXERS if name != "gated"]
 
 
 def training_peak(layer, N):
@@ -173,7 +319,7 @@ def training_peak(layer, N):
     return allocated_peak(lambda: layer(x).sum().backward())
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", TILED)
 def test_memory_grows_with_tokens_times_window(name):
     """Four times the tokens: about four times the memory (a stride of 32 brings N / 32 keys), where a mask needs 16 times."""
     peaks = []
@@ -181,7 +327,7 @@ def test_memory_grows_with_tokens_times_window(name):
         built = []
         layout = TokenLayout(side, side, 1)
         building = allocated_peak(lambda built=built, layout=layout: built.append(MIXERS[name](layout)))
-        assert side < 64 or (building < layout.num_tokens**2 and not built[0].is_dense)  # not even a mask of bytes
+        assert side < 64 or (building < layout.num_tokens**2 and not built[0].pattern.is_dense)  # not even a mask of bytes
         peaks.append(training_peak(built[0], layout.num_tokens))
     assert peaks[1] < (10 if name == "strided" else 5) * peaks[0]
     assert peaks[1] < 4 * 2 * 4097**2 / (4 if name == "strided" else 8)  # bytes of two heads' scores
@@ -211,8 +357,8 @@ def test_tiles_under_autocast_and_compiled(strategy, name):
 
 
 def test_state_dicts_hold_weights_only(strategy):
-    for make in MIXERS.values():
-        assert set(make(TokenLayout(6, 6, 1)).state_dict()) == {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
+    for name in TILED:
+        assert set(MIXERS[name](TokenLayout(6, 6, 1)).state_dict()) == {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
 
 
 @pytest.mark.parametrize(
@@ -221,6 +367,14 @@ def test_state_dicts_hold_weights_only(strategy):
         (lambda: MultiHeadLocalAttention(8, 2, layout=LAYOUTS[0], window_size=-1), "window_size=-1"),
         (lambda: MultiHeadSparseAttention(8, 2, layout=LAYOUTS[0], mode="some", context=4), "all, local, strided"),
         (lambda: MultiHeadSparseAttention(8, 2, layout=LAYOUTS[0], mode="local", context=0), "context=0"),
+        (
+            lambda: MultiHeadMaskedAttention(8, 2, layout=LAYOUTS[0], mask_type="3d", expansion_step=1),
+            "1d_cardinal, 1d_all_neighbors, 2d_cardinal, 2d_all_neighbors",
+        ),
+        (
+            lambda: MultiHeadMaskedAttention(8, 2, layout=LAYOUTS[0], mask_type="2d_cardinal", expansion_step=-1),
+            "expansion_step=-1",
+        ),
         (lambda: NeighborhoodAttention(8, 2, layout=LAYOUTS[0], kernel_size=4), "kernel_size=4 must be odd"),
         (lambda: NeighborhoodAttention(8, 2, layout=LAYOUTS[0], kernel_size=3, dilation=0), "dilation=0"),
         (lambda: NeighborhoodAttention(8, 2, layout=LAYOUTS[0], kernel_size=7), "at most 5"),

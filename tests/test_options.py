@@ -734,8 +734,10 @@ VIT_BOOLEANS = (*BOOLEANS, "attention_bias", "patch_norm", "final_norm", "softma
 VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name != "shuffle_pattern"} | {
     "layer": (
         *("Attention", "ConvNN", "ConvNNAttention", "Conv1d", "Conv1dAttention", "KvtAttention", "LocalAttention"),
-        *("SparseAttention", "NeighborhoodAttention", "BranchConv", "BranchAttention"),
+        *("SparseAttention", "MaskedAttention", "NeighborhoodAttention", "Linformer", "Performer", "Nystromformer", "Hybrid"),
+        *("GPSA", "BranchConv", "BranchAttention"),
     ),
+    "model": ("vit", "convit_ti", "convit_ti_plus", "convit_s", "convit_s_plus", "convit_b", "convit_b_plus"),
     "pos_embedding": ("sinusoidal", "learned", "none"),
     "pool": ("cls", "mean"),
     "convolution_type": ("standard", "depthwise", "depthwise-separable"),
@@ -798,6 +800,36 @@ def test_coordinate_encoding_is_short_for_loc_col():
     assert parse_vit("").model.neighbors == NeighborConfig(magnitude_type="matmul")
 
 
+CONVIT = {"ti": (192, 4), "ti_plus": (256, 4), "s": (432, 9), "s_plus": (576, 9), "b": (768, 16), "b_plus": (1024, 16)}
+
+
+@pytest.mark.parametrize("size", CONVIT)
+def test_a_convit_is_its_flags(size):
+    """Table 1 of arXiv 2103.10697: 12 layers, 10 of them local, an MLP of four times the features."""
+    dim, heads = CONVIT[size]
+    options = parse_vit(f"--model convit_{size}")
+    expected = parse_vit(
+        f"--layer GPSA --num_layers 12 --num_local_layers 10 --num_heads {heads} --d_model {dim} --d_mlp {4 * dim} --dropout 0 "
+        "--attention_dropout 0 --no-attention_bias --pos_embedding learned --no-patch_norm --final_norm"
+    )
+    rest = {"model": f"convit_{size}", "output_dir": f"./Output/ViT/convit_{size}"}
+    assert options.as_dict() == expected.as_dict() | rest
+    assert ViTConfig(model=f"convit_{size}").d_mlp == 4 * dim
+
+
+def test_flags_beside_a_convit_override_it():
+    """Those with the default of a ViT too, and those of a YAML file."""
+    Path("c.yaml").write_text("model: convit_ti\ndropout: 0.1\n")
+    model = parse_vit("--config c.yaml --num_layers 8 --num_local_layers none --d_hidden 512 --pool mean").model
+    assert (model.layer, model.num_layers, model.num_local_layers, model.d_model, model.d_mlp) == ("GPSA", 8, None, 512, 768)
+    assert (model.num_heads, model.dropout, model.attention_dropout, model.pool) == (4, 0.1, 0.0, "mean")
+    smaller = dataclasses.replace(ViTConfig(model="convit_s"), num_layers=12, layer="Attention")
+    assert (smaller.layer, smaller.num_heads, smaller.d_model) == ("Attention", 9, 432)
+    first = parse_vit("--model convit_ti --num_heads 8 --d_model 512")
+    Path("c.yaml").write_text(yaml.safe_dump(first.as_dict(), sort_keys=False))
+    assert parse_vit("--config c.yaml") == first
+
+
 def test_vit_options_survive_yaml():
     line = (
         "--layer BranchConv --d_hidden 96 --num_heads 4 --num_local_layers 3 --no-attention_bias --hybrid_dilations 1 3 "
@@ -823,6 +855,15 @@ VIT_BAD = [
     ("--num_heads 7", "--num_heads 7; --d_model 512"),
     ("--d_hidden 100", "--num_heads 8; --d_model 100"),
     ("--num_local_layers 8", "--num_local_layers 8; --num_layers 8"),
+    ("--model convit_ti --num_layers 6", "--num_local_layers 10; --num_layers 6; a smaller number"),
+    ("--layer Hybrid --hybrid_window 4", "--hybrid_window 4; odd"),
+    ("--layer Hybrid --hybrid_dilations 1 5", "--hybrid_window 3; --hybrid_dilations 5; 14 x 14; at most 14"),
+    ("--expansion_step -1", "--expansion_step -1; at least 0"),
+    ("--linformer_k 0", "--linformer_k 0; at least 1"),
+    ("--nystrom_landmarks 0", "--nystrom_landmarks 0; at least 1"),
+    ("--performer_features 0", "--performer_features 0; at least 1"),
+    ("--performer_kernel gelu", "--performer_kernel 'gelu'; softmax, relu"),
+    ("--locality_strength -1", "--locality_strength -1.0; at least 0"),
     ("--num_local_layers -1", "--num_local_layers -1; at least 0"),
     ("--layer ConvNNAttention --K 198", "--K 198; 1 to 197"),
     ("--layer ConvNN --K 197 --pool mean", "--K 197; 1 to 196"),
