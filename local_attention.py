@@ -23,7 +23,11 @@ from masks import in_column, in_neighborhood, in_row, in_square, is_near, is_str
 from options import MASK_TYPES, check_window
 
 NONE = -1  # fills up tiles that are shorter than others
-TILES_PAY = 6  # times fewer scores than a dense attention computes: then gathering for tiles pays off (measured on a CPU)
+# Times fewer scores than a dense attention computes: then gathering for tiles pays off (measured on a CPU). On long
+# sequences a mask is not made unless tiles would hold half of it anyway.
+TILES_PAY = 6
+TILES_PAY_LONG = 2
+LONG = 1000  # patches
 
 
 class Tiling(NamedTuple):
@@ -107,7 +111,7 @@ class PlacedPattern(nn.Module):
         self.layout = layout
         P = layout.num_patches
         cost = sum(tiling.queries.numel() * tiling.keys.shape[1] for tiling in tilings)
-        self.is_dense = not tilings or TILES_PAY * cost > P * P
+        self.is_dense = not tilings or (TILES_PAY if P < LONG else TILES_PAY_LONG) * cost > P * P
         if self.is_dense:
             self.register_buffer("mask", self.make_mask(torch.device("cpu")) if tilings else None, persistent=False)
         else:

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from memory import allocated_peak
 from torch.nn import functional as F
 
+from benchmark import allocated_peak
 from layers1d import MultiHeadAttention, TokenLayout
 from linear_attention import (
     HybridAttention,

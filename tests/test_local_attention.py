@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from memory import allocated_peak
 
 import local_attention
+from benchmark import allocated_peak
 from layers1d import MultiHeadAttention, TokenLayout
 from local_attention import (
     GatedPositionalSelfAttention,
@@ -354,6 +354,16 @@ def test_tiles_under_autocast_and_compiled(strategy, name):
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
     compiled(x).sum().backward()
+
+
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+@pytest.mark.parametrize("step", [1, 3, 6])
+def test_long_sequences_make_no_dense_mask(mask_type, step):
+    layout = TokenLayout(34, 34, 1)
+    layer = MultiHeadMaskedAttention(8, 2, layout=layout, mask_type=mask_type, expansion_step=step)
+    assert max(buffer.numel() for buffer in layer.buffers()) < layout.num_tokens**2 / 2 and not layer.pattern.is_dense
+    x = torch.randn(1, layout.num_tokens, 8)
+    torch.testing.assert_close(layer(x), layer(x, output_attentions=True)[0], atol=1e-6, rtol=1e-5)
 
 
 def test_state_dicts_hold_weights_only(strategy):

@@ -5,13 +5,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from memory import allocated_peak
 from naive import aggregate as naive_aggregate
 from naive import gather, pairs, scores, window
 from naive import neighbors as naive_neighbors
 from torch.utils.flop_counter import FlopCounterMode
 
 import neighbors
+from benchmark import allocated_peak
 from neighbors import (
     METRICS,
     NeighborConfig,
