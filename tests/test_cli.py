@@ -416,6 +416,12 @@ def test_the_four_vit_commands_run_as_written(command, tmp_path):
         "--layer NeighborhoodAttention --kernel_size 3 --num_local_layers 1 --use_amp --ema_decay 0.5",
         "--layer BranchConv --kernel_size 3 --K 4 --pool mean --mixup 0.5 --accumulate_steps 2 --pos_embedding learned",
         "--layer ConvNN --coordinate_encoding --K 4 --final_norm --no-patch_norm",
+        "--layer MaskedAttention --mask_type 2d_cardinal --expansion_step 2",
+        "--layer Linformer --linformer_k 5 --use_amp",
+        "--layer Nystromformer --nystrom_landmarks 4 --nystrom_conv_kernel 3 --ema_decay 0.5",
+        "--layer Hybrid --hybrid_dilations 1 --performer_features 8 --performer_kernel relu",
+        "--layer GPSA --num_local_layers 1 --locality_strength 2",
+        "--model convit_ti --num_layers 2 --num_local_layers 1",
     ],
 )
 def test_vit_flags_train(line, tmp_path):
@@ -423,8 +429,12 @@ def test_vit_flags_train(line, tmp_path):
     assert all(torch.isfinite(torch.tensor(float(value))) for row in rows(tmp_path / "run") for value in row.values())
 
 
-def test_vit_resumes_bit_for_bit(tmp_path):
-    options = "--layer ConvNNAttention --K 4 --sampling_type random --num_samples 6 --dropout 0.2 --attention_dropout 0.2"
+@pytest.mark.parametrize(
+    "layer",
+    ["--layer ConvNNAttention --K 4 --sampling_type random --num_samples 6", "--layer Hybrid --hybrid_dilations 1"],
+)
+def test_vit_resumes_bit_for_bit(layer, tmp_path):
+    options = f"{layer} --dropout 0.2 --attention_dropout 0.2"
     run_vit(options, tmp_path / "whole")
     run_vit(options, tmp_path / "run", epochs=1)
     assert run_vit(f"{options} --resume", tmp_path / "run") == 0
