@@ -15,6 +15,8 @@ from local_attention import GatedPositionalSelfAttention
 from options import CONVIT_SIZES
 from vit import init_vit_weights
 
+__all__ = ["ConViTBackbone", "ConViTConfig", "ConViTLayer", "ConViTWithLinearClassifier", "GatedPositionalSelfAttention"]
+
 ACTIVATIONS = ("Identity", "ReLU", "LeakyReLU", "ELU", "GELU", "SiLU", "Mish", "Hardswish", "Tanh", "Sigmoid")
 
 
@@ -79,7 +81,7 @@ class ConViTConfig:
 
     @classmethod
     def preset(cls, size: str, num_classes: int = 1000, **changes) -> ConViTConfig:
-        """One of the models of the paper's table 1, with 10 local and 2 other layers, by the name of its size."""
+        """One of the models of the paper, with 10 local and 2 other layers, by the name of its size."""
         dim, heads = CONVIT_SIZES[size]
         paper = {"dim": dim, "heads": heads, "pre_norm": True, "pred_act_fnc_name": "Identity"}
         image = {"image_size": 224, "image_channel": 3, "patch_size": 16}

@@ -114,7 +114,7 @@ class RandomFeatures(nn.Module):
 
 
 def orthogonal_features(num_features: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
-    """(m, d): rows with the lengths of normal vectors, in blocks of d rows that are orthogonal (arXiv 2009.14794, 2.4)."""
+    """(m, d): rows with the lengths of normal vectors, in orthogonal blocks of d rows (arXiv 2009.14794, section 2)."""
     blocks = []
     for _ in range(math.ceil(num_features / dim)):
         q, r = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))
@@ -208,7 +208,7 @@ def segment_members(segments: int, tokens: int) -> Tensor:
 
 
 def pseudo_inverse(matrix: Tensor, iterations: int = 6) -> Tensor:
-    """Moore-Penrose inverse of matrices (..., m, m) of softmax rows, by the iteration of arXiv 2102.03902, equation 11.
+    """Moore-Penrose inverse of matrices (..., m, m) of softmax rows, by the third-order iteration of arXiv 2102.03902.
 
     Each starts from its own norms, so that it does not depend on the others in the batch.
     """

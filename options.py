@@ -343,7 +343,7 @@ class AllConvNetConfig(NeighborConfig):
             self.neighbors.check_candidates(tuple(side + ring for side in grid))
 
 
-# What `model` stands for (ConViT: d'Ascoli et al., arXiv 2103.10697, table 1).
+# What `model` stands for (ConViT: d'Ascoli et al., arXiv 2103.10697).
 VIT_MODELS = {"vit": {}} | {
     f"convit_{size.lower()}": {
         "layer": "GPSA",

@@ -805,7 +805,7 @@ CONVIT = {"ti": (192, 4), "ti_plus": (256, 4), "s": (432, 9), "s_plus": (576, 9)
 
 @pytest.mark.parametrize("size", CONVIT)
 def test_a_convit_is_its_flags(size):
-    """Table 1 of arXiv 2103.10697: 12 layers, 10 of them local, an MLP of four times the features."""
+    """arXiv 2103.10697: 12 layers, 10 of them local, an MLP of four times the features."""
     dim, heads = CONVIT[size]
     options = parse_vit(f"--model convit_{size}")
     expected = parse_vit(
