@@ -1,56 +1,154 @@
-"""What the mixers of the ViT cost as tokens grow: parameters, FLOPs, time and peak memory of forward and backward.
+"""What a mixer costs: parameters, FLOPs, latency, throughput, time and peak memory, layer by layer and size by size.
 
-python benchmark.py --layer Attention Performer --tokens 256 1024 4096
+python benchmark.py vit --layer Attention Performer --resolution 16 32 64
+python benchmark.py allconvnet --layer Conv2d ConvNN --channels 64 128 --resolution 32
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
+import io
 import itertools
-import math
 import os
+import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
-from options import LAYERS1D_NAMES, ViTConfig
+from options import LAYERS1D_NAMES, LAYERS2D_NAMES, AllConvNetConfig, BenchmarkConfig, ViTConfig, build, read_values
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
+UNSEEN = "FLOPs do not include top-K, gather, softmax, normalization and element-wise work, which the counter does not see."
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument(
-        "--layer", nargs="+", default=LAYERS1D_NAMES, metavar="NAME", help="layers of vit_main.py (default: all)"
-    )
-    parser.add_argument("--tokens", nargs="+", type=int, default=[256, 1024], help="square numbers (default: 256 1024)")
-    parser.add_argument("--d_model", type=int, default=192, help="features per token (default: 192)")
-    parser.add_argument("--num_heads", type=int, default=3, help="heads (default: 3)")
-    parser.add_argument("--batch_size", type=int, default=1, help="images (default: 1)")
-    parser.add_argument("--repeats", type=int, default=7, help="measurements, of which the median counts (default: 7)")
-    parser.add_argument("--csv", metavar="FILE", help="write the table here as well")
-    return parser
+class Family(NamedTuple):
+    """The mixers of one of the two models."""
+
+    config: type
+    layers: tuple[str, ...]
+    defaults: dict
 
 
-def make_configs(args: argparse.Namespace) -> list[ViTConfig]:
-    """One for every row of the table. Raises ValueError."""
-    for name in ("batch_size", "repeats"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
-    configs = []
-    for layer, tokens in itertools.product(args.layer, args.tokens):
-        side = math.isqrt(max(tokens, 0))
-        if tokens < 1 or side**2 != tokens:
-            raise ValueError(f"--tokens {tokens} is not a square number; the patches of a square image are")
-        sizes = {"image_size": side, "patch_size": 1, "pool": "mean", "d_model": args.d_model, "num_heads": args.num_heads}
-        configs.append(ViTConfig(layer=layer, attention_dropout=0.0, **sizes))
-    return configs
+FAMILIES = {
+    "vit": Family(ViTConfig, LAYERS1D_NAMES, {"d_model": 192, "num_heads": 3, "pool": "mean", "attention_dropout": 0.0}),
+    "allconvnet": Family(AllConvNetConfig, LAYERS2D_NAMES, {"channels": (64, 128)}),
+}
 
 
-def allocated_peak(function: Callable[[], object]) -> int:
-    """Largest sum of bytes alive that the CPU's allocator handed out while `function` ran, as the profiler saw it."""
+def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllConvNetConfig]]:
+    """The family, what to measure, and a config for every layer at every resolution; ends in one line on a mistake."""
+    prog = Path(sys.argv[0]).name
+    if not argv or argv[0] not in FAMILIES:
+        names = " or ".join(FAMILIES)
+        if argv and argv[0] in ("-h", "--help"):
+            print(f"usage: {prog} {{{','.join(FAMILIES)}}} [options]\n\n{__doc__}\n{prog} vit --help lists the options")
+            raise SystemExit(0)
+        print(
+            f"{prog}: error: the first word is {argv[0]!r}; give {names}" if argv else f"{prog}: error: give {names}",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    family = FAMILIES[argv[0]]
+    defaults = family.defaults
+    others, about = (BenchmarkConfig,), "What a mixer costs."
+    values, parser = read_values(family.config, others, about, argv[1:], defaults, prog=f"{prog} {argv[0]}")
+    try:
+        bench = build(BenchmarkConfig, values)
+        values = defaults | values
+        if family.config is AllConvNetConfig and len(values["channels"]) != 2:
+            raise ValueError(
+                f"channels={' '.join(map(str, values['channels']))} must be two numbers here: those into a layer and out of it"
+            )
+        configs = []
+        for side, layer in itertools.product(bench.resolution, bench.layer or family.layers):
+            if family.config is ViTConfig:
+                side *= values.get("patch_size", ViTConfig.patch_size)
+            configs.append(build(family.config, values, layer=layer, image_size=side))
+    except ValueError as error:
+        parser.error(str(error))
+    return argv[0], bench, configs
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is measured
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Case:
+    """One row: a mixer, its input, and how it is run."""
+
+    def __init__(self, label: str, mixer, x, *, precision: str, compiled: bool):
+        import torch
+
+        self.label, self.mixer, self.precision, self.compiled = label, mixer, precision, compiled
+        self.device = x.device
+        self.x = x.requires_grad_()
+        self.image = x[:1].detach()
+        self.call = torch.compile(mixer) if compiled else mixer
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.autocast = lambda: torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        self.no_grad = torch.no_grad
+        self.times: dict[str, list[float]] = {"latency": [], "forward": [], "training": []}
+
+    def latency(self) -> None:
+        """Forward of one image, as in use."""
+        with self.no_grad(), self.autocast():
+            self.call(self.image)
+
+    def forward(self) -> None:
+        with self.no_grad(), self.autocast():
+            self.call(self.x)
+
+    def training(self) -> None:
+        """Forward and backward, gradients of the input and of all parameters."""
+        self.mixer.zero_grad()
+        self.x.grad = None
+        with self.autocast():
+            out = self.call(self.x)
+        out.float().sum().backward()
+
+    def measure(self) -> None:
+        """One more measurement of each."""
+        for name, times in self.times.items():
+            times.append(seconds_of(getattr(self, name), self.device))
+
+    def row(self) -> dict:
+        latency = [1e3 * seconds for seconds in self.times["latency"]]
+        forward, training = (statistics.median(self.times[name]) for name in ("forward", "training"))
+        self.mixer.zero_grad()
+        self.x.grad = None
+        return {
+            "latency_ms_per_image": statistics.mean(latency),
+            "latency_std_ms": statistics.stdev(latency) if len(latency) > 1 else 0.0,
+            "images_per_s": len(self.x) / forward,
+            "forward_backward_ms": 1e3 * training,
+            "peak_memory_mb": peak_memory(self.training, self.device) / 1e6,
+        }
+
+
+def seconds_of(function: Callable[[], None], device) -> float:
+    import torch
+
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(function: Callable[[], object], device) -> int:
+    """Most bytes alive at once of those that were allocated while `function` ran, by CUDA's or the CPU's allocator."""
+    import torch
+
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as profiler:
@@ -64,66 +162,188 @@ def allocated_peak(function: Callable[[], object]) -> int:
     return peak
 
 
-def measure(config: ViTConfig, batch_size: int, repeats: int) -> dict:
-    """One row: the mixer of `config` on random tokens, on the CPU, in float32."""
+def training_flops(mixer, x) -> int:
+    """FLOPs of forward and backward, gradients of the input and of all parameters."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        mixer(x.requires_grad_()).sum().backward()
+    mixer.zero_grad()
+    return counter.get_total_flops()
+
+
+def make_mixers(config: ViTConfig | AllConvNetConfig, batch_size: int) -> Iterator[tuple[str, object, object]]:
+    """(name, mixer, input) of the layer; attention comes a second time with separate projections of q, k and v."""
+    import torch
+    from torch import nn
+
+    if isinstance(config, AllConvNetConfig):
+        from allconvnet import make_layer2d
+
+        inputs, outputs = config.channels
+        yield config.layer, make_layer2d(config, inputs, outputs), torch.randn(batch_size, inputs, *config.image_size)
+        return
+    from layers1d import MultiHeadAttention
+    from vit import TokenLayout, make_layer1d
+
+    class Separate(MultiHeadAttention):
+        """Attention whose queries, keys and values are three projections instead of a merged one."""
+
+        def make_projection(self, d_model: int, bias: bool) -> None:
+            self.parts = nn.ModuleList(nn.Linear(d_model, d_model, bias=bias) for _ in range(3))
+
+        def project(self, x):
+            return tuple(self.split_heads(part(x)) for part in self.parts)
+
+    layout = TokenLayout(*config.grid, config.class_tokens)
+    x = torch.randn(batch_size, layout.num_tokens, config.d_model)
+    yield config.layer, make_layer1d(config, layout), x
+    if config.layer == "Attention":
+        apart = Separate(
+            config.d_model, config.num_heads, attention_dropout=config.attention_dropout, bias=config.attention_bias
+        )
+        yield "Attention (q, k, v apart)", apart, x.clone()
+
+
+def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator[dict]:
+    """Rows of layers at one resolution: they take turns, so that a slow minute of the machine is one for all."""
     import torch
 
     from utils import count_flops, count_parameters
-    from vit import TokenLayout, make_layer1d
 
-    torch.manual_seed(0)
-    layout = TokenLayout(*config.grid)
-    mixer = make_layer1d(config, layout)
-    x = torch.randn(batch_size, layout.num_tokens, config.d_model, requires_grad=True)
+    cases, rows = [], []
+    for config in configs:
+        torch.manual_seed(bench.seed)
+        for label, mixer, x in make_mixers(config, bench.batch_size):
+            mixer, x = mixer.to(device), x.to(device)
+            tokens = config.image_size[0] * config.image_size[1] if isinstance(config, AllConvNetConfig) else x.shape[1]
+            facts = {"parameters": count_parameters(mixer), "forward_mflops": count_flops(mixer, x[:1]) / 1e6}
+            facts["forward_backward_mflops"] = training_flops(mixer, x[:1].clone()) / 1e6
+            for precision, execution in itertools.product(bench.precision, bench.execution):
+                case = Case(label, mixer, x.clone(), precision=precision, compiled=execution == "compiled")
+                cases.append(case)
+                rows.append({"layer": label, "tokens": tokens, "precision": precision, "execution": execution} | facts)
+    for turn in range(-1, bench.repeats):
+        for case in cases:
+            case.mixer.train()
+            case.measure()
+            progress.update()
+        if turn < 0:  # warm-up: tables are made, kernels compiled
+            for case in cases:
+                case.times = {name: [] for name in case.times}
+    for case, row in zip(cases, rows, strict=True):
+        yield row | case.row()
 
-    def forward():
-        with torch.no_grad():
-            mixer(x)
 
-    def step():
-        mixer.zero_grad()
-        mixer(x).sum().backward()
+# ---------------------------------------------------------------------------------------------------------------
+# What is shown
+# ---------------------------------------------------------------------------------------------------------------
 
-    row = {
-        "layer": config.layer,
-        "tokens": layout.num_tokens,
-        "parameters": count_parameters(mixer),
-        "forward_mflops": count_flops(mixer, x[:1].detach()) / 1e6,
-    }
-    for name, run in {"forward": forward, "forward_backward": step}.items():
-        run()  # warm-up, which also makes the tables
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        row[f"{name}_ms"] = 1e3 * statistics.median(times)
-    mixer.zero_grad()
-    return row | {"forward_backward_peak_mb": allocated_peak(step) / 1e6}
+
+def as_text(value) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def as_markdown(rows: list[dict]) -> str:
+    """A table with aligned columns; precision and execution are left out where all rows have the same."""
+    names = [name for name in rows[0] if name not in ("precision", "execution") or len({row[name] for row in rows}) > 1]
+    table = [names, *([as_text(row[name]) for name in names] for row in rows)]
+    widths = [max(len(line[column]) for line in table) for column in range(len(names))]
+    lines = []
+    for line in table:
+        cells = (
+            f"{cell:<{width}}" if column == 0 else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.insert(
+        1,
+        "|" + "|".join(("-" * (width + 1) + ":") if column else "-" * (width + 2) for column, width in enumerate(widths)) + "|",
+    )
+    return "\n".join(lines)
+
+
+def draw_scaling(rows: list[dict], title: str) -> bytes:
+    """Time and peak memory against the number of tokens, both axes logarithmic, as PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    lines: dict[str, list[dict]] = {}
+    many = [name for name in ("precision", "execution") if len({row[name] for row in rows}) > 1]
+    for row in rows:
+        lines.setdefault(", ".join([row["layer"], *(row[name] for name in many)]), []).append(row)
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots(1, 2)
+    styles = itertools.cycle(itertools.product("os^vD", [f"C{number}" for number in range(10)]))
+    for (label, of_line), (marker, color) in zip(lines.items(), styles, strict=False):
+        for axis, key in zip(axes, ("forward_backward_ms", "peak_memory_mb"), strict=True):
+            axis.plot(
+                [row["tokens"] for row in of_line],
+                [row[key] for row in of_line],
+                marker=marker,
+                color=color,
+                ms=4,
+                lw=1.2,
+                label=label,
+            )
+    tokens = sorted({row["tokens"] for row in rows})
+    for axis, label in zip(axes, ("forward + backward (ms)", "peak memory of it (MB)"), strict=True):
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xticks(tokens, [f"{number:,}" for number in tokens])
+        axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axis.set_xlabel("tokens")
+        axis.set_title(label, fontsize=10)
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    family, bench, configs = parse(argv)
+    # torch takes seconds to import: only once the options are known to be right.
+    from tqdm import tqdm
+
+    from utils import RunError, check_writable, device_name, pick_device, versions, write_atomically
+
+    folder = Path(bench.output_dir)
     try:
-        configs = make_configs(args)
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        device = pick_device(bench.device)
+        check_writable(folder, "--output_dir")
+    except RunError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = len(configs) // len(bench.resolution)
+    more = family == "vit" and any(config.layer == "Attention" for config in configs)
+    cases = (layers + more) * len(bench.precision) * len(bench.execution)
     rows = []
-    for config in configs:
-        rows.append(measure(config, args.batch_size, args.repeats))
-        if len(rows) == 1:
-            print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-        cells = [
-            f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if value != config.layer else value
-            for value in rows[-1].values()
-        ]
-        print("| " + " | ".join(cells) + " |", flush=True)
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    with tqdm(total=cases * len(bench.resolution) * (bench.repeats + 1), unit=" measurements", disable=None) as progress:
+        for start in range(0, len(configs), layers):
+            rows += measure(bench, configs[start : start + layers], device, progress)
+    command = shlex.join(["python", "benchmark.py", *argv])
+    found = versions()
+    machine = f"{device_name(device)}, torch {found['torch']}, batch of {bench.batch_size}"
+    table = as_markdown(rows)
+    print(f"{machine}\n\n{table}\n\n{UNSEEN}")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / "benchmark.csv", text.getvalue())
+    write_atomically(folder / "benchmark.md", f"```\n{command}\n```\n\n{machine}\n\n{table}\n\n{UNSEEN}\n")
+    if len(bench.resolution) > 1:
+        write_atomically(folder / "scaling.png", draw_scaling(rows, machine))
+    print(f"results are in {folder}")
     return 0
 
 

@@ -91,9 +91,9 @@ class Spec(NamedTuple):
     group: str = ""
 
 
-def option(default, help: str, *, kind: type | None = None, **accepts):
-    """A dataclass field that is a flag as well; its type is that of the default, or `kind` where that is None."""
-    many = isinstance(default, tuple)
+def option(default, help: str, *, kind: type | None = None, many: bool = False, **accepts):
+    """A dataclass field that is a flag as well; its type is that of the default, or (many) `kind` where that is None."""
+    many = many or isinstance(default, tuple)
     kind = kind or type(default[0] if many else default)
     return field(default=default, metadata={"option": Spec(kind, help, many, default is None, **accepts)})
 
@@ -565,6 +565,36 @@ SYSTEM = {"group": "system and output"}
 
 
 @dataclass(frozen=True)
+class BenchmarkConfig:
+    """What `benchmark.py` measures, and how."""
+
+    layer: tuple[str, ...] | None = option(None, "layers, one row each (default: all)", kind=str, many=True)
+    resolution: tuple[int, ...] | None = option(
+        None, "sides of the grid of tokens (default: 16 32)", kind=int, many=True, low=1
+    )
+    tokens: tuple[int, ...] | None = option(None, "the same by the number of tokens: squares", kind=int, many=True, low=1)
+    batch_size: int = option(8, "images at once, for everything but latency", low=1)
+    precision: tuple[str, ...] = option(("fp32",), "fp32, or autocast to one of the others", choices=("fp32", "bf16", "fp16"))
+    execution: tuple[str, ...] = option(("eager",), "as it is, or by torch.compile", choices=("eager", "compiled"))
+    repeats: int = option(7, "measurements of each row, in turns; medians count", low=1)
+    device: str = option("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cpu", "cuda", "mps"))
+    seed: int = option(0, "of weights and inputs", low=0, below=2**31)
+    output_dir: str = option("./Output/benchmark", "folder for the table and the plot")
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.resolution and self.tokens:
+            raise ValueError(f"tokens={_words(self.tokens)} is another way to say resolution; drop one of them")
+        if not self.tokens:
+            object.__setattr__(self, "resolution", self.resolution or (16, 32))
+            return
+        for tokens in self.tokens:
+            if math.isqrt(tokens) ** 2 != tokens:
+                raise ValueError(f"tokens={tokens} is not a square number, and the grid of a square image has one of tokens")
+        object.__setattr__(self, "resolution", tuple(math.isqrt(tokens) for tokens in self.tokens))
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How a run trains, where, and what it leaves behind."""
 
@@ -736,13 +766,15 @@ def _count_classes(data_path: str) -> int:
     return classes
 
 
+def build(config: type, values: dict, **more):
+    """A config from those of the plain values, by name, that are its own."""
+    return config(**{name: values[name] for name in specs(config) if name in values} | more)
+
+
 def resolve(model_type: type, family: str, values: dict) -> Options:
     """Options from plain values by name; what the data set decides is filled in. Raises ValueError."""
 
-    def build(config: type, **more):
-        return config(**{name: values[name] for name in specs(config) if name in values}, **more)
-
-    data, train = build(DataConfig), build(TrainConfig)
+    data, train = build(DataConfig, values), build(TrainConfig, values)
     info = DATASETS[data.dataset]
     workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     data = dataclasses.replace(
@@ -751,7 +783,7 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
         num_workers=workers if data.num_workers is None else data.num_workers,
     )
     classes = info.classes or _count_classes(data.data_path)
-    model = build(model_type, image_size=data.resize, in_channels=info.channels, num_classes=classes)
+    model = build(model_type, values, image_size=data.resize, in_channels=info.channels, num_classes=classes)
     if train.output_dir is None:
         is_preset = getattr(model, "model", "vit") != "vit"
         name = model.model if is_preset else model.layer.replace("/", "-")
@@ -759,35 +791,42 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
     return Options(model, data, train)
 
 
-def make_parser(model_type: type, description: str, defaults: dict) -> argparse.ArgumentParser:
-    parser = _Parser(description=description, usage="%(prog)s [options]", allow_abbrev=False)
+TITLES = {NeighborConfig: "neighbors", DataConfig: "data", TrainConfig: "training", BenchmarkConfig: "benchmark"}
+
+
+def make_parser(
+    model_type: type, others: tuple[type, ...], description: str, defaults: dict, prog: str | None
+) -> argparse.ArgumentParser:
+    """Flags of a model and of other configs; where both have one of the same name it is that of the others."""
+    parser = _Parser(prog=prog, description=description, usage="%(prog)s [options]", allow_abbrev=False)
     parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.I)  # -1e-3 is a value as well, not a flag
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags on the command line win")
-    titles = {model_type: "model and layer", NeighborConfig: "neighbors", DataConfig: "data", TrainConfig: "training"}
+    elsewhere = {name for config in (NeighborConfig, *others) for name in specs(config)}
     groups = {}
-    for config, title in titles.items():
+    for config in (model_type, NeighborConfig, *others):
         for name, spec in specs(config).items():
-            if config is model_type and name in specs(NeighborConfig):
-                continue  # listed with the neighbors, but with the model's default
+            if config is model_type and name in elsewhere:
+                continue  # neighbors are listed by themselves, but with the model's default
             owner = model_type if config is NeighborConfig else config
             default = defaults.get(name, owner.__dataclass_fields__[name].default)
-            heading = spec.group or title
+            heading = spec.group or TITLES.get(config, "model and layer")
             if heading not in groups:
                 groups[heading] = parser.add_argument_group(heading)
             _add_option(groups[heading], name, spec, default)
     return parser
 
 
-def parse_options(
-    model_type: type, family: str, description: str, argv: list[str] | None = None, defaults: dict | None = None
-) -> tuple[Options, argparse.ArgumentParser]:
-    """Flags over YAML over defaults -> checked options, and the parser, whose `error` ends a run in one line.
-
-    `family` names the output folder; `defaults` are a program's own defaults, where they differ from the dataclass.
-    """
-    defaults = defaults or {}
-    parser = make_parser(model_type, description, defaults)
-    known = {name: spec for config in (model_type, DataConfig, TrainConfig) for name, spec in specs(config).items()}
+def read_values(
+    model_type: type,
+    others: tuple[type, ...],
+    description: str,
+    argv: list[str] | None,
+    defaults: dict,
+    prog: str | None = None,
+) -> tuple[dict, argparse.ArgumentParser]:
+    """What flags and, under them, a YAML file give, by name and converted, and the parser, whose `error` ends in one line."""
+    parser = make_parser(model_type, others, description, defaults, prog)
+    known = {name: spec for config in (model_type, *others) for name, spec in specs(config).items()}
     aliases = {alias: name for name, spec in known.items() for alias in spec.aliases}
     given, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     given = vars(given)
@@ -807,7 +846,21 @@ def parse_options(
         for name in values:
             if name not in known:
                 raise ValueError(f"config={path!r}: unknown key {name!r}{did_you_mean(name, known)}")
-        values = {name: _convert(name, value, known[name]) for name, value in (values | given).items()}
+        return {name: _convert(name, value, known[name]) for name, value in (values | given).items()}, parser
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def parse_options(
+    model_type: type, family: str, description: str, argv: list[str] | None = None, defaults: dict | None = None
+) -> tuple[Options, argparse.ArgumentParser]:
+    """Flags over YAML over defaults -> checked options of a run, and the parser, whose `error` ends it in one line.
+
+    `family` names the output folder; `defaults` are a program's own defaults, where they differ from the dataclass.
+    """
+    defaults = defaults or {}
+    values, parser = read_values(model_type, (DataConfig, TrainConfig), description, argv, defaults)
+    try:
         return resolve(model_type, family, defaults | values), parser
     except ValueError as error:
         parser.error(str(error))

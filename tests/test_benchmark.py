@@ -4,50 +4,147 @@ import pytest
 import torch
 
 import benchmark
+from benchmark import Case, make_mixers, measure, parse, peak_memory, training_flops
+from options import LAYERS1D_NAMES, LAYERS2D_NAMES
+
+CPU = torch.device("cpu")
 
 
-def test_a_row_for_every_layer_and_number_of_tokens(tmp_path, capsys):
-    file = tmp_path / "costs.csv"
-    line = f"--layer Attention Linformer --tokens 16 64 --d_model 8 --num_heads 2 --repeats 2 --csv {file}"
-    assert benchmark.main(line.split()) == 0
-    rows = list(csv.DictReader(file.open()))
-    assert [(row["layer"], row["tokens"]) for row in rows] == [
-        ("Attention", "16"),
-        ("Attention", "64"),
-        ("Linformer", "16"),
-        ("Linformer", "64"),
+def run(line, tmp_path):
+    assert benchmark.main([*line.split(), "--device", "cpu", "--output_dir", str(tmp_path / "out")]) == 0
+    return list(csv.DictReader((tmp_path / "out" / "benchmark.csv").open()))
+
+
+def test_a_row_for_every_layer_size_precision_and_execution(tmp_path, capsys):
+    line = "vit --layer Linformer ConvNNAttention --tokens 16 64 --d_model 8 --num_heads 2 --repeats 1 --batch_size 2 --K 4"
+    rows = run(f"{line} --precision fp32 bf16", tmp_path)
+    found = [(row["tokens"], row["layer"], row["precision"], row["execution"]) for row in rows]
+    assert found == [
+        (tokens, layer, precision, "eager")
+        for tokens in ("16", "64")
+        for layer in ("Linformer", "ConvNNAttention")
+        for precision in ("fp32", "bf16")
     ]
-    assert rows[0]["parameters"] == str(4 * 8 * 8 + 4 * 8)
-    # projections, scores and their products with values; a multiply-add is two
-    assert float(rows[1]["forward_mflops"]) == pytest.approx(2 * (64 * 4 * 8 * 8 + 2 * 64 * 64 * 8) / 1e6)
-    assert all(float(row[name]) > 0 for row in rows for name in row if name != "layer")
-    table = capsys.readouterr().out.splitlines()
-    assert len(table) == 2 + 4 and table[0].startswith("| layer | tokens | parameters |")
+    measured = ("latency_ms_per_image", "images_per_s", "forward_backward_ms", "peak_memory_mb", "forward_mflops")
+    assert all(float(row[name]) > 0 for row in rows for name in measured)
+    text = capsys.readouterr().out
+    assert sum(line.startswith("| Linformer") for line in text.splitlines()) == 4 and "does not see" in text
+    assert line in (tmp_path / "out" / "benchmark.md").read_text()
+    assert (tmp_path / "out" / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_images_and_compiled(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda mixer: compiled.append(mixer) or mixer)  # compiling takes a minute
+    line = "allconvnet --layer Conv2d Conv2d/ConvNN --channels 4 6 --resolution 8 --repeats 1 --execution compiled"
+    rows = run(line, tmp_path)
+    assert len(compiled) == 2
+    assert [(row["layer"], row["tokens"], row["execution"]) for row in rows] == [
+        ("Conv2d", "64", "compiled"),
+        ("Conv2d/ConvNN", "64", "compiled"),
+    ]
+    assert rows[0]["parameters"] == str(4 * 6 * 9 + 6)
+    assert float(rows[0]["forward_mflops"]) == 2 * 64 * 4 * 6 * 9 / 1e6
+    assert float(rows[0]["forward_backward_mflops"]) == 3 * 2 * 64 * 4 * 6 * 9 / 1e6
+    assert not (tmp_path / "out" / "scaling.png").exists()  # there is one size only
+
+
+@pytest.mark.parametrize("family", ["vit", "allconvnet"])
+def test_all_layers_are_measured_unless_some_are_named(family):
+    _, bench, configs = parse([family])
+    assert [config.layer for config in configs] == 2 * [*(LAYERS1D_NAMES if family == "vit" else LAYERS2D_NAMES)]
+    assert bench.resolution == (16, 32)
+    assert {config.image_size for config in configs} == ({(256, 256), (512, 512)} if family == "vit" else {(16, 16), (32, 32)})
+
+
+def test_attention_comes_with_separate_projections_too():
+    *_, (config,) = parse("vit --layer Attention --tokens 9 --d_model 8 --num_heads 2 --pool cls".split())
+    (_, merged, x), (label, apart, same) = make_mixers(config, 3)
+    assert label == "Attention (q, k, v apart)" and x.shape == same.shape == (3, 10, 8)
+    for part, weight, bias in zip(apart.parts, merged.qkv.weight.chunk(3), merged.qkv.bias.chunk(3), strict=True):
+        part.weight.data, part.bias.data = weight, bias
+    apart.proj = merged.proj
+    torch.testing.assert_close(apart(x), merged(x))
+    assert training_flops(merged, x) == training_flops(apart, x)
+
+
+def test_attention_flops_against_a_hand_count():
+    _, bench, configs = parse("vit --layer Attention --tokens 64 --d_model 8 --num_heads 2 --repeats 1 --batch_size 2".split())
+
+    class Bar:
+        def update(self):
+            pass
+
+    merged, apart = measure(bench, configs, CPU, Bar())
+    # projections, scores and their products with values; a multiply-add is two; backward does each product twice
+    flops = 2 * (64 * 4 * 8 * 8 + 2 * 64 * 64 * 8) / 1e6
+    for row in (merged, apart):
+        assert row["forward_mflops"] == pytest.approx(flops) and row["forward_backward_mflops"] == pytest.approx(3 * flops)
+        assert row["parameters"] == 4 * 8 * 8 + 4 * 8 and row["tokens"] == 64
+
+
+def test_what_is_timed_is_what_it_says():
+    calls = []
+
+    class Spy(torch.nn.Linear):
+        def forward(self, x):
+            calls.append((len(x), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+            return super().forward(x)
+
+    for precision in ("fp32", "bf16"):
+        case = Case("spy", Spy(4, 4), torch.randn(5, 4), precision=precision, compiled=False)
+        case.measure()
+        is_autocast = precision == "bf16"
+        assert calls == [(1, False, is_autocast), (5, False, is_autocast), (5, True, is_autocast)]
+        assert case.x.grad is not None and case.mixer.weight.grad is not None
+        assert {name: len(times) for name, times in case.times.items()} == {"latency": 1, "forward": 1, "training": 1}
+        calls.clear()
+
+
+def test_rows_hold_medians_and_rates():
+    case = Case("case", torch.nn.Linear(4, 4), torch.randn(5, 4), precision="fp32", compiled=False)
+    case.times = {"latency": [0.001, 0.002, 0.006], "forward": [0.1, 0.2, 9.0], "training": [0.5, 0.7, 0.6]}
+    row = case.row()
+    assert row["latency_ms_per_image"] == pytest.approx(3) and row["latency_std_ms"] == pytest.approx(7**0.5)
+    assert row["images_per_s"] == pytest.approx(5 / 0.2) and row["forward_backward_ms"] == pytest.approx(600)
 
 
 def test_peak_of_live_bytes():
-    def run():
+    def work():
         first = torch.ones(1000)
         del first
         return torch.ones(3000), torch.ones(500)
 
-    assert benchmark.allocated_peak(run) == pytest.approx(4 * 3500, abs=512)
+    assert peak_memory(work, CPU) == pytest.approx(4 * 3500, abs=512)
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("--layer Atention", "layer='Atention'"),
-        ("--tokens 100 101", "--tokens 101"),
-        ("--tokens -4", "--tokens -4"),
-        ("--d_model 10 --num_heads 3", "num_heads=3"),
-        ("--batch_size 0", "--batch_size 0"),
-        ("--repeats 0", "--repeats 0"),
-        ("--layer KvtAttention --tokens 4", "K=9"),
+        ("", "give vit or allconvnet"),
+        ("resnet", "'resnet'; give vit or allconvnet"),
+        ("vit --layer Atention", "did you mean Attention?"),
+        ("allconvnet --layer GPSA", "layer 'GPSA'"),
+        ("vit --tokens 100 101", "--tokens 101 is not a square"),
+        ("vit --tokens 100 --resolution 10", "drop one of them"),
+        ("vit --d_model 10 --num_heads 3", "--num_heads 3"),
+        ("vit --batch_size 0", "--batch_size 0 must be at least 1"),
+        ("vit --repeat 0", "did you mean --repeats?"),
+        ("vit --precision fp8", "fp32, bf16, fp16"),
+        ("vit --layer KvtAttention --tokens 4", "--K 9 is more than the 4 tokens"),
+        ("vit --layer NeighborhoodAttention --kernel_size 9 --resolution 8", "--kernel_size 9"),
+        ("allconvnet --channels 4", "--channels 4 must be two numbers"),
+        ("vit --device cuda --layer Attention", "--device cuda"),
     ],
 )
-def test_errors_are_one_line(line, says, capsys):
-    with pytest.raises(SystemExit) as end:
-        benchmark.main(line.split())
+def test_errors_are_one_line(line, says, capsys, tmp_path, monkeypatch):
+    if "cuda" in line and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = benchmark.main(line.split())
+    except SystemExit as end:
+        status = end.code
     text = capsys.readouterr().err
-    assert end.value.code == 2 and says in text and text.count("\n") == 1
+    assert status == 2 and all(part in text for part in says.split("; ")) and text.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import local_attention
-from benchmark import allocated_peak
+from benchmark import peak_memory
 from layers1d import MultiHeadAttention, TokenLayout
 from local_attention import (
     GatedPositionalSelfAttention,
@@ -18,6 +18,7 @@ from local_attention import (
 )
 from options import MASK_TYPES
 
+CPU = torch.device("cpu")
 LAYOUTS = [TokenLayout(7, 5, 1), TokenLayout(6, 7), TokenLayout(1, 37, 2)]
 
 
@@ -316,7 +317,7 @@ TILED = [name for name in MIXERS if name != "gated"]
 def training_peak(layer, N):
     x = torch.randn(1, N, 16, requires_grad=True)
     layer(x)  # makes nothing that stays
-    return allocated_peak(lambda: layer(x).sum().backward())
+    return peak_memory(lambda: layer(x).sum().backward(), CPU)
 
 
 @pytest.mark.parametrize("name", TILED)
@@ -326,7 +327,7 @@ def test_memory_grows_with_tokens_times_window(name):
     for side in (32, 64):
         built = []
         layout = TokenLayout(side, side, 1)
-        building = allocated_peak(lambda built=built, layout=layout: built.append(MIXERS[name](layout)))
+        building = peak_memory(lambda built=built, layout=layout: built.append(MIXERS[name](layout)), CPU)
         assert side < 64 or (building < layout.num_tokens**2 and not built[0].pattern.is_dense)  # not even a mask of bytes
         peaks.append(training_peak(built[0], layout.num_tokens))
     assert peaks[1] < (10 if name == "strided" else 5) * peaks[0]
