@@ -1,0 +1,196 @@
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import allconvnet_main
+import visualize
+import vit_main
+from layers1d import NeighborSelection
+from neighbors import NeighborConfig
+
+COMMON = "--dataset digits --num_epochs 2 --train_limit 40 --test_limit 20 --batch_size 20 --device cpu --download False"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of short runs, by name."""
+    root = tmp_path_factory.mktemp("runs")
+    vit = f"{COMMON} --resize 8 --patch_size 2 --num_layers 2 --num_heads 2 --d_model 8 --d_mlp 8 --K 4 --kernel_size 3"
+    lines = {
+        "convnn": (vit_main, f"{vit} --layer ConvNNAttention --seed 0"),
+        "convnn-1": (vit_main, f"{vit} --layer ConvNNAttention --seed 1"),
+        "gpsa": (vit_main, f"{vit} --layer GPSA --num_local_layers 1"),
+        "mean": (vit_main, f"{vit} --pool mean"),
+        "conv": (vit_main, f"{vit} --layer Conv1dAttention"),
+        "images": (allconvnet_main, f"{COMMON} --layer Conv2d/ConvNN --channels 4 6 --K 4 --padding 1 --shuffle_pattern NA"),
+        "conv2d": (allconvnet_main, f"{COMMON} --layer Conv2d --channels 4"),
+    }
+    for name, (program, line) in lines.items():
+        assert program.main([*shlex.split(line), "--output_dir", str(root / name)]) == 0
+    return root
+
+
+def draw(line, tmp_path):
+    output = tmp_path / "a" / "figure.png"
+    assert visualize.main([*map(str, line), "--output", str(output)]) == 0
+    with Image.open(output) as picture:
+        return picture.size
+
+
+def test_curves(runs, tmp_path):
+    width, height = draw(["curves", runs / "convnn", runs / "convnn-1", runs / "mean"], tmp_path)
+    assert width > 2 * height
+
+
+def lines_of_curves(monkeypatch, folders):
+    """(label, x, y) of the lines in the panel of accuracies, and its bands."""
+    figures = []
+    monkeypatch.setattr(visualize, "as_png", lambda figure: figures.append(figure) or b"")
+    args = visualize.make_parser().parse_args(["curves", *map(str, folders)])
+    visualize.draw_curves(args)
+    axis = figures[0].axes[1]
+    return {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}, axis.collections
+
+
+def test_seeds_are_one_line_in_a_band(runs, monkeypatch):
+    lines, bands = lines_of_curves(monkeypatch, [runs / "convnn", runs / "convnn-1", runs / "mean"])
+    assert list(lines) == ["ConvNNAttention, pool cls (2 seeds)", "Attention, pool mean"] and len(bands) == 2
+    tables = [visualize.csv.DictReader((runs / name / "metrics.csv").open()) for name in ("convnn", "convnn-1")]
+    seeds = [[float(row["test_top1"]) for row in table] for table in tables]
+    mean = lines["ConvNNAttention, pool cls (2 seeds)"]
+    assert list(mean.get_xdata()) == [1, 2]
+    assert list(mean.get_ydata()) == pytest.approx([(a + b) / 2 for a, b in zip(*seeds, strict=True)])
+    only, bands = lines_of_curves(monkeypatch, [runs / "mean"])
+    assert list(only) == ["Attention"] and not bands
+
+
+@pytest.mark.parametrize("name", ["convnn", "gpsa", "mean"])
+def test_attention(runs, name, tmp_path):
+    width, height = draw(["attention", runs / name, "--images", 2], tmp_path)
+    assert width > height
+
+
+def test_attention_maps_are_those_of_the_patches(runs, monkeypatch):
+    figures = []
+    monkeypatch.setattr(visualize, "as_png", lambda figure: figures.append(figure) or b"")
+    for name in ("convnn", "mean"):
+        args = visualize.make_parser().parse_args(["attention", str(runs / name), "--images", "3"])
+        visualize.draw_attention(args)
+        model, images, labels, names = visualize.load_run(runs / name, 3, None)
+        logits, matrices = model(images, output_attentions=True)
+        axes = figures[-1].axes
+        assert len(axes) == 3 * 4  # image, two blocks, average
+        for image in range(3):
+            picture, first, second, average = axes[4 * image : 4 * image + 4]
+            is_right = logits[image].argmax() == labels[image]
+            assert picture.title.get_color() == ("tab:green" if is_right else "tab:red")
+            assert names[labels[image]] in picture.title.get_text()
+            maps = []
+            for axis, matrix in zip((first, second), matrices, strict=True):
+                heads = matrix[image].mean(0)
+                row = heads[0, 1:] if name == "convnn" else heads.mean(0)
+                maps.append(row.detach().view(4, 4))
+                torch.testing.assert_close(torch.tensor(axis.images[0].get_array()), maps[-1])
+            torch.testing.assert_close(torch.tensor(average.images[0].get_array()), sum(maps) / 2)
+
+
+@pytest.mark.parametrize("name", ["convnn", "images"])
+def test_neighbors(runs, name, tmp_path):
+    width, height = draw(["neighbors", runs / name, "--images", 2, "--queries", "0.2,0.2", "1,1", "--head", 5], tmp_path)
+    assert width > 100 and height > 100
+
+
+@pytest.mark.parametrize(("class_tokens", "padding"), [(0, 0), (1, 0), (0, 2)])
+def test_neighbors_are_drawn_where_they_are(class_tokens, padding):
+    """Nearest by place: lines from the query end on the patches around it."""
+    from matplotlib.figure import Figure
+
+    rows, columns = 5, 8
+    grid = rows + 2 * padding, columns + 2 * padding
+    config = NeighborConfig(K=9, similarity_type="Loc")
+    select = NeighborSelection(config, axes=2, self_first=False, padding=padding, class_tokens=class_tokens, grid=grid)
+    tokens = torch.randn(1, class_tokens + grid[0] * grid[1], 3)
+    index = select(tokens, tokens, grid)[0]
+    axis = Figure().subplots()
+    visualize.draw_choice(axis, select, grid, index, (0.5, 0.2), "C0")
+    ends = {
+        tuple(round(float(value[-1]), 6) for value in line.get_data()) for line in axis.lines if line.get_marker() in ("o", "*")
+    }
+    row, column = int(0.5 * rows), int(0.2 * columns)
+    around = {((column + dx + 0.5) / columns, (row + dy + 0.5) / rows) for dx in (-1, 0, 1) for dy in (-1, 0, 1)}
+    around = {(round(x, 6), round(y, 6)) for x, y in around}
+    assert ends == around or (class_tokens and len(ends - around) == 0 and len(ends) == 8)
+
+
+def test_layer_names():
+    assert visualize.layer_number("blocks.2.mixer.select") == "layer 3"
+    assert visualize.layer_number("layers.0.mixer.second.select") == "layer 1 (second)"
+
+
+@pytest.mark.parametrize("line", ["--grid 4 7 --expansion_step 0 2", "--grid 1 5 --patch 0 4"])
+def test_masks(line, tmp_path):
+    assert min(draw(["masks", *line.split()], tmp_path)) > 100
+
+
+@pytest.mark.parametrize("more", ["", "--augment --noise 0.2 --images 5 --resize 12"])
+def test_samples(more, tmp_path):
+    assert min(draw(["samples", *more.split()], tmp_path)) > 100
+
+
+def test_a_picture_is_the_image_before_it_was_normalized():
+    from dataset import load_data
+    from options import DataConfig
+
+    config = DataConfig(dataset="digits", resize=8, num_workers=0)
+    data = load_data(config, batch_size=3, seed=0, device=torch.device("cpu"), test_only=True)
+    images, _ = next(iter(data.test.epoch(0)))
+    raw = data.test._images[:3, 0].float() / 255
+    for image, pixels in zip(images, raw, strict=True):
+        torch.testing.assert_close(torch.tensor(visualize.as_picture(image, "digits")), pixels)
+
+
+def test_default_places_of_figures(runs, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for line in (
+        ["masks"],
+        ["samples"],
+        ["curves", runs / "mean"],
+        ["curves", runs / "mean", runs / "gpsa"],
+        ["neighbors", runs / "convnn"],
+    ):
+        assert visualize.main([*map(str, line)]) == 0
+    shown = capsys.readouterr().out.split()
+    expected = [Path("Output/masks.png"), Path("Output/digits.png"), runs / "mean" / "curves.png", runs / "curves.png"]
+    assert [Path(path) for path in shown] == [*expected, runs / "convnn" / "neighbors.png"]
+    assert all(Path(path).exists() for path in shown)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("pictures", "invalid choice: 'pictures'"),
+        ("curves nowhere", "nowhere holds no metrics.csv"),
+        ("attention nowhere", "nowhere holds no run"),
+        ("attention images", "of allconvnet_main.py"),
+        ("attention conv", "layer=Conv1dAttention have no attention"),
+        ("neighbors mean", "layer=Attention searches no neighbors"),
+        ("neighbors conv2d", "layer=Conv2d searches no neighbors"),
+        ("neighbors convnn --queries 2,0", "'2,0' is outside the image"),
+        ("neighbors convnn --queries 2", "'2' is not two numbers"),
+        ("attention mean --images 0", "'0' is not a whole number of at least 1"),
+        ("attention mean --images 9999", "9999"),
+        ("masks --grid 3 3 --patch 3 0", "--patch 3 0 is not in the grid"),
+        ("samples --dataset cifar10 --data_path nowhere", "nowhere"),
+        ("samples --noise -1", "noise=-1.0"),
+    ],
+)
+def test_errors_are_one_line(line, says, runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs)
+    with pytest.raises(SystemExit) as end:
+        visualize.main(line.split())
+    text = capsys.readouterr().err
+    assert end.value.code == 2 and says in text.splitlines()[-1] and "Traceback" not in text
+    assert text.count("\n") == 1

@@ -1,0 +1,432 @@
+"""Figures of runs, as PNG: training curves, attention maps, neighbors, local masks, samples of a data set.
+
+python visualize.py curves Output/ViT/*
+python visualize.py neighbors Output/AllConvNet/ConvNN
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from options import DATASETS, AllConvNetConfig, DataConfig, Options, ViTConfig, read_yaml, resolve
+
+# ---------------------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def read_options(folder: Path) -> Options:
+    """The options of the run in a folder. Raises ValueError if there is none."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no run: there is no config.yaml in it")
+    values = read_yaml(str(path))
+    is_vit = "patch_size" in values
+    return resolve(ViTConfig if is_vit else AllConvNetConfig, "ViT" if is_vit else "AllConvNet", values)
+
+
+def load_run(folder: Path, images: int, data_path: str | None):
+    """Model with the best weights, `images` test images (n, C, H, W) and their labels, all on the CPU, and class names."""
+    import torch
+
+    import utils
+    from allconvnet import AllConvNet
+    from dataset import load_data
+    from vit import ViT
+
+    options = read_options(folder)
+    path = folder / "best.pt"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no best.pt; its run has not ended its first epoch")
+    model = (ViT if isinstance(options.model, ViTConfig) else AllConvNet)(options.model)
+    utils.load_weights(model, path, flag="best.pt")
+    values = {name: getattr(options.data, name) for name in ("dataset", "data_path", "resize", "noise")}
+    values |= {"data_path": data_path or options.data.data_path, "test_limit": images, "num_workers": 0, "download": False}
+    config = DataConfig(**values)
+    data = load_data(config, batch_size=images, seed=options.train.seed, device=torch.device("cpu"), test_only=True)
+    shown, labels = next(iter(data.test.epoch(0)))
+    return model.eval(), shown, labels, data.class_names
+
+
+def as_picture(image, dataset: str):
+    """A normalized image (C, H, W) as matplotlib shows it: (H, W) grey or (H, W, 3), from 0 to 1."""
+    import torch
+
+    from dataset import IMAGENET_STATS, STATS
+
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in STATS.get(dataset, IMAGENET_STATS))
+    pixels = (image * std + mean).clamp(0, 1)
+    return pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
+
+
+def show_picture(axis, picture) -> None:
+    axis.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=(0, 1, 1, 0))
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def title_of(axis, truth: str, prediction: str) -> None:
+    """Green where the model is right, red where it is wrong."""
+    right = truth == prediction
+    axis.set_title(truth if right else f"{prediction}\n(is {truth})", color="tab:green" if right else "tab:red", fontsize=8)
+
+
+def as_png(figure, dpi: int = 110) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The figures
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def draw_curves(args: argparse.Namespace) -> bytes:
+    """Loss and top-1 by epoch; runs that differ in their seed only are one line, their mean, in a band of their range."""
+    from matplotlib.figure import Figure
+
+    runs = []
+    for folder in args.runs:
+        table = folder / "metrics.csv"
+        if not table.exists():
+            raise ValueError(f"{folder} holds no metrics.csv; its run has not ended its first epoch")
+        values = read_options(folder).as_dict()
+        for name in ("seed", "output_dir", "device", "resume", "num_workers"):
+            del values[name]
+        with table.open() as file:
+            runs.append((values, [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]))
+    groups: dict[str, list] = {}
+    for values, rows in runs:
+        groups.setdefault(json.dumps(values), []).append(rows)
+    kinds = [json.loads(key) for key in groups]
+    differing = [
+        name
+        for name in dict.fromkeys(name for kind in kinds for name in kind)
+        if len({str(kind.get(name)) for kind in kinds}) > 1
+    ]
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for number, (kind, of_group) in enumerate(zip(kinds, groups.values(), strict=True)):
+        label = ", ".join(str(kind[name]) if name == "layer" else f"{name} {kind[name]}" for name in differing if name in kind)
+        label = (label or kind["layer"]) + (f" ({len(of_group)} seeds)" if len(of_group) > 1 else "")
+        epochs = range(min(map(len, of_group)))
+        for axis, key in zip(axes, ("loss", "top1"), strict=True):
+            for part, style in (("train", ":"), ("test", "-")):
+                of_epochs = [[rows[epoch][f"{part}_{key}"] for rows in of_group] for epoch in epochs]
+                x = [epoch + 1 for epoch in epochs]
+                mean = [sum(seeds) / len(seeds) for seeds in of_epochs]
+                axis.plot(
+                    x,
+                    mean,
+                    style,
+                    color=f"C{number % 10}",
+                    marker="." if len(x) < 3 else None,
+                    label=label if part == "test" else None,
+                )
+                if len(of_group) > 1:
+                    low, high = [min(seeds) for seeds in of_epochs], [max(seeds) for seeds in of_epochs]
+                    axis.fill_between(x, low, high, color=f"C{number % 10}", alpha=0.2 if part == "test" else 0.08, lw=0)
+    for axis, name in zip(axes, ("loss", "top-1 accuracy (%)"), strict=True):
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(name)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    axes[0].plot([], [], "k-", label="test")
+    axes[0].plot([], [], "k:", label="training")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+    return as_png(figure)
+
+
+def draw_attention(args: argparse.Namespace) -> bytes:
+    """What the class token (or, without one, the mean patch) attends to, block by block and averaged, heads averaged."""
+    import torch
+    from matplotlib.figure import Figure
+
+    options = read_options(args.run)
+    if not isinstance(options.model, ViTConfig):
+        raise ValueError(f"{args.run} is a run of allconvnet_main.py; attention maps are of the patches of vit_main.py")
+    model, images, labels, names = load_run(args.run, args.images, args.data_path)
+    with torch.no_grad():
+        logits, matrices = model(images, output_attentions=True)
+    if all(matrix is None for matrix in matrices):
+        raise ValueError(f"{args.run}: the convolutions of layer={options.model.layer} have no attention")
+    patches = options.model.grid[0] * options.model.grid[1]
+    maps = {}
+    for number, matrix in enumerate(matrices, 1):
+        if matrix is None:
+            continue
+        weights = matrix.mean(dim=1)  # (B, N, N)
+        from_token = weights[:, 0] if matrix.shape[-1] > patches else weights.mean(dim=1)
+        maps[f"block {number}"] = from_token[:, -patches:].unflatten(1, options.model.grid)
+    maps["average"] = torch.stack(list(maps.values())).mean(dim=0)
+
+    figure = Figure(figsize=(1.5 * (len(maps) + 1), 1.75 * len(images)), layout="constrained")
+    axes = figure.subplots(len(images), len(maps) + 1, squeeze=False)
+    for row, image, label, predicted, number in zip(
+        axes, images, labels, logits.argmax(dim=1), range(len(images)), strict=True
+    ):
+        show_picture(row[0], as_picture(image, options.data.dataset))
+        title_of(row[0], names[label], names[predicted])
+        for axis, (name, of_images) in zip(row[1:], maps.items(), strict=True):
+            axis.imshow(of_images[number].numpy(), cmap="viridis", extent=(0, 1, 1, 0))
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if number == 0:
+                axis.set_title(name, fontsize=8)
+    return as_png(figure)
+
+
+def draw_neighbors(args: argparse.Namespace) -> bytes:
+    """The neighbors that some tokens pick in every layer, on the image: joined to the token, the nearest boldest."""
+    import torch
+    from matplotlib.figure import Figure
+
+    from layers1d import NeighborSelection
+
+    options = read_options(args.run)
+    model, images, labels, names = load_run(args.run, args.images, args.data_path)
+    found: list[tuple[str, NeighborSelection, tuple, torch.Tensor]] = []
+
+    def record(name: str) -> Callable:
+        return lambda module, inputs, index: found.append((name, module, inputs[2], index.unflatten(0, (len(images), -1))))
+
+    for name, module in model.named_modules():
+        if isinstance(module, NeighborSelection):
+            module.register_forward_hook(record(name))
+    with torch.no_grad():
+        predicted = model(images).argmax(dim=1)
+    if not found:
+        raise ValueError(f"{args.run}: layer={options.model.layer} searches no neighbors; ConvNN and its kin do")
+    queries = args.queries or [(0.3, 0.3), (0.3, 0.7), (0.6, 0.5)]
+
+    figure = Figure(figsize=(2.2 * len(found), 2.45 * len(images)), layout="constrained")
+    axes = figure.subplots(len(images), len(found), squeeze=False)
+    for image, row in enumerate(axes):
+        for (name, module, grid, index), axis in zip(found, row, strict=True):
+            show_picture(axis, as_picture(images[image], options.data.dataset))
+            head = min(args.head, index.shape[1] - 1)
+            for number, place in enumerate(queries):
+                draw_choice(axis, module, grid, index[image, head], place, f"C{number}")
+            if image == 0:
+                axis.set_xlabel(f"{layer_number(name)}: {' x '.join(map(str, grid))} tokens", fontsize=8)
+                axis.xaxis.set_label_position("top")
+        title_of(row[0], names[labels[image]], names[predicted[image]])
+    return as_png(figure)
+
+
+def layer_number(name: str) -> str:
+    """The layer that a module is part of, by the first number in its name: layers.0.mixer.select -> layer 1."""
+    number = next((int(part) for part in name.split(".") if part.isdigit()), 0)
+    return f"layer {number + 1}" + (" (" + name.split(".")[-2] + ")" if ".first." in name or ".second." in name else "")
+
+
+def draw_choice(axis, module, grid: tuple[int, ...], index, place: tuple[float, float], color: str) -> None:
+    """Lines from the token at a place (down, right; 0 to 1) to its neighbors; a ring around it if it chose a class token."""
+    height, width = grid if len(grid) == 2 else (1, grid[0])
+    pad, class_tokens = module.padding, module.class_tokens
+    inside = height - 2 * pad * (len(grid) == 2), width - 2 * pad
+
+    def center(token: int) -> tuple[float, float]:
+        row, column = divmod(token - class_tokens, width)
+        return (column - pad + 0.5) / inside[1], (row - pad * (len(grid) == 2) + 0.5) / inside[0]
+
+    row, column = (min(int(part * side), side - 1) for part, side in zip(place, inside, strict=True))
+    query = class_tokens + row * inside[1] + column  # queries are the tokens inside the ring
+    x, y = (column + 0.5) / inside[1], (row + 0.5) / inside[0]
+    neighbors = index[query].tolist()
+    for rank, token in enumerate(neighbors):
+        strength = 1 - 0.8 * rank / max(len(neighbors) - 1, 1)
+        if token < class_tokens:
+            axis.plot(x, y, "o", ms=11, mfc="none", mec=color, mew=1)
+            continue
+        u, v = center(token)
+        axis.plot([x, u], [y, v], "-", color=color, lw=0.5 + 1.5 * strength, alpha=0.25 + 0.75 * strength)
+        axis.plot(u, v, "o", color=color, ms=1.5 + 3 * strength, alpha=0.25 + 0.75 * strength)
+    axis.plot(x, y, "*", color=color, ms=10, mec="white", mew=0.8)
+
+
+def draw_masks(args: argparse.Namespace) -> bytes:
+    """The local masks by type and expansion step, and beside each the pattern around one patch on the grid."""
+    from matplotlib.figure import Figure
+
+    from masks import generate_1d_attention_mask, generate_2d_attention_mask_all_neighbors, generate_2d_attention_mask_cardinal
+
+    height, width = args.grid
+    types = {
+        "1d_cardinal": lambda step: generate_1d_attention_mask(1 + 4 * step, height * width),
+        "1d_all_neighbors": lambda step: generate_1d_attention_mask((2 * step + 1) ** 2, height * width),
+        "2d_cardinal": lambda step: generate_2d_attention_mask_cardinal(step, height, width),
+        "2d_all_neighbors": lambda step: generate_2d_attention_mask_all_neighbors(step, height, width),
+    }
+    row, column = args.patch or (height // 2, width // 2)
+    if not (0 <= row < height and 0 <= column < width):
+        raise ValueError(f"--patch {row} {column} is not in the grid of {height} x {width} patches")
+    figure = Figure(figsize=(3.4 * len(args.expansion_step), 1.9 * len(types)), layout="constrained")
+    axes = figure.subplots(len(types), 2 * len(args.expansion_step), squeeze=False)
+    for number, (name, make) in enumerate(types.items()):
+        for place, step in enumerate(args.expansion_step):
+            mask = make(step).numpy()
+            whole, around = axes[number, 2 * place : 2 * place + 2]
+            whole.imshow(mask, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+            around.imshow(mask[row * width + column].reshape(height, width), cmap="Blues", vmin=0, vmax=1)
+            around.plot(column, row, "*", color="tab:red", ms=7)
+            around.set_xticks([x - 0.5 for x in range(width)], [])
+            around.set_yticks([y - 0.5 for y in range(height)], [])
+            around.grid(color="lightgray", lw=0.4)
+            around.tick_params(length=0)
+            whole.set_xticks([])
+            whole.set_yticks([])
+            count = int(mask[row * width + column].sum())
+            around.set_title(f"{count} patches", fontsize=8)
+            if number == 0:
+                whole.set_title(f"expansion step {step}", fontsize=9, fontweight="bold")
+            if place == 0:
+                whole.set_ylabel(name, fontsize=9)
+    return as_png(figure)
+
+
+def draw_samples(args: argparse.Namespace) -> bytes:
+    """Training images with their labels, as a model sees them."""
+    import torch
+    from matplotlib.figure import Figure
+
+    from dataset import load_data
+
+    values = {name: getattr(args, name) for name in ("dataset", "augment", "noise")}
+    size = args.resize or DATASETS[args.dataset].size
+    config = DataConfig(**values, data_path=args.data_path or "./Data", resize=size, num_workers=0, download=False)
+    data = load_data(config, batch_size=args.images, seed=args.seed, device=torch.device("cpu"))
+    images, labels = next(iter(data.train.epoch(0)))
+    columns = min(8, len(images))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.25 * columns, 1.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(images) :]:
+        axis.axis("off")
+    for axis, image, label in zip(axes, images, labels, strict=False):
+        show_picture(axis, as_picture(image, args.dataset))
+        axis.set_title(data.class_names[label], fontsize=8)
+    return as_png(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def at_least_zero(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def place(text: str) -> tuple[float, float]:
+    try:
+        down, right = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers, as 0.5,0.25") from None
+    if not (0 <= down <= 1 and 0 <= right <= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is outside the image, whose sides run from 0 to 1")
+    return down, right
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE", parser_class=_Parser)
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        one = figures.add_parser(name, help=help, description=help, allow_abbrev=False)
+        one.add_argument("--output", type=Path, metavar="FILE.png", help="where the figure goes")
+        return one
+
+    curves = add("curves", "loss and accuracy of one or many runs, seeds as a band (default output: curves.png beside them)")
+    curves.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="output folders of runs")
+    for name, help in (
+        ("attention", "images beside what the class token attends to, per block and averaged"),
+        ("neighbors", "the K neighbors that some tokens pick in each layer, on the image, the nearest boldest"),
+    ):
+        one = add(name, f"{help} (default output: {name}.png in the run's folder)")
+        one.add_argument("run", type=Path, metavar="DIR", help="output folder of a run")
+        one.add_argument("--images", type=at_least_one, default=4, help="test images (default: 4)")
+        one.add_argument("--data_path", help="folder that holds the data set, if not where the run found it")
+        if name == "neighbors":
+            one.add_argument("--queries", nargs="+", type=place, metavar="Y,X", help="places of the tokens, from 0,0 to 1,1")
+            one.add_argument("--head", type=at_least_zero, default=0, help="head, where there are several (default: 0)")
+    masks = add("masks", "the local masks by type and expansion step (default output: ./Output/masks.png)")
+    masks.add_argument(
+        "--grid", nargs=2, type=at_least_one, default=(9, 9), metavar=("HEIGHT", "WIDTH"), help="patches (default: 9 9)"
+    )
+    masks.add_argument("--expansion_step", nargs="+", type=at_least_zero, default=[1, 2, 3], help="steps (default: 1 2 3)")
+    masks.add_argument(
+        "--patch", nargs=2, type=at_least_zero, metavar=("ROW", "COLUMN"), help="patch in the middle of the pattern"
+    )
+    samples = add("samples", "training images with their labels, as a model sees them (default output: ./Output/<dataset>.png)")
+    samples.add_argument("--dataset", choices=DATASETS, default="digits", help="data set (default: digits)")
+    samples.add_argument("--data_path", help="folder that holds it (default: ./Data)")
+    samples.add_argument("--images", type=at_least_one, default=24, help="how many (default: 24)")
+    samples.add_argument("--resize", type=at_least_one, help="side they are resized to")
+    samples.add_argument("--augment", action="store_true", help="random crop and flip")
+    samples.add_argument("--noise", type=float, default=0.0, help="standard deviation of noise on pixels from 0 to 1")
+    samples.add_argument("--seed", type=at_least_zero, default=0, help="of order, augmentation and noise")
+    return parser
+
+
+DRAW = {
+    "curves": draw_curves,
+    "attention": draw_attention,
+    "neighbors": draw_neighbors,
+    "masks": draw_masks,
+    "samples": draw_samples,
+}
+
+
+def default_output(args: argparse.Namespace) -> Path:
+    if args.figure == "curves":
+        return (args.runs[0] if len(args.runs) == 1 else args.runs[0].parent) / "curves.png"
+    if args.figure in ("attention", "neighbors"):
+        return args.run / f"{args.figure}.png"
+    return Path("Output") / f"{args.dataset if args.figure == 'samples' else args.figure}.png"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    output = args.output or default_output(args)
+    try:
+        picture = DRAW[args.figure](args)
+        from utils import write_atomically
+
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, picture)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    except Exception as error:  # of modules that are imported late
+        if type(error).__name__ in ("RunError", "DataError"):
+            parser.error(str(error))
+        raise
+    print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
