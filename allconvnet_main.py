@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from options import AllConvNetConfig, parse_options
+from options import PROGRAMS, parse_options
 
 
 def main(argv: list[str] | None = None) -> int:
-    options, parser = parse_options(AllConvNetConfig, "AllConvNet", __doc__, argv)
+    options, parser = parse_options(PROGRAMS["allconvnet_main.py"], __doc__, argv)
     # torch takes seconds to import: only once the options are known to be right.
     from allconvnet import AllConvNet
     from train_eval import run

@@ -851,16 +851,26 @@ def read_values(
         parser.error(str(error))
 
 
-def parse_options(
-    model_type: type, family: str, description: str, argv: list[str] | None = None, defaults: dict | None = None
-) -> tuple[Options, argparse.ArgumentParser]:
-    """Flags over YAML over defaults -> checked options of a run, and the parser, whose `error` ends it in one line.
+class Program(NamedTuple):
+    """A command line that trains: its model, the name of its output folder, and its own defaults."""
 
-    `family` names the output folder; `defaults` are a program's own defaults, where they differ from the dataclass.
-    """
-    defaults = defaults or {}
-    values, parser = read_values(model_type, (DataConfig, TrainConfig), description, argv, defaults)
+    model: type
+    family: str
+    defaults: dict
+
+
+PROGRAMS = {
+    "allconvnet_main.py": Program(AllConvNetConfig, "AllConvNet", {}),
+    "vit_main.py": Program(ViTConfig, "ViT", {"lr": 1e-4, "resize": 224}),
+}
+
+
+def parse_options(
+    program: Program, description: str, argv: list[str] | None = None, prog: str | None = None
+) -> tuple[Options, argparse.ArgumentParser]:
+    """Flags over YAML over defaults -> checked options of a run, and the parser, whose `error` ends it in one line."""
+    values, parser = read_values(program.model, (DataConfig, TrainConfig), description, argv, program.defaults, prog)
     try:
-        return resolve(model_type, family, defaults | values), parser
+        return resolve(program.model, program.family, program.defaults | values), parser
     except ValueError as error:
         parser.error(str(error))

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from options import DATASETS, AllConvNetConfig, DataConfig, Options, ViTConfig, read_yaml, resolve
+from options import DATASETS, PROGRAMS, DataConfig, Options, ViTConfig, read_yaml, resolve
 
 # ---------------------------------------------------------------------------------------------------------------
 # Runs
@@ -27,8 +27,8 @@ def read_options(folder: Path) -> Options:
     if not path.exists():
         raise ValueError(f"{folder} holds no run: there is no config.yaml in it")
     values = read_yaml(str(path))
-    is_vit = "patch_size" in values
-    return resolve(ViTConfig if is_vit else AllConvNetConfig, "ViT" if is_vit else "AllConvNet", values)
+    program = PROGRAMS["vit_main.py" if "patch_size" in values else "allconvnet_main.py"]
+    return resolve(program.model, program.family, values)
 
 
 def load_run(folder: Path, images: int, data_path: str | None):

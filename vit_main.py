@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from options import ViTConfig, parse_options
+from options import PROGRAMS, parse_options
 
 
 def main(argv: list[str] | None = None) -> int:
-    options, parser = parse_options(ViTConfig, "ViT", __doc__, argv, defaults={"lr": 1e-4, "resize": 224})
+    options, parser = parse_options(PROGRAMS["vit_main.py"], __doc__, argv)
     # torch takes seconds to import: only once the options are known to be right.
     from train_eval import run
     from vit import ViT, load_vit_weights

@@ -510,17 +510,11 @@ def test_python_of_the_readme_runs():
 
 @pytest.mark.parametrize("command", readme_commands())
 def test_commands_of_the_readme_parse(command, monkeypatch):
-    from options import AllConvNetConfig, ViTConfig, parse_options
+    from options import PROGRAMS, parse_options
 
     monkeypatch.chdir(ROOT)
     _, program, *argv = shlex.split(command)
-    parse_options(
-        ViTConfig if program == "vit_main.py" else AllConvNetConfig,
-        "",
-        "",
-        argv,
-        {"resize": 224} if program == "vit_main.py" else {},
-    )
+    parse_options(PROGRAMS[program], "", argv)
 
 
 @pytest.mark.parametrize(

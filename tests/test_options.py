@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import options
-from options import AllConvNetConfig, DataConfig, NeighborConfig, Options, TrainConfig, ViTConfig, parse_options
+from options import PROGRAMS, AllConvNetConfig, DataConfig, NeighborConfig, Options, TrainConfig, ViTConfig, parse_options
 
 ROOT = Path(__file__).parent.parent
 BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "resume", "test_only", "tensorboard")
@@ -118,7 +118,7 @@ def folder(tmp_path, monkeypatch):
 def parse(*argv: str) -> Options:
     """Options of a command line, given as words or as one text."""
     argv = shlex.split(argv[0]) if len(argv) == 1 else argv
-    return parse_options(AllConvNetConfig, "AllConvNet", "Train.", list(argv))[0]
+    return parse_options(PROGRAMS["allconvnet_main.py"], "Train.", list(argv))[0]
 
 
 def parse_yaml(text: str, *argv: str) -> Options:
@@ -163,7 +163,7 @@ def test_defaults_are_those_of_the_reference():
 
 
 def test_flags_are_those_of_the_reference_and_no_others():
-    _, parser = parse_options(AllConvNetConfig, "AllConvNet", "Train.", [])
+    _, parser = parse_options(PROGRAMS["allconvnet_main.py"], "Train.", [])
     found = {flag for action in parser._actions for flag in action.option_strings}
     assert found == {"-h", "--help", "--config"} | {f"--{name}" for name in DEFAULTS} | {f"--no-{name}" for name in BOOLEANS}
 
@@ -250,7 +250,7 @@ def test_flags_win_over_yaml_over_defaults():
 
 def test_a_programs_own_defaults_lose_to_yaml_and_flags():
     def lr(*argv):
-        return parse_options(AllConvNetConfig, "AllConvNet", "Train.", list(argv), defaults={"lr": 1e-4})[0].train.lr
+        return parse_options(PROGRAMS["allconvnet_main.py"]._replace(defaults={"lr": 1e-4}), "Train.", list(argv))[0].train.lr
 
     Path("lr.yaml").write_text("lr: 0.3")
     assert (lr(), lr("--config", "lr.yaml"), lr("--config", "lr.yaml", "--lr", "0.2")) == (1e-4, 0.3, 0.2)
@@ -748,7 +748,7 @@ VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name != "sh
 
 
 def parse_vit(line: str) -> Options:
-    return parse_options(ViTConfig, "ViT", "Train.", shlex.split(line), {"lr": 1e-4, "resize": 224})[0]
+    return parse_options(PROGRAMS["vit_main.py"], "Train.", shlex.split(line))[0]
 
 
 def test_vit_defaults_are_those_of_the_reference():
@@ -760,7 +760,7 @@ def test_vit_defaults_are_those_of_the_reference():
 
 
 def test_vit_flags_are_those_of_the_reference_and_no_others():
-    _, parser = parse_options(ViTConfig, "ViT", "Train.", [])
+    _, parser = parse_options(PROGRAMS["vit_main.py"], "Train.", [])
     found = {flag for action in parser._actions for flag in action.option_strings}
     negations = {f"--no-{name}" for name in VIT_BOOLEANS}
     assert found == {"-h", "--help", "--config", "--d_hidden"} | {f"--{name}" for name in VIT_DEFAULTS} | negations
