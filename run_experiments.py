@@ -1,0 +1,578 @@
+"""Sweeps: a grid of runs from a YAML file, on this machine or a cluster, with a summary table and plots.
+
+python run_experiments.py configs/sweeps/mixers.yaml --jobs 2
+python run_experiments.py configs/sweeps/mixers.yaml --set seed=0,1,2 --set num_epochs=3 --dry_run
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import fcntl
+import io
+import itertools
+import json
+import math
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from options import PROGRAMS, did_you_mean, parse_options, read_yaml
+
+ROOT = Path(__file__).resolve().parent
+KEYS = ("program", "options", "grid", "seed")
+PLOTS_EVERY = 30  # seconds: drawing takes one or two
+SET_BY_THE_SWEEP = ("output_dir", "resume", "test_only", "checkpoint", "export")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The points of a sweep
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    """One run of a sweep."""
+
+    name: str  # of its folder: what varies
+    program: str
+    values: dict  # options by name, as in the sweep
+    varying: dict  # those of them in which the points differ
+
+    def argv(self, folder: Path) -> list[str]:
+        """The command line after the program; it goes on where a run in this folder ended."""
+        words = []
+        for name, value in self.values.items():
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        return [*words, "--output_dir", str(folder / self.name), "--resume"]
+
+
+def combinations(axes: dict) -> Iterator[dict]:
+    """Every choice of one value per name; a value that is not a list is the only choice."""
+    choices = [value if isinstance(value, list) else [value] for value in axes.values()]
+    for values in itertools.product(*choices):
+        yield dict(zip(axes, values, strict=True))
+
+
+def read_sweep(path: str, changes: list[str]) -> tuple[str, list[dict]]:
+    """Program and points (options by name) of a sweep file, changed by `--set name=v1,v2`. Raises ValueError."""
+    sweep = read_yaml(path)
+    for key in sweep:
+        if key not in KEYS:
+            raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(key, KEYS)}; a sweep has {', '.join(KEYS)}")
+    program, options, grid = sweep.get("program"), sweep.get("options") or {}, sweep.get("grid") or {}
+    if program not in PROGRAMS:
+        raise ValueError(f"{path}: program is {program!r}; give {' or '.join(PROGRAMS)}")
+    grids = grid if isinstance(grid, list) else [grid]
+    if not isinstance(options, dict) or not all(isinstance(one, dict) for one in grids) or not grids:
+        raise ValueError(f"{path}: options is a mapping, and grid a mapping or a list of mappings, of option names to values")
+    if any(isinstance(value, list) and not value for one in grids for value in one.values()):
+        raise ValueError(f"{path}: an option in the grid has no values")
+    every = {"seed": sweep["seed"]} if "seed" in sweep else {}
+    for change in changes:
+        name, equals, text = change.partition("=")
+        try:
+            values = yaml.safe_load(f"[{text}]")
+        except yaml.YAMLError:
+            values = None
+        if not name or not equals or not values:
+            raise ValueError(f"--set {change!r} is not name=value or name=value1,value2")
+        grids = [{key: value for key, value in one.items() if key != name} for one in grids]
+        options = {key: value for key, value in options.items() if key != name}
+        every[name] = values
+    points = [options | point for one in grids for point in combinations(one | every)]
+    distinct = []
+    for point in points:  # what --set removed may leave twins
+        if point not in distinct:
+            distinct.append(point)
+    return program, distinct
+
+
+def name_points(program: str, points: list[dict]) -> list[Point]:
+    """Points with a name each, made of the options in which they differ."""
+    names = list(dict.fromkeys(name for point in points for name in point))
+    names.sort(key="seed".__eq__)  # last
+    varying = [name for name in names if len({json.dumps(point.get(name)) for point in points}) > 1]
+    named = []
+    for point in points:
+        parts = [
+            as_word(point[name]) if name == "layer" else f"{name}-{as_word(point[name])}" for name in varying if name in point
+        ]
+        label = "_".join(parts) or as_word(point.get("layer", "run"))
+        named.append(Point(label, program, point, {name: point[name] for name in varying if name in point}))
+    return named
+
+
+def as_word(value) -> str:
+    """A value as part of a folder's name."""
+    text = "x".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in text)
+
+
+def check_points(points: list[Point], folder: Path) -> None:
+    """Raise ValueError for the first point whose options do not fit, or whose folder holds a run with others."""
+    from utils import RESUME_MAY_CHANGE
+
+    names = [point.name for point in points]
+    for point in points:
+        for name in SET_BY_THE_SWEEP:
+            if name in point.values:
+                raise ValueError(f"{point.name}: {name} is set by the sweep; leave it out")
+        if names.count(point.name) > 1:
+            raise ValueError(f"two points would be named {point.name}; make their values differ in letters or digits")
+        options = resolved(point, folder)
+        there = folder / point.name / "config.yaml"
+        for name, value in (read_yaml(str(there)) if there.exists() else {}).items():
+            if name in options and name not in RESUME_MAY_CHANGE and options[name] != value:
+                raise ValueError(
+                    f"{point.name}: {folder / point.name} holds a run with {name}={value}, not {options[name]}; "
+                    "remove it, or use another --output_dir"
+                )
+
+
+def resolved(point: Point, folder: Path) -> dict:
+    """Every option of the point's run by name. Raises ValueError with the message that its program would end with."""
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            options, _ = parse_options(PROGRAMS[point.program], "", point.argv(folder), prog=point.program)
+    except SystemExit:
+        raise ValueError(f"{point.name}: {message.getvalue().split('error: ', 1)[-1].strip()}") from None
+    return options.as_dict()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Running them
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def read_summary(folder: Path) -> dict | None:
+    try:
+        return json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def is_finished(point: Point, folder: Path) -> bool:
+    """Whether the point's run has ended, by itself (early stopping) or after as many epochs as are asked for now."""
+    summary = read_summary(folder / point.name)
+    if not summary or not summary["finished"]:
+        return False
+    options = resolved(point, folder)
+    return bool(options["early_stopping"]) or summary["epochs"] >= options["num_epochs"]
+
+
+def lock(folder: Path) -> int | None:
+    """A descriptor that holds the lock of a run's folder as long as any process has it open; None if another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@dataclass
+class Running:
+    """A run in its own process, which holds the lock of its folder as well: if we are killed, it stays locked."""
+
+    point: Point
+    process: subprocess.Popen
+    slot: int
+    descriptor: int
+
+
+@dataclass
+class Sweep:
+    """Points on this machine, one per slot at a time."""
+
+    points: list[Point]
+    folder: Path
+    slots: int
+    gpus: bool = False  # slots are GPUs
+    failed: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+
+    def start(self, point: Point, slot: int) -> Running | None:
+        """Start a point that is neither finished nor run by somebody else."""
+        folder = self.folder / point.name
+        descriptor = lock(folder)
+        if descriptor is None:
+            self.elsewhere.append(point.name)
+            return None
+        if is_finished(point, self.folder):
+            os.close(descriptor)
+            return None
+        environment = dict(os.environ)
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = visible_gpu(slot)
+        else:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.slots)))
+        command = [sys.executable, str(ROOT / point.program), *point.argv(self.folder)]
+        with open(folder / "log.txt", "ab") as log:
+            log.write(f"\n$ {shlex.join(command)}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                pass_fds=(descriptor,),
+                start_new_session=True,  # Ctrl-C reaches it through us, once
+            )
+        return Running(point, process, slot, descriptor)
+
+    def run(self, progress) -> None:
+        """Run all points; the summary is kept current. Runs are ended with the sweep, to be resumed by the next one."""
+        waiting, running, draw_again = list(self.points), [], time.monotonic() + PLOTS_EVERY
+        try:
+            while waiting or running:
+                free = sorted(set(range(self.slots)) - {run.slot for run in running})
+                while waiting and free:
+                    started = self.start(waiting.pop(0), free[0])
+                    if started is None:
+                        progress.update()
+                        continue
+                    running.append(started)
+                    free.pop(0)
+                for run in [run for run in running if run.process.poll() is not None]:
+                    running.remove(run)
+                    os.close(run.descriptor)
+                    if run.process.returncode:
+                        self.failed.append(run.point.name)
+                    progress.write(self.outcome(run))
+                    progress.update()
+                    is_due = time.monotonic() > draw_again
+                    write_summary(self.points, self.folder, draw_plots=is_due)
+                    draw_again = time.monotonic() + PLOTS_EVERY if is_due else draw_again
+                progress.set_postfix_str(f"{len(running)} running, {len(self.failed)} failed")
+                time.sleep(0.1)
+        finally:
+            for run in running:
+                run.process.send_signal(signal.SIGINT)
+            for run in running:
+                run.process.wait()
+                os.close(run.descriptor)
+
+    def outcome(self, run: Running) -> str:
+        """How a run ended, in a line."""
+        log = self.folder / run.point.name / "log.txt"
+        if run.process.returncode:
+            return f"{run.point.name} failed: {last_line(log)} (see {log})"
+        return f"{run.point.name}: test top-1 {read_summary(log.parent)['final']['test_top1']:.2f} %"
+
+
+def visible_gpu(slot: int) -> str:
+    """The GPU of a slot, among those that we may see ourselves."""
+    ours = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    return ours[slot] if slot < len(ours) else str(slot)
+
+
+class ClusterRun:
+    """A point as a job of submitit: it runs the same code, and when its job is requeued it is submitted again and resumes."""
+
+    def __call__(self, point: Point, points: list[Point], folder: Path) -> str:
+        started = Sweep([point], folder, slots=1).start(point, 0)
+        if started is not None:
+            status = started.process.wait()
+            os.close(started.descriptor)
+            if status:
+                raise RuntimeError(f"{point.name} failed; see {folder / point.name / 'log.txt'}")
+        write_summary(points, folder)
+        return point.name
+
+    def checkpoint(self, point: Point, points: list[Point], folder: Path):
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, point, points, folder)
+
+
+def submit(points: list[Point], folder: Path, parameters: dict, cluster: str = "slurm") -> list:
+    """One job per point that is not finished, as an array; returns submitit's jobs."""
+    from submitit import AutoExecutor
+
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # jobs inherit it
+    executor = AutoExecutor(folder=folder / "jobs", cluster=cluster)
+    executor.update_parameters(name=folder.name, **parameters)
+    points_left = [point for point in points if not is_finished(point, folder)]
+    with executor.batch():
+        return [executor.submit(ClusterRun(), point, points, folder) for point in points_left]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What came out
+# ---------------------------------------------------------------------------------------------------------------
+
+MEASURES = {  # column -> where it stands in summary.json, and what it is divided by
+    "top1": (("final", "test_top1"), 1),
+    "top5": (("final", "test_top5"), 1),
+    "best_top1": (("best", "test_top1"), 1),
+    "parameters": (("parameters",), 1),
+    "mflops_per_image": (("flops_per_image",), 1e6),
+    "epoch_seconds": (("average_epoch_seconds",), 1),
+    "latency_ms_per_image": (("latency_ms_per_image",), 1),
+    "peak_memory_mb": (("peak_memory_bytes",), 1e6),
+}
+
+
+def summarize(points: list[Point], folder: Path) -> list[dict]:
+    """A row for all points that differ in their seed only: means of what ended, and standard deviations over the seeds."""
+    groups: dict[str, tuple[dict, list[dict], int]] = {}
+    for point in points:
+        options = {name: value for name, value in point.varying.items() if name != "seed"}
+        _, summaries, _ = group = groups.setdefault(json.dumps(options), (options, [], 0))
+        groups[json.dumps(options)] = (*group[:2], group[2] + 1)
+        summary = read_summary(folder / point.name)
+        if summary and summary["finished"]:
+            summaries.append(summary)
+    columns = list(dict.fromkeys(name for point in points for name in point.varying if name != "seed"))
+    rows = []
+    for options, summaries, total in groups.values():
+        row = {
+            name: as_word(options[name]) if isinstance(options.get(name), list) else options.get(name, "") for name in columns
+        }
+        row |= {"runs": len(summaries), "of": total}
+        for measure, (path, unit) in MEASURES.items():
+            values = []
+            for summary in summaries:
+                for key in path:
+                    summary = summary[key]
+                values.append(summary / unit)
+            row[measure] = statistics.fmean(values) if values else math.nan
+            row[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else math.nan
+        rows.append(row)
+    return rows
+
+
+def write_summary(points: list[Point], folder: Path, draw_plots: bool = True) -> None:
+    """summary.csv, summary.md and the plots, from whatever has ended so far."""
+    from utils import write_atomically
+
+    rows = summarize(points, folder)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([{name: "" if is_nan(value) else value for name, value in row.items()} for row in rows])
+    write_atomically(folder / "summary.csv", text.getvalue())
+    write_atomically(folder / "summary.md", as_markdown(rows))
+    done = [row for row in rows if row["runs"]]
+    if done and draw_plots:
+        for name, figure in draw(done).items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=110)
+            write_atomically(folder / f"{name}.png", buffer.getvalue())
+
+
+def is_nan(value) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def as_markdown(rows: list[dict]) -> str:
+    """Means, with standard deviations over seeds where they are of interest."""
+    columns = [name for name in rows[0] if not name.endswith("_std")]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = []
+        for name in columns:
+            value, spread = row[name], row.get(f"{name}_std", math.nan)
+            if is_nan(value):
+                cells.append("")
+            elif name == "parameters":
+                cells.append(f"{value:,.0f}")
+            elif name in MEASURES:
+                cells.append(f"{value:.4g}" + ("" if is_nan(spread) or name == "mflops_per_image" else f" ± {spread:.2g}"))
+            else:
+                cells.append(str(value))
+        lines.append("| " + " | ".join(cells) + " |")
+    note = (
+        "top1 and top5 are of the last epoch, on the test set, in percent; means of the runs that ended, ± standard deviation."
+    )
+    return "\n".join(lines) + f"\n\n{note}\n"
+
+
+def draw(rows: list[dict]) -> dict:
+    """Figures by name: accuracy against each cost, and against every option that was swept through numbers."""
+    from matplotlib.figure import Figure
+
+    swept = [name for name in itertools.takewhile(lambda name: name != "runs", rows[0]) if len({row[name] for row in rows}) > 1]
+    styles = list(itertools.product("os^vDP", [f"C{number}" for number in range(10)]))
+    costs = {
+        "latency_ms_per_image": "latency (ms per image)",
+        "mflops_per_image": "MFLOPs per image",
+        "parameters": "parameters",
+        "peak_memory_mb": "peak memory (MB)",
+    }
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    for axis, (cost, label) in zip(figure.subplots(2, 2).flatten(), costs.items(), strict=True):
+        for row, (marker, color) in zip(rows, itertools.cycle(styles), strict=False):
+            spread = 0 if is_nan(row["top1_std"]) else row["top1_std"]
+            axis.errorbar(
+                row[cost], row["top1"], spread, fmt=marker, color=color, ms=7, lw=1, capsize=2, label=label_of(row, swept)
+            )
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+        axis.set_ylabel("test top-1 (%)")
+        axis.grid(alpha=0.3, which="both")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    figures = {"tradeoff": figure}
+    for option in swept:
+        if all(
+            isinstance(row[option], (int, float)) and not isinstance(row[option], bool) for row in rows if row[option] != ""
+        ):
+            figures[f"top1_by_{option}"] = draw_option(rows, option, [name for name in swept if name != option])
+    return figures
+
+
+def draw_option(rows: list[dict], option: str, others: list[str]):
+    """Accuracy against one option, a line for every combination of the others."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axis = figure.subplots()
+    lines: dict[str, list[dict]] = {}
+    for row in rows:
+        if row[option] != "":
+            lines.setdefault(label_of(row, others), []).append(row)
+    for label, of_line in lines.items():
+        of_line.sort(key=lambda row: row[option])
+        spreads = [0 if is_nan(row["top1_std"]) else row["top1_std"] for row in of_line]
+        axis.errorbar(
+            [row[option] for row in of_line], [row["top1"] for row in of_line], spreads, marker="o", capsize=2, label=label
+        )
+    axis.set_xlabel(option)
+    axis.set_ylabel("test top-1 (%)")
+    axis.set_xticks(sorted({row[option] for row in rows if row[option] != ""}))
+    axis.grid(alpha=0.3)
+    if others:
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    return figure
+
+
+def label_of(row: dict, names: list[str]) -> str:
+    return ", ".join(str(row[name]) if name == "layer" else f"{name} {row[name]}" for name in names if row[name] != "") or "all"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("sweep", metavar="SWEEP.yaml", help="program, options, grid and seed; see configs/sweeps")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=V1,V2",
+        help="set or replace an option or an axis of the grid; repeatable",
+    )
+    parser.add_argument("--output_dir", type=Path, help="folder of the sweep (default: ./Output/sweeps/<name of the file>)")
+    parser.add_argument("--dry_run", action="store_true", help="print the points and stop")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
+    where.add_argument("--gpus", type=int, help="run on so many GPUs, one run on each at a time")
+    where.add_argument(
+        "--slurm",
+        nargs="*",
+        metavar="NAME=VALUE",
+        help="submit to SLURM by submitit (pip install submitit), with its parameters: timeout_min=600 slurm_partition=gpu "
+        "gpus_per_node=1 slurm_array_parallelism=8",
+    )
+    return parser
+
+
+def slurm_parameters(words: list[str]) -> dict:
+    parameters = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not name or not equals:
+            raise ValueError(f"--slurm {word!r} is not name=value")
+        parameters[name] = yaml.safe_load(text)
+    return parameters
+
+
+def show_points(points: list[Point], folder: Path) -> None:
+    width = max(len(point.name) for point in points)
+    for point in points:
+        state = "finished" if is_finished(point, folder) else "begun" if (folder / point.name / "last.pt").exists() else ""
+        print(f"{point.name:<{width}}  {state:<8}  {point.program} {shlex.join(point.argv(folder)[:-3])}".rstrip())
+    print(f"{len(points)} runs in {folder}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    folder = args.output_dir or Path("Output/sweeps") / Path(args.sweep).stem
+    try:
+        for name in ("jobs", "gpus"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+        points = name_points(*read_sweep(args.sweep, args.set))
+        check_points(points, folder)
+        parameters = None if args.slurm is None else slurm_parameters(args.slurm)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.dry_run:
+        show_points(points, folder)
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.txt").write_text(shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]) + "\n")
+    if parameters is not None:
+        return run_on_cluster(points, folder, parameters, parser)
+    from tqdm import tqdm
+
+    sweep = Sweep(points, folder, args.gpus or args.jobs, gpus=bool(args.gpus))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with tqdm(total=len(points), unit="run", disable=None) as progress:
+            sweep.run(progress)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    write_summary(points, folder)
+    print((folder / "summary.md").read_text())
+    for name in sweep.elsewhere:
+        print(f"{name} is run by another process")
+    if sweep.failed:
+        print(f"{len(sweep.failed)} of {len(points)} failed: {', '.join(sweep.failed)}", file=sys.stderr)
+    print(f"results are in {folder}")
+    return 1 if sweep.failed else 0
+
+
+def last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def run_on_cluster(points: list[Point], folder: Path, parameters: dict, parser: argparse.ArgumentParser) -> int:
+    try:
+        jobs = submit(points, folder, parameters)
+    except ModuleNotFoundError:
+        parser.error("--slurm needs the package submitit: pip install submitit")
+    except (RuntimeError, NameError, TypeError, ValueError) as error:  # no sbatch here, or a parameter that it does not know
+        parser.error(f"--slurm: {error}")
+    print(f"submitted {len(jobs)} jobs; their logs are in {folder / 'jobs'}, and the summary in {folder} grows as they end")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,372 @@
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+import run_experiments
+from run_experiments import Sweep, check_points, lock, name_points, read_sweep, summarize
+
+ROOT = Path(run_experiments.__file__).parent
+
+# Stands in for vit_main.py: it notes when it starts and ends, takes its time, fails on demand, and goes on where it was.
+PROGRAM = """
+import json, os, pathlib, sys, time
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = pathlib.Path(options["--output_dir"])
+note = lambda what: open(folder.parent / "notes.txt", "a").write(f"{what} {folder.name} {time.time()}\\n")
+note("start")
+open(folder / "environment.json", "w").write(json.dumps(dict(os.environ)))
+begun = folder / "last.pt"
+for epoch in range(int(begun.read_text()) if begun.exists() else 0, int(options["--num_epochs"])):
+    time.sleep(float(os.environ.get("EPOCH", "0")))
+    begun.write_text(str(epoch + 1))
+    note(f"epoch-{epoch}")
+if options.get("--lr") == "0.5":
+    print("something")
+    sys.exit("vit_main.py: error: lr is too high")
+seed, layer = int(options["--seed"]), options["--layer"]
+top1 = {"Attention": 50, "ConvNN": 60}[layer] + 2 * seed
+row = {"test_top1": top1, "test_top5": 90.0}
+summary = {"finished": True, "epochs": int(options["--num_epochs"]), "final": row, "best": row, "parameters": 1000,
+           "flops_per_image": 2e6, "average_epoch_seconds": 1.5, "latency_ms_per_image": 3.0, "peak_memory_bytes": 4e6}
+(folder / "summary.json").write_text(json.dumps(summary))
+note("end")
+"""
+SWEEP = {
+    "program": "vit_main.py",
+    "options": {"dataset": "digits", "resize": 8, "patch_size": 2, "num_epochs": 2, "d_model": 16, "num_heads": 2},
+    "grid": {"layer": ["Attention", "ConvNN"]},
+    "seed": [0, 1],
+}
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """A sweep file, with a program that takes no time."""
+    (tmp_path / "vit_main.py").write_text(PROGRAM)
+    monkeypatch.setattr(run_experiments, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("sweep.yaml").write_text(yaml.safe_dump(SWEEP))
+    return tmp_path
+
+
+def notes(folder="Output/sweeps/sweep"):
+    """(what, point, when) in order."""
+    path = Path(folder) / "notes.txt"
+    return (
+        [(what, name, float(when)) for what, name, when in map(str.split, path.read_text().splitlines())]
+        if path.exists()
+        else []
+    )
+
+
+def read_csv(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def points_of(text, *changes):
+    Path("other.yaml").write_text(text)
+    return name_points(*read_sweep("other.yaml", list(changes)))
+
+
+# --- points ---------------------------------------------------------------------------------------------------------
+
+
+def test_lists_multiply_out_and_names_say_what_varies(sweep):
+    points = name_points(*read_sweep("sweep.yaml", []))
+    assert [point.name for point in points] == ["Attention_seed-0", "Attention_seed-1", "ConvNN_seed-0", "ConvNN_seed-1"]
+    assert points[3].values == SWEEP["options"] | {"layer": "ConvNN", "seed": 1}
+    assert points[3].varying == {"layer": "ConvNN", "seed": 1}
+    assert points[0].argv(Path("f"))[-3:] == ["--output_dir", "f/Attention_seed-0", "--resume"]
+
+
+def test_hand_picked_combinations_and_values_that_are_lists(sweep):
+    points = points_of(
+        "program: vit_main.py\noptions: {num_heads: 2}\n"
+        "grid:\n- {layer: Hybrid, hybrid_dilations: [[1], [1, 2]]}\n- {layer: ConvNN, K: [3, 5], branch_ratio: 0.25}"
+    )
+    assert [point.name for point in points] == [
+        "Hybrid_hybrid_dilations-1",
+        "Hybrid_hybrid_dilations-1x2",
+        "ConvNN_K-3_branch_ratio-0.25",
+        "ConvNN_K-5_branch_ratio-0.25",
+    ]
+    words = points[1].argv(Path("f"))
+    assert words[words.index("--hybrid_dilations") :][:3] == ["--hybrid_dilations", "1", "2"]
+    check_points(points, Path("f"))
+
+
+def test_set_replaces_options_and_axes(sweep):
+    points = name_points(
+        *read_sweep("sweep.yaml", ["layer=ConvNN", "K=3,4", "num_epochs=7", "seed=5", "hybrid_dilations=[1,2]"])
+    )
+    assert [point.name for point in points] == ["K-3", "K-4"]
+    assert points[0].values == SWEEP["options"] | {
+        "num_epochs": 7,
+        "layer": "ConvNN",
+        "K": 3,
+        "seed": 5,
+        "hybrid_dilations": [1, 2],
+    }
+
+
+def test_the_sweeps_that_are_shipped(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sizes = {}
+    for path in sorted(Path("configs/sweeps").glob("*.yaml")):
+        points = name_points(*read_sweep(str(path), []))
+        check_points(points, Path("Output/nowhere"))
+        sizes[path.stem] = len(points)
+        assert f"python run_experiments.py {path}" in path.read_text()
+    assert sizes == {"mixers": 32, "k_test": 24, "local_masks": 51}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("program: main.py", "give allconvnet_main.py or vit_main.py"),
+        ("programs: vit_main.py", "unknown key 'programs'; did you mean program?"),
+        ("program: vit_main.py\ngrid: [1]", "grid a mapping or a list of mappings"),
+        ("program: vit_main.py\ngrid: {K: []}", "has no values"),
+        ("program: vit_main.py\ngrid: {layer: [Attention, Atention]}", "Atention: --layer 'Atention'; did you mean Attention?"),
+        ("program: vit_main.py\ngrid: {layer: [KvtAttention], K: [9, 999]}", "K-999: --K 999"),
+        ("program: vit_main.py\ngrid: {kk: [9, 999]}", "unknown option --kk"),
+        ("program: vit_main.py\noptions: {output_dir: a}", "output_dir is set by the sweep"),
+        ("program: vit_main.py\ngrid: {data_path: [a/b, a+b]}", "two points would be named data_path-a-b"),
+        ("- a\n- b", "must be a list of `name: value` lines"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(text, says, sweep, capsys):
+    Path("other.yaml").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        run_experiments.main(["other.yaml"])
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and all(part in line for part in says.split("; "))
+    assert not Path("Output").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ["nowhere.yaml", "sweep.yaml --jobs 0", "sweep.yaml --set K", "sweep.yaml --set K=", "sweep.yaml --slurm a"]
+)
+def test_bad_command_lines(line, sweep, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_experiments.main(line.split())
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1 and not Path("Output").exists()
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+def test_all_points_run_once_and_are_summarized(sweep, capsys):
+    assert run_experiments.main(["sweep.yaml", "--jobs", "2"]) == 0
+    assert sorted(name for what, name, _ in notes() if what == "start") == [
+        "Attention_seed-0",
+        "Attention_seed-1",
+        "ConvNN_seed-0",
+        "ConvNN_seed-1",
+    ]
+    folder = Path("Output/sweeps/sweep")
+    rows = read_csv(folder / "summary.csv")
+    assert [(row["layer"], row["runs"], row["of"]) for row in rows] == [("Attention", "2", "2"), ("ConvNN", "2", "2")]
+    assert [float(row["top1"]) for row in rows] == [51, 61] and float(rows[0]["top1_std"]) == pytest.approx(2**0.5)
+    assert rows[0]["mflops_per_image"] == "2.0" and rows[0]["peak_memory_mb"] == "4.0"
+    assert "| ConvNN | 2 | 2 | 61 ± 1.4 |" in (folder / "summary.md").read_text()
+    with Image.open(folder / "tradeoff.png") as picture:
+        assert picture.size[0] > 800
+    assert "ConvNN_seed-1: test top-1 62.00 %" in capsys.readouterr().out
+    assert run_experiments.main(["sweep.yaml"]) == 0  # there is nothing left to do
+    assert len(notes()) == 4 * 4
+    assert run_experiments.main(["sweep.yaml", "--set", "num_epochs=3"]) == 0  # one more epoch each
+    assert [what for what, *_ in notes()[16:]].count("epoch-2") == 4 and "epoch-1" not in [what for what, *_ in notes()[16:]]
+
+
+def test_a_failed_run_does_not_stop_the_rest(sweep, capsys):
+    assert run_experiments.main(["sweep.yaml", "--set", "lr=0.1,0.5", "--set", "layer=ConvNN", "--set", "seed=0"]) == 1
+    out, err = capsys.readouterr()
+    assert "lr-0.5 failed: vit_main.py: error: lr is too high (see Output/sweeps/sweep/lr-0.5/log.txt)" in out
+    assert err.strip().endswith("1 of 2 failed: lr-0.5")
+    rows = read_csv("Output/sweeps/sweep/summary.csv")
+    assert [(row["lr"], row["runs"], row["top1"]) for row in rows] == [("0.1", "1", "60.0"), ("0.5", "0", "")]
+    assert Path("Output/sweeps/sweep/tradeoff.png").exists() and not Path("Output/sweeps/sweep/top1_by_lr.png").exists()
+
+
+def test_slots(sweep, monkeypatch):
+    monkeypatch.setenv("EPOCH", "0.2")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert run_experiments.main(["sweep.yaml", "--gpus", "2"]) == 0
+    folder = Path("Output/sweeps/sweep")
+    used = [json.loads(path.read_text()) for path in folder.glob("*/environment.json")]
+    assert {one["CUDA_VISIBLE_DEVICES"] for one in used} == {"4", "7"} and len(used) == 4
+    running, most = 0, 0
+    for what, _, _ in sorted(notes(), key=lambda note: note[2]):
+        running += {"start": 1, "end": -1}.get(what, 0)
+        most = max(most, running)
+    assert most == 2
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert run_experiments.main(["sweep.yaml", "--jobs", "3", "--set", "num_epochs=1", "--output_dir", "b"]) == 0
+    used = [json.loads(path.read_text()) for path in Path("b").glob("*/environment.json")]
+    assert {one["OMP_NUM_THREADS"] for one in used} == {"2"} and {one["CUDA_VISIBLE_DEVICES"] for one in used} == {"4,7"}
+
+
+def in_own_process(folder, *more, **environment):
+    code = (
+        "import sys; import run_experiments as r; from pathlib import Path; r.ROOT = Path.cwd(); sys.exit(r.main(sys.argv[1:]))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "sweep.yaml", *more],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_started_again_it_goes_on(sweep, number):
+    first = in_own_process(sweep, "--jobs", "2", EPOCH="0.4")
+    wait_for(lambda: any(what == "epoch-0" for what, *_ in notes()))
+    first.send_signal(number)
+    assert first.wait(20) == 128 + number
+    begun = notes()
+    assert not any(what == "end" for what, *_ in begun)
+    assert run_experiments.main(["sweep.yaml"]) == 0
+    rest = notes()[len(begun) :]
+    epochs = [(what, name) for what, name, _ in begun + rest if what.startswith("epoch")]
+    assert len(epochs) == len(set(epochs)) == 8  # no epoch was trained twice
+
+
+def test_killed_its_runs_are_not_started_twice(sweep):
+    """SIGKILL leaves the processes of the runs; their folders stay locked until they end."""
+    first = in_own_process(sweep, "--jobs", "2", EPOCH="1.5")
+    wait_for(lambda: sum(what == "start" for what, *_ in notes()) == 2)
+    first.kill()
+    first.wait()
+    assert run_experiments.main(["sweep.yaml", "--jobs", "2"]) == 0
+    starts = [name for what, name, _ in notes() if what == "start"]
+    assert len(starts) == len(set(starts)) == 4
+    wait_for(lambda: sum(what == "end" for what, *_ in notes()) == 4)
+
+
+def test_two_runners_share_the_points(sweep):
+    runners = [in_own_process(sweep, EPOCH="0.3") for _ in range(2)]
+    outputs = [runner.communicate(timeout=60)[0] for runner in runners]
+    assert [runner.returncode for runner in runners] == [0, 0]
+    starts = [name for what, name, _ in notes() if what == "start"]
+    assert sorted(starts) == sorted(set(starts)) and len(starts) == 4
+    assert any("is run by another process" in output for output in outputs)
+
+
+def test_a_lock_is_held_once(tmp_path):
+    first = lock(tmp_path / "run")
+    assert first is not None and lock(tmp_path / "run") is None
+    os.close(first)
+    second = lock(tmp_path / "run")
+    assert second is not None
+    os.close(second)
+
+
+def test_a_folder_with_other_options_is_refused(sweep):
+    folder = Path("Output/sweeps/sweep/Attention_seed-0")
+    folder.mkdir(parents=True)
+    points = name_points(*read_sweep("sweep.yaml", []))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"layer": "Attention", "num_epochs": 1, "lr": 0.3}))
+    with pytest.raises(ValueError, match=r"holds a run with lr=0\.3, not 0\.0001; remove it"):
+        check_points(points, Path("Output/sweeps/sweep"))
+
+
+def test_dry_run_prints_the_points_and_starts_none(sweep, capsys):
+    folder = Path("Output/sweeps/sweep")
+    (folder / "ConvNN_seed-1").mkdir(parents=True)
+    (folder / "ConvNN_seed-1" / "last.pt").touch()
+    assert run_experiments.main(["sweep.yaml", "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"4 runs in {folder}" and lines[3].split()[:3] == ["ConvNN_seed-1", "begun", "vit_main.py"]
+    assert "--layer Attention --seed 0" in lines[0] and not notes()
+
+
+# --- cluster, summary -----------------------------------------------------------------------------------------------
+
+
+def test_submitted_runs(tmp_path):
+    """What --slurm does, as a user starts it, but that submitit runs the jobs here."""
+    pytest.importorskip("submitit")
+    options = {"dataset": "digits", "layer": "Conv2d", "channels": [2], "train_limit": 20, "test_limit": 10, "num_epochs": 1}
+    sweep = {"program": "allconvnet_main.py", "options": options, "seed": 3}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    code = (
+        "import sys, runpy, submitit; real = submitit.AutoExecutor; "
+        "submitit.AutoExecutor = lambda folder, cluster: real(folder=folder, cluster={'slurm': 'local'}[cluster]); "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    program = str(ROOT / "run_experiments.py")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = [{program!r}, *sys.argv[1:]]; {code}"
+    command = [sys.executable, "-c", code, "sweep.yaml", "--slurm", "timeout_min=5", "slurm_array_parallelism=2"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and "submitted 1 jobs" in result.stdout, result.stderr
+    folder = tmp_path / "Output/sweeps/sweep"
+
+    def ended():
+        return (folder / "summary.csv").exists() and [row["runs"] for row in read_csv(folder / "summary.csv")] == ["1"]
+
+    wait_for(ended, seconds=120)
+    assert (folder / "Conv2d" / "summary.json").exists()
+
+
+def test_a_job_that_is_requeued_is_submitted_as_it_was(sweep):
+    pytest.importorskip("submitit")
+    run, points = run_experiments.ClusterRun(), name_points(*read_sweep("sweep.yaml", []))
+    again = run.checkpoint(points[0], points, sweep / "out")
+    assert again.function is run and again.args == (points[0], points, sweep / "out")
+    assert again.result() == points[0].name and (sweep / "out" / "summary.csv").exists()
+    with pytest.raises(RuntimeError, match="Attention_seed-0 failed; see"):
+        run(points[0]._replace(values=points[0].values | {"lr": 0.5, "num_epochs": 3}), points, sweep / "out")
+
+
+def test_summary_of_runs_that_are_missing_or_unfinished(sweep):
+    points = name_points(*read_sweep("sweep.yaml", []))
+    rows = summarize(points, Path("nothing"))
+    assert [row["runs"] for row in rows] == [0, 0] and all(math.isnan(row["top1"]) for row in rows)
+    run_experiments.write_summary(points, Path("."))
+    assert not Path("tradeoff.png").exists() and Path("summary.md").exists()
+
+
+def test_a_sweep_of_the_real_program(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep = {
+        "program": "allconvnet_main.py",
+        "options": {
+            "dataset": "digits",
+            "layer": "ConvNN",
+            "channels": [4],
+            "train_limit": 40,
+            "test_limit": 20,
+            "device": "cpu",
+        },
+        "grid": {"K": [2, 3], "num_epochs": 1},
+    }
+    Path("small.yaml").write_text(yaml.safe_dump(sweep))
+    assert run_experiments.main(["small.yaml", "--jobs", "2"]) == 0
+    for name in ("K-2", "K-3"):
+        assert (Path("Output/sweeps/small") / name / "summary.json").exists()
+    assert (Path("Output/sweeps/small") / "top1_by_K.png").exists()
+    assert Sweep([], Path("."), slots=1).failed == []
