@@ -95,15 +95,18 @@ class Case:
 
     def latency(self) -> None:
         """Forward of one image, as in use."""
+        self.mixer.eval()
         with self.no_grad(), self.autocast():
             self.call(self.image)
 
     def forward(self) -> None:
+        self.mixer.eval()
         with self.no_grad(), self.autocast():
             self.call(self.x)
 
     def training(self) -> None:
         """Forward and backward, gradients of the input and of all parameters."""
+        self.mixer.train()
         self.mixer.zero_grad()
         self.x.grad = None
         with self.autocast():
@@ -226,7 +229,6 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
                 rows.append({"layer": label, "tokens": tokens, "precision": precision, "execution": execution} | facts)
     for turn in range(-1, bench.repeats):
         for case in cases:
-            case.mixer.train()
             case.measure()
             progress.update()
         if turn < 0:  # warm-up: tables are made, kernels compiled

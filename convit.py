@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -29,7 +30,8 @@ class ConViTConfig:
         num_local_layers: layers of gated positional self-attention; then the class token joins.
         num_nonlocal_layers: layers of self-attention.
         locality_strength: how sharply heads attend around their offsets at first (alpha in the paper).
-        heads, head_dim: one follows from the other and dim.
+        heads, head_dim: one follows from the other and dim; without both, a square number of heads with about 48 features
+            each, as the paper's models have.
         pre_norm: normalize what goes into attention and feed-forward, instead of what comes out.
         ff_dim: hidden features of the feed-forward; None: 4 * dim.
         ff_dropout: probability of dropping a hidden or an output feature of the feed-forward.
@@ -59,23 +61,20 @@ class ConViTConfig:
     pred_act_fnc_name: str = "ReLU"
 
     def __post_init__(self):
-        patch_grid(self.image_size, self.patch_size)
-        if min(self.num_local_layers, self.num_nonlocal_layers) < 0 or self.num_local_layers + self.num_nonlocal_layers < 1:
-            raise ValueError(
-                f"num_local_layers={self.num_local_layers} and num_nonlocal_layers={self.num_nonlocal_layers} "
-                "must be at least 0, and one of them at least 1"
-            )
-        for name in ("image_channel", "dim", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("image_channel", "patch_size", "dim", "num_classes", "heads", "head_dim", "ff_dim"):
+            check_whole(name, getattr(self, name), low=1)
+        for name in ("num_local_layers", "num_nonlocal_layers"):
+            check_whole(name, getattr(self, name), low=0)
+        if self.num_local_layers + self.num_nonlocal_layers == 0:
+            raise ValueError("num_local_layers=0 and num_nonlocal_layers=0 leave no layer; one of them must be at least 1")
+        if not 0 <= self.locality_strength < math.inf:
+            raise ValueError(f"locality_strength={self.locality_strength} must be at least 0 and finite")
         for name in ("ff_dropout", "attention_dropout", "token_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        if self.ff_dim is None:
-            object.__setattr__(self, "ff_dim", 4 * self.dim)
-        heads = resolve_heads(self.dim, self.heads, self.head_dim)
-        object.__setattr__(self, "heads", heads)
-        object.__setattr__(self, "head_dim", self.dim // heads)
+        patch_grid(self.image_size, self.patch_size)
+        object.__setattr__(self, "heads", resolve_heads(self.dim, self.heads, self.head_dim))
+        object.__setattr__(self, "ff_dim", self.ff_dim or 4 * self.dim)
         if self.pred_act_fnc_name not in ACTIVATIONS:
             raise ValueError(f"pred_act_fnc_name={self.pred_act_fnc_name!r} is not one of {', '.join(ACTIVATIONS)}")
 
@@ -113,18 +112,28 @@ class ConViTConfig:
         return cls.preset("B_plus", num_classes, **changes)
 
 
+def check_whole(name: str, value: int | None, low: int) -> None:
+    if value is not None and (type(value) is not int or value < low):
+        raise ValueError(f"{name}={value} must be a whole number of at least {low}")
+
+
 def patch_grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
     """Rows and columns of patches."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if patch_size < 1 or min(height, width) < patch_size or height % patch_size or width % patch_size:
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+        raise ValueError(f"image_size={image_size} must be a whole number, or two of them: height and width")
+    if any(side % patch_size for side in sides):
         raise ValueError(f"patch_size={patch_size} does not divide image_size={image_size}")
-    return height // patch_size, width // patch_size
+    return sides[0] // patch_size, sides[1] // patch_size
 
 
 def resolve_heads(dim: int, heads: int | None, head_dim: int | None) -> int:
-    """The number of heads from either of the two."""
-    found = heads or (dim // head_dim if head_dim else 0)
-    if found < 1 or found * (head_dim or dim // found) != dim:
+    """The number of heads from either of the two, or from dim alone."""
+    if heads is None and head_dim is None:
+        squares = (side**2 for side in range(1, math.isqrt(dim) + 1) if dim % side**2 == 0)
+        return min(squares, key=lambda heads: abs(dim // heads - 48))
+    found = dim // head_dim if heads is None else heads
+    if found < 1 or found * (dim // found if head_dim is None else head_dim) != dim:
         raise ValueError(f"heads={heads} and head_dim={head_dim} must multiply to dim={dim}; give one of them")
     return found
 
@@ -150,12 +159,17 @@ class ConViTLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.dropout = nn.Dropout(ff_dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
+        """With output_attentions also the mixing matrix of the mixer."""
+        inputs = self.norm1(x) if self.pre_norm else x
+        mixed, matrix = self.mixer(inputs, True) if output_attentions else (self.mixer(inputs), None)
         if self.pre_norm:
-            x = x + self.mixer(self.norm1(x))
-            return x + self.feed_forward(self.norm2(x))
-        x = self.norm1(x + self.mixer(x))
-        return self.norm2(x + self.feed_forward(x))
+            x = x + mixed
+            x = x + self.feed_forward(self.norm2(x))
+        else:
+            x = self.norm1(x + mixed)
+            x = self.norm2(x + self.feed_forward(x))
+        return (x, matrix) if output_attentions else x
 
     def feed_forward(self, x: Tensor) -> Tensor:
         first, activation, second = self.mlp
@@ -187,8 +201,25 @@ class ConViTBackbone(nn.Module):
         token_dropout: float = 0.0,
     ):
         super().__init__()
-        heads, height, width = resolve_heads(dim, heads, head_dim), *patch_grid(image_size, patch_size)
-        layout = TokenLayout(height, width)
+        config = ConViTConfig(
+            image_size,
+            image_channel,
+            patch_size,
+            num_local_layers,
+            num_nonlocal_layers,
+            dim,
+            1,  # classes: the backbone has none
+            locality_strength,
+            heads,
+            head_dim,
+            pre_norm,
+            ff_dim,
+            ff_dropout,
+            attention_dropout,
+            token_dropout,
+        )
+        heads, layout = config.heads, TokenLayout(*patch_grid(image_size, patch_size))
+        self.image_size = layout.height * patch_size, layout.width * patch_size
         self.patch_embedding = nn.Conv2d(image_channel, dim, patch_size, stride=patch_size)
         self.class_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embedding = nn.Parameter(torch.empty(1, layout.num_tokens, dim))
@@ -205,15 +236,25 @@ class ConViTBackbone(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6) if pre_norm else nn.Identity()
         init_vit_weights(self, std=0.02)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """With output_attentions also the mixing matrices of the layers, (B, heads, N, N) and 1 + N after the local ones."""
+        if tuple(images.shape[2:]) != self.image_size:
+            raise ValueError(f"images of {tuple(images.shape[2:])} were given, and the model was made for {self.image_size}")
         x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, N, dim)
         x = self.token_dropout(x + self.pos_embedding)
-        for layer in self.blocks[: self.num_local_layers]:
-            x = layer(x)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
-        for layer in self.blocks[self.num_local_layers :]:
-            x = layer(x)
-        return self.norm(x)
+        matrices = []
+        for number, layer in enumerate(self.blocks):
+            if number == self.num_local_layers:
+                x = self.with_class_token(x)
+            x, matrix = layer(x, True) if output_attentions else (layer(x), None)
+            matrices.append(matrix)
+        if self.num_local_layers == len(self.blocks):
+            x = self.with_class_token(x)
+        x = self.norm(x)
+        return (x, matrices) if output_attentions else x
+
+    def with_class_token(self, x: Tensor) -> Tensor:
+        return torch.cat([self.class_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
 
 
 class ConViTWithLinearClassifier(nn.Module):
@@ -226,7 +267,10 @@ class ConViTWithLinearClassifier(nn.Module):
         self.backbone = ConViTBackbone(**{f.name: getattr(config, f.name) for f in fields(config) if f.name not in of_the_head})
         self.activation = getattr(nn, config.pred_act_fnc_name)()
         self.classifier = nn.Linear(config.dim, config.num_classes)
-        init_vit_weights(self, std=0.02)
+        init_vit_weights(self.classifier, std=0.02)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.activation(self.backbone(images)[:, 0]))
+    def forward(self, images: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """With output_attentions also the mixing matrices of the layers."""
+        tokens, matrices = self.backbone(images, True) if output_attentions else (self.backbone(images), None)
+        logits = self.classifier(self.activation(tokens[:, 0]))
+        return (logits, matrices) if output_attentions else logits

@@ -96,8 +96,9 @@ class RandomFeatures(nn.Module):
     def log_features(self, x: Tensor) -> Tensor:
         """(B, H, N, d) -> logarithms of the features (B, H, N, m), but for a constant, in float32 at least."""
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.features.dtype) / x.shape[-1] ** 0.25
-            projected = x @ self.features.T
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            x = x.to(dtype) / x.shape[-1] ** 0.25
+            projected = x @ self.features.to(dtype).T
             if self.kernel == "softmax":
                 return projected - x.square().sum(dim=-1, keepdim=True) / 2
             return (

@@ -23,11 +23,8 @@ from masks import in_column, in_neighborhood, in_row, in_square, is_near, is_str
 from options import MASK_TYPES, check_window
 
 NONE = -1  # fills up tiles that are shorter than others
-# Times fewer scores than a dense attention computes: then gathering for tiles pays off (measured on a CPU). On long
-# sequences a mask is not made unless tiles would hold half of it anyway.
-TILES_PAY = 6
-TILES_PAY_LONG = 2
-LONG = 1000  # patches
+TILES_PAY = 6  # times fewer scores than a dense attention computes: then gathering for tiles pays off (measured on a CPU)
+LONG = 1000  # patches, from which on no mask of all pairs is made
 
 
 class Tiling(NamedTuple):
@@ -111,16 +108,27 @@ class PlacedPattern(nn.Module):
         self.layout = layout
         P = layout.num_patches
         cost = sum(tiling.queries.numel() * tiling.keys.shape[1] for tiling in tilings)
-        self.is_dense = not tilings or (TILES_PAY if P < LONG else TILES_PAY_LONG) * cost > P * P
+        sees_all = not tilings or (cost >= P * P and self.sees_all())
+        self.is_dense = sees_all or (P < LONG and TILES_PAY * cost > P * P)
         if self.is_dense:
-            self.register_buffer("mask", self.make_mask(torch.device("cpu")) if tilings else None, persistent=False)
+            self.register_buffer("mask", None if sees_all else self.make_mask(torch.device("cpu")), persistent=False)
         else:
             self.tiles = nn.ModuleList(Tiles(t, P, layout.class_tokens, n == 0) for n, t in enumerate(tilings))
 
+    def rows(self, i: Tensor) -> Tensor:
+        """(n, P): which patches those of numbers i (n, 1) attend to."""
+        j = torch.arange(self.layout.num_patches, device=i.device)
+        if not self.sees:
+            return torch.ones(len(i), len(j), dtype=torch.bool, device=i.device)
+        return torch.stack([sees(i, j) for sees in self.sees]).any(dim=0)
+
+    def sees_all(self) -> bool:
+        """Whether every patch sees every other, a few rows at a time."""
+        return all(bool(self.rows(i).all()) for i in torch.arange(self.layout.num_patches)[:, None].split(64))
+
     def make_mask(self, device: torch.device) -> Tensor:
         """(N, N), True where the row attends to the column."""
-        i = torch.arange(self.layout.num_patches, device=device)
-        allowed = torch.stack([sees(i[:, None], i) for sees in self.sees]).any(dim=0)
+        allowed = self.rows(torch.arange(self.layout.num_patches, device=device)[:, None])
         c = self.layout.class_tokens
         return F.pad(allowed, (c, 0, c, 0), value=True)
 
@@ -419,9 +427,14 @@ class GatedPositionalSelfAttention(MultiHeadMixer):
 def kernel_offsets(num_heads: int) -> Tensor:
     """(H, 2) offsets (x, y) from the center of the smallest square kernel with a tap for every head, in raster order.
 
-    A kernel with an even side has its taps at half pixels. Where heads are fewer than taps, they have those nearest the center.
+    A kernel with an even side has its taps at half pixels. Where heads are fewer than taps, they have those nearest the center,
+    opposite ones together.
     """
-    side = math.ceil(math.sqrt(num_heads))
-    along = torch.arange(side) - (side - 1) / 2
-    taps = torch.stack([along.repeat(side), along.repeat_interleave(side)], dim=1)
-    return taps[taps.square().sum(dim=1).argsort(stable=True)[:num_heads].sort().values]
+    side = math.isqrt(num_heads - 1) + 1
+    taps = [(x - (side - 1) / 2, y - (side - 1) / 2) for y in range(side) for x in range(side)]
+
+    def rank(tap: int) -> tuple[float, int]:
+        return taps[tap][0] ** 2 + taps[tap][1] ** 2, min(tap, len(taps) - 1 - tap)
+
+    chosen = sorted(sorted(range(len(taps)), key=rank)[:num_heads])
+    return torch.tensor([taps[tap] for tap in chosen])

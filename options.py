@@ -148,7 +148,7 @@ def check_fields(config) -> None:
             continue
         if spec.many:
             if not isinstance(value, (list, tuple)) or not value:
-                raise ValueError(f"{name}={value!r} is not a list of at least one value")
+                raise ValueError(f"{name}={value!r} is not a list of at least one value; in a file it is written as [1, 2]")
             value = tuple(_check_one(name, item, spec) for item in value)
         else:
             value = _check_one(name, value, spec)
@@ -367,7 +367,7 @@ VIT_MODELS = {"vit": {}} | {
 class ViTConfig(NeighborConfig):
     """A vision transformer: patches, then blocks of a mixer and an MLP, then a linear classifier.
 
-    What is not given comes from `VIT_MODELS[model]`, and else from the defaults.
+    What is not given comes from `VIT_MODELS[model]`, and else from the defaults; `dataclasses.replace` gives all that there is.
     """
 
     model: str = option("vit", "ViT, or the flags of a ConViT; others given beside it win", choices=tuple(VIT_MODELS))
@@ -846,6 +846,9 @@ def read_values(
         for name in values:
             if name not in known:
                 raise ValueError(f"config={path!r}: unknown key {name!r}{did_you_mean(name, known)}")
+        if "model" in given and given["model"] != values.get("model", "vit"):
+            # What one model stands for, in a file of one, says nothing of another.
+            values = {name: value for name, value in values.items() if name not in VIT_MODELS["convit_ti"]}
         return {name: _convert(name, value, known[name]) for name, value in (values | given).items()}, parser
     except ValueError as error:
         parser.error(str(error))

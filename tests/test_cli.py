@@ -498,7 +498,7 @@ def readme_commands():
         layer = line.split("layer=")[1].split(";")[0].split()[0] if "layer=" in line else layer
         for variable, value in (("${layer/\\//-}", "x"), ("$layer", layer), ("$seed", "1")):
             line = line.replace(variable, value)
-        if found := re.match(r"\s*(?:\w+=\S+ )?(python (?:allconvnet|vit)_main\.py.*)", line):
+        if found := re.match(r"\s*(?:\w+=\S+ )?(python \w+\.py.*)", line):
             lines.append(found[1])
     return lines
 
@@ -510,11 +510,21 @@ def test_python_of_the_readme_runs():
 
 @pytest.mark.parametrize("command", readme_commands())
 def test_commands_of_the_readme_parse(command, monkeypatch):
+    import benchmark
+    import run_experiments
+    import visualize
     from options import PROGRAMS, parse_options
 
     monkeypatch.chdir(ROOT)
-    _, program, *argv = shlex.split(command)
-    parse_options(PROGRAMS[program], "", argv)
+    _, program, *argv = shlex.split(command, comments=True)
+    if program == "benchmark.py":
+        benchmark.parse(argv)
+    elif program == "run_experiments.py":
+        assert run_experiments.main([*argv, "--dry_run"]) == 0
+    elif program == "visualize.py":
+        visualize.make_parser().parse_args(argv)
+    else:
+        parse_options(PROGRAMS[program], "", argv)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ PAPER = {"Ti": (192, 4), "Ti_plus": (256, 4), "S": (432, 9), "S_plus": (576, 9),
 @pytest.mark.parametrize("size", PAPER)
 def test_presets(size):
     config = getattr(ConViTConfig, f"ConViT_{size}")()
-    assert (config.dim, config.heads) == PAPER[size] and config.head_dim * config.heads == config.dim
+    assert (config.dim, config.heads) == PAPER[size]
     assert (config.num_local_layers, config.num_nonlocal_layers, config.patch_size, config.image_size) == (10, 2, 16, 224)
     assert config.num_classes == 1000 and config.pre_norm and config.ff_dim == 4 * config.dim
     changed = getattr(ConViTConfig, f"ConViT_{size}")(num_classes=7, token_dropout=0.2)
@@ -128,8 +128,43 @@ def test_a_backbone_and_a_layer_on_their_own():
 
 def test_heads_follow_from_their_features():
     sizes = {name: value for name, value in SMALL.items() if name != "heads"}
-    assert ConViTConfig(**sizes, head_dim=2).heads == 9 and ConViTConfig(**sizes, heads=6).head_dim == 3
-    assert ConViTConfig(**sizes, heads=6, head_dim=3).heads == 6
+    assert ConViTConfig(**sizes, head_dim=2).heads == 9 and ConViTConfig(**sizes, heads=6, head_dim=3).heads == 6
+    assert replace(ConViTConfig(**sizes, heads=6), heads=9).heads == 9
+    # without either: a square number of heads, with about 48 features each
+    found = {dim: ConViTConfig(**sizes | {"dim": dim}).heads for dim in (18, 48, 192, 432, 768, 100)}
+    assert found == {18: 1, 48: 1, 192: 4, 432: 9, 768: 16, 100: 4}
+    assert ConViTConfig(32, 3, 4, 2, 1, 48, 10).ff_dim == 192
+
+
+def test_matrices():
+    model = ConViTWithLinearClassifier(ConViTConfig(**SMALL, pre_norm=True)).eval()
+    images = torch.randn(2, 1, 8, 12)
+    logits, matrices = model(images, output_attentions=True)
+    torch.testing.assert_close(logits, model(images))
+    assert [matrix.shape for matrix in matrices] == [(2, 9, 24, 24), (2, 9, 24, 24), (2, 9, 25, 25)]
+    for matrix in matrices:
+        torch.testing.assert_close(matrix.sum(3), torch.ones_like(matrix[..., 0]))
+
+
+@pytest.mark.parametrize(("local", "others"), [(0, 2), (2, 0)])
+def test_without_local_or_without_other_layers(local, others):
+    config = ConViTConfig(**SMALL | {"num_local_layers": local, "num_nonlocal_layers": others})
+    assert ConViTWithLinearClassifier(config)(torch.randn(2, 1, 8, 12)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (12, 8), (9, 13)])
+def test_images_of_another_size_are_refused(size):
+    with pytest.raises(ValueError, match=r"images of .* the model was made for \(8, 12\)"):
+        ConViTWithLinearClassifier(ConViTConfig(**SMALL))(torch.randn(1, 1, *size))
+
+
+def test_feed_forward_drops_hidden_and_output_features():
+    layer = ConViTLayer(18, torch.nn.Identity(), ff_dropout=0.5)
+    seen = []
+    layer.mlp[2].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    out = layer.feed_forward(torch.randn(2, 30, 18))
+    for dropped in (seen[0], out):
+        assert (dropped == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -137,10 +172,18 @@ def test_heads_follow_from_their_features():
     [
         ({"patch_size": 3}, r"patch_size=3 does not divide image_size=\(8, 12\)"),
         ({"heads": 5}, "heads=5 and head_dim=None must multiply to dim=18"),
-        ({"heads": None}, "heads=None and head_dim=None"),
+        ({"heads": 0}, "heads=0 must be a whole number of at least 1"),
+        ({"heads": 4.0}, "heads=4.0"),
+        ({"head_dim": 0}, "head_dim=0"),
+        ({"ff_dim": 0}, "ff_dim=0"),
+        ({"num_local_layers": 1.5}, "num_local_layers=1.5"),
+        ({"image_size": (32,)}, r"image_size=\(32,\) must be a whole number, or two of them"),
+        ({"locality_strength": -1.0}, "locality_strength=-1.0"),
+        ({"locality_strength": float("nan")}, "locality_strength=nan"),
+        ({"dim": 18.0}, "dim=18.0"),
         ({"head_dim": 4}, "heads=9 and head_dim=4"),
         ({"num_local_layers": -1}, "num_local_layers=-1"),
-        ({"num_local_layers": 0, "num_nonlocal_layers": 0}, "one of them at least 1"),
+        ({"num_local_layers": 0, "num_nonlocal_layers": 0}, "one of them must be at least 1"),
         ({"ff_dropout": 1.0}, "ff_dropout=1.0"),
         ({"dim": 0}, "dim=0"),
         ({"pred_act_fnc_name": "Relu"}, "pred_act_fnc_name='Relu' is not one of Identity, ReLU"),
@@ -149,6 +192,10 @@ def test_heads_follow_from_their_features():
 def test_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         ConViTConfig(**SMALL | changes)
+    values = {name: value for name, value in (SMALL | changes).items() if name not in ("num_classes", "pred_act_fnc_name")}
+    if "pred_act_fnc_name" not in changes:
+        with pytest.raises(ValueError, match=message):
+            ConViTBackbone(**values)
 
 
 def test_the_demo_runs(capsys):

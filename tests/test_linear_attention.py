@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import linear_attention
 from benchmark import peak_memory
 from layers1d import MultiHeadAttention, TokenLayout
 from linear_attention import (
@@ -340,6 +341,39 @@ def test_autocast(name):
         out = layer(x)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), layer(x), atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "relu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_logarithms_of_features_are_float32(kernel, dtype):
+    random, x = PerformerAttention(16, 2, 12, kernel=kernel).random, torch.randn(2, 2, 9, 8).to(dtype)
+    expected = random.log_features(x.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = random.log_features(x)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert random.to(dtype).log_features(x).dtype == torch.float32
+
+
+def test_pseudo_inverse_is_float32_under_autocast(monkeypatch):
+    seen = []
+    monkeypatch.setattr(linear_attention, "pseudo_inverse", lambda matrix: seen.append(pseudo_inverse(matrix)) or seen[-1])
+    layer, x = MIXERS["Nystromformer"](TokenLayout(6, 6, 1)), torch.randn(2, 37, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x)
+    assert [inverse.dtype for inverse in seen] == [torch.float32]
+
+
+def test_nystromformer_drops_what_queries_read_only(monkeypatch):
+    dropouts = []
+    real = linear_attention.attend
+
+    def attend(*args, dropout=0.0, **more):
+        dropouts.append(dropout)
+        return real(*args, dropout=dropout, **more)
+
+    monkeypatch.setattr(linear_attention, "attend", attend)
+    MIXERS["Nystromformer"](TokenLayout(6, 6, 1), attention_dropout=0.5)(torch.randn(2, 37, 16))
+    assert dropouts == [0.0, 0.5]
 
 
 @pytest.mark.parametrize(

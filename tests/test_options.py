@@ -823,6 +823,12 @@ def test_flags_beside_a_convit_override_it():
     model = parse_vit("--config c.yaml --num_layers 8 --num_local_layers none --d_hidden 512 --pool mean").model
     assert (model.layer, model.num_layers, model.num_local_layers, model.d_model, model.d_mlp) == ("GPSA", 8, None, 512, 768)
     assert (model.num_heads, model.dropout, model.attention_dropout, model.pool) == (4, 0.1, 0.0, "mean")
+    # a model on the command line is not the model of the file, whose flags say nothing of it
+    Path("run.yaml").write_text(yaml.safe_dump(parse_vit("--model convit_ti --resize 64 --K 5").as_dict()))
+    model = parse_vit("--config run.yaml --model convit_s --dropout 0.3").model
+    assert model == ViTConfig(model="convit_s", image_size=64, K=5, dropout=0.3)
+    assert parse_vit("--config run.yaml --model vit").model == ViTConfig(image_size=64, K=5)
+    assert parse_vit("--config run.yaml --model convit_ti --num_heads 8").model.num_heads == 8
     smaller = dataclasses.replace(ViTConfig(model="convit_s"), num_layers=12, layer="Attention")
     assert (smaller.layer, smaller.num_heads, smaller.d_model) == ("Attention", 9, 432)
     first = parse_vit("--model convit_ti --num_heads 8 --d_model 512")
