@@ -280,13 +280,15 @@ def draw_scaling(rows: list[dict], title: str) -> bytes:
     figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(title, fontsize=9)
     axes = figure.subplots(1, 2)
-    styles = itertools.cycle(itertools.product("os^vD", [f"C{number}" for number in range(10)]))
-    for (label, of_line), (marker, color) in zip(lines.items(), styles, strict=False):
+    looks = itertools.product([("o", "-"), ("s", "--"), ("^", ":")], [f"C{number}" for number in range(10)])
+    styles = itertools.cycle((marker, style, color) for (marker, style), color in looks)
+    for (label, of_line), (marker, style, color) in zip(lines.items(), styles, strict=False):
         for axis, key in zip(axes, ("forward_backward_ms", "peak_memory_mb"), strict=True):
             axis.plot(
                 [row["tokens"] for row in of_line],
                 [row[key] for row in of_line],
                 marker=marker,
+                ls=style,
                 color=color,
                 ms=4,
                 lw=1.2,
