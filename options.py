@@ -684,7 +684,7 @@ class Options(NamedTuple):
         return values
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line, exit status 2; `name=value` in a message becomes the flag a user would type."""
         names = "|".join(action.dest for action in self._actions)
@@ -798,7 +798,7 @@ def make_parser(
     model_type: type, others: tuple[type, ...], description: str, defaults: dict, prog: str | None
 ) -> argparse.ArgumentParser:
     """Flags of a model and of other configs; where both have one of the same name it is that of the others."""
-    parser = _Parser(prog=prog, description=description, usage="%(prog)s [options]", allow_abbrev=False)
+    parser = OneLineParser(prog=prog, description=description, usage="%(prog)s [options]", allow_abbrev=False)
     parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.I)  # -1e-3 is a value as well, not a flag
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags on the command line win")
     elsewhere = {name for config in (NeighborConfig, *others) for name in specs(config)}

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import yaml
 
-from options import PROGRAMS, did_you_mean, parse_options, read_yaml
+from options import PROGRAMS, OneLineParser, did_you_mean, parse_options, read_yaml
 
 ROOT = Path(__file__).resolve().parent
 KEYS = ("program", "options", "grid", "seed")
@@ -470,13 +470,8 @@ def label_of(row: dict, names: list[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("sweep", metavar="SWEEP.yaml", help="program, options, grid and seed; see configs/sweeps")
     parser.add_argument(
         "--set",

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from options import DATASETS, PROGRAMS, DataConfig, Options, ViTConfig, read_yaml, resolve
+from options import DATASETS, PROGRAMS, DataConfig, OneLineParser, Options, ViTConfig, read_yaml, resolve
 
 # ---------------------------------------------------------------------------------------------------------------
 # Runs
@@ -323,11 +323,6 @@ def draw_samples(args: argparse.Namespace) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def at_least_one(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
@@ -351,8 +346,8 @@ def place(text: str) -> tuple[float, float]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE", parser_class=_Parser)
+    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE", parser_class=OneLineParser)
 
     def add(name: str, help: str) -> argparse.ArgumentParser:
         one = figures.add_parser(name, help=help, description=help, allow_abbrev=False)
