@@ -562,6 +562,11 @@ class DataConfig:
 
 
 SYSTEM = {"group": "system and output"}
+# What may differ when a run is resumed: where it runs and what it writes. All else would change its numbers.
+RESUME_MAY_CHANGE = set(
+    "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
+    "tensorboard early_stopping use_compiled compile_mode".split()
+)
 
 
 @dataclass(frozen=True)

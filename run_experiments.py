@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import yaml
 
-from options import PROGRAMS, OneLineParser, did_you_mean, parse_options, read_yaml
+from options import PROGRAMS, RESUME_MAY_CHANGE, OneLineParser, did_you_mean, parse_options, read_yaml
 
 ROOT = Path(__file__).resolve().parent
 KEYS = ("program", "options", "grid", "seed")
@@ -121,8 +121,6 @@ def as_word(value) -> str:
 
 def check_points(points: list[Point], folder: Path) -> None:
     """Raise ValueError for the first point whose options do not fit, or whose folder holds a run with others."""
-    from utils import RESUME_MAY_CHANGE
-
     names = [point.name for point in points]
     for point in points:
         for name in SET_BY_THE_SWEEP:
@@ -262,7 +260,7 @@ class Sweep:
                 time.sleep(0.1)
         finally:
             for run in running:
-                run.process.send_signal(signal.SIGINT)
+                run.process.terminate()  # not SIGINT, which runs started in the background ignore
             for run in running:
                 run.process.wait()
                 os.close(run.descriptor)

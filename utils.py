@@ -24,16 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from options import RESUME_MAY_CHANGE
+
 COLUMNS = (
     "epoch lr train_loss train_top1 train_top5 test_loss test_top1 test_top5 seconds images_per_s".split()
 )  # and, where a validation set is held out, val_loss val_top1 val_top5
-
-
-# What may differ when a run is resumed: where it runs and what it writes. All else would change its numbers.
-RESUME_MAY_CHANGE = set(
-    "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
-    "tensorboard early_stopping use_compiled compile_mode".split()
-)
 
 
 class RunError(Exception):

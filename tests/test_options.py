@@ -931,6 +931,8 @@ VIT_PRESETS = {
     | {"pos_embedding": "learned", "final_norm": True, "patch_norm": False, "resize": 224},
     "vit_cifar_small": {"resize": 32, "patch_size": 4, "d_model": 48, "num_layers": 4, "num_heads": 4, "d_mlp": 192}
     | {"pos_embedding": "learned", "dropout": 0.0, "kernel_size": 3, "hybrid_dilations": [1, 2]},
+    "convit_ti": {"model": "convit_ti", "layer": "GPSA", "num_local_layers": 10, "num_layers": 12, "d_model": 192}
+    | {"num_heads": 4, "d_mlp": 768, "patch_size": 16, "resize": 224, "num_epochs": 150},
 }
 
 

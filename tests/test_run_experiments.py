@@ -221,7 +221,9 @@ def test_slots(sweep, monkeypatch):
 
 def in_own_process(folder, *more, **environment):
     code = (
-        "import sys; import run_experiments as r; from pathlib import Path; r.ROOT = Path.cwd(); sys.exit(r.main(sys.argv[1:]))"
+        "import signal, sys; import run_experiments as r; from pathlib import Path; r.ROOT = Path.cwd(); "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where the tests run in the background
+        "sys.exit(r.main(sys.argv[1:]))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.Popen(
