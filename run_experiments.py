@@ -199,7 +199,8 @@ class Sweep:
     points: list[Point]
     folder: Path
     slots: int
-    gpus: bool = False  # slots are GPUs
+    gpus: bool = False  # each slot has GPUs of its own
+    gpus_per_run: int = 1  # with more than one, torchrun starts as many processes
     failed: list[str] = field(default_factory=list)
     elsewhere: list[str] = field(default_factory=list)
 
@@ -215,10 +216,12 @@ class Sweep:
             return None
         environment = dict(os.environ)
         if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = visible_gpu(slot)
+            environment["CUDA_VISIBLE_DEVICES"] = visible_gpus(slot, self.gpus_per_run)
         else:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.slots)))
-        command = [sys.executable, str(ROOT / point.program), *point.argv(self.folder)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus_per_run}"]
+        command = [sys.executable, *(launcher if self.gpus_per_run > 1 else []), str(ROOT / point.program)]
+        command += point.argv(self.folder)
         with open(folder / "log.txt", "ab") as log:
             log.write(f"\n$ {shlex.join(command)}\n".encode())
             log.flush()
@@ -273,17 +276,18 @@ class Sweep:
         return f"{run.point.name}: test top-1 {read_summary(log.parent)['final']['test_top1']:.2f} %"
 
 
-def visible_gpu(slot: int) -> str:
-    """The GPU of a slot, among those that we may see ourselves."""
+def visible_gpus(slot: int, count: int) -> str:
+    """The GPUs of a slot, among those that we may see ourselves."""
     ours = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    return ours[slot] if slot < len(ours) else str(slot)
+    wanted = range(slot * count, (slot + 1) * count)
+    return ",".join(ours[gpu] if gpu < len(ours) else str(gpu) for gpu in wanted)
 
 
 class ClusterRun:
     """A point as a job of submitit: it runs the same code, and when its job is requeued it is submitted again and resumes."""
 
-    def __call__(self, point: Point, points: list[Point], folder: Path) -> str:
-        started = Sweep([point], folder, slots=1).start(point, 0)
+    def __call__(self, point: Point, points: list[Point], folder: Path, gpus_per_run: int) -> str:
+        started = Sweep([point], folder, slots=1, gpus_per_run=gpus_per_run).start(point, 0)
         if started is not None:
             status = started.process.wait()
             os.close(started.descriptor)
@@ -292,22 +296,22 @@ class ClusterRun:
         write_summary(points, folder)
         return point.name
 
-    def checkpoint(self, point: Point, points: list[Point], folder: Path):
+    def checkpoint(self, *arguments):
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self, point, points, folder)
+        return DelayedSubmission(self, *arguments)
 
 
-def submit(points: list[Point], folder: Path, parameters: dict, cluster: str = "slurm") -> list:
+def submit(points: list[Point], folder: Path, parameters: dict, gpus_per_run: int) -> list:
     """One job per point that is not finished, as an array; returns submitit's jobs."""
     from submitit import AutoExecutor
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # jobs inherit it
-    executor = AutoExecutor(folder=folder / "jobs", cluster=cluster)
+    executor = AutoExecutor(folder=folder / "jobs", cluster="slurm")
     executor.update_parameters(name=folder.name, **parameters)
     points_left = [point for point in points if not is_finished(point, folder)]
     with executor.batch():
-        return [executor.submit(ClusterRun(), point, points, folder) for point in points_left]
+        return [executor.submit(ClusterRun(), point, points, folder, gpus_per_run) for point in points_left]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -480,9 +484,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output_dir", type=Path, help="folder of the sweep (default: ./Output/sweeps/<name of the file>)")
     parser.add_argument("--dry_run", action="store_true", help="print the points and stop")
+    parser.add_argument(
+        "--gpus_per_run", type=int, default=1, help="GPUs of one run; more than 1 start it by torchrun (default: 1)"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
-    where.add_argument("--gpus", type=int, help="run on so many GPUs, one run on each at a time")
+    where.add_argument("--gpus", type=int, help="run on so many GPUs, one run on each (or on --gpus_per_run of them) at a time")
     where.add_argument(
         "--slurm",
         nargs="*",
@@ -516,9 +523,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folder = args.output_dir or Path("Output/sweeps") / Path(args.sweep).stem
     try:
-        for name in ("jobs", "gpus"):
+        for name in ("jobs", "gpus", "gpus_per_run"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+        if args.gpus and args.gpus < args.gpus_per_run:
+            raise ValueError(f"--gpus_per_run {args.gpus_per_run} is more than --gpus {args.gpus}")
         points = name_points(*read_sweep(args.sweep, args.set))
         check_points(points, folder)
         parameters = None if args.slurm is None else slurm_parameters(args.slurm)
@@ -530,10 +539,11 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sweep.txt").write_text(shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]) + "\n")
     if parameters is not None:
-        return run_on_cluster(points, folder, parameters, parser)
+        return run_on_cluster(points, folder, parameters, args.gpus_per_run, parser)
     from tqdm import tqdm
 
-    sweep = Sweep(points, folder, args.gpus or args.jobs, gpus=bool(args.gpus))
+    slots = args.gpus // args.gpus_per_run if args.gpus else args.jobs
+    sweep = Sweep(points, folder, slots, gpus=bool(args.gpus), gpus_per_run=args.gpus_per_run)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with tqdm(total=len(points), unit="run", disable=None) as progress:
@@ -556,9 +566,11 @@ def last_line(path: Path) -> str:
     return lines[-1] if lines else ""
 
 
-def run_on_cluster(points: list[Point], folder: Path, parameters: dict, parser: argparse.ArgumentParser) -> int:
+def run_on_cluster(
+    points: list[Point], folder: Path, parameters: dict, gpus_per_run: int, parser: argparse.ArgumentParser
+) -> int:
     try:
-        jobs = submit(points, folder, parameters)
+        jobs = submit(points, folder, parameters, gpus_per_run)
     except ModuleNotFoundError:
         parser.error("--slurm needs the package submitit: pip install submitit")
     except (RuntimeError, NameError, TypeError, ValueError) as error:  # no sbatch here, or a parameter that it does not know

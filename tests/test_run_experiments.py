@@ -156,7 +156,15 @@ def test_what_is_wrong_is_said_before_anything_starts(text, says, sweep, capsys)
 
 
 @pytest.mark.parametrize(
-    "line", ["nowhere.yaml", "sweep.yaml --jobs 0", "sweep.yaml --set K", "sweep.yaml --set K=", "sweep.yaml --slurm a"]
+    "line",
+    [
+        "nowhere.yaml",
+        "sweep.yaml --jobs 0",
+        "sweep.yaml --set K",
+        "sweep.yaml --set K=",
+        "sweep.yaml --slurm a",
+        "sweep.yaml --gpus 2 --gpus_per_run 4",
+    ],
 )
 def test_bad_command_lines(line, sweep, capsys):
     with pytest.raises(SystemExit) as end:
@@ -217,6 +225,26 @@ def test_slots(sweep, monkeypatch):
     assert run_experiments.main(["sweep.yaml", "--jobs", "3", "--set", "num_epochs=1", "--output_dir", "b"]) == 0
     used = [json.loads(path.read_text()) for path in Path("b").glob("*/environment.json")]
     assert {one["OMP_NUM_THREADS"] for one in used} == {"2"} and {one["CUDA_VISIBLE_DEVICES"] for one in used} == {"4,7"}
+
+
+def test_a_run_on_several_gpus_is_started_by_torchrun(sweep, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    commands = []
+
+    class Process:
+        returncode = 3
+
+        def __init__(self, command, env, **more):
+            commands.append((command, env["CUDA_VISIBLE_DEVICES"]))
+
+        def poll(self):
+            return 3
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    assert run_experiments.main(["sweep.yaml", "--gpus", "5", "--gpus_per_run", "2"]) == 1
+    assert {gpus for _, gpus in commands} == {"0,1", "2,3"} and len(commands) == 4
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(sweep / "vit_main.py")]
+    assert all(command[:6] == launcher for command, _ in commands)
 
 
 def in_own_process(folder, *more, **environment):
@@ -337,11 +365,11 @@ def test_submitted_runs(tmp_path):
 def test_a_job_that_is_requeued_is_submitted_as_it_was(sweep):
     pytest.importorskip("submitit")
     run, points = run_experiments.ClusterRun(), name_points(*read_sweep("sweep.yaml", []))
-    again = run.checkpoint(points[0], points, sweep / "out")
-    assert again.function is run and again.args == (points[0], points, sweep / "out")
+    again = run.checkpoint(points[0], points, sweep / "out", 1)
+    assert again.function is run and again.args == (points[0], points, sweep / "out", 1)
     assert again.result() == points[0].name and (sweep / "out" / "summary.csv").exists()
     with pytest.raises(RuntimeError, match="Attention_seed-0 failed; see"):
-        run(points[0]._replace(values=points[0].values | {"lr": 0.5, "num_epochs": 3}), points, sweep / "out")
+        run(points[0]._replace(values=points[0].values | {"lr": 0.5, "num_epochs": 3}), points, sweep / "out", 1)
 
 
 def test_summary_of_runs_that_are_missing_or_unfinished(sweep):
