@@ -408,6 +408,7 @@ def as_markdown(rows: list[dict]) -> str:
 def draw(rows: list[dict]) -> dict:
     """Figures by name: accuracy against each cost, and against every option that was swept through numbers."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
     swept = [name for name in itertools.takewhile(lambda name: name != "runs", rows[0]) if len({row[name] for row in rows}) > 1]
     styles = list(itertools.product("os^vDP", [f"C{number}" for number in range(10)]))
@@ -424,10 +425,17 @@ def draw(rows: list[dict]) -> dict:
             axis.errorbar(
                 row[cost], row["top1"], spread, fmt=marker, color=color, ms=7, lw=1, capsize=2, label=label_of(row, swept)
             )
-        axis.set_xscale("log")
+        values = [row[cost] for row in rows]
+        if max(values) > 3 * min(values):
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.minorticks_off()
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axis.set_xlabel(label)
         axis.set_ylabel("test top-1 (%)")
-        axis.grid(alpha=0.3, which="both")
+        axis.grid(alpha=0.3)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figures = {"tradeoff": figure}
     for option in swept:
