@@ -594,8 +594,11 @@ class BenchmarkConfig:
             object.__setattr__(self, "resolution", self.resolution or (16, 32))
             return
         for tokens in self.tokens:
-            if math.isqrt(tokens) ** 2 != tokens:
-                raise ValueError(f"tokens={tokens} is not a square number, and the grid of a square image has one of tokens")
+            side = math.isqrt(tokens)
+            if side**2 != tokens:
+                raise ValueError(
+                    f"tokens={tokens} is not a square number, as square grids have; {side**2} and {(side + 1) ** 2} are"
+                )
         object.__setattr__(self, "resolution", tuple(math.isqrt(tokens) for tokens in self.tokens))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -21,12 +22,12 @@ from options import DATASETS, PROGRAMS, DataConfig, OneLineParser, Options, ViTC
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def read_options(folder: Path) -> Options:
-    """The options of the run in a folder. Raises ValueError if there is none."""
+def read_options(folder: Path, data_path: str | None = None) -> Options:
+    """The options of the run in a folder, with its data in `data_path` if that is given. Raises ValueError without a run."""
     path = folder / "config.yaml"
     if not path.exists():
         raise ValueError(f"{folder} holds no run: there is no config.yaml in it")
-    values = read_yaml(str(path))
+    values = read_yaml(str(path)) | ({"data_path": data_path} if data_path else {})
     program = PROGRAMS["vit_main.py" if "patch_size" in values else "allconvnet_main.py"]
     return resolve(program.model, program.family, values)
 
@@ -40,15 +41,13 @@ def load_run(folder: Path, images: int, data_path: str | None):
     from dataset import load_data
     from vit import ViT
 
-    options = read_options(folder)
+    options = read_options(folder, data_path)
     path = folder / "best.pt"
     if not path.exists():
         raise ValueError(f"{folder} holds no best.pt; its run has not ended its first epoch")
     model = (ViT if isinstance(options.model, ViTConfig) else AllConvNet)(options.model)
     utils.load_weights(model, path, flag="best.pt")
-    values = {name: getattr(options.data, name) for name in ("dataset", "data_path", "resize", "noise")}
-    values |= {"data_path": data_path or options.data.data_path, "test_limit": images, "num_workers": 0, "download": False}
-    config = DataConfig(**values)
+    config = dataclasses.replace(options.data, test_limit=images, num_workers=0, download=False)
     data = load_data(config, batch_size=images, seed=options.train.seed, device=torch.device("cpu"), test_only=True)
     shown, labels = next(iter(data.test.epoch(0)))
     return model.eval(), shown, labels, data.class_names
@@ -151,7 +150,7 @@ def draw_attention(args: argparse.Namespace) -> bytes:
     import torch
     from matplotlib.figure import Figure
 
-    options = read_options(args.run)
+    options = read_options(args.run, args.data_path)
     if not isinstance(options.model, ViTConfig):
         raise ValueError(f"{args.run} is a run of allconvnet_main.py; attention maps are of the patches of vit_main.py")
     model, images, labels, names = load_run(args.run, args.images, args.data_path)
@@ -192,7 +191,7 @@ def draw_neighbors(args: argparse.Namespace) -> bytes:
 
     from layers1d import NeighborSelection
 
-    options = read_options(args.run)
+    options = read_options(args.run, args.data_path)
     model, images, labels, names = load_run(args.run, args.images, args.data_path)
     found: list[tuple[str, NeighborSelection, tuple, torch.Tensor]] = []
 
