@@ -64,52 +64,73 @@ def combinations(axes: dict) -> Iterator[dict]:
         yield dict(zip(axes, values, strict=True))
 
 
-def read_sweep(path: str, changes: list[str]) -> tuple[str, list[dict]]:
-    """Program and points (options by name) of a sweep file, changed by `--set name=v1,v2`. Raises ValueError."""
-    sweep = read_yaml(path)
+def read_sweep(path: str, changes: list[str]) -> tuple[str, list[dict], list[str]]:
+    """Program, points (options by name) and axes of a sweep file, changed by `--set name=v1,v2`. Raises ValueError."""
+    try:
+        sweep = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("config=")) from None
     for key in sweep:
         if key not in KEYS:
             raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(key, KEYS)}; a sweep has {', '.join(KEYS)}")
     program, options, grid = sweep.get("program"), sweep.get("options") or {}, sweep.get("grid") or {}
-    if program not in PROGRAMS:
+    if program not in list(PROGRAMS):
         raise ValueError(f"{path}: program is {program!r}; give {' or '.join(PROGRAMS)}")
     grids = grid if isinstance(grid, list) else [grid]
-    if not isinstance(options, dict) or not all(isinstance(one, dict) for one in grids) or not grids:
+    if not isinstance(options, dict) or not all(isinstance(one, dict) for one in grids):
         raise ValueError(f"{path}: options is a mapping, and grid a mapping or a list of mappings, of option names to values")
-    if any(isinstance(value, list) and not value for one in grids for value in one.values()):
-        raise ValueError(f"{path}: an option in the grid has no values")
     every = {"seed": sweep["seed"]} if "seed" in sweep else {}
-    for change in changes:
-        name, equals, text = change.partition("=")
-        try:
-            values = yaml.safe_load(f"[{text}]")
-        except yaml.YAMLError:
-            values = None
-        if not name or not equals or not values:
-            raise ValueError(f"--set {change!r} is not name=value or name=value1,value2")
+    axes = [name for one in [*grids, every] for name in one]
+    for name, values in map(parse_change, changes):
         grids = [{key: value for key, value in one.items() if key != name} for one in grids]
         options = {key: value for key, value in options.items() if key != name}
         every[name] = values
+        axes.append(name)
+    for one in [options, every, *grids]:
+        check_values(path, one)
     points = [options | point for one in grids for point in combinations(one | every)]
     distinct = []
     for point in points:  # what --set removed may leave twins
         if point not in distinct:
             distinct.append(point)
-    return program, distinct
+    return program, distinct, sorted(dict.fromkeys(axes), key="seed".__eq__)  # the seed last
 
 
-def name_points(program: str, points: list[dict]) -> list[Point]:
-    """Points with a name each, made of the options in which they differ."""
-    names = list(dict.fromkeys(name for point in points for name in point))
-    names.sort(key="seed".__eq__)  # last
-    varying = [name for name in names if len({json.dumps(point.get(name)) for point in points}) > 1]
+def parse_change(change: str) -> tuple[str, list]:
+    """name=v1,v2 -> name and values, which are written as in YAML."""
+    name, equals, text = change.partition("=")
+    try:
+        values = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError:
+        values = None
+    if not name or not equals or not values:
+        raise ValueError(f"--set {change!r} is not name=value or name=value1,value2")
+    return name, values
+
+
+def check_values(path: str, options: dict) -> None:
+    for name, value in options.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: {name!r} is not the name of an option")
+        if value == []:
+            raise ValueError(f"{path}: {name} has no values")
+        flat = (
+            [one for part in value for one in (part if isinstance(part, list) else [part])]
+            if isinstance(value, list)
+            else [value]
+        )
+        for one in flat:
+            if one is not None and not isinstance(one, (str, int, float)):
+                raise ValueError(f"{path}: {name} has the value {one}, which is neither a number nor a text")
+
+
+def name_points(program: str, points: list[dict], axes: list[str]) -> list[Point]:
+    """Points with a name each: their values on the axes. So a part of a sweep has the names that the whole has."""
     named = []
     for point in points:
-        parts = [
-            as_word(point[name]) if name == "layer" else f"{name}-{as_word(point[name])}" for name in varying if name in point
-        ]
-        label = "_".join(parts) or as_word(point.get("layer", "run"))
-        named.append(Point(label, program, point, {name: point[name] for name in varying if name in point}))
+        varying = {name: point[name] for name in axes if name in point}
+        parts = [as_word(value) if name == "layer" else f"{name}-{as_word(value)}" for name, value in varying.items()]
+        named.append(Point("_".join(parts) or as_word(point.get("layer", "run")), program, point, varying))
     return named
 
 
@@ -121,7 +142,7 @@ def as_word(value) -> str:
 
 def check_points(points: list[Point], folder: Path) -> None:
     """Raise ValueError for the first point whose options do not fit, or whose folder holds a run with others."""
-    names = [point.name for point in points]
+    names, runs = [point.name for point in points], {}
     for point in points:
         for name in SET_BY_THE_SWEEP:
             if name in point.values:
@@ -129,13 +150,26 @@ def check_points(points: list[Point], folder: Path) -> None:
         if names.count(point.name) > 1:
             raise ValueError(f"two points would be named {point.name}; make their values differ in letters or digits")
         options = resolved(point, folder)
-        there = folder / point.name / "config.yaml"
-        for name, value in (read_yaml(str(there)) if there.exists() else {}).items():
-            if name in options and name not in RESUME_MAY_CHANGE and options[name] != value:
-                raise ValueError(
-                    f"{point.name}: {folder / point.name} holds a run with {name}={value}, not {options[name]}; "
-                    "remove it, or use another --output_dir"
-                )
+        same = runs.setdefault(json.dumps(options | {"output_dir": ""}), point.name)
+        if same != point.name:
+            raise ValueError(f"{same} and {point.name} are the same run; drop one of them")
+        check_folder(point, options, folder / point.name)
+
+
+def check_folder(point: Point, options: dict, folder: Path) -> None:
+    """Raise ValueError if the folder holds a run with other options; one without a schedule may be made longer."""
+    path = folder / "config.yaml"
+    for name, value in (read_yaml(str(path)) if path.exists() else {}).items():
+        may_change = name in RESUME_MAY_CHANGE
+        if name == "num_epochs" and value != options[name]:
+            may_change = value < options[name] and options["scheduler"] == "none" and not options["early_stopping"]
+        elif name == "early_stopping":
+            may_change = False
+        if name in options and options[name] != value and not may_change:
+            raise ValueError(
+                f"{point.name}: {folder} holds a run with {name}={value}, not {options[name]}; "
+                "remove it, or use another --output_dir"
+            )
 
 
 def resolved(point: Point, folder: Path) -> dict:
@@ -162,12 +196,12 @@ def read_summary(folder: Path) -> dict | None:
 
 
 def is_finished(point: Point, folder: Path) -> bool:
-    """Whether the point's run has ended, by itself (early stopping) or after as many epochs as are asked for now."""
+    """Whether the point's run has ended: by early stopping, or after as many epochs as are asked for now."""
     summary = read_summary(folder / point.name)
     if not summary or not summary["finished"]:
         return False
     options = resolved(point, folder)
-    return bool(options["early_stopping"]) or summary["epochs"] >= options["num_epochs"]
+    return bool(options["early_stopping"]) or summary["epochs"] == options["num_epochs"]
 
 
 def lock(folder: Path) -> int | None:
@@ -202,23 +236,16 @@ class Sweep:
     gpus: bool = False  # each slot has GPUs of its own
     gpus_per_run: int = 1  # with more than one, torchrun starts as many processes
     failed: list[str] = field(default_factory=list)
-    elsewhere: list[str] = field(default_factory=list)
 
-    def start(self, point: Point, slot: int) -> Running | None:
-        """Start a point that is neither finished nor run by somebody else."""
+    def start(self, point: Point, slot: int, descriptor: int) -> Running:
+        """Start a point, whose lock we hold."""
         folder = self.folder / point.name
-        descriptor = lock(folder)
-        if descriptor is None:
-            self.elsewhere.append(point.name)
-            return None
-        if is_finished(point, self.folder):
-            os.close(descriptor)
-            return None
+        (folder / "point.json").write_text(json.dumps(point._asdict()))  # the summary of later sweeps in this folder has it too
         environment = dict(os.environ)
         if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = visible_gpus(slot, self.gpus_per_run)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[slot * self.gpus_per_run :][: self.gpus_per_run])
         else:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.slots)))
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // (self.slots * self.gpus_per_run))))
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus_per_run}"]
         command = [sys.executable, *(launcher if self.gpus_per_run > 1 else []), str(ROOT / point.program)]
         command += point.argv(self.folder)
@@ -236,30 +263,37 @@ class Sweep:
             )
         return Running(point, process, slot, descriptor)
 
+    def start_some(self, waiting: list[Point], running: list[Running], progress) -> None:
+        """Start points while slots are free. What is finished is done; what another process runs waits for that."""
+        for point in list(waiting):
+            free = set(range(self.slots)) - {run.slot for run in running}
+            descriptor = lock(self.folder / point.name) if free else None
+            if descriptor is None:
+                continue
+            waiting.remove(point)
+            if is_finished(point, self.folder):  # looked at under the lock, so that nobody else is about to run it
+                os.close(descriptor)
+                progress.update()
+            else:
+                running.append(self.start(point, min(free), descriptor))
+
     def run(self, progress) -> None:
         """Run all points; the summary is kept current. Runs are ended with the sweep, to be resumed by the next one."""
         waiting, running, draw_again = list(self.points), [], time.monotonic() + PLOTS_EVERY
         try:
             while waiting or running:
-                free = sorted(set(range(self.slots)) - {run.slot for run in running})
-                while waiting and free:
-                    started = self.start(waiting.pop(0), free[0])
-                    if started is None:
-                        progress.update()
-                        continue
-                    running.append(started)
-                    free.pop(0)
+                self.start_some(waiting, running, progress)
                 for run in [run for run in running if run.process.poll() is not None]:
                     running.remove(run)
-                    os.close(run.descriptor)
-                    if run.process.returncode:
-                        self.failed.append(run.point.name)
                     progress.write(self.outcome(run))
+                    os.close(run.descriptor)
                     progress.update()
                     is_due = time.monotonic() > draw_again
                     write_summary(self.points, self.folder, draw_plots=is_due)
                     draw_again = time.monotonic() + PLOTS_EVERY if is_due else draw_again
-                progress.set_postfix_str(f"{len(running)} running, {len(self.failed)} failed")
+                elsewhere = len(waiting) if len(running) < self.slots else 0
+                note = f", {elsewhere} run by another process" if elsewhere else ""
+                progress.set_postfix_str(f"{len(running)} running, {len(self.failed)} failed{note}")
                 time.sleep(0.1)
         finally:
             for run in running:
@@ -269,30 +303,43 @@ class Sweep:
                 os.close(run.descriptor)
 
     def outcome(self, run: Running) -> str:
-        """How a run ended, in a line."""
-        log = self.folder / run.point.name / "log.txt"
-        if run.process.returncode:
-            return f"{run.point.name} failed: {last_line(log)} (see {log})"
-        return f"{run.point.name}: test top-1 {read_summary(log.parent)['final']['test_top1']:.2f} %"
+        """How a run ended, in a line; a failure is noted."""
+        folder = self.folder / run.point.name
+        if run.process.returncode == 0 and is_finished(run.point, self.folder):
+            return f"{run.point.name}: test top-1 {read_summary(folder)['final']['test_top1']:.2f} %"
+        self.failed.append(run.point.name)
+        return f"{run.point.name} failed: {last_line(folder / 'log.txt')} (see {folder / 'log.txt'})"
 
 
-def visible_gpus(slot: int, count: int) -> str:
-    """The GPUs of a slot, among those that we may see ourselves."""
-    ours = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    wanted = range(slot * count, (slot + 1) * count)
-    return ",".join(ours[gpu] if gpu < len(ours) else str(gpu) for gpu in wanted)
+def cores() -> int:
+    """Cores that we may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that we may use, as CUDA_VISIBLE_DEVICES names them."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
+    import torch  # only to count
+
+    return [str(gpu) for gpu in range(torch.cuda.device_count())]
 
 
 class ClusterRun:
     """A point as a job of submitit: it runs the same code, and when its job is requeued it is submitted again and resumes."""
 
     def __call__(self, point: Point, points: list[Point], folder: Path, gpus_per_run: int) -> str:
-        started = Sweep([point], folder, slots=1, gpus_per_run=gpus_per_run).start(point, 0)
-        if started is not None:
-            status = started.process.wait()
-            os.close(started.descriptor)
-            if status:
-                raise RuntimeError(f"{point.name} failed; see {folder / point.name / 'log.txt'}")
+        descriptor = lock(folder / point.name)
+        if descriptor is not None and not is_finished(point, folder):
+            sweep = Sweep([point], folder, slots=1, gpus_per_run=gpus_per_run)
+            run = sweep.start(point, 0, descriptor)
+            run.process.wait()
+            message = sweep.outcome(run)
+            if sweep.failed:
+                os.close(descriptor)
+                raise RuntimeError(message)
+        if descriptor is not None:
+            os.close(descriptor)
         write_summary(points, folder)
         return point.name
 
@@ -307,9 +354,11 @@ def submit(points: list[Point], folder: Path, parameters: dict, gpus_per_run: in
     from submitit import AutoExecutor
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # jobs inherit it
+    points_left = [point for point in points if not is_finished(point, folder)]
+    if not points_left:
+        return []
     executor = AutoExecutor(folder=folder / "jobs", cluster="slurm")
     executor.update_parameters(name=folder.name, **parameters)
-    points_left = [point for point in points if not is_finished(point, folder)]
     with executor.batch():
         return [executor.submit(ClusterRun(), point, points, folder, gpus_per_run) for point in points_left]
 
@@ -330,6 +379,16 @@ MEASURES = {  # column -> where it stands in summary.json, and what it is divide
 }
 
 
+def with_earlier(points: list[Point], folder: Path) -> list[Point]:
+    """These points, and those that other sweeps started in the same folder."""
+    names = {point.name for point in points}
+    earlier = []
+    for path in sorted(folder.glob("*/point.json")):
+        if path.parent.name not in names:
+            earlier.append(Point(**json.loads(path.read_text())))
+    return [*points, *earlier]
+
+
 def summarize(points: list[Point], folder: Path) -> list[dict]:
     """A row for all points that differ in their seed only: means of what ended, and standard deviations over the seeds."""
     groups: dict[str, tuple[dict, list[dict], int]] = {}
@@ -337,15 +396,12 @@ def summarize(points: list[Point], folder: Path) -> list[dict]:
         options = {name: value for name, value in point.varying.items() if name != "seed"}
         _, summaries, _ = group = groups.setdefault(json.dumps(options), (options, [], 0))
         groups[json.dumps(options)] = (*group[:2], group[2] + 1)
-        summary = read_summary(folder / point.name)
-        if summary and summary["finished"]:
-            summaries.append(summary)
+        if is_finished(point, folder):
+            summaries.append(read_summary(folder / point.name))
     columns = list(dict.fromkeys(name for point in points for name in point.varying if name != "seed"))
     rows = []
     for options, summaries, total in groups.values():
-        row = {
-            name: as_word(options[name]) if isinstance(options.get(name), list) else options.get(name, "") for name in columns
-        }
+        row = {name: as_cell(options.get(name, "")) for name in columns}
         row |= {"runs": len(summaries), "of": total}
         for measure, (path, unit) in MEASURES.items():
             values = []
@@ -359,11 +415,21 @@ def summarize(points: list[Point], folder: Path) -> list[dict]:
     return rows
 
 
+def as_cell(value):
+    """A value of the grid as a number where it is one (YAML reads 1e-3 as a text), lists in a word."""
+    if isinstance(value, list):
+        return as_word(value)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def write_summary(points: list[Point], folder: Path, draw_plots: bool = True) -> None:
     """summary.csv, summary.md and the plots, from whatever has ended so far."""
     from utils import write_atomically
 
-    rows = summarize(points, folder)
+    rows = summarize(with_earlier(points, folder), folder)
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
@@ -514,7 +580,10 @@ def slurm_parameters(words: list[str]) -> dict:
         name, equals, text = word.partition("=")
         if not name or not equals:
             raise ValueError(f"--slurm {word!r} is not name=value")
-        parameters[name] = yaml.safe_load(text)
+        try:
+            parameters[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"--slurm {word!r} has a value that YAML cannot read") from None
     return parameters
 
 
@@ -534,18 +603,25 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("jobs", "gpus", "gpus_per_run"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+        if args.gpus_per_run > 1 and args.gpus is None and args.slurm is None:
+            raise ValueError(f"--gpus_per_run {args.gpus_per_run} goes with --gpus or --slurm")
         if args.gpus and args.gpus < args.gpus_per_run:
             raise ValueError(f"--gpus_per_run {args.gpus_per_run} is more than --gpus {args.gpus}")
         points = name_points(*read_sweep(args.sweep, args.set))
         check_points(points, folder)
         parameters = None if args.slurm is None else slurm_parameters(args.slurm)
+        if args.gpus and not args.dry_run and args.gpus > len(visible_gpus()):
+            raise ValueError(f"--gpus {args.gpus} is more than the {len(visible_gpus())} GPUs that can be used here")
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--output_dir {folder} is not a folder")
+        if args.dry_run:
+            show_points(points, folder)
+            return 0
+        folder.mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         parser.error(str(error))
-    if args.dry_run:
-        show_points(points, folder)
-        return 0
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.txt").write_text(shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]) + "\n")
+    except OSError as error:
+        parser.error(f"--output_dir {folder}: {error.strerror}")
     if parameters is not None:
         return run_on_cluster(points, folder, parameters, args.gpus_per_run, parser)
     from tqdm import tqdm
@@ -561,8 +637,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     write_summary(points, folder)
     print((folder / "summary.md").read_text())
-    for name in sweep.elsewhere:
-        print(f"{name} is run by another process")
     if sweep.failed:
         print(f"{len(sweep.failed)} of {len(points)} failed: {', '.join(sweep.failed)}", file=sys.stderr)
     print(f"results are in {folder}")
@@ -582,6 +656,9 @@ def run_on_cluster(
     except ModuleNotFoundError:
         parser.error("--slurm needs the package submitit: pip install submitit")
     except (RuntimeError, NameError, TypeError, ValueError) as error:  # no sbatch here, or a parameter that it does not know
+        for made in (folder / "jobs", folder):
+            with contextlib.suppress(OSError):  # it holds something
+                made.rmdir()
         parser.error(f"--slurm: {error}")
     print(f"submitted {len(jobs)} jobs; their logs are in {folder / 'jobs'}, and the summary in {folder} grows as they end")
     return 0

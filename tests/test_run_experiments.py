@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 import run_experiments
-from run_experiments import Sweep, check_points, lock, name_points, read_sweep, summarize
+from run_experiments import check_points, lock, name_points, read_sweep, summarize
 
 ROOT = Path(run_experiments.__file__).parent
 
@@ -110,7 +110,8 @@ def test_set_replaces_options_and_axes(sweep):
     points = name_points(
         *read_sweep("sweep.yaml", ["layer=ConvNN", "K=3,4", "num_epochs=7", "seed=5", "hybrid_dilations=[1,2]"])
     )
-    assert [point.name for point in points] == ["K-3", "K-4"]
+    rest = "num_epochs-7_hybrid_dilations-1x2_seed-5"
+    assert [point.name for point in points] == [f"ConvNN_K-3_{rest}", f"ConvNN_K-4_{rest}"]
     assert points[0].values == SWEEP["options"] | {
         "num_epochs": 7,
         "layer": "ConvNN",
@@ -137,7 +138,12 @@ def test_the_sweeps_that_are_shipped(monkeypatch):
         ("program: main.py", "give allconvnet_main.py or vit_main.py"),
         ("programs: vit_main.py", "unknown key 'programs'; did you mean program?"),
         ("program: vit_main.py\ngrid: [1]", "grid a mapping or a list of mappings"),
-        ("program: vit_main.py\ngrid: {K: []}", "has no values"),
+        ("program: vit_main.py\ngrid: {K: []}", "K has no values"),
+        ("program: vit_main.py\nseed: []", "seed has no values"),
+        ("program: [vit_main.py]", "give allconvnet_main.py or vit_main.py"),
+        ("program: vit_main.py\noptions: {3: 4}", "3 is not the name of an option"),
+        ("program: vit_main.py\ngrid: {lr: [2020-01-01, 0.1]}", "lr has the value 2020-01-01"),
+        ("program: vit_main.py\ngrid: [{layer: Attention}, {layer: Attention, K: 9}]", "are the same run"),
         ("program: vit_main.py\ngrid: {layer: [Attention, Atention]}", "Atention: --layer 'Atention'; did you mean Attention?"),
         ("program: vit_main.py\ngrid: {layer: [KvtAttention], K: [9, 999]}", "K-999: --K 999"),
         ("program: vit_main.py\ngrid: {kk: [9, 999]}", "unknown option --kk"),
@@ -164,6 +170,9 @@ def test_what_is_wrong_is_said_before_anything_starts(text, says, sweep, capsys)
         "sweep.yaml --set K=",
         "sweep.yaml --slurm a",
         "sweep.yaml --gpus 2 --gpus_per_run 4",
+        "sweep.yaml --gpus_per_run 2",
+        "sweep.yaml --slurm a=[",
+        "sweep.yaml --gpus 99",
     ],
 )
 def test_bad_command_lines(line, sweep, capsys):
@@ -194,15 +203,17 @@ def test_all_points_run_once_and_are_summarized(sweep, capsys):
     assert "ConvNN_seed-1: test top-1 62.00 %" in capsys.readouterr().out
     assert run_experiments.main(["sweep.yaml"]) == 0  # there is nothing left to do
     assert len(notes()) == 4 * 4
-    assert run_experiments.main(["sweep.yaml", "--set", "num_epochs=3"]) == 0  # one more epoch each
+    Path("sweep.yaml").write_text(yaml.safe_dump(SWEEP | {"options": SWEEP["options"] | {"num_epochs": 3}}))
+    assert run_experiments.main(["sweep.yaml"]) == 0  # one more epoch each
     assert [what for what, *_ in notes()[16:]].count("epoch-2") == 4 and "epoch-1" not in [what for what, *_ in notes()[16:]]
 
 
 def test_a_failed_run_does_not_stop_the_rest(sweep, capsys):
     assert run_experiments.main(["sweep.yaml", "--set", "lr=0.1,0.5", "--set", "layer=ConvNN", "--set", "seed=0"]) == 1
     out, err = capsys.readouterr()
-    assert "lr-0.5 failed: vit_main.py: error: lr is too high (see Output/sweeps/sweep/lr-0.5/log.txt)" in out
-    assert err.strip().endswith("1 of 2 failed: lr-0.5")
+    name = "ConvNN_lr-0.5_seed-0"
+    assert f"{name} failed: vit_main.py: error: lr is too high (see Output/sweeps/sweep/{name}/log.txt)" in out
+    assert err.strip().endswith(f"1 of 2 failed: {name}")
     rows = read_csv("Output/sweeps/sweep/summary.csv")
     assert [(row["lr"], row["runs"], row["top1"]) for row in rows] == [("0.1", "1", "60.0"), ("0.5", "0", "")]
     assert Path("Output/sweeps/sweep/tradeoff.png").exists() and not Path("Output/sweeps/sweep/top1_by_lr.png").exists()
@@ -221,14 +232,14 @@ def test_slots(sweep, monkeypatch):
         running += {"start": 1, "end": -1}.get(what, 0)
         most = max(most, running)
     assert most == 2
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(run_experiments, "cores", lambda: 6)
     assert run_experiments.main(["sweep.yaml", "--jobs", "3", "--set", "num_epochs=1", "--output_dir", "b"]) == 0
     used = [json.loads(path.read_text()) for path in Path("b").glob("*/environment.json")]
     assert {one["OMP_NUM_THREADS"] for one in used} == {"2"} and {one["CUDA_VISIBLE_DEVICES"] for one in used} == {"4,7"}
 
 
 def test_a_run_on_several_gpus_is_started_by_torchrun(sweep, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,4,5,9")
     commands = []
 
     class Process:
@@ -242,7 +253,7 @@ def test_a_run_on_several_gpus_is_started_by_torchrun(sweep, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", Process)
     assert run_experiments.main(["sweep.yaml", "--gpus", "5", "--gpus_per_run", "2"]) == 1
-    assert {gpus for _, gpus in commands} == {"0,1", "2,3"} and len(commands) == 4
+    assert {gpus for _, gpus in commands} == {"3,1", "4,5"} and len(commands) == 4
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(sweep / "vit_main.py")]
     assert all(command[:6] == launcher for command, _ in commands)
 
@@ -303,7 +314,22 @@ def test_two_runners_share_the_points(sweep):
     assert [runner.returncode for runner in runners] == [0, 0]
     starts = [name for what, name, _ in notes() if what == "start"]
     assert sorted(starts) == sorted(set(starts)) and len(starts) == 4
-    assert any("is run by another process" in output for output in outputs)
+    assert all("| ConvNN | 2 | 2 | 61 ± 1.4 |" in output for output in outputs)  # both wait for what the other runs
+
+
+def test_what_another_process_finishes_before_we_lock_it_is_not_run_again(sweep, monkeypatch):
+    real = run_experiments.lock
+
+    def late(folder):
+        descriptor = real(folder)
+        summary = {"finished": True, "epochs": 2, "final": {"test_top1": 1.0, "test_top5": 2.0}, "best": {"test_top1": 1.0}}
+        costs = {"parameters": 1, "flops_per_image": 1, "average_epoch_seconds": 1, "latency_ms_per_image": 1}
+        (folder / "summary.json").write_text(json.dumps(summary | costs | {"peak_memory_bytes": 1}))
+        return descriptor
+
+    monkeypatch.setattr(run_experiments, "lock", late)
+    assert run_experiments.main(["sweep.yaml"]) == 0
+    assert not notes()
 
 
 def test_a_lock_is_held_once(tmp_path):
@@ -322,6 +348,52 @@ def test_a_folder_with_other_options_is_refused(sweep):
     (folder / "config.yaml").write_text(yaml.safe_dump({"layer": "Attention", "num_epochs": 1, "lr": 0.3}))
     with pytest.raises(ValueError, match=r"holds a run with lr=0\.3, not 0\.0001; remove it"):
         check_points(points, Path("Output/sweeps/sweep"))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "is_allowed"),
+    [
+        ({"num_epochs": 1}, {}, True),
+        ({"num_epochs": 3}, {}, False),  # its numbers would be those of more epochs
+        ({"num_epochs": 1}, {"scheduler": "cosine"}, False),  # its learning rate was another
+        ({"num_epochs": 1, "early_stopping": 2}, {"early_stopping": 2}, False),
+        ({"early_stopping": 2}, {}, False),
+        ({"num_workers": 99}, {}, True),
+    ],
+)
+def test_only_runs_without_a_schedule_may_become_longer(before, now, is_allowed, sweep):
+    Path("sweep.yaml").write_text(yaml.safe_dump(SWEEP | {"options": SWEEP["options"] | now}))
+    points = name_points(*read_sweep("sweep.yaml", []))
+    folder = Path("out") / points[0].name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(run_experiments.resolved(points[0], Path("out")) | before))
+    if is_allowed:
+        check_points(points, Path("out"))
+    else:
+        with pytest.raises(
+            ValueError, match=f"holds a run with {[*before][-1] if 'early_stopping' in before and not now else 'num_epochs'}="
+        ):
+            check_points(points, Path("out"))
+
+
+def test_a_part_of_a_sweep_has_its_names_and_keeps_its_summary(sweep):
+    assert run_experiments.main(["sweep.yaml"]) == 0
+    assert run_experiments.main(["sweep.yaml", "--set", "layer=Attention"]) == 0
+    assert run_experiments.main(["sweep.yaml", "--set", "K=4", "--set", "layer=ConvNN"]) == 0
+    starts = [name for what, name, _ in notes() if what == "start"]
+    assert len(starts) == 6 and starts[4:] == ["ConvNN_K-4_seed-0", "ConvNN_K-4_seed-1"]
+    rows = read_csv("Output/sweeps/sweep/summary.csv")
+    assert {(row["layer"], row["K"], row["runs"]) for row in rows} == {
+        ("ConvNN", "4", "2"),
+        ("Attention", "", "2"),
+        ("ConvNN", "", "2"),
+    }
+
+
+def test_numbers_that_yaml_reads_as_texts_are_numbers_in_the_summary(sweep):
+    assert run_experiments.main(["sweep.yaml", "--set", "lr=1e-3,2e-3", "--set", "layer=ConvNN"]) == 0
+    assert {row["lr"] for row in read_csv("Output/sweeps/sweep/summary.csv")} == {"0.001", "0.002"}
+    assert Path("Output/sweeps/sweep/top1_by_lr.png").exists()
 
 
 def test_dry_run_prints_the_points_and_starts_none(sweep, capsys):
@@ -359,7 +431,7 @@ def test_submitted_runs(tmp_path):
         return (folder / "summary.csv").exists() and [row["runs"] for row in read_csv(folder / "summary.csv")] == ["1"]
 
     wait_for(ended, seconds=120)
-    assert (folder / "Conv2d" / "summary.json").exists()
+    assert (folder / "seed-3" / "summary.json").exists()
 
 
 def test_a_job_that_is_requeued_is_submitted_as_it_was(sweep):
@@ -368,7 +440,7 @@ def test_a_job_that_is_requeued_is_submitted_as_it_was(sweep):
     again = run.checkpoint(points[0], points, sweep / "out", 1)
     assert again.function is run and again.args == (points[0], points, sweep / "out", 1)
     assert again.result() == points[0].name and (sweep / "out" / "summary.csv").exists()
-    with pytest.raises(RuntimeError, match="Attention_seed-0 failed; see"):
+    with pytest.raises(RuntimeError, match=r"Attention_seed-0 failed: .* lr is too high"):
         run(points[0]._replace(values=points[0].values | {"lr": 0.5, "num_epochs": 3}), points, sweep / "out", 1)
 
 
@@ -396,7 +468,6 @@ def test_a_sweep_of_the_real_program(tmp_path, monkeypatch):
     }
     Path("small.yaml").write_text(yaml.safe_dump(sweep))
     assert run_experiments.main(["small.yaml", "--jobs", "2"]) == 0
-    for name in ("K-2", "K-3"):
+    for name in ("K-2_num_epochs-1", "K-3_num_epochs-1"):
         assert (Path("Output/sweeps/small") / name / "summary.json").exists()
     assert (Path("Output/sweeps/small") / "top1_by_K.png").exists()
-    assert Sweep([], Path("."), slots=1).failed == []
