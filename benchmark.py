@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import math
 import os
 import shlex
 import statistics
@@ -21,6 +22,7 @@ from typing import NamedTuple
 from options import LAYERS1D_NAMES, LAYERS2D_NAMES, AllConvNetConfig, BenchmarkConfig, ViTConfig, build, read_values
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
+MEASURED = ("latency_ms_per_image", "latency_std_ms", "images_per_s", "forward_backward_ms", "peak_memory_mb")
 UNSEEN = "FLOPs do not include top-K, gather, softmax, normalization and element-wise work, which the counter does not see."
 
 
@@ -87,10 +89,11 @@ class Case:
         self.device = x.device
         self.x = x.requires_grad_()
         self.image = x[:1].detach()
-        self.call = torch.compile(mixer) if compiled else mixer
+        self.call = torch.compile(mixer, dynamic=False) if compiled else mixer
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.autocast = lambda: torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
         self.no_grad = torch.no_grad
+        self.is_too_large = False  # for the memory of the device
         self.times: dict[str, list[float]] = {"latency": [], "forward": [], "training": []}
 
     def latency(self) -> None:
@@ -123,13 +126,14 @@ class Case:
         forward, training = (statistics.median(self.times[name]) for name in ("forward", "training"))
         self.mixer.zero_grad()
         self.x.grad = None
-        return {
-            "latency_ms_per_image": statistics.mean(latency),
-            "latency_std_ms": statistics.stdev(latency) if len(latency) > 1 else 0.0,
-            "images_per_s": len(self.x) / forward,
-            "forward_backward_ms": 1e3 * training,
-            "peak_memory_mb": peak_memory(self.training, self.device) / 1e6,
-        }
+        values = (
+            statistics.mean(latency),
+            statistics.stdev(latency) if len(latency) > 1 else 0.0,
+            len(self.x) / forward,
+            1e3 * training,
+            peak_memory(self.training, self.device) / 1e6,
+        )
+        return dict(zip(MEASURED, values, strict=True))
 
 
 def seconds_of(function: Callable[[], None], device) -> float:
@@ -215,6 +219,9 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
 
     from utils import count_flops, count_parameters
 
+    torch._dynamo.reset()
+    # Every case has a graph for one image, a batch and training; with too many, torch would go on eagerly, and say little.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     cases, rows = [], []
     for config in configs:
         torch.manual_seed(bench.seed)
@@ -227,15 +234,20 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
                 case = Case(label, mixer, x.clone(), precision=precision, compiled=execution == "compiled")
                 cases.append(case)
                 rows.append({"layer": label, "tokens": tokens, "precision": precision, "execution": execution} | facts)
-    for turn in range(-1, bench.repeats):
+    for case in list(cases):
+        try:
+            case.measure()  # warm-up: tables are made, kernels compiled
+        except torch.OutOfMemoryError:
+            case.is_too_large = True
+        progress.update()
+        case.times = {name: [] for name in case.times}
+    for _ in range(bench.repeats):
         for case in cases:
-            case.measure()
+            if not case.is_too_large:
+                case.measure()
             progress.update()
-        if turn < 0:  # warm-up: tables are made, kernels compiled
-            for case in cases:
-                case.times = {name: [] for name in case.times}
     for case, row in zip(cases, rows, strict=True):
-        yield row | case.row()
+        yield row | (dict.fromkeys(MEASURED, math.nan) if case.is_too_large else case.row())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -244,6 +256,8 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
 
 
 def as_text(value) -> str:
+    if isinstance(value, float) and math.isnan(value):
+        return "out of memory"
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
     return f"{value:,}" if isinstance(value, int) else value
@@ -317,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     # torch takes seconds to import: only once the options are known to be right.
     from tqdm import tqdm
 
-    from utils import RunError, check_writable, device_name, pick_device, versions, write_atomically
+    from utils import RunError, check_writable, device_name, pick_device, versions
 
     folder = Path(bench.output_dir)
     try:
@@ -330,25 +344,31 @@ def main(argv: list[str] | None = None) -> int:
     layers = len(configs) // len(bench.resolution)
     more = family == "vit" and any(config.layer == "Attention" for config in configs)
     cases = (layers + more) * len(bench.precision) * len(bench.execution)
+    found = versions()
+    machine = f"{device_name(device)}, torch {found['torch']}, batch of {bench.batch_size}"
+    command = shlex.join(["python", "benchmark.py", *argv])
     rows = []
     with tqdm(total=cases * len(bench.resolution) * (bench.repeats + 1), unit=" measurements", disable=None) as progress:
         for start in range(0, len(configs), layers):
             rows += measure(bench, configs[start : start + layers], device, progress)
-    command = shlex.join(["python", "benchmark.py", *argv])
-    found = versions()
-    machine = f"{device_name(device)}, torch {found['torch']}, batch of {bench.batch_size}"
-    table = as_markdown(rows)
-    print(f"{machine}\n\n{table}\n\n{UNSEEN}")
+            write(rows, folder, command, machine)  # what there is, in case a larger size does not end well
+    print(f"{machine}\n\n{as_markdown(rows)}\n\n{UNSEEN}")
+    print(f"results are in {folder}")
+    return 0
+
+
+def write(rows: list[dict], folder: Path, command: str, machine: str) -> None:
+    """benchmark.csv, benchmark.md, and with more than one size scaling.png."""
+    from utils import write_atomically
+
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(folder / "benchmark.csv", text.getvalue())
-    write_atomically(folder / "benchmark.md", f"```\n{command}\n```\n\n{machine}\n\n{table}\n\n{UNSEEN}\n")
-    if len(bench.resolution) > 1:
+    write_atomically(folder / "benchmark.md", f"```\n{command}\n```\n\n{machine}\n\n{as_markdown(rows)}\n\n{UNSEEN}\n")
+    if len({row["tokens"] for row in rows}) > 1:
         write_atomically(folder / "scaling.png", draw_scaling(rows, machine))
-    print(f"results are in {folder}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ def as_png(figure, dpi: int = 110) -> bytes:
 
 def draw_curves(args: argparse.Namespace) -> bytes:
     """Loss and top-1 by epoch; runs that differ in their seed only are one line, their mean, in a band of their range."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     runs = []
@@ -116,6 +117,7 @@ def draw_curves(args: argparse.Namespace) -> bytes:
     for number, (kind, of_group) in enumerate(zip(kinds, groups.values(), strict=True)):
         label = ", ".join(str(kind[name]) if name == "layer" else f"{name} {kind[name]}" for name in differing if name in kind)
         label = (label or kind["layer"]) + (f" ({len(of_group)} seeds)" if len(of_group) > 1 else "")
+        color = colormaps["tab20"]((2 * number + number // 10) % 20)
         epochs = range(min(map(len, of_group)))
         for axis, key in zip(axes, ("loss", "top1"), strict=True):
             for part, style in (("train", ":"), ("test", "-")):
@@ -126,13 +128,13 @@ def draw_curves(args: argparse.Namespace) -> bytes:
                     x,
                     mean,
                     style,
-                    color=f"C{number % 10}",
+                    color=color,
                     marker="." if len(x) < 3 else None,
                     label=label if part == "test" else None,
                 )
                 if len(of_group) > 1:
                     low, high = [min(seeds) for seeds in of_epochs], [max(seeds) for seeds in of_epochs]
-                    axis.fill_between(x, low, high, color=f"C{number % 10}", alpha=0.2 if part == "test" else 0.08, lw=0)
+                    axis.fill_between(x, low, high, color=color, alpha=0.2 if part == "test" else 0.08, lw=0)
     for axis, name in zip(axes, ("loss", "top-1 accuracy (%)"), strict=True):
         axis.set_xlabel("epoch")
         axis.set_ylabel(name)
@@ -205,6 +207,9 @@ def draw_neighbors(args: argparse.Namespace) -> bytes:
         predicted = model(images).argmax(dim=1)
     if not found:
         raise ValueError(f"{args.run}: layer={options.model.layer} searches no neighbors; ConvNN and its kin do")
+    heads = max(index.shape[1] for *_, index in found)
+    if args.head >= heads:
+        raise ValueError(f"--head {args.head}: the layers have heads 0 to {heads - 1}")
     queries = args.queries or [(0.3, 0.3), (0.3, 0.7), (0.6, 0.5)]
 
     figure = Figure(figsize=(2.2 * len(found), 2.45 * len(images)), layout="constrained")
@@ -212,11 +217,12 @@ def draw_neighbors(args: argparse.Namespace) -> bytes:
     for image, row in enumerate(axes):
         for (name, module, grid, index), axis in zip(found, row, strict=True):
             show_picture(axis, as_picture(images[image], options.data.dataset))
-            head = min(args.head, index.shape[1] - 1)
+            head = min(args.head, index.shape[1] - 1)  # of layers with fewer heads the last one
             for number, place in enumerate(queries):
                 draw_choice(axis, module, grid, index[image, head], place, f"C{number}")
             if image == 0:
-                axis.set_xlabel(f"{layer_number(name)}: {' x '.join(map(str, grid))} tokens", fontsize=8)
+                which = f", head {head}" if index.shape[1] > 1 else ""
+                axis.set_xlabel(f"{layer_number(name)}: {' x '.join(map(str, grid))} tokens{which}", fontsize=8)
                 axis.xaxis.set_label_position("top")
         title_of(row[0], names[labels[image]], names[predicted[image]])
     return as_png(figure)
@@ -406,6 +412,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     output = args.output or default_output(args)
+    if output.suffix.lower() != ".png":
+        parser.error(f"--output {output} is not a .png file, which is what is drawn")
     try:
         picture = DRAW[args.figure](args)
         from utils import write_atomically
@@ -414,8 +422,11 @@ def main(argv: list[str] | None = None) -> int:
         write_atomically(output, picture)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
-    except Exception as error:  # of modules that are imported late
-        if type(error).__name__ in ("RunError", "DataError"):
+    except Exception as error:
+        from dataset import DataError  # late, as torch takes seconds to import
+        from utils import RunError
+
+        if isinstance(error, (DataError, RunError)):
             parser.error(str(error))
         raise
     print(output)

@@ -10,6 +10,11 @@ from options import LAYERS1D_NAMES, LAYERS2D_NAMES
 CPU = torch.device("cpu")
 
 
+class Bar:
+    def update(self):
+        pass
+
+
 def run(line, tmp_path):
     assert benchmark.main([*line.split(), "--device", "cpu", "--output_dir", str(tmp_path / "out")]) == 0
     return list(csv.DictReader((tmp_path / "out" / "benchmark.csv").open()))
@@ -33,20 +38,53 @@ def test_a_row_for_every_layer_size_precision_and_execution(tmp_path, capsys):
     assert (tmp_path / "out" / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_images_and_compiled(tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda mixer: compiled.append(mixer) or mixer)  # compiling takes a minute
-    line = "allconvnet --layer Conv2d Conv2d/ConvNN --channels 4 6 --resolution 8 --repeats 1 --execution compiled"
-    rows = run(line, tmp_path)
-    assert len(compiled) == 2
+def test_images(tmp_path):
+    rows = run("allconvnet --layer Conv2d Conv2d/ConvNN --channels 4 6 --resolution 8 --repeats 1", tmp_path)
     assert [(row["layer"], row["tokens"], row["execution"]) for row in rows] == [
-        ("Conv2d", "64", "compiled"),
-        ("Conv2d/ConvNN", "64", "compiled"),
+        ("Conv2d", "64", "eager"),
+        ("Conv2d/ConvNN", "64", "eager"),
     ]
     assert rows[0]["parameters"] == str(4 * 6 * 9 + 6)
     assert float(rows[0]["forward_mflops"]) == 2 * 64 * 4 * 6 * 9 / 1e6
     assert float(rows[0]["forward_backward_mflops"]) == 3 * 2 * 64 * 4 * 6 * 9 / 1e6
     assert not (tmp_path / "out" / "scaling.png").exists()  # there is one size only
+
+
+def test_compiled_rows_are_compiled(tmp_path, monkeypatch):
+    """A graph of its own for each case: one image, a batch, and training. (Inductor itself would take a minute.)"""
+    graphs, real = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda mixer, **more: real(mixer, backend=backend, fullgraph=True, **more))
+    line = "vit --layer Linformer --tokens 4 16 64 --d_model 8 --num_heads 2 --repeats 2 --precision fp32 bf16"
+    rows = run(f"{line} --execution eager compiled", tmp_path)
+    assert len(rows) == 12 and len(graphs) == 3 * 2 * 3
+
+
+def test_warm_up_is_left_out(monkeypatch):
+    _, bench, configs = parse("vit --layer Linformer --tokens 4 --d_model 8 --num_heads 2 --repeats 3".split())
+    seen, real = [], Case.row
+    monkeypatch.setattr(
+        Case, "row", lambda case: seen.append({key: len(times) for key, times in case.times.items()}) or real(case)
+    )
+    calls = []
+    monkeypatch.setattr(Case, "latency", lambda case: calls.append(1))
+    list(measure(bench, configs, CPU, Bar()))
+    assert seen == [{"latency": 3, "forward": 3, "training": 3}] and len(calls) == 4
+
+
+def test_what_does_not_fit_leaves_empty_cells(tmp_path, monkeypatch, capsys):
+    def training(case):
+        if case.x.shape[1] == 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Case, "training", training)
+    rows = run("vit --layer Linformer --tokens 16 64 --d_model 8 --num_heads 2 --repeats 1", tmp_path)
+    assert [row["forward_backward_ms"] == "nan" for row in rows] == [False, True]
+    assert "out of memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", ["vit", "allconvnet"])
@@ -70,11 +108,6 @@ def test_attention_comes_with_separate_projections_too():
 
 def test_attention_flops_against_a_hand_count():
     _, bench, configs = parse("vit --layer Attention --tokens 64 --d_model 8 --num_heads 2 --repeats 1 --batch_size 2".split())
-
-    class Bar:
-        def update(self):
-            pass
-
     merged, apart = measure(bench, configs, CPU, Bar())
     # projections, scores and their products with values; a multiply-add is two; backward does each product twice
     flops = 2 * (64 * 4 * 8 * 8 + 2 * 64 * 64 * 8) / 1e6

@@ -97,10 +97,29 @@ def test_attention_maps_are_those_of_the_patches(runs, monkeypatch):
             torch.testing.assert_close(torch.tensor(average.images[0].get_array()), sum(maps) / 2)
 
 
-@pytest.mark.parametrize("name", ["convnn", "images"])
-def test_neighbors(runs, name, tmp_path):
-    width, height = draw(["neighbors", runs / name, "--images", 2, "--queries", "0.2,0.2", "1,1", "--head", 5], tmp_path)
+@pytest.mark.parametrize(("name", "more"), [("convnn", ["--head", 1]), ("images", [])])
+def test_neighbors(runs, name, more, tmp_path):
+    width, height = draw(["neighbors", runs / name, "--images", 2, "--queries", "0.2,0.2", "1,1", *more], tmp_path)
     assert width > 100 and height > 100
+
+
+@pytest.mark.parametrize("head", [0, 1])
+def test_neighbors_are_those_of_the_image_and_the_head(runs, head, monkeypatch):
+    """Lines end where the mixing matrix of that image and head is not zero."""
+    figures = []
+    monkeypatch.setattr(visualize, "as_png", lambda figure: figures.append(figure) or b"")
+    line = ["neighbors", str(runs / "convnn"), "--images", "3", "--queries", "0.6,0.3", "--head", str(head)]
+    visualize.draw_neighbors(visualize.make_parser().parse_args(line))
+    model, images, _, _ = visualize.load_run(runs / "convnn", 3, None)
+    _, matrices = model(images, output_attentions=True)
+    query = 1 + 2 * 4 + 1  # of the 4 x 4 patches after the class token
+    for number, axis in enumerate(figures[0].axes):
+        image, layer = divmod(number, 2)
+        chosen = matrices[layer][image, head, query].nonzero().flatten().tolist()
+        expected = {((j - 1) % 4, (j - 1) // 4) for j in chosen if j > 0}
+        ends = [line.get_data() for line in axis.lines if line.get_linestyle() == "-"]
+        assert {(round(float(x[-1]) * 4 - 0.5), round(float(y[-1]) * 4 - 0.5)) for x, y in ends} == expected
+        assert any(line.get_markersize() == 11 for line in axis.lines) == (0 in chosen)
 
 
 @pytest.mark.parametrize(("class_tokens", "padding"), [(0, 0), (1, 0), (0, 2)])
@@ -180,6 +199,8 @@ def test_default_places_of_figures(runs, monkeypatch, tmp_path, capsys):
         ("neighbors conv2d", "layer=Conv2d searches no neighbors"),
         ("neighbors convnn --queries 2,0", "'2,0' is outside the image"),
         ("neighbors convnn --queries 2", "'2' is not two numbers"),
+        ("neighbors convnn --head 2", "--head 2: the layers have heads 0 to 1"),
+        ("masks --output masks.jpg", "--output masks.jpg is not a .png file"),
         ("attention mean --images 0", "'0' is not a whole number of at least 1"),
         ("attention mean --images 9999", "9999"),
         ("masks --grid 3 3 --patch 3 0", "--patch 3 0 is not in the grid"),
