@@ -6,8 +6,6 @@ python benchmark.py allconvnet --layer Conv2d ConvNN --channels 64 128 --resolut
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import math
 import os
@@ -82,10 +80,10 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
 class Case:
     """One row: a mixer, its input, and how it is run."""
 
-    def __init__(self, label: str, mixer, x, *, precision: str, compiled: bool):
+    def __init__(self, mixer, x, *, precision: str, compiled: bool):
         import torch
 
-        self.label, self.mixer, self.precision, self.compiled = label, mixer, precision, compiled
+        self.mixer = mixer
         self.device = x.device
         self.x = x.requires_grad_()
         self.image = x[:1].detach()
@@ -171,13 +169,11 @@ def peak_memory(function: Callable[[], object], device) -> int:
 
 def training_flops(mixer, x) -> int:
     """FLOPs of forward and backward, gradients of the input and of all parameters."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
+    from utils import flops_of
 
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        mixer(x.requires_grad_()).sum().backward()
+    flops = flops_of(lambda: mixer(x.requires_grad_()).sum().backward())
     mixer.zero_grad()
-    return counter.get_total_flops()
+    return flops
 
 
 def make_mixers(config: ViTConfig | AllConvNetConfig, batch_size: int) -> Iterator[tuple[str, object, object]]:
@@ -231,10 +227,10 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
             facts = {"parameters": count_parameters(mixer), "forward_mflops": count_flops(mixer, x[:1]) / 1e6}
             facts["forward_backward_mflops"] = training_flops(mixer, x[:1].clone()) / 1e6
             for precision, execution in itertools.product(bench.precision, bench.execution):
-                case = Case(label, mixer, x.clone(), precision=precision, compiled=execution == "compiled")
+                case = Case(mixer, x.clone(), precision=precision, compiled=execution == "compiled")
                 cases.append(case)
                 rows.append({"layer": label, "tokens": tokens, "precision": precision, "execution": execution} | facts)
-    for case in list(cases):
+    for case in cases:
         try:
             case.measure()  # warm-up: tables are made, kernels compiled
         except torch.OutOfMemoryError:
@@ -287,6 +283,8 @@ def draw_scaling(rows: list[dict], title: str) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
+    from utils import as_png
+
     lines: dict[str, list[dict]] = {}
     many = [name for name in ("precision", "execution") if len({row[name] for row in rows}) > 1]
     for row in rows:
@@ -320,9 +318,7 @@ def draw_scaling(rows: list[dict], title: str) -> bytes:
         axis.set_title(label, fontsize=10)
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return as_png(figure)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -359,13 +355,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def write(rows: list[dict], folder: Path, command: str, machine: str) -> None:
     """benchmark.csv, benchmark.md, and with more than one size scaling.png."""
-    from utils import write_atomically
+    from utils import as_csv, write_atomically
 
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(folder / "benchmark.csv", text.getvalue())
+    write_atomically(folder / "benchmark.csv", as_csv(rows))
     write_atomically(folder / "benchmark.md", f"```\n{command}\n```\n\n{machine}\n\n{as_markdown(rows)}\n\n{UNSEEN}\n")
     if len({row["tokens"] for row in rows}) > 1:
         write_atomically(folder / "scaling.png", draw_scaling(rows, machine))

@@ -101,9 +101,8 @@ class RandomFeatures(nn.Module):
             projected = x @ self.features.to(dtype).T
             if self.kernel == "softmax":
                 return projected - x.square().sum(dim=-1, keepdim=True) / 2
-            return (
-                projected.relu() + 1e-3
-            ).log()  # the constant of the paper's code; a query without any feature sees all alike
+            # The constant is that of the paper's code: a query without any feature sees all alike.
+            return (projected.relu() + 1e-3).log()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """query and key (B, H, N, d), value (B, H, N, e) -> (B, H, N, e)."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import fcntl
 import io
 import itertools
@@ -114,11 +113,8 @@ def check_values(path: str, options: dict) -> None:
             raise ValueError(f"{path}: {name!r} is not the name of an option")
         if value == []:
             raise ValueError(f"{path}: {name} has no values")
-        flat = (
-            [one for part in value for one in (part if isinstance(part, list) else [part])]
-            if isinstance(value, list)
-            else [value]
-        )
+        values = value if isinstance(value, list) else [value]
+        flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
         for one in flat:
             if one is not None and not isinstance(one, (str, int, float)):
                 raise ValueError(f"{path}: {name} has the value {one}, which is neither a number nor a text")
@@ -195,13 +191,17 @@ def read_summary(folder: Path) -> dict | None:
         return None
 
 
-def is_finished(point: Point, folder: Path) -> bool:
-    """Whether the point's run has ended: by early stopping, or after as many epochs as are asked for now."""
+def finished_summary(point: Point, folder: Path) -> dict | None:
+    """The summary of the point's run if it has ended: by early stopping, or after as many epochs as are asked for now."""
     summary = read_summary(folder / point.name)
     if not summary or not summary["finished"]:
-        return False
+        return None
     options = resolved(point, folder)
-    return bool(options["early_stopping"]) or summary["epochs"] == options["num_epochs"]
+    return summary if options["early_stopping"] or summary["epochs"] == options["num_epochs"] else None
+
+
+def is_finished(point: Point, folder: Path) -> bool:
+    return finished_summary(point, folder) is not None
 
 
 def lock(folder: Path) -> int | None:
@@ -305,8 +305,9 @@ class Sweep:
     def outcome(self, run: Running) -> str:
         """How a run ended, in a line; a failure is noted."""
         folder = self.folder / run.point.name
-        if run.process.returncode == 0 and is_finished(run.point, self.folder):
-            return f"{run.point.name}: test top-1 {read_summary(folder)['final']['test_top1']:.2f} %"
+        summary = finished_summary(run.point, self.folder)
+        if run.process.returncode == 0 and summary:
+            return f"{run.point.name}: test top-1 {summary['final']['test_top1']:.2f} %"
         self.failed.append(run.point.name)
         return f"{run.point.name} failed: {last_line(folder / 'log.txt')} (see {folder / 'log.txt'})"
 
@@ -391,18 +392,15 @@ def with_earlier(points: list[Point], folder: Path) -> list[Point]:
 
 def summarize(points: list[Point], folder: Path) -> list[dict]:
     """A row for all points that differ in their seed only: means of what ended, and standard deviations over the seeds."""
-    groups: dict[str, tuple[dict, list[dict], int]] = {}
-    for point in points:
-        options = {name: value for name, value in point.varying.items() if name != "seed"}
-        _, summaries, _ = group = groups.setdefault(json.dumps(options), (options, [], 0))
-        groups[json.dumps(options)] = (*group[:2], group[2] + 1)
-        if is_finished(point, folder):
-            summaries.append(read_summary(folder / point.name))
     columns = list(dict.fromkeys(name for point in points for name in point.varying if name != "seed"))
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(json.dumps(point.varying | {"seed": None}, sort_keys=True), []).append(point)
     rows = []
-    for options, summaries, total in groups.values():
-        row = {name: as_cell(options.get(name, "")) for name in columns}
-        row |= {"runs": len(summaries), "of": total}
+    for group in groups.values():
+        summaries = [summary for point in group if (summary := finished_summary(point, folder))]
+        row = {name: as_cell(group[0].varying.get(name, "")) for name in columns}
+        row |= {"runs": len(summaries), "of": len(group)}
         for measure, (path, unit) in MEASURES.items():
             values = []
             for summary in summaries:
@@ -427,21 +425,16 @@ def as_cell(value):
 
 def write_summary(points: list[Point], folder: Path, draw_plots: bool = True) -> None:
     """summary.csv, summary.md and the plots, from whatever has ended so far."""
-    from utils import write_atomically
+    from utils import as_csv, as_png, write_atomically
 
     rows = summarize(with_earlier(points, folder), folder)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([{name: "" if is_nan(value) else value for name, value in row.items()} for row in rows])
-    write_atomically(folder / "summary.csv", text.getvalue())
+    cells = [{name: "" if is_nan(value) else value for name, value in row.items()} for row in rows]
+    write_atomically(folder / "summary.csv", as_csv(cells))
     write_atomically(folder / "summary.md", as_markdown(rows))
     done = [row for row in rows if row["runs"]]
     if done and draw_plots:
         for name, figure in draw(done).items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=110)
-            write_atomically(folder / f"{name}.png", buffer.getvalue())
+            write_atomically(folder / f"{name}.png", as_png(figure))
 
 
 def is_nan(value) -> bool:

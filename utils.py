@@ -95,6 +95,22 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def as_csv(rows: list[dict], columns: list[str] | None = None) -> str:
+    """A table with a header; its columns are those of the first row unless they are given."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_png(figure, dpi: int = 110) -> bytes:
+    """A figure of matplotlib as a picture."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
 def check_writable(folder: Path, flag: str) -> None:
     """Raise RunError if a folder cannot be made or written to; nothing is left there."""
     existing = folder
@@ -212,10 +228,16 @@ def count_flops(model: nn.Module, image: torch.Tensor) -> int:
     """
     training = model.training
     model.eval()
+    flops = flops_of(lambda: model(image))
+    model.train(training)
+    return flops
+
+
+def flops_of(function: Callable[[], object]) -> int:
+    """FLOPs of what `function` runs, counted as in `count_flops`."""
     # Attention decomposed into its two products counts the same on every device.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(image)
-    model.train(training)
+        function()
     return counter.get_total_flops()
 
 
@@ -377,12 +399,8 @@ class RunFolder:
         text += f"best {judge} top-1 {best[f'{judge}_top1']:.2f} % in epoch {best['epoch']}"
         text += f", where test top-1 is {best['test_top1']:.2f} %\n" if judge == "val" else ", chosen on the test set\n"
         self._write("train_eval_results.txt", text)
-        table = io.StringIO()
         extra = [name for name in best if name not in COLUMNS]
-        writer = csv.DictWriter(table, COLUMNS + extra, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-        self._write("metrics.csv", table.getvalue())
+        self._write("metrics.csv", as_csv(history, COLUMNS + extra))
         self._write("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
         if last or time.monotonic() - self._drawn > self.CURVES_EVERY:
             draw_curves(history, self.path / "curves.png")
@@ -408,6 +426,4 @@ def draw_curves(history: list[dict], path: Path) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_atomically(path, buffer.getbuffer())
+    write_atomically(path, as_png(figure, dpi=120))

@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import io
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from options import DATASETS, PROGRAMS, DataConfig, OneLineParser, Options, ViTConfig, read_yaml, resolve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # takes most of a second to import
 
 # ---------------------------------------------------------------------------------------------------------------
 # Runs
@@ -76,18 +79,12 @@ def title_of(axis, truth: str, prediction: str) -> None:
     axis.set_title(truth if right else f"{prediction}\n(is {truth})", color="tab:green" if right else "tab:red", fontsize=8)
 
 
-def as_png(figure, dpi: int = 110) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The figures
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def draw_curves(args: argparse.Namespace) -> bytes:
+def draw_curves(args: argparse.Namespace) -> Figure:
     """Loss and top-1 by epoch; runs that differ in their seed only are one line, their mean, in a band of their range."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -144,10 +141,10 @@ def draw_curves(args: argparse.Namespace) -> bytes:
     axes[0].plot([], [], "k:", label="training")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
-    return as_png(figure)
+    return figure
 
 
-def draw_attention(args: argparse.Namespace) -> bytes:
+def draw_attention(args: argparse.Namespace) -> Figure:
     """What the class token (or, without one, the mean patch) attends to, block by block and averaged, heads averaged."""
     import torch
     from matplotlib.figure import Figure
@@ -183,10 +180,10 @@ def draw_attention(args: argparse.Namespace) -> bytes:
             axis.set_yticks([])
             if number == 0:
                 axis.set_title(name, fontsize=8)
-    return as_png(figure)
+    return figure
 
 
-def draw_neighbors(args: argparse.Namespace) -> bytes:
+def draw_neighbors(args: argparse.Namespace) -> Figure:
     """The neighbors that some tokens pick in every layer, on the image: joined to the token, the nearest boldest."""
     import torch
     from matplotlib.figure import Figure
@@ -225,7 +222,7 @@ def draw_neighbors(args: argparse.Namespace) -> bytes:
                 axis.set_xlabel(f"{layer_number(name)}: {' x '.join(map(str, grid))} tokens{which}", fontsize=8)
                 axis.xaxis.set_label_position("top")
         title_of(row[0], names[labels[image]], names[predicted[image]])
-    return as_png(figure)
+    return figure
 
 
 def layer_number(name: str) -> str:
@@ -259,7 +256,7 @@ def draw_choice(axis, module, grid: tuple[int, ...], index, place: tuple[float, 
     axis.plot(x, y, "*", color=color, ms=10, mec="white", mew=0.8)
 
 
-def draw_masks(args: argparse.Namespace) -> bytes:
+def draw_masks(args: argparse.Namespace) -> Figure:
     """The local masks by type and expansion step, and beside each the pattern around one patch on the grid."""
     from matplotlib.figure import Figure
 
@@ -296,10 +293,10 @@ def draw_masks(args: argparse.Namespace) -> bytes:
                 whole.set_title(f"expansion step {step}", fontsize=9, fontweight="bold")
             if place == 0:
                 whole.set_ylabel(name, fontsize=9)
-    return as_png(figure)
+    return figure
 
 
-def draw_samples(args: argparse.Namespace) -> bytes:
+def draw_samples(args: argparse.Namespace) -> Figure:
     """Training images with their labels, as a model sees them."""
     import torch
     from matplotlib.figure import Figure
@@ -320,7 +317,7 @@ def draw_samples(args: argparse.Namespace) -> bytes:
     for axis, image, label in zip(axes, images, labels, strict=False):
         show_picture(axis, as_picture(image, args.dataset))
         axis.set_title(data.class_names[label], fontsize=8)
-    return as_png(figure)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -415,11 +412,11 @@ def main(argv: list[str] | None = None) -> int:
     if output.suffix.lower() != ".png":
         parser.error(f"--output {output} is not a .png file, which is what is drawn")
     try:
-        picture = DRAW[args.figure](args)
-        from utils import write_atomically
+        figure = DRAW[args.figure](args)
+        from utils import as_png, write_atomically
 
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, picture)
+        write_atomically(output, as_png(figure))
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     except Exception as error:

@@ -125,7 +125,7 @@ def test_what_is_timed_is_what_it_says():
             return super().forward(x)
 
     for precision in ("fp32", "bf16"):
-        case = Case("spy", Spy(4, 4), torch.randn(5, 4), precision=precision, compiled=False)
+        case = Case(Spy(4, 4), torch.randn(5, 4), precision=precision, compiled=False)
         case.measure()
         is_autocast = precision == "bf16"
         assert calls == [(1, False, is_autocast), (5, False, is_autocast), (5, True, is_autocast)]
@@ -135,7 +135,7 @@ def test_what_is_timed_is_what_it_says():
 
 
 def test_rows_hold_medians_and_rates():
-    case = Case("case", torch.nn.Linear(4, 4), torch.randn(5, 4), precision="fp32", compiled=False)
+    case = Case(torch.nn.Linear(4, 4), torch.randn(5, 4), precision="fp32", compiled=False)
     case.times = {"latency": [0.001, 0.002, 0.006], "forward": [0.1, 0.2, 9.0], "training": [0.5, 0.7, 0.6]}
     row = case.row()
     assert row["latency_ms_per_image"] == pytest.approx(3) and row["latency_std_ms"] == pytest.approx(7**0.5)

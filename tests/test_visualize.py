@@ -45,25 +45,22 @@ def test_curves(runs, tmp_path):
     assert width > 2 * height
 
 
-def lines_of_curves(monkeypatch, folders):
+def lines_of_curves(folders):
     """(label, x, y) of the lines in the panel of accuracies, and its bands."""
-    figures = []
-    monkeypatch.setattr(visualize, "as_png", lambda figure: figures.append(figure) or b"")
     args = visualize.make_parser().parse_args(["curves", *map(str, folders)])
-    visualize.draw_curves(args)
-    axis = figures[0].axes[1]
+    axis = visualize.draw_curves(args).axes[1]
     return {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}, axis.collections
 
 
-def test_seeds_are_one_line_in_a_band(runs, monkeypatch):
-    lines, bands = lines_of_curves(monkeypatch, [runs / "convnn", runs / "convnn-1", runs / "mean"])
+def test_seeds_are_one_line_in_a_band(runs):
+    lines, bands = lines_of_curves([runs / "convnn", runs / "convnn-1", runs / "mean"])
     assert list(lines) == ["ConvNNAttention, pool cls (2 seeds)", "Attention, pool mean"] and len(bands) == 2
     tables = [visualize.csv.DictReader((runs / name / "metrics.csv").open()) for name in ("convnn", "convnn-1")]
     seeds = [[float(row["test_top1"]) for row in table] for table in tables]
     mean = lines["ConvNNAttention, pool cls (2 seeds)"]
     assert list(mean.get_xdata()) == [1, 2]
     assert list(mean.get_ydata()) == pytest.approx([(a + b) / 2 for a, b in zip(*seeds, strict=True)])
-    only, bands = lines_of_curves(monkeypatch, [runs / "mean"])
+    only, bands = lines_of_curves([runs / "mean"])
     assert list(only) == ["Attention"] and not bands
 
 
@@ -73,15 +70,12 @@ def test_attention(runs, name, tmp_path):
     assert width > height
 
 
-def test_attention_maps_are_those_of_the_patches(runs, monkeypatch):
-    figures = []
-    monkeypatch.setattr(visualize, "as_png", lambda figure: figures.append(figure) or b"")
+def test_attention_maps_are_those_of_the_patches(runs):
     for name in ("convnn", "mean"):
         args = visualize.make_parser().parse_args(["attention", str(runs / name), "--images", "3"])
-        visualize.draw_attention(args)
+        axes = visualize.draw_attention(args).axes
         model, images, labels, names = visualize.load_run(runs / name, 3, None)
         logits, matrices = model(images, output_attentions=True)
-        axes = figures[-1].axes
         assert len(axes) == 3 * 4  # image, two blocks, average
         for image in range(3):
             picture, first, second, average = axes[4 * image : 4 * image + 4]
@@ -104,16 +98,14 @@ def test_neighbors(runs, name, more, tmp_path):
 
 
 @pytest.mark.parametrize("head", [0, 1])
-def test_neighbors_are_those_of_the_image_and_the_head(runs, head, monkeypatch):
+def test_neighbors_are_those_of_the_image_and_the_head(runs, head):
     """Lines end where the mixing matrix of that image and head is not zero."""
-    figures = []
-    monkeypatch.setattr(visualize, "as_png", lambda figure: figures.append(figure) or b"")
     line = ["neighbors", str(runs / "convnn"), "--images", "3", "--queries", "0.6,0.3", "--head", str(head)]
-    visualize.draw_neighbors(visualize.make_parser().parse_args(line))
+    figure = visualize.draw_neighbors(visualize.make_parser().parse_args(line))
     model, images, _, _ = visualize.load_run(runs / "convnn", 3, None)
     _, matrices = model(images, output_attentions=True)
     query = 1 + 2 * 4 + 1  # of the 4 x 4 patches after the class token
-    for number, axis in enumerate(figures[0].axes):
+    for number, axis in enumerate(figure.axes):
         image, layer = divmod(number, 2)
         chosen = matrices[layer][image, head, query].nonzero().flatten().tolist()
         expected = {((j - 1) % 4, (j - 1) // 4) for j in chosen if j > 0}
