@@ -167,10 +167,16 @@ class Recipe:
     device: torch.device
     augment: bool = False
     noise: float = 0.0  # standard deviation, of pixels from 0 to 1
+    rank: int = 0  # of `world` processes this one's share of the images
+    world: int = 1
 
 
 class Batches:
-    """What both kinds of batches share. `index` (n,) is each image's place in the data set before any was left out."""
+    """What both kinds of batches share. `index` (n,) is each image's place in the data set before any was left out.
+
+    Several processes share every training batch, and take turns with whole batches of the other parts, so that each of
+    those is computed exactly as one process would. All get equally many batches, some of which may then be empty.
+    """
 
     def __init__(self, index: np.ndarray, recipe: Recipe):
         self.num_samples = len(index)
@@ -179,9 +185,25 @@ class Batches:
         self._mean = torch.tensor(mean, device=recipe.device).view(-1, 1, 1)
         self._std = torch.tensor(std, device=recipe.device).view(-1, 1, 1)
 
+    @property
+    def _images_per_step(self) -> int:
+        return self.recipe.batch_size * (1 if self.recipe.part == "train" else self.recipe.world)
+
     def __len__(self) -> int:
         """Batches per epoch; the last may be short."""
-        return -(-self.num_samples // self.recipe.batch_size)
+        return -(-self.num_samples // self._images_per_step)
+
+    def images_in(self, step: int) -> int:
+        """Images that all processes together see in batch number `step` of an epoch."""
+        return min(self._images_per_step, self.num_samples - step * self._images_per_step)
+
+    def chunks(self, epoch: int) -> list[Tensor]:
+        """Places of the images of every batch of this process, on the CPU."""
+        recipe, batches = self.recipe, self.order(epoch).split(self.recipe.batch_size)
+        if recipe.part == "train":
+            return [batch.tensor_split(recipe.world)[recipe.rank] for batch in batches]
+        mine = list(batches[recipe.rank :: recipe.world])
+        return mine + [batches[0][:0]] * (len(self) - len(mine))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (B, C, resize, resize) float32, normalised, and labels (B,) int64, both on the device.
@@ -198,6 +220,11 @@ class Batches:
         # Hashed first: a CPU generator takes the low 32 bits of its seed only.
         key = _keys(self.recipe.seed, epoch, torch.zeros(1), ORDER).item()
         return torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(key % 2**32))
+
+    def _nothing(self, channels: int) -> tuple[Tensor, Tensor]:
+        """A batch without images."""
+        size, device = self.recipe.resize, self.recipe.device
+        return torch.empty(0, channels, size, size, device=device), torch.empty(0, dtype=torch.int64, device=device)
 
     def _finish(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
         """float32 pixels from 0 to 255, changed in place -> noisy and normalised."""
@@ -221,9 +248,14 @@ class DeviceBatches(Batches):
         self._index = torch.from_numpy(index).to(recipe.device, torch.int64)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        size = self.recipe.batch_size
-        order = self.order(epoch).to(self.recipe.device)
-        for chosen in order.split(size)[start:]:
+        chunks = self.chunks(epoch)[start:]
+        if not chunks:
+            return
+        order = torch.cat(chunks).to(self.recipe.device)  # at once, not a copy to the device for every batch
+        for chosen in order.split([len(chunk) for chunk in chunks]):
+            if not len(chosen):
+                yield self._nothing(self._images.shape[1])
+                continue
             images, index = self._images[chosen], self._index[chosen]
             if self.recipe.augment:
                 images = self._augment(images, index, epoch)
@@ -288,7 +320,9 @@ class _Plan:
         return len(self.chunks)
 
 
-def _collate(samples: list) -> tuple[Tensor, Tensor, Tensor] | DataError:
+def _collate(samples: list) -> tuple[Tensor, Tensor, Tensor] | DataError | None:
+    if not samples:
+        return None
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
@@ -297,12 +331,13 @@ def _collate(samples: list) -> tuple[Tensor, Tensor, Tensor] | DataError:
 
 
 def _start_worker(worker: int) -> None:
-    """Leave Ctrl-C to the main process, which decides what it means and then ends its workers.
+    """Leave signals to the main process, which finishes a step, for which it needs its workers, and then ends them.
 
-    SIGTERM ends a worker: torch has replaced the inherited handler before this runs. SIG_DFL instead would make the main
-    process, when it terminates workers as it exits, take that for a crash.
+    Clusters and torchrun signal the whole group of processes. A worker ends when it is told to or its parent is gone.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class StreamedBatches(Batches):
@@ -327,11 +362,14 @@ class StreamedBatches(Batches):
         )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        self._plan.epoch, self._plan.chunks = epoch, self.order(epoch).split(self.recipe.batch_size)[start:]
+        self._plan.epoch, self._plan.chunks = epoch, self.chunks(epoch)[start:]
         try:
             for batch in self._loader:
                 if isinstance(batch, DataError):
                     raise DataError(str(batch))  # a copy: `batch` would hold its own traceback, and that the workers
+                if batch is None:
+                    yield self._nothing(3)
+                    continue
                 images, labels, index = (tensor.to(self.recipe.device, non_blocking=True) for tensor in batch)
                 yield self._finish(images.float(), index, epoch), labels
         except RuntimeError as error:
@@ -627,10 +665,20 @@ def _limited(labels: np.ndarray, config: DataConfig, part: str) -> np.ndarray:
     return balanced_subset(labels, limit)
 
 
-def load_data(config: DataConfig, *, batch_size: int, seed: int, device: torch.device, test_only: bool = False) -> Data:
+def load_data(
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    test_only: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> Data:
     """The batches of the data set that `config` names; `config.resize` and `config.num_workers` must be numbers by now.
 
-    With `test_only` the training images are not read. Raises DataError if data is missing or wrong, and for limits and
+    batch_size: images of a batch, over all `world` processes, of which this is number `rank`. With `test_only` the training
+    images are not read. Raises DataError if data is missing or wrong, and for limits and
     fractions that it cannot meet.
     """
     assert config.resize is not None and config.num_workers is not None
@@ -641,7 +689,7 @@ def load_data(config: DataConfig, *, batch_size: int, seed: int, device: torch.d
 
     def batches(images: Images, index: np.ndarray, part: str) -> Batches:
         augment = config.augment and part == "train"
-        recipe = Recipe(config.dataset, part, batch_size, seed, config.resize, device, augment, config.noise)
+        recipe = Recipe(config.dataset, part, batch_size, seed, config.resize, device, augment, config.noise, rank, world)
         data, labels = images.data[index], images.labels[index]
         if DATASETS[config.dataset].streamed:
             return StreamedBatches(data, labels, index, recipe, config.num_workers)

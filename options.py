@@ -697,7 +697,8 @@ class OneLineParser(argparse.ArgumentParser):
         """One line, exit status 2; `name=value` in a message becomes the flag a user would type."""
         names = "|".join(action.dest for action in self._actions)
         message = re.sub(rf"(?<!\S)({names})=", r"--\1 ", " ".join(message.split()))
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        # Of the processes that torchrun starts on a machine, which all read the same options, one speaks.
+        self.exit(2, f"{self.prog}: error: {message}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
 
 
 def _words(value) -> str:

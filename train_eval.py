@@ -10,7 +10,7 @@ import copy
 import importlib.util
 import json
 import math
-import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +27,8 @@ from tqdm import tqdm
 import utils
 from dataset import Data, DataError, import_torchvision, load_data
 from options import Options, TrainConfig
-from utils import Progress, RunError, RunFolder
+from processes import Interrupted, ProcessError, Processes, Signals
+from utils import Progress, RunError, RunFolder, WriteError
 
 READ_EVERY, READ_SECONDS = 20, 5  # steps, or seconds, between two looks at numbers on the device
 
@@ -52,14 +53,18 @@ class Meter:
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """loss: mean over these images; logits (B, classes); targets (B,), or (B, classes): the largest share counts."""
+        self.sums += self.tally(loss, logits, targets)
+
+    def tally(self, loss: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        """The sums over these images alone (4,)."""
         labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
         hits = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         count = torch.full_like(self.sums[0], len(labels))
-        self.sums += torch.stack([loss.detach() * count, hits[:, 0].sum(), hits.sum(), count])
+        return torch.stack([loss.detach() * count, hits[:, 0].sum(), hits.sum(), count])
 
-    def read(self) -> Metrics:
-        """Waits for the device."""
-        loss, top1, top5, seen = self.sums.tolist()
+    def read(self, sums: Tensor | None = None) -> Metrics:
+        """Means; of other sums than its own if given. Waits for the device."""
+        loss, top1, top5, seen = (self.sums if sums is None else sums).tolist()
         seen = max(seen, 1)
         return Metrics(loss / seen, 100 * top1 / seen, 100 * top5 / seen)
 
@@ -196,9 +201,19 @@ def new_step(config: TrainConfig, device: torch.device) -> None:
 class Training:
     """Everything that a training step changes, which is what `last.pt` holds."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, steps_per_epoch: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        device: torch.device,
+        steps_per_epoch: int,
+        processes: Processes | None = None,
+        signals: Signals | None = None,
+    ):
         self.model, self.config, self.device = model, config, device
-        self.call = compile_for(config, model)
+        self.processes, self.signals = processes or Processes(), signals or Signals()
+        compiled = compile_for(config, model)
+        self.call = self.processes.parallel(compiled)
         self.autocast = autocast_for(config, device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, config)
@@ -206,7 +221,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.use_amp and config.amp_dtype == "float16")
         self.average = Average(model, config.ema_decay) if config.ema_decay else None
         self.evaluated = self.average.model if self.average else model
-        self.call_evaluated = compile_for(config, self.average.model) if self.average else self.call
+        self.call_evaluated = compile_for(config, self.average.model) if self.average else compiled
         self.meter = Meter(device)
         self.seconds = 0.0  # of training in this epoch, before it was interrupted
         self.lr = config.lr  # at the start of this epoch
@@ -219,21 +234,35 @@ class Training:
         self.bad_step = torch.full((), -1, device=device, dtype=torch.long)
         self.bad_lr = torch.zeros((), device=device)
 
-    def update(self, images: Tensor, targets: Tensor, loss_function: Callable) -> None:
-        """One optimizer step on a batch, in micro-batches under --accumulate_steps."""
+    def update(self, images: Tensor, targets: Tensor, loss_function: Callable, total: int | None = None) -> None:
+        """One optimizer step on a batch, in micro-batches under --accumulate_steps.
+
+        total: images of all processes in this step, of which `images` are this one's share; None: there are no others.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         new_step(self.config, self.device)
         finite = torch.ones_like(self.bad, dtype=torch.bool)
-        poison = torch.where(self.bad > 0, math.nan, 1.0)  # float16: makes the scaler skip the step too
+        idle = len(images) == 0  # more processes than images in the last batch: only join in the sum of gradients
+        if idle:
+            images, targets = images.new_zeros(2, *images.shape[1:]), targets.new_zeros(2, *targets.shape[1:])
+        total, world = total or len(images), self.processes.world
         size = math.ceil(len(images) / self.config.accumulate_steps)
-        for part, part_targets in zip(images.split(size), targets.split(size), strict=True):
-            with self.autocast():
-                logits = self.call(part)
-            logits = logits.float()
-            loss = loss_function(logits, part_targets)
-            self.scaler.scale(loss * (poison * len(part) / len(images))).backward()
-            self.meter.add(loss, logits, part_targets)
-            finite &= loss.detach().isfinite()
+        parts = list(zip(images.split(size), targets.split(size), strict=True))
+        for number, (part, part_targets) in enumerate(parts, start=1):
+            alone = world > 1 and number < len(parts)
+            with self.call.no_sync() if alone else nullcontext():
+                with self.autocast():
+                    logits = self.call(part)
+                logits = logits.float()
+                loss = loss_function(logits, part_targets)
+                # A loss that is not finite, now or before, makes all gradients NaN: on all processes, as they are summed,
+                # and for the scaler of float16, which then skips the step.
+                poison = torch.where(loss.detach().isfinite() & (self.bad == 0), 1.0, math.nan)
+                share = 0.0 if idle else world * len(part) / total  # gradients become means over the processes
+                self.scaler.scale(loss * (poison * share)).backward()
+            if not idle:
+                self.meter.add(loss, logits, part_targets)
+                finite &= loss.detach().isfinite()
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = get_total_norm(gradients)
@@ -244,7 +273,7 @@ class Training:
             self.scaler.update()
         else:
             finite &= norm.isfinite()
-        now_bad = torch.maximum(self.bad, (~finite).float())
+        now_bad = self.processes.maximum_(torch.maximum(self.bad, (~finite).float()))
         self.bad_step = torch.where(now_bad > self.bad, self.step, self.bad_step)
         self.bad_lr = torch.where(now_bad > self.bad, self.schedule.now, self.bad_lr)
         self.bad = now_bad
@@ -268,16 +297,55 @@ class Training:
                 f"{self.bad_lr.item():g}; that step did not reach the weights. Try {advice}"
             )
 
+    def agree(self, look: bool = False, save: bool = False) -> tuple[bool, bool]:
+        """Whether any process wants to look at the device, or to save. Raises Interrupted if one was told to stop."""
+        number, look, save = self.processes.agree(self.signals.received, look, save)
+        if number:
+            raise Interrupted(number)
+        return bool(look), bool(save)
+
+    def total(self) -> Metrics:
+        """Means over the images of all processes in this epoch so far."""
+        return self.meter.read(self.processes.sum_(self.meter.sums.clone()))
+
+    def epoch_done(self, row: dict, judge: str) -> None:
+        """Take up the row of an epoch that is trained and evaluated; `judge` names the part that chooses the best one.
+
+        Raises NonFiniteLoss.
+        """
+        for name in ("train", "val", "test"):
+            if not math.isfinite(row.get(f"{name}_loss", 0.0)):
+                raise NonFiniteLoss(f"the {name} loss is not finite after epoch {row['epoch']}; try a lower --lr")
+        self.schedule.epoch_done(row[f"{judge}_loss"])
+        self.history.append(row)
+        if not self.best or row[f"{judge}_top1"] > self.best[f"{judge}_top1"]:
+            self.best = row
+        self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+        self.meter = Meter(self.device)
+
+    def share_statistics(self) -> None:
+        """BatchNorm's running statistics become those of the first process, which are those that are saved."""
+        for model in [self.model] + ([self.average.model] if self.average else []):
+            parameters = dict(model.named_parameters())
+            self.processes.share(value for name, value in model.state_dict().items() if name not in parameters)
+
     def state_dict(self, options: dict) -> dict:
-        """Tensors and plain values only."""
+        """Tensors and plain values only; of several processes all must call it, and those of the first one are whole."""
+        # What differs between processes: random numbers, and sums over their shares of the images.
+        own = self.processes.gather((utils.random_state(), self.meter.sums.cpu())) or []
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": self.average.model.state_dict() if self.average else None,
-            "sampler": {"seed": self.config.seed, "sums": self.meter.sums, "seconds": self.seconds, "lr": self.lr},
-            "rng": utils.random_state(),
+            "sampler": {
+                "seed": self.config.seed,
+                "sums": [sums for _, sums in own],
+                "seconds": self.seconds,
+                "lr": self.lr,
+            },
+            "rng": [rng for rng, _ in own],
             "epoch": self.epoch,
             "step": self.step,
             "best": self.best,
@@ -292,11 +360,16 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         if self.average:
             self.average.model.load_state_dict(state["ema"])
-        self.meter.sums.copy_(state["sampler"]["sums"])
         self.seconds, self.lr = state["sampler"]["seconds"], state["sampler"]["lr"]
         self.epoch, self.step = state["epoch"], state["step"]
         self.best, self.history = state["best"], state["history"]
-        utils.set_random_state(state["rng"])
+        rank, sums = self.processes.rank, state["sampler"]["sums"]
+        if len(sums) == self.processes.world:
+            self.meter.sums.copy_(sums[rank])
+            utils.set_random_state(state["rng"][rank])
+        else:  # other processes than those that saved it: equal in distribution, not in numbers
+            self.meter.sums.copy_(sum(sums) if rank == 0 else torch.zeros_like(sums[0]))
+            utils.seed_process(self.config.seed, rank, self.epoch, self.step)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -315,35 +388,40 @@ def train_one_epoch(
 
     batches: `dataset.DeviceBatches` or alike; mix: images, labels -> images, shares; save: called every
     `save_minutes`, at a step's end. Returns the means over the images of the epoch, as they were when trained on.
-    Raises NonFiniteLoss.
+    Raises NonFiniteLoss, and Interrupted at the end of a step after a signal.
     """
     training.model.train()
-    config = training.config
+    config, processes = training.config, training.processes
     if training.step == 0:
         training.lr = training.schedule.now
     started, earlier = time.perf_counter(), training.seconds
     saved = looked = time.monotonic()
     done = training.step * config.batch_size
-    with Progress(f"epoch {training.epoch + 1}/{config.num_epochs}", batches.num_samples, done) as progress:
-        for images, targets in batches.epoch(training.epoch, start=training.step):
-            if mix is not None:
-                images, targets = mix(images, targets)
-            training.update(images, targets, loss_function)
-            progress.advance(len(images))
-            now = time.monotonic()
-            if training.step % READ_EVERY == 0 or now - looked > READ_SECONDS:
-                looked = now
-                training.check_finite()
-                if progress.due:
-                    progress.show(*training.meter.read()[:2])
-            if save is not None and config.save_minutes and now - saved > 60 * config.save_minutes:
-                training.seconds = earlier + time.perf_counter() - started
-                save()
-                saved = time.monotonic()
+    title = f"epoch {training.epoch + 1}/{config.num_epochs}"
+    try:
+        with Progress(title, batches.num_samples, done, quiet=not processes.first) as progress:
+            training.agree()
+            for images, targets in batches.epoch(training.epoch, start=training.step):
+                if mix is not None and len(images):
+                    images, targets = mix(images, targets)
+                total = batches.images_in(training.step)
+                training.update(images, targets, loss_function, total)
+                progress.advance(total)
+                now = time.monotonic()
+                want_look, want_save = now - looked > READ_SECONDS, now - saved > 60 * config.save_minutes > 0
+                looked, saved = now if want_look else looked, now if want_save else saved
+                look, due = training.agree(want_look, want_save)
+                if look or training.step % READ_EVERY == 0:
+                    training.check_finite()
+                    if progress.due:
+                        progress.show(*training.meter.read()[:2])
+                if due and save is not None:
+                    training.seconds = earlier + time.perf_counter() - started
+                    save()
+    finally:
+        training.seconds = earlier + time.perf_counter() - started
     training.check_finite()
-    metrics = training.meter.read()
-    training.seconds = earlier + time.perf_counter() - started
-    return metrics
+    return training.total()
 
 
 @torch.no_grad()
@@ -356,20 +434,30 @@ def evaluate(
     call: Callable | None = None,
     autocast: Callable = nullcontext,
     title: str = "test",
+    processes: Processes | None = None,
+    check: Callable[[], object] = lambda: None,
 ) -> Metrics:
-    """Means over all images of `batches`, every one counted once; `call` is the compiled model if there is one."""
+    """Means over all images of `batches`, every one counted once; `call` is the compiled model if there is one.
+
+    The sums are kept by batch and added up in their order, whichever process computed them: the result of several is exactly
+    that of one. `check` is called after every batch, on all processes equally often.
+    """
     model.eval()
     call = model if call is None else call
+    processes = processes or Processes()
     meter = Meter(device)
-    with Progress(title, batches.num_samples) as progress:
-        for step, (images, labels) in enumerate(batches.epoch(0), start=1):
-            with autocast():
-                logits = call(images).float()
-            meter.add(loss_function(logits, labels), logits, labels)
-            progress.advance(len(images))
-            if step % READ_EVERY == 0 and progress.due:
-                progress.show(*meter.read()[:2])
-    return meter.read()
+    rows = meter.sums.new_zeros(-(-batches.num_samples // batches.recipe.batch_size), 4)
+    with Progress(title, batches.num_samples, quiet=not processes.first) as progress:
+        for step, (images, labels) in enumerate(batches.epoch(0)):
+            if len(images):
+                with autocast():
+                    logits = call(images).float()
+                rows[step * processes.world + processes.rank] = meter.tally(loss_function(logits, labels), logits, labels)
+            progress.advance(batches.images_in(step))
+            check()
+            if (step + 1) % READ_EVERY == 0 and progress.due:
+                progress.show(*meter.read(rows.sum(0))[:2])
+    return meter.read(processes.sum_(rows).sum(0))
 
 
 def fit(
@@ -383,51 +471,71 @@ def fit(
 
     options: what `args.txt` holds; facts: of the model, for `summary.json`. Returns the row of the best epoch.
     """
-    config = training.config
+    config, processes = training.config, training.processes
     loss_function, plain_loss = make_loss(config.criterion, config.label_smoothing), make_loss(config.criterion)
     mix = make_mix(config.mixup, config.cutmix, facts["num_classes"])
     judge = "val" if data.val is not None else "test"
-    board = _tensorboard(folder) if config.tensorboard else None
+    board = _tensorboard(folder, training.epoch) if config.tensorboard and processes.first else None
 
-    def save(*paths):
+    def save(*others):
         training.check_finite()
-        utils.save_checkpoint(training.state_dict(options), *paths)
+        state = training.state_dict(options)
+        if processes.first:
+            folder.save(state, *others)
 
-    while training.epoch < config.num_epochs and not _stalled(training.history, judge, config.early_stopping):
-        metrics = {"train": train_one_epoch(training, data.train, loss_function, mix, lambda: save(folder.last))}
-        for name, batches in (("val", data.val), ("test", data.test)):
-            if batches is not None:
-                metrics[name] = evaluate(
-                    training.evaluated,
-                    batches,
-                    plain_loss,
-                    device=training.device,
-                    call=training.call_evaluated,
-                    autocast=training.autocast,
-                    title=name,
-                )
-        for name, values in metrics.items():
-            if not math.isfinite(values.loss):
-                raise NonFiniteLoss(f"the {name} loss is not finite after epoch {training.epoch + 1}; try a lower --lr")
-        training.schedule.epoch_done(metrics[judge].loss)
-        row = _row(training, metrics, data.train.num_samples)
-        training.history.append(row)
-        is_best = not training.best or row[f"{judge}_top1"] > training.best[f"{judge}_top1"]
-        training.best = row if is_best else training.best
-        training.epoch, training.step, training.seconds = training.epoch + 1, 0, 0.0
-        training.meter = Meter(training.device)
-        keep = config.save_every and training.epoch % config.save_every == 0
-        kept = folder.path / f"epoch_{training.epoch}.pt"
-        save(folder.last, *([folder.best] if is_best else []), *([kept] if keep else []))
-        ended = training.epoch == config.num_epochs or _stalled(training.history, judge, config.early_stopping)
-        folder.epoch_done(training.history, training.best, _summary(training, judge, facts, ended), last=ended)
-        left = (config.num_epochs - training.epoch) * row["seconds"]
-        print(utils.epoch_line(row) + (f"  ETA {tqdm.format_interval(left)}" if not ended else ""), flush=True)
-        if board is not None:
-            for name, value in row.items():
-                board.add_scalar(name, value, training.epoch)
-            board.flush()
+    def ended() -> bool:
+        return training.epoch == config.num_epochs or _stalled(training.history, judge, config.early_stopping)
+
+    def publish() -> None:
+        if processes.first:
+            folder.epoch_done(training.history, training.best, _summary(training, judge, facts, ended()), last=ended())
+
+    if training.history and processes.first and folder.is_behind(len(training.history), ended()):
+        publish()  # of a run that was killed after it had saved and before it had written its results
+    try:
+        with training.signals.deferred():
+            while not ended():
+                metrics = {"train": train_one_epoch(training, data.train, loss_function, mix, save)}
+                metrics |= _evaluate_parts(training, data, plain_loss)
+                training.epoch_done(_row(training, metrics, data.train.num_samples), judge)
+                row, epoch = training.history[-1], training.epoch
+                kept = [folder.best] * (training.best == row)
+                kept += [folder.path / f"epoch_{epoch}.pt"] * bool(config.save_every and epoch % config.save_every == 0)
+                save(*kept)
+                publish()
+                if processes.first:
+                    left = (config.num_epochs - epoch) * row["seconds"]
+                    eta = "" if ended() else f"  ETA {tqdm.format_interval(left)}"
+                    print(utils.epoch_line(row) + eta, flush=True)
+                if board is not None:
+                    for name, value in row.items():
+                        board.add_scalar(name, value, epoch)
+                    board.flush()
+    except Interrupted:
+        save()
+        processes.finish()
+        raise
     return training.best
+
+
+def _evaluate_parts(training: Training, data: Data, loss_function: Callable) -> dict[str, Metrics]:
+    """Metrics of the validation images, if there are any, and of the test images."""
+    training.share_statistics()
+    return {
+        name: evaluate(
+            training.evaluated,
+            batches,
+            loss_function,
+            device=training.device,
+            call=training.call_evaluated,
+            autocast=training.autocast,
+            title=name,
+            processes=training.processes,
+            check=training.agree,
+        )
+        for name, batches in (("val", data.val), ("test", data.test))
+        if batches is not None
+    }
 
 
 def _stalled(history: list[dict], judge: str, patience: int) -> bool:
@@ -469,10 +577,11 @@ def _summary(training: Training, judge: str, facts: dict, ended: bool) -> dict:
     }
 
 
-def _tensorboard(folder: RunFolder):
+def _tensorboard(folder: RunFolder, epochs: int):
+    """A writer; of events after these epochs, which an interrupted run may have left, none are shown."""
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(folder.path / "tensorboard")
+    return SummaryWriter(folder.path / "tensorboard", purge_step=epochs + 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -491,26 +600,49 @@ def run(
     `fail` ends the program with one line and status 2 for what the user can mend; `load` puts the state dict of a
     --checkpoint into the model.
     """
+    signals, processes = Signals(), None
     try:
-        (_test if options.train.test_only else _train)(options, make_model, load)
-    except (RunError, DataError) as error:
+        processes = Processes.from_environment()
+        with signals, processes:
+            (_test if options.train.test_only else _train)(options, make_model, load, processes, signals)
+    except (RunError, DataError, ProcessError) as error:
+        if processes is not None and processes.connected and processes.local_rank:
+            print(error, file=sys.stderr)  # a fault of this process alone: `fail` leaves those of all to the first one
         fail(str(error))
-    except NonFiniteLoss as error:
-        print(f"stopped: {error}", file=sys.stderr)
+    except (NonFiniteLoss, WriteError) as error:
+        if processes.first:
+            print(f"stopped: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
         last = RunFolder(options.train.output_dir).last
-        print("interrupted" + (f"; --resume goes on from {last}" if last.exists() else ""), file=sys.stderr)
-        return 130
+        if processes is None or processes.first:
+            hint = f"; --resume goes on from {last}" if last.exists() and not options.train.test_only else ""
+            print(f"stopped by {signal.Signals(number).name}{hint}", file=sys.stderr)
+        return 128 + number
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if options.train.deterministic and "deterministic" in text:
+            fail(f"--deterministic: --layer {options.model.layer} has a step without a deterministic form here ({text[:150]})")
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in text
+        if processes.world == 1 or not lost:
+            raise
+        print(f"stopped: process {processes.rank} has lost another one of {processes.world}", file=sys.stderr)
+        return 1
     return 0
 
 
-def _prepare(options: Options, make_model: Callable[[], nn.Module]) -> tuple[nn.Module, RunFolder, torch.device]:
+def _prepare(
+    options: Options, make_model: Callable[[], nn.Module], processes: Processes
+) -> tuple[nn.Module, RunFolder, torch.device]:
     """Everything that can fail before data is read or a file is written."""
     train = options.train
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError("several processes cannot train one model yet, they would overwrite each other; start one process")
-    device = utils.pick_device(train.device)
+    if train.batch_size < processes.world * train.accumulate_steps:
+        what = f"{processes.world} processes" + f" of {train.accumulate_steps} micro-batches each" * (
+            train.accumulate_steps > 1
+        )
+        raise RunError(f"--batch_size {train.batch_size} is the total, and fewer images than {what}")
+    device = utils.pick_device(train.device, processes)
     autocast_for(train, device)
     folder = RunFolder(train.output_dir)
     utils.check_writable(folder.path, "--output_dir")
@@ -524,15 +656,35 @@ def _prepare(options: Options, make_model: Callable[[], nn.Module]) -> tuple[nn.
     return make_model(), folder, device
 
 
-def _test(options: Options, make_model: Callable[[], nn.Module], load: Callable[[nn.Module, dict], None]) -> None:
+def _load_data(options: Options, device: torch.device, processes: Processes) -> Data:
+    with processes.first_of_machine_first():  # which may download it
+        return load_data(
+            options.data,
+            batch_size=options.train.batch_size,
+            seed=options.train.seed,
+            device=device,
+            test_only=options.train.test_only,
+            rank=processes.rank,
+            world=processes.world,
+        )
+
+
+def _test(
+    options: Options,
+    make_model: Callable[[], nn.Module],
+    load: Callable[[nn.Module, dict], None],
+    processes: Processes,
+    signals: Signals,
+) -> None:
     """Evaluate --checkpoint, else best.pt of the output folder; print and write test_results.json, nothing else."""
-    model, folder, device = _prepare(options, make_model)
+    model, folder, device = _prepare(options, make_model, processes)
     train = options.train
     path = Path(train.checkpoint) if train.checkpoint else folder.best
     if not path.exists():
         raise RunError(f"--test_only: there is no {path}; train first, or name the weights with --checkpoint FILE")
     utils.load_weights(model, path, load, "--checkpoint" if train.checkpoint else "--test_only")
-    data = load_data(options.data, batch_size=train.batch_size, seed=train.seed, device=device, test_only=True)
+    processes.connect(device)
+    data = _load_data(options, device, processes)
     model.to(device)
     metrics = evaluate(
         model,
@@ -541,28 +693,36 @@ def _test(options: Options, make_model: Callable[[], nn.Module], load: Callable[
         device=device,
         call=compile_for(train, model),
         autocast=autocast_for(train, device),
+        processes=processes,
     )
+    if not processes.first:
+        return
     print(f"test top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  ({path})")
     results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": str(path)}
     folder.path.mkdir(parents=True, exist_ok=True)
     utils.write_atomically(folder.path / "test_results.json", json.dumps(results, indent=2) + "\n")
 
 
-def _train(options: Options, make_model: Callable[[], nn.Module], load: Callable[[nn.Module, dict], None]) -> None:
-    model, folder, device = _prepare(options, make_model)
+def _train(
+    options: Options,
+    make_model: Callable[[], nn.Module],
+    load: Callable[[nn.Module, dict], None],
+    processes: Processes,
+    signals: Signals,
+) -> None:
+    model, folder, device = _prepare(options, make_model, processes)
     train, plain = options.train, options.as_dict()
-    state = utils.resumable_state(folder.last, plain) if train.resume else None
-    if train.checkpoint and state is None:
+    found = utils.resumable_state(folder, plain, quiet=not processes.first) if train.resume else None
+    if train.checkpoint and found is None:
         utils.load_weights(model, Path(train.checkpoint), load)
-    data = load_data(options.data, batch_size=train.batch_size, seed=train.seed, device=device)
+    processes.connect(device)
+    data = _load_data(options, device, processes)
     model.to(device)
-    training = Training(model, train, device, len(data.train))
-    if state is not None:
-        try:
-            training.load_state_dict(state)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise RunError(f"--resume: {folder.last} is damaged ({type(error).__name__})") from None
-        print(f"resumed {folder.last}: {training.epoch} epochs and {training.step} steps are done")
+    training = Training(model, train, device, len(data.train), processes, signals)
+    if found is None:
+        utils.seed_process(train.seed, processes.rank)
+    else:
+        _resume(training, *found)
     shape = (options.model.in_channels, *options.model.image_size)
     facts = {
         "parameters": utils.count_parameters(model),
@@ -571,15 +731,39 @@ def _train(options: Options, make_model: Callable[[], nn.Module], load: Callable
         "num_classes": options.model.num_classes,
         "train_images": data.train.num_samples,
         "test_images": data.test.num_samples,
+        "processes": processes.world,
     }
-    folder.start(plain, model, resumed=state is not None)
-    print(
-        f"{options.model.layer} on {options.data.dataset}: {facts['parameters']:,} parameters, "
-        f"{facts['flops_per_image'] / 1e6:,.2f} MFLOPs per image, {facts['train_images']:,} training and "
-        f"{facts['test_images']:,} test images, on {utils.device_name(device)}"
-    )
+    if processes.first:
+        folder.start(plain, model, resumed=found is not None)
+        print(
+            f"{options.model.layer} on {options.data.dataset}: {facts['parameters']:,} parameters, "
+            f"{facts['flops_per_image'] / 1e6:,.2f} MFLOPs per image, {facts['train_images']:,} training and "
+            f"{facts['test_images']:,} test images, on {utils.device_name(device)}"
+            + (f", {processes.world} processes" if processes.world > 1 else ""),
+            flush=True,
+        )
     best = fit(training, data, folder, plain, facts)
+    if not processes.first:
+        return
     if train.export:
         utils.export_weights(Path(train.export), utils.evaluated_weights(folder.best))
     judge = "val" if data.val is not None else "test"
     print(f"best {judge} top-1 {best[f'{judge}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
+
+
+def _resume(training: Training, state: dict, path: Path) -> None:
+    """Go on from the state in this file. Raises RunError if it is not the state of such a training."""
+    processes = training.processes
+    try:
+        training.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise RunError(f"--resume: {path} is damaged ({type(error).__name__})") from None
+    if processes.first:
+        print(f"resumed {path}: {training.epoch} epochs and {training.step} steps are done")
+        if len(state["rng"]) != processes.world:
+            print(
+                f"warning: {len(state['rng'])} processes trained so far, now there are {processes.world}: "
+                "the numbers will not be exactly those of a run that was not interrupted",
+                file=sys.stderr,
+            )
+    processes.wait()  # before the first one writes over what others still read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -13,7 +14,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from options import RESUME_MAY_CHANGE
+from processes import Processes
 
 COLUMNS = (
     "epoch lr train_loss train_top1 train_top5 test_loss test_top1 test_top5 seconds images_per_s".split()
@@ -35,19 +38,39 @@ class RunError(Exception):
     """Something a user can mend, in one line; the program ends with exit status 2."""
 
 
+class WriteError(Exception):
+    """An output that cannot be written, in one line; what it would have replaced is unchanged."""
+
+
+class DamagedError(RunError):
+    """A checkpoint that is not whole."""
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Device and random numbers
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that --device names; auto takes cuda, then mps, then cpu. Raises RunError if it is absent."""
+def pick_device(name: str, processes: Processes | None = None) -> torch.device:
+    """The device that --device names; auto takes cuda, then mps, then cpu. Raises RunError if it is absent.
+
+    Of several processes on a machine each has a GPU of its own.
+    """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, there in present.items() if there)
     if not present[name]:
         raise RunError(f"--device {name}: there is none here; use {' or '.join(d for d, there in present.items() if there)}")
-    return torch.device(name)
+    if processes is None or processes.world == 1:
+        return torch.device(name)
+    if name == "mps":
+        raise RunError("--device mps: several processes can train on cuda or cpu")
+    if name == "cuda" and processes.local_rank >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise RunError(
+            f"--device cuda: more processes than GPUs on a machine; use torchrun --nproc_per_node={count}, or --device cpu"
+        )
+    return torch.device(name, processes.local_rank) if name == "cuda" else torch.device(name)
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -57,6 +80,12 @@ def seed_everything(seed: int, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not deterministic
+
+
+def seed_process(seed: int, rank: int, *progress: int) -> None:
+    """Random numbers of its own for each process after the first, which goes on with those that made the model."""
+    if rank or progress:
+        torch.manual_seed(int.from_bytes(hashlib.sha256(repr((seed, rank, *progress)).encode()).digest()[:8], "big") >> 1)
 
 
 def random_state() -> dict:
@@ -82,17 +111,50 @@ def set_random_state(state: dict) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write to a temporary file in the same folder, flush it to disk, rename it over `path`."""
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
+    """A file to write, which replaces `path` once it is whole: a reader sees the old file or the new one, never half of one.
+
+    It is a temporary file in the same folder, flushed to disk, then renamed. Raises WriteError.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises a RuntimeError from it
+        if not isinstance(cause, OSError):
+            raise
+        raise WriteError(f"{path} cannot be written ({cause.strerror})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """The names in it, which else may be lost with the power."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """What was being written when a process was killed."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """The whole of a file, as in `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def as_csv(rows: list[dict], columns: list[str] | None = None) -> str:
@@ -123,29 +185,30 @@ def check_writable(folder: Path, flag: str) -> None:
         raise RunError(f"{flag} {folder}: {existing} cannot be written to ({error.strerror})") from None
 
 
-def save_checkpoint(state: dict, *paths: Path) -> None:
-    """Write tensors and plain values so that a reader sees the old file or the new one, never half of one."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    for path in paths:
-        write_atomically(path, buffer.getbuffer())
+def save_checkpoint(state: dict, path: Path) -> None:
+    """Write tensors and plain values, as in `atomic_file`."""
+    with atomic_file(path) as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint; no code in it is run. Raises RunError for anything that is not a whole checkpoint."""
+    """Read a checkpoint; no code in it is run. Raises DamagedError for anything that is not a whole checkpoint."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return {"model": load_file(path)}
+        # torch.load does not look at the checksums, and would give numbers of which some bits have changed.
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"checksum of {part}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost anything
         reason = (
             "it holds more than tensors and plain values" if "Unsupported" in str(error) else "damaged, or another kind of file"
         )
-        raise RunError(f"{path} is not a checkpoint that can be read: {reason}") from None
+        raise DamagedError(f"{path} is not a checkpoint that can be read: {reason}") from None
     if not isinstance(state, dict):
-        raise RunError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
+        raise DamagedError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
     if "model" in state:
         return state
     return {"model": state.get("state_dict", state)}  # where others put the weights
@@ -197,17 +260,35 @@ def export_weights(path: Path, weights: dict) -> None:
     write_atomically(path, save({name: value.contiguous() for name, value in weights.items()}))
 
 
-def resumable_state(path: Path, options: dict) -> dict | None:
-    """The state in last.pt, or None if there is none. Raises RunError if it is of a run with other options."""
-    if not path.exists():
+STATE = tuple("model optimizer scheduler scaler ema sampler rng epoch step best history config".split())
+
+
+def resumable_state(folder: RunFolder, options: dict, quiet: bool = False) -> tuple[dict, Path] | None:
+    """The state to go on from and its file, or None if there is none: last.pt or, where that is damaged, an earlier one.
+
+    Raises RunError if it is of a run with other options, or if no file can be read.
+    """
+    if not folder.last.exists() and not folder.previous.exists():
         return None
-    state = load_checkpoint(path)
-    if "config" not in state:
-        raise RunError(f"--resume: {path} holds weights only, not a run")
-    for name, value in options.items():
-        if name not in RESUME_MAY_CHANGE and state["config"].get(name) != value:
-            raise RunError(f"--resume: {path} was trained with --{name} {state['config'].get(name)}, not {value}")
-    return state
+    problems = []
+    for path in (folder.last, folder.previous, folder.best):
+        if not path.exists():
+            continue
+        try:
+            state = load_checkpoint(path)
+            missing = [name for name in STATE if name not in state]
+            if missing or not isinstance(state["config"], dict):
+                raise DamagedError(f"{path} is not the state of a run: it holds no {', '.join(missing) or 'options'}")
+        except DamagedError as error:
+            problems.append(str(error))
+            continue
+        for name, value in options.items():
+            if name not in RESUME_MAY_CHANGE and state["config"].get(name) != value:
+                raise RunError(f"--resume: {path} was trained with --{name} {state['config'].get(name)}, not {value}")
+        if problems and not quiet:
+            print(f"warning: {'; '.join(problems)}; going on from {path}", file=sys.stderr)
+        return state, path
+    raise RunError(f"--resume: {'; '.join(problems)}; there is nothing to go on from, leave --resume out to start anew")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -293,16 +374,16 @@ class Progress:
 
     LINE_EVERY = 30
 
-    def __init__(self, title: str, total: int, done: int = 0):
-        self.title, self.total, self.done = title, total, done
+    def __init__(self, title: str, total: int, done: int = 0, quiet: bool = False):
+        self.title, self.total, self.done, self.quiet = title, total, done, quiet
         self.start, self.first, self.printed = time.monotonic(), done, time.monotonic()
         self.bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not quiet:
             self.bar = tqdm(desc=title, total=total, initial=done, unit=" images", unit_scale=True, leave=False)
 
     @property
     def due(self) -> bool:
-        return self.bar is not None or time.monotonic() - self.printed > self.LINE_EVERY
+        return not self.quiet and (self.bar is not None or time.monotonic() - self.printed > self.LINE_EVERY)
 
     def advance(self, images: int) -> None:
         self.done += images
@@ -370,8 +451,23 @@ class RunFolder:
         return self.path / "last.pt"
 
     @property
+    def previous(self) -> Path:
+        """The last.pt before the last one, until the run is finished."""
+        return self.path / "previous.pt"
+
+    @property
     def best(self) -> Path:
         return self.path / "best.pt"
+
+    def save(self, state: dict, *others: Path) -> None:
+        """Write last.pt, after `others`: a run that is killed between them writes those once more when it is resumed."""
+        for path in others:
+            save_checkpoint(state, path)
+        with contextlib.suppress(OSError):  # without hard links there is no file to fall back on but best.pt
+            link = self.path / f".previous.pt.{os.getpid()}.tmp"
+            os.link(self.last, link)
+            os.replace(link, self.previous)
+        save_checkpoint(state, self.last)
 
     def start(self, options: dict, model: nn.Module, resumed: bool) -> None:
         """Create the folder and write what is known before training; warn if it holds another run."""
@@ -385,10 +481,19 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(self.path)
         shown = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in options.items()}
         self._write("args.txt", "".join(f"{name}: {value}\n" for name, value in shown.items()))
         self._write("config.yaml", yaml.safe_dump(options, sort_keys=False))
         self._write("model.txt", describe_model(model))
+
+    def is_behind(self, epochs: int, ended: bool) -> bool:
+        """Whether the results are not those of a run that has done so many epochs."""
+        try:
+            summary = json.loads((self.path / "summary.json").read_text())
+        except (OSError, ValueError):
+            return True
+        return (summary.get("epochs"), summary.get("finished")) != (epochs, ended)
 
     def epoch_done(self, history: list[dict], best: dict, summary: dict, last: bool) -> None:
         """Write the results so far; `best` is the row of the best epoch."""
@@ -405,6 +510,8 @@ class RunFolder:
         if last or time.monotonic() - self._drawn > self.CURVES_EVERY:
             draw_curves(history, self.path / "curves.png")
             self._drawn = time.monotonic()
+        if last:
+            self.previous.unlink(missing_ok=True)
 
     def _write(self, name: str, text: str) -> None:
         write_atomically(self.path / name, text)
