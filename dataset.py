@@ -9,6 +9,7 @@ index of the image), so they do not depend on batch size, workers, or where a ru
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gzip
 import math
@@ -18,6 +19,7 @@ import signal
 import socket
 import sys
 import tempfile
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -333,11 +335,17 @@ def _collate(samples: list) -> tuple[Tensor, Tensor, Tensor] | DataError | None:
 def _start_worker(worker: int) -> None:
     """Leave signals to the main process, which finishes a step, for which it needs its workers, and then ends them.
 
-    Clusters and torchrun signal the whole group of processes. A worker ends when it is told to or its parent is gone.
+    Clusters and torchrun signal the whole group of processes. A worker ends when it is told to, or when its parent is gone.
     """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _end_workers(iterator: weakref.ref) -> None:
+    """At exit: multiprocessing would send them SIGTERM and wait."""
+    if iterator() is not None:
+        iterator()._shutdown_workers()
 
 
 class StreamedBatches(Batches):
@@ -349,6 +357,7 @@ class StreamedBatches(Batches):
     def __init__(self, files: np.ndarray, labels: np.ndarray, index: np.ndarray, recipe: Recipe, num_workers: int):
         super().__init__(index, recipe)
         self._plan = _Plan()
+        self._ends_at_exit = num_workers == 0
         self._loader = DataLoader(
             _ImageFiles(files, labels, index, recipe),
             batch_sampler=self._plan,
@@ -364,7 +373,11 @@ class StreamedBatches(Batches):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self._plan.epoch, self._plan.chunks = epoch, self.chunks(epoch)[start:]
         try:
-            for batch in self._loader:
+            batches = iter(self._loader)
+            if not self._ends_at_exit:
+                atexit.register(_end_workers, weakref.ref(batches))
+                self._ends_at_exit = True
+            for batch in batches:
                 if isinstance(batch, DataError):
                     raise DataError(str(batch))  # a copy: `batch` would hold its own traceback, and that the workers
                 if batch is None:

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -131,7 +132,9 @@ class Processes:
         if self.world == 1:
             return model
         # Statistics of BatchNorm are those of the first process, handed out by `share` before they are used: once an epoch
-        # instead of in every step. torch 2.15 has another name for the option.
+        # instead of in every step. The option has another name from torch 2.15 on.
+        # A gradient that is a view, as of the class token of a single image, is copied: no matter for its few numbers.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         parallel = nn.parallel.DistributedDataParallel
         names = inspect.signature(parallel).parameters
         every_step = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"

@@ -263,9 +263,10 @@ def test_errors_before_anything_is_written(line, words, tmp_path, monkeypatch, c
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_processes_are_refused_until_they_work_together(tmp_path, monkeypatch, capsys):
+def test_half_an_environment_of_several_processes(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in fails(f"{SMALL} --output_dir {tmp_path / 'run'}", capsys)
+    error = fails(f"{SMALL} --output_dir {tmp_path / 'run'}", capsys)
+    assert "WORLD_SIZE=2 is set without RANK" in error and "torchrun" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -808,23 +808,24 @@ assert "torchvision" not in sys.modules and "sklearn" not in sys.modules
 def inherited(number, frame):
     os.write(1, b"inherited")
 
-signal.signal(signal.SIGTERM, inherited)
-signal.signal(signal.SIGINT, inherited)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, inherited)
 config = dataset.DataConfig(dataset="folder", data_path=sys.argv[1], resize=8, num_workers=2)
 data = dataset.load_data(config, batch_size=1, seed=0, device=torch.device("cpu"))
 train, test = data.train.epoch(0), data.test.epoch(0)
 next(train), next(test)
 worker = data.train._loader._iterator._workers[0]
-subprocess.run(["kill", "-INT", str(worker.pid)])
+for name in ("INT", "TERM", "USR1"):
+    subprocess.run(["kill", f"-{name}", str(worker.pid)])
 time.sleep(0.3)
 print(worker.is_alive())
 try:
     if sys.argv[2] == "leave":
         sys.exit()
-    subprocess.run(["kill", "-TERM", str(worker.pid)])
+    subprocess.run(["kill", "-KILL", str(worker.pid)])
     time.sleep(10)
 except RuntimeError:  # torch's handler of SIGCHLD
-    print(worker.exitcode == -signal.SIGTERM)
+    print(worker.exitcode == -signal.SIGKILL)
 """
 
 

@@ -1,0 +1,342 @@
+"""Several processes that train one model, by gloo on this machine, and the signals that stop a run."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from processes import Interrupted, ProcessError, Processes, Signals
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(command, rank=0, world=1, port=0, **more):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC")}
+    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    if world > 1:
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment | more, **pipes)
+
+
+def start_both(*command, **more):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [start(command, rank, 2, port, **more) for rank in range(2)]
+
+
+def finish(processes, timeout=120):
+    """(exit status, stdout, stderr) of each."""
+    try:
+        outputs = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_ends_at_once_what_has_nothing_to_save():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as caught, Signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert caught.value.number == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("number", Signals.NUMBERS)
+def test_a_signal_waits_for_the_end_of_a_step(number):
+    with Signals() as signals, signals.deferred():
+        assert signals.received == 0
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        assert signals.received == number
+
+
+TWICE = """
+import os, signal, sys, time
+from processes import Signals
+with Signals() as signals, signals.deferred():
+    os.kill(os.getpid(), signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun passes on what its processes may have had themselves
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("still here", flush=True)
+        time.sleep(Signals.SAME)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize("launcher", ["", "torchrun"])
+def test_a_second_signal_ends_the_process(launcher):
+    more = {"TORCHELASTIC_RUN_ID": "x"} if launcher else {}
+    ((status, out, err),) = finish([start(["-c", TWICE], **more)], timeout=25)
+    assert (status, out, err) == (128 + signal.SIGINT, "still here\n" if launcher else "", "")
+
+
+# --- one process, and the environment -------------------------------------------------------------------------------
+
+
+def test_one_process_needs_nobody():
+    with Processes() as alone:
+        alone.connect(torch.device("cpu"))
+        tensor = torch.ones(3)
+        assert alone.first and alone.agree(5, 0) == [5, 0] and alone.gather("x") == ["x"]
+        assert alone.sum_(tensor) is tensor and alone.maximum_(tensor) is tensor and tensor.tolist() == [1] * 3
+        alone.share([tensor])
+        with alone.first_of_machine_first():
+            alone.wait()
+        model = torch.nn.Linear(1, 1)
+        assert alone.parallel(model) is model and not alone.connected
+
+
+def test_environment(monkeypatch):
+    assert Processes.from_environment().world == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ProcessError, match=r"WORLD_SIZE=2 .*RANK, LOCAL_RANK, MASTER_ADDR.*torchrun"):
+        Processes.from_environment()
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    found = Processes.from_environment()
+    assert (found.rank, found.world, found.local_rank, found.first) == (3, 4, 1, False)
+
+
+# --- two processes against one --------------------------------------------------------------------------------------
+
+SAME_AS_ONE = """
+import math, sys
+import numpy as np, torch
+from dataset import DeviceBatches, Recipe
+from options import AllConvNetConfig, LAYERS1D_NAMES, LAYERS2D_NAMES, TrainConfig, ViTConfig
+from allconvnet import AllConvNet
+from vit import ViT
+from processes import Processes, Signals
+from train_eval import NonFiniteLoss, Training, evaluate, make_loss, train_one_epoch
+
+CPU = torch.device("cpu")
+SMALL = dict(image_size=8, patch_size=2, in_channels=1, num_layers=2, num_heads=2, d_model=8, d_mlp=8, dropout=0.0,
+             attention_dropout=0.0, K=4, kernel_size=3, hybrid_dilations=(1,), nystrom_landmarks=4)
+loss_function = make_loss("CrossEntropy")
+result = {}
+
+def batches(part, processes, batch_size=7, n=43):  # 43 = 6 x 7 + 1: the last batch leaves a process without images
+    labels = np.arange(n) % 10
+    images = np.random.default_rng(0).integers(0, 255, (n, 1, 8, 8)).astype(np.uint8)
+    recipe = Recipe("digits", part, batch_size, 0, 8, CPU, rank=processes.rank, world=processes.world)
+    return DeviceBatches(images, labels, np.arange(n), recipe)
+
+def training(processes, model, **options):
+    config = TrainConfig(batch_size=7, num_epochs=2, lr=0.01, **options)
+    return Training(model, config, CPU, 7, processes)
+
+class Recorded(Training):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.losses = []
+
+    def update(self, *args):
+        super().update(*args)
+        self.losses.append(self.total().loss)
+
+with Signals(), Processes.from_environment() as processes:
+    processes.connect(CPU)
+    for accumulate in (1, 3):
+        torch.manual_seed(0)
+        config = TrainConfig(batch_size=7, num_epochs=2, lr=0.01, accumulate_steps=accumulate)
+        run = Recorded(ViT(ViTConfig(**SMALL)), config, CPU, 7, processes)
+        train_one_epoch(run, batches("train", processes), loss_function)
+        result[f"losses {accumulate}"] = run.losses
+        result[f"weights {accumulate}"] = torch.cat([p.detach().flatten() for p in run.model.parameters()])
+        result["gradient is known to all"] = all(p.grad is not None for p in run.parameters)
+    torch.manual_seed(1)
+    model = ViT(ViTConfig(**SMALL))
+    for size in (7, 50):
+        rest = {"device": CPU, "processes": processes}
+        result[f"evaluation {size}"] = list(evaluate(model, batches("test", processes, size), loss_function, **rest))
+    # Every layer under DDP, whose second step fails if a parameter had no gradient in the first.
+    for name in LAYERS1D_NAMES:
+        torch.manual_seed(2)
+        run = training(processes, ViT(ViTConfig(**SMALL, layer=name)))
+        for images, labels in batches("train", processes, n=14).epoch(0):
+            run.update(images, labels, loss_function, 7)
+            if run.step == 1:
+                result[f"layer {name}"] = torch.cat([p.grad.flatten() for p in run.parameters])
+    for name in (*LAYERS2D_NAMES, "Conv2d/ConvNN"):
+        model = AllConvNet(AllConvNetConfig(layer=name, channels=(8, 8), K=4, image_size=8, in_channels=1))
+        run = training(processes, model, ema_decay=0.5)
+        train_one_epoch(run, batches("train", processes), loss_function)
+        run.share_statistics()
+        result[f"buffers {name}"] = [v.float() for m in (run.model, run.evaluated) for v in m.state_dict().values()]
+    if processes.world > 1:  # wishes of any process, one call later, on all
+        result["agreed"] = [processes.agree(3 * processes.rank + t, 0, 0) for t in range(3)]
+        processes.agree()
+        result["gathered"] = processes.gather(processes.rank)
+        # A process with a loss that is not finite stops all, with the weights before that step.
+        run = training(processes, ViT(ViTConfig(**SMALL)), ema_decay=0.5)
+        before = []
+        def faulty(logits, labels):
+            bad = processes.rank == 1 and run.step == 3
+            if run.step == 3 and not before:
+                before.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]).clone())
+            return loss_function(logits, labels) * (math.nan if bad else 1.0)
+        try:
+            train_one_epoch(run, batches("train", processes), faulty)
+        except NonFiniteLoss as error:
+            result["error"] = str(error)
+        result["before"] = before[0]
+        result["after"] = torch.cat([p.detach().flatten() for p in run.model.parameters()])
+torch.save(result, sys.argv[1] + f"/{processes.world}-{processes.rank}.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def one_and_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    alone = start(["-c", SAME_AS_ONE, str(folder)])
+    for status, _, err in finish([alone, *start_both("-c", SAME_AS_ONE, str(folder))]):
+        assert status == 0, err
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_two_processes_train_as_one_with_the_same_total_batch(one_and_two, accumulate):
+    alone, first, second = one_and_two.values()
+    losses = alone[f"losses {accumulate}"]
+    assert len(losses) == 7 and len(set(losses)) == 7
+    assert first[f"losses {accumulate}"] == pytest.approx(losses, abs=1e-6)
+    assert second[f"losses {accumulate}"] == first[f"losses {accumulate}"]
+    assert torch.equal(first[f"weights {accumulate}"], second[f"weights {accumulate}"])
+    torch.testing.assert_close(first[f"weights {accumulate}"], alone[f"weights {accumulate}"], atol=1e-5, rtol=1e-5)
+    assert first["gradient is known to all"]
+
+
+@pytest.mark.parametrize("size", [7, 50])
+def test_evaluation_by_two_processes_is_exactly_that_of_one(one_and_two, size):
+    """43 images: an odd number of batches, or one batch for two processes."""
+    alone, first, second = (run[f"evaluation {size}"] for run in one_and_two.values())
+    assert alone == first == second and alone[0] > 0
+
+
+def test_every_layer_has_the_gradient_of_one_process(one_and_two):
+    alone, first, second = one_and_two.values()
+    layers = [name for name in alone if name.startswith("layer ")]
+    assert len(layers) == 17
+    for name in layers:
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], alone[name], atol=1e-5, rtol=1e-4)
+
+
+def test_statistics_of_batch_norm_are_those_of_the_first_process(one_and_two):
+    alone, first, second = one_and_two.values()
+    layers = [name for name in alone if name.startswith("buffers ")]
+    assert len(layers) == 5
+    for name in layers:
+        assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True))
+
+
+def test_wishes_are_known_to_all_one_call_later(one_and_two):
+    for name in ("2-0", "2-1"):
+        assert one_and_two[name]["agreed"] == [[0, 0, 0], [3, 0, 0], [4, 0, 0]]
+    assert one_and_two["2-0"]["gathered"] == [0, 1] and one_and_two["2-1"]["gathered"] is None
+
+
+def test_a_process_with_a_nan_stops_all_before_that_step(one_and_two):
+    for name in ("2-0", "2-1"):
+        run = one_and_two[name]
+        assert "epoch 1, step 4" in run["error"] and torch.equal(run["before"], run["after"])
+
+
+# --- the command line under torchrun --------------------------------------------------------------------------------
+
+TRAIN = shlex.split(
+    "vit_main.py --dataset digits --resize 8 --patch_size 2 --num_layers 2 --num_heads 2 --d_model 16 --d_mlp 16 --device cpu "
+    "--batch_size 4 --train_limit 801 --test_limit 51 --num_epochs 2 --ema_decay 0.9 --mixup 0.3 --accumulate_steps 2"
+)
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def stop(processes, which):
+    """SIGTERM to one of them, some steps into the first epoch; how long they took to end."""
+    for line in processes[0].stdout:
+        if "2 processes" in line:
+            break
+    time.sleep(0.7)
+    began = time.monotonic()
+    processes[which].terminate()
+    ended = finish(processes, timeout=40)
+    assert time.monotonic() - began < 20
+    return ended
+
+
+def state_of(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def plain(state):
+    """What must be equal, as text: no times, no name of a folder."""
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in state["history"]]
+    sampler = {k: v for k, v in state["sampler"].items() if k != "seconds"}
+    parts = {k: state[k] for k in ("model", "optimizer", "scheduler", "ema", "rng", "epoch", "step")}
+    torch.set_printoptions(profile="full", precision=17)
+    try:
+        return str(parts | {"history": rows, "sampler": sampler})
+    finally:
+        torch.set_printoptions(profile="default")
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step_and_they_resume_exactly(tmp_path):
+    whole = start([*TORCHRUN, *TRAIN, "--output_dir", str(tmp_path / "whole")])
+    stopped = start_both(*TRAIN, "--output_dir", str(tmp_path / "run"))
+    (first, _, message), (second, _, silent) = stop(stopped, which=1)
+    assert (first, second) == (143, 143) and silent == ""
+    assert re.fullmatch(r"stopped by SIGTERM; --resume goes on from .*last.pt\n", message)
+    state = state_of(tmp_path / "run")
+    assert 0 < state["step"] <= 201
+    assert len(state["rng"]) == 2 and not torch.equal(state["rng"][0]["cpu"], state["rng"][1]["cpu"])
+    seen = sum(sums[3].item() for sums in state["sampler"]["sums"])
+    assert seen == 4 * state["step"]  # one agreed step: both have counted its images
+
+    ((status, _, error),) = finish([whole])
+    assert status == 0, error
+    # The second time it is torchrun that is told to stop, and tells its processes.
+    command = [*TORCHRUN, *TRAIN, "--output_dir", str(tmp_path / "run"), "--resume"]
+    ((status, _, error),) = stop([start(command)], which=0)
+    assert status != 0 and "stopped by SIGTERM" in error
+    again = state_of(tmp_path / "run")
+    assert (again["epoch"], again["step"]) > (state["epoch"], state["step"])
+    ((status, out, error),) = finish([start(command)])
+    assert status == 0 and f"resumed {tmp_path / 'run' / 'last.pt'}" in out and "warning" not in error.lower().split("omp")[0]
+    assert plain(state_of(tmp_path / "run")) == plain(state_of(tmp_path / "whole"))
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_a_process_that_fails_ends_the_others(tmp_path):
+    """The second process finds no test images; the first one must not wait for it for ever."""
+    script = "import sys, vit_main; import train_eval; "
+    script += "train_eval.load_data = lambda *a, load=train_eval.load_data, **k: load(*a, **k) if not k['rank'] else 1 / 0; "
+    script += "sys.exit(vit_main.main(sys.argv[1:]))"
+    began = time.monotonic()
+    (first, _, message), (second, _, error) = finish(
+        start_both("-c", script, *TRAIN[1:], "--output_dir", str(tmp_path / "run")), timeout=60
+    )
+    assert (first, second) == (1, 1) and time.monotonic() - began < 40
+    assert "ZeroDivisionError" in error and message == "stopped: process 0 has lost another one of 2\n"
+
+
+def test_options_that_do_not_fit_several_processes(tmp_path):
+    ended = finish(start_both(*TRAIN, "--batch_size", "3", "--output_dir", str(tmp_path / "run")))
+    assert [status for status, *_ in ended] == [2, 2] and not (tmp_path / "run").exists()
+    assert ended[1][2] == "" and ended[0][2].count("\n") == 1
+    assert "--batch_size 3" in ended[0][2] and "2 processes of 2 micro-batches" in ended[0][2]
