@@ -467,6 +467,7 @@ class RunFolder:
             link = self.path / f".previous.pt.{os.getpid()}.tmp"
             os.link(self.last, link)
             os.replace(link, self.previous)
+            link.unlink(missing_ok=True)  # still there if both were names of one file already
         save_checkpoint(state, self.last)
 
     def start(self, options: dict, model: nn.Module, resumed: bool) -> None:
@@ -488,12 +489,12 @@ class RunFolder:
         self._write("model.txt", describe_model(model))
 
     def is_behind(self, epochs: int, ended: bool) -> bool:
-        """Whether the results are not those of a run that has done so many epochs."""
+        """Whether the results lack some of so many epochs, or do not know that the run has ended."""
         try:
             summary = json.loads((self.path / "summary.json").read_text())
-        except (OSError, ValueError):
+            return summary["epochs"] < epochs or ended > summary["finished"]
+        except (OSError, ValueError, KeyError, TypeError):
             return True
-        return (summary.get("epochs"), summary.get("finished")) != (epochs, ended)
 
     def epoch_done(self, history: list[dict], best: dict, summary: dict, last: bool) -> None:
         """Write the results so far; `best` is the row of the best epoch."""
