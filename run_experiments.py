@@ -329,11 +329,14 @@ def visible_gpus() -> list[str]:
 class ClusterRun:
     """A point as a job of submitit: it runs the same code, and when its job is requeued it is submitted again and resumes."""
 
+    process: subprocess.Popen | None = None
+
     def __call__(self, point: Point, points: list[Point], folder: Path, gpus_per_run: int) -> str:
         descriptor = lock(folder / point.name)
         if descriptor is not None and not is_finished(point, folder):
             sweep = Sweep([point], folder, slots=1, gpus_per_run=gpus_per_run)
             run = sweep.start(point, 0, descriptor)
+            self.process = run.process
             run.process.wait()
             message = sweep.outcome(run)
             if sweep.failed:
@@ -347,7 +350,11 @@ class ClusterRun:
     def checkpoint(self, *arguments):
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self, *arguments)
+        if self.process is not None:  # it saves and ends; a signal has interrupted `wait`, which would not let in another
+            self.process.terminate()
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.process.pid, 0)
+        return DelayedSubmission(ClusterRun(), *arguments)
 
 
 def submit(points: list[Point], folder: Path, parameters: dict, gpus_per_run: int) -> list:

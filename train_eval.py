@@ -620,6 +620,13 @@ def run(
             hint = f"; --resume goes on from {last}" if last.exists() and not options.train.test_only else ""
             print(f"stopped by {signal.Signals(number).name}{hint}", file=sys.stderr)
         return 128 + number
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        fail(
+            f"--batch_size {options.train.batch_size} leaves a batch with one image, whose last map is a single pixel: BatchNorm "
+            "has nothing to compare; use another --batch_size, --accumulate_steps or --resize"
+        )
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if options.train.deterministic and "deterministic" in text:

@@ -270,6 +270,17 @@ def test_half_an_environment_of_several_processes(tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_batch_of_one_image_without_a_neighbor(tmp_path, capsys):
+    line = "--layer ConvNN --shuffle_pattern B --channels 4 8 8 --K 1 --train_limit 33 --test_limit 10"
+    error = fails(f"{SMALL} {line} --num_epochs 1 --output_dir {tmp_path / 'run'}", capsys)
+    assert "--batch_size 32 leaves a batch with one image" in error
+
+
+def test_a_training_set_smaller_than_a_batch(tmp_path):
+    run("--train_limit 20 --batch_size 64", tmp_path / "run", epochs=1)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["train_images"] == 20
+
+
 def test_an_output_folder_that_is_a_file(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "--output_dir" in fails(f"{SMALL} --output_dir {tmp_path / 'file'}", capsys)
@@ -499,9 +510,16 @@ def readme_commands():
         layer = line.split("layer=")[1].split(";")[0].split()[0] if "layer=" in line else layer
         for variable, value in (("${layer/\\//-}", "x"), ("$layer", layer), ("$seed", "1")):
             line = line.replace(variable, value)
-        if found := re.match(r"\s*(?:\w+=\S+ )?(python \w+\.py.*)", line):
-            lines.append(found[1])
+        if found := re.match(r"\s*(?:\w+=\S+ )?(?:python|torchrun .*?|sbatch .*?) (\w+\.py.*)", line):
+            lines.append(f"python {found[1]}")
     return lines
+
+
+def test_the_promises_name_tests_that_exist():
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+    assert len(named) > 25
+    for file, name in named:
+        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), name
 
 
 def test_python_of_the_readme_runs():

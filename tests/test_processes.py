@@ -340,3 +340,44 @@ def test_options_that_do_not_fit_several_processes(tmp_path):
     assert [status for status, *_ in ended] == [2, 2] and not (tmp_path / "run").exists()
     assert ended[1][2] == "" and ended[0][2].count("\n") == 1
     assert "--batch_size 3" in ended[0][2] and "2 processes of 2 micro-batches" in ended[0][2]
+
+
+# --- on a cluster ---------------------------------------------------------------------------------------------------
+
+# As srun does: the command once per node, signals passed on. Here the nodes are all this machine.
+SRUN = """#!/usr/bin/env bash
+shift
+for node in $(seq "$SLURM_NNODES"); do "$@" & tasks+=($!); done
+trap 'kill -TERM "${tasks[@]}"' TERM
+for task in "${tasks[@]}"; do while kill -0 "$task" 2>/dev/null; do wait "$task"; done; done
+exit 143
+"""
+SCONTROL = """#!/usr/bin/env bash
+case $1 in
+    show) echo localhost ;;
+    requeue) echo "requeued $2" ;;
+esac
+"""
+
+
+def test_the_script_for_a_cluster_trains_on_two_nodes_and_is_queued_again(tmp_path):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "SLURM"))}
+    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    script = [str(ROOT / "scripts" / "slurm_train.sh")]
+    outside = subprocess.run([*script, "vit_main.py"], env=environment, capture_output=True, text=True)
+    assert outside.returncode != 0 and "sbatch" in outside.stderr
+    environment |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "nodes[1-2]"}
+    command = [*script, *TRAIN, "--output_dir", str(tmp_path / "run")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    for line in job.stdout:
+        if "2 processes" in line:
+            break
+    time.sleep(0.5)
+    job.send_signal(signal.SIGUSR1)
+    ((status, out, error),) = finish([job], timeout=60)
+    assert status == 143 and f"requeued {os.getpid()}" in out and "stopped by SIGTERM" in error
+    assert state_of(tmp_path / "run")["step"] > 0

@@ -437,8 +437,10 @@ def test_submitted_runs(tmp_path):
 def test_a_job_that_is_requeued_is_submitted_as_it_was(sweep):
     pytest.importorskip("submitit")
     run, points = run_experiments.ClusterRun(), name_points(*read_sweep("sweep.yaml", []))
+    run.process = subprocess.Popen(["sleep", "60"])
     again = run.checkpoint(points[0], points, sweep / "out", 1)
-    assert again.function is run and again.args == (points[0], points, sweep / "out", 1)
+    assert run.process.wait(timeout=5) in (0, -signal.SIGTERM)  # 0: it is known only that it has ended
+    assert type(again.function) is run_experiments.ClusterRun and again.args == (points[0], points, sweep / "out", 1)
     assert again.result() == points[0].name and (sweep / "out" / "summary.csv").exists()
     with pytest.raises(RuntimeError, match=r"Attention_seed-0 failed: .* lr is too high"):
         run(points[0]._replace(values=points[0].values | {"lr": 0.5, "num_epochs": 3}), points, sweep / "out", 1)
