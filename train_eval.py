@@ -624,7 +624,7 @@ def run(
         if "more than 1 value per channel" not in str(error):
             raise
         fail(
-            f"--batch_size {options.train.batch_size} leaves a batch with one image, whose last map is a single pixel: BatchNorm "
+            f"--batch_size {options.train.batch_size} leaves a batch with one image, whose last map is one pixel: BatchNorm "
             "has nothing to compare; use another --batch_size, --accumulate_steps or --resize"
         )
     except RuntimeError as error:
