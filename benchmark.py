@@ -1,7 +1,8 @@
 """What a mixer costs: parameters, FLOPs, latency, throughput, time and peak memory, layer by layer and size by size.
 
 python benchmark.py vit --layer Attention Performer --resolution 16 32 64
-python benchmark.py allconvnet --layer Conv2d ConvNN --channels 64 128 --resolution 32
+python benchmark.py allconvnet --layer ConvNN --channels 64 128 --resolution 32 --batch_size 32 --against naive
+python benchmark.py targets
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from options import LAYERS1D_NAMES, LAYERS2D_NAMES, AllConvNetConfig, BenchmarkC
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 MEASURED = ("latency_ms_per_image", "latency_std_ms", "images_per_s", "forward_backward_ms", "peak_memory_mb")
+KEYS = ("layer", "tokens", "precision", "execution")
+RATIOS = {"time_ratio": "forward_backward_ms", "memory_ratio": "peak_memory_mb"}  # to the naive form
 UNSEEN = "FLOPs do not include top-K, gather, softmax, normalization and element-wise work, which the counter does not see."
 
 
@@ -209,6 +212,15 @@ def make_mixers(config: ViTConfig | AllConvNetConfig, batch_size: int) -> Iterat
         yield "Attention (q, k, v apart)", apart, x.clone()
 
 
+def with_naive_form(label: str, mixer, x) -> Iterator[tuple[str, object, object]]:
+    """The mixer, and its naive form if it has one."""
+    from naive_layers import Naive, has_naive_form
+
+    yield label, mixer, x
+    if has_naive_form(mixer):
+        yield f"{label} (naive)", Naive(mixer), x.clone()
+
+
 def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator[dict]:
     """Rows of layers at one resolution: they take turns, so that a slow minute of the machine is one for all."""
     import torch
@@ -221,8 +233,12 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
     cases, rows = [], []
     for config in configs:
         torch.manual_seed(bench.seed)
-        for label, mixer, x in make_mixers(config, bench.batch_size):
-            mixer, x = mixer.to(device), x.to(device)
+        mixers = [(label, mixer.to(device), x.to(device)) for label, mixer, x in make_mixers(config, bench.batch_size)]
+        if bench.against:
+            plain, mixers = mixers, [one for mixer in mixers for one in with_naive_form(*mixer)]
+            more = (len(mixers) - len(plain)) * len(bench.precision) * len(bench.execution)
+            progress.total += more * (bench.repeats + 1)
+        for label, mixer, x in mixers:
             tokens = config.image_size[0] * config.image_size[1] if isinstance(config, AllConvNetConfig) else x.shape[1]
             facts = {"parameters": count_parameters(mixer), "forward_mflops": count_flops(mixer, x[:1]) / 1e6}
             facts["forward_backward_mflops"] = training_flops(mixer, x[:1].clone()) / 1e6
@@ -242,8 +258,93 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
             if not case.is_too_large:
                 case.measure()
             progress.update()
-    for case, row in zip(cases, rows, strict=True):
-        yield row | (dict.fromkeys(MEASURED, math.nan) if case.is_too_large else case.row())
+    measured = [
+        row | (dict.fromkeys(MEASURED, math.nan) if c.is_too_large else c.row()) for c, row in zip(cases, rows, strict=True)
+    ]
+    yield from add_ratios(measured) if bench.against else measured
+
+
+def add_ratios(rows: list[dict]) -> list[dict]:
+    """Time and memory of each row over those of its naive form, run in the same way; None where there is none."""
+    naive = {tuple(row[name] for name in KEYS): row for row in rows}
+    result = []
+    for row in rows:
+        other = naive.get((f"{row['layer']} (naive)", *(row[name] for name in KEYS[1:])))
+        result.append(row | {name: other and row[column] / other[column] for name, column in RATIOS.items()})
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Targets: ratios that the layers must keep, forward and backward, on a CPU of two cores
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Target(NamedTuple):
+    """A layer, what it is compared with (None: its naive form), and the largest ratios of time and memory to that."""
+
+    name: str
+    layer: object
+    x: object
+    time: float
+    memory: float | None
+    against: object = None
+    precision: str = "fp32"
+
+
+def make_targets() -> list[Target]:
+    import torch
+    from torch import nn
+
+    from layers1d import MultiHeadAttention, MultiHeadConvNNAttention, MultiHeadKvtAttention, TokenLayout
+    from layers2d import ConvNN2d
+    from local_attention import MultiHeadLocalAttention, NeighborhoodAttention
+    from options import NeighborConfig
+
+    torch.manual_seed(0)
+    images, patches, many = torch.randn(32, 64, 32, 32), torch.randn(64, 197, 192), torch.randn(1, 4096, 192)
+    shuffled = ConvNN2d(64, 128, NeighborConfig(K=9), shuffle_pattern="BA")
+    windows = ConvNN2d(64, 128, NeighborConfig(K=9, similarity_type="Loc"), padding=1)
+    neighbors = NeighborConfig(K=9, magnitude_type="matmul")
+    attention = MultiHeadConvNNAttention(192, 3, neighbors, layout=TokenLayout(14, 14, 1))
+    wide = TokenLayout(64, 64)
+    local = MultiHeadLocalAttention(192, 3, layout=wide, window_size=24)
+    near = NeighborhoodAttention(192, 3, layout=wide, kernel_size=7)
+    small = ConvNN2d(16, 32, NeighborConfig(K=9))
+    return [
+        Target("ConvNN2d, BA 2, 64 -> 128, 32 x 32, B = 32", shuffled, images, 1 / 2.2, 1 / 3),
+        Target("the same in bfloat16, against float32", shuffled, images, 1 / 4.5, 1 / 4, precision="bf16"),
+        Target("ConvNN2d, NA, 16 -> 32, 32 x 32, B = 16", small, torch.randn(16, 16, 32, 32), 1 / 2, 1 / 4),
+        Target("ConvNN2d Loc, against the Conv2d it equals", windows, images, 1.5, None, nn.Conv2d(64, 128, 3, padding=1)),
+        Target("MultiHeadConvNNAttention, B = 64, N = 197, 3 x 64, K = 9", attention, patches, 1 / 3.5, 1 / 4),
+        Target("the same, against MultiHeadAttention", attention, patches, 2, None, MultiHeadAttention(192, 3)),
+        Target("MultiHeadKvtAttention, B = 64, N = 197", MultiHeadKvtAttention(192, 3, 9), patches, 1 / 1.2, 1 / 1.5),
+        Target("MultiHeadLocalAttention, N = 4096, 49 tokens", local, many, 1 / 5, 1 / 10),
+        Target("NeighborhoodAttention, N = 4096, 7 x 7", near, many, 1 / 5, 1 / 10),
+    ]
+
+
+def measure_target(target: Target, repeats: int, device) -> dict:
+    """Both take turns; medians, warm-up excluded."""
+    from naive_layers import Naive
+
+    layer, x = target.layer.to(device), target.x.to(device)
+    other = Naive(layer) if target.against is None else target.against.to(device)
+    cases = [Case(layer, x.clone(), precision=target.precision, compiled=False)]
+    cases.append(Case(other, x.clone(), precision="fp32", compiled=False))
+    times = [[seconds_of(case.training, device) for case in cases] for _ in range(repeats + 1)][1:]
+    seconds = [statistics.median(column) for column in zip(*times, strict=True)]
+    memory = [peak_memory(case.training, device) for case in cases]
+    return {
+        "case": target.name,
+        "ms": 1e3 * seconds[0],
+        "against_ms": 1e3 * seconds[1],
+        "time_ratio": seconds[0] / seconds[1],
+        "time_target": target.time,
+        "mb": memory[0] / 1e6,
+        "against_mb": memory[1] / 1e6,
+        "memory_ratio": memory[0] / memory[1],
+        "memory_target": target.memory,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -254,6 +355,8 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
 def as_text(value) -> str:
     if isinstance(value, float) and math.isnan(value):
         return "out of memory"
+    if value is None:
+        return ""
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
     return f"{value:,}" if isinstance(value, int) else value

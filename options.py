@@ -562,7 +562,8 @@ class DataConfig:
 
 
 SYSTEM = {"group": "system and output"}
-# What may differ when a run is resumed: where it runs and what it writes. All else would change its numbers.
+# What may differ when a run is resumed: how long and where it runs, and what it writes; device and compilation change
+# its numbers by rounding only. All else would make it another run.
 RESUME_MAY_CHANGE = set(
     "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
     "tensorboard early_stopping use_compiled compile_mode".split()
@@ -581,6 +582,12 @@ class BenchmarkConfig:
     batch_size: int = option(8, "images at once, for everything but latency", low=1)
     precision: tuple[str, ...] = option(("fp32",), "fp32, or autocast to one of the others", choices=("fp32", "bf16", "fp16"))
     execution: tuple[str, ...] = option(("eager",), "as it is, or by torch.compile", choices=("eager", "compiled"))
+    against: str | None = option(
+        None,
+        "measure the naive form of each layer beside it, if it has one, and the ratios to it",
+        kind=str,
+        choices=("naive",),
+    )
     repeats: int = option(7, "measurements of each row, in turns; medians count", low=1)
     device: str = option("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cpu", "cuda", "mps"))
     seed: int = option(0, "of weights and inputs", low=0, below=2**31)
@@ -698,7 +705,8 @@ class OneLineParser(argparse.ArgumentParser):
         names = "|".join(action.dest for action in self._actions)
         message = re.sub(rf"(?<!\S)({names})=", r"--\1 ", " ".join(message.split()))
         # Of the processes that torchrun starts on a machine, which all read the same options, one speaks.
-        self.exit(2, f"{self.prog}: error: {message}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+        silent = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0"
+        self.exit(2, None if silent else f"{self.prog}: error: {message}\n")
 
 
 def _words(value) -> str:

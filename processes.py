@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import select
 import signal
 import threading
 import time
@@ -25,6 +26,7 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
+        self.is_saved = False  # whether what was trained is in last.pt
 
 
 class Signals:
@@ -36,21 +38,29 @@ class Signals:
 
     NUMBERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
     SAME = 2.0  # seconds: torchrun passes on a signal that its processes may have had themselves
+    STUCK = 5.0  # seconds that a first signal is given to reach a main thread that has nothing to finish
 
     def __init__(self):
         self.received = 0
-        self._since = 0.0
         self._deferring = False
         self._before: dict = {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+            self._pipe, write = os.pipe()
+            os.set_blocking(write, False)
+            self._before_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False), write
+            threading.Thread(target=self._watch, args=(self._pipe,), daemon=True).start()
             self._before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
         return self
 
     def __exit__(self, *_exception) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        if self._before:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            before, write = self._before_pipe
+            signal.set_wakeup_fd(before)
+            os.close(write)  # which ends the thread
 
     @contextlib.contextmanager
     def deferred(self):
@@ -61,13 +71,31 @@ class Signals:
             self._deferring = False
 
     def _handle(self, number: int, _frame) -> None:
-        if self.received:
-            if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._since < self.SAME:
-                return
-            os._exit(128 + number)
-        self.received, self._since = number, time.monotonic()
-        if not self._deferring:
-            raise Interrupted(number)
+        if not self.received:
+            self.received = number
+            if not self._deferring:
+                raise Interrupted(number)
+
+    def _watch(self, pipe: int) -> None:
+        """In a thread, as the main one may be waiting inside a library for other processes, where no handler runs."""
+        first, since = 0, 0.0
+        with open(pipe, "rb", buffering=0) as signals:
+            while True:
+                ready, _, _ = select.select([signals], [], [], self.STUCK if first and not self.received else None)
+                if not ready:
+                    if not self._deferring and not self.received:
+                        os._exit(128 + first)
+                    continue
+                byte = signals.read(1)
+                if not byte:
+                    return
+                number = byte[0]
+                if number not in self.NUMBERS:  # the end of a child, or others that have their own handlers
+                    continue
+                if not first:
+                    first, since = number, time.monotonic()
+                elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - since > self.SAME:
+                    os._exit(128 + number)
 
 
 class ProcessError(Exception):
@@ -80,24 +108,28 @@ class Processes:
     A context: `connect` begins the conversation, leaving ends it. What is called on one must be called on all.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0):
-        self.rank, self.world, self.local_rank = rank, world, local_rank
+    def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0, local_world: int = 1):
+        self.rank, self.world, self.local_rank, self.local_world = rank, world, local_rank, local_world
         self._control = None  # a group on the CPU, apart from the one that sums gradients
         self._asked: tuple[dist.Work, Tensor] | None = None
 
     @classmethod
     def from_environment(cls) -> Processes:
         """As torchrun says, else one process. Raises ProcessError where the variables do not fit together."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls()
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise ProcessError(
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without {', '.join(missing)}; "
                 "start several processes by torchrun"
             )
-        return cls(*(int(os.environ[name]) for name in names))
+        values = [os.environ[name] for name in names] + [os.environ.get("LOCAL_WORLD_SIZE", "1")]
+        if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
+            given = " ".join(f"{name}={value}" for name, value in zip(names, values, strict=False))
+            raise ProcessError(f"{given} are not the places of processes; start them by torchrun")
+        return cls(*map(int, values))
 
     @property
     def first(self) -> bool:
@@ -109,13 +141,19 @@ class Processes:
         return self._control is not None
 
     def connect(self, device: torch.device) -> None:
-        """Meet the others: gradients are summed by nccl on CUDA and by gloo elsewhere, all else by gloo."""
+        """Meet the others, or raise ProcessError. Gradients are summed by nccl on CUDA, by gloo elsewhere; all else by gloo."""
         if self.world == 1:
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=self.rank, world_size=self.world)
-        self._control = dist.new_group(backend="gloo")
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=self.rank, world_size=self.world)
+            self._control = dist.new_group(backend="gloo")
+        except (RuntimeError, ValueError, OSError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise ProcessError(
+                f"the {self.world} processes cannot meet at {where}: {' '.join(str(error).split())[:200]}"
+            ) from None
 
     def __enter__(self) -> Processes:
         return self
@@ -176,12 +214,11 @@ class Processes:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def gather(self, value) -> list | None:
-        """The values of all processes, by rank, on the first one; None elsewhere."""
-        if self.world == 1:
-            return [value]
-        values = [None] * self.world if self.first else None
-        dist.gather_object(value, values, dst=0, group=self._control)
+    def gather(self, value) -> list:
+        """The values of all processes, by rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value, group=self._control)
         return values
 
     def agree(self, *wishes: int) -> list[int]:

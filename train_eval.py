@@ -186,10 +186,13 @@ def compile_for(config: TrainConfig, model: nn.Module) -> Callable:
     """The model as it is called: compiled under --use_compiled; parameters are shared with `model`."""
     if not config.use_compiled:
         return model
+    # A graph for each size of batch: with graphs for all sizes, which torch makes when it sees a second one, the numbers
+    # would depend on the batch that a run begins with, and a resumed run begins with another.
+    torch._dynamo.config.recompile_limit = 64
     if config.compile_mode == "reduce-memory":
         model.recompute = True
-        return torch.compile(model)
-    return torch.compile(model, mode=config.compile_mode)
+        return torch.compile(model, dynamic=False)
+    return torch.compile(model, mode=config.compile_mode, dynamic=False)
 
 
 def new_step(config: TrainConfig, device: torch.device) -> None:
@@ -330,9 +333,9 @@ class Training:
             self.processes.share(value for name, value in model.state_dict().items() if name not in parameters)
 
     def state_dict(self, options: dict) -> dict:
-        """Tensors and plain values only; of several processes all must call it, and those of the first one are whole."""
+        """Tensors and plain values only; of several processes all must call it."""
         # What differs between processes: random numbers, and sums over their shares of the images.
-        own = self.processes.gather((utils.random_state(), self.meter.sums.cpu())) or []
+        own = self.processes.gather((utils.random_state(self.device), self.meter.sums.cpu()))
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -363,10 +366,12 @@ class Training:
         self.seconds, self.lr = state["sampler"]["seconds"], state["sampler"]["lr"]
         self.epoch, self.step = state["epoch"], state["step"]
         self.best, self.history = state["best"], state["history"]
-        rank, sums = self.processes.rank, state["sampler"]["sums"]
+        rank, sums, rng = self.processes.rank, state["sampler"]["sums"], state["rng"]
+        if len(sums) != len(rng) or any(value.shape != (4,) for value in sums):
+            raise ValueError("sums and random states of the processes")
         if len(sums) == self.processes.world:
             self.meter.sums.copy_(sums[rank])
-            utils.set_random_state(state["rng"][rank])
+            utils.set_random_state(rng[rank], self.device)
         else:  # other processes than those that saved it: equal in distribution, not in numbers
             self.meter.sums.copy_(sum(sums) if rank == 0 else torch.zeros_like(sums[0]))
             utils.seed_process(self.config.seed, rank, self.epoch, self.step)
@@ -484,7 +489,7 @@ def fit(
             folder.save(state, *others)
 
     def ended() -> bool:
-        return training.epoch == config.num_epochs or _stalled(training.history, judge, config.early_stopping)
+        return training.epoch >= config.num_epochs or _stalled(training.history, judge, config.early_stopping)
 
     def publish() -> None:
         if processes.first:
@@ -511,9 +516,10 @@ def fit(
                     for name, value in row.items():
                         board.add_scalar(name, value, epoch)
                     board.flush()
-    except Interrupted:
+    except Interrupted as interrupted:
         save()
         processes.finish()
+        interrupted.is_saved = True
         raise
     return training.best
 
@@ -606,18 +612,18 @@ def run(
         with signals, processes:
             (_test if options.train.test_only else _train)(options, make_model, load, processes, signals)
     except (RunError, DataError, ProcessError) as error:
-        if processes is not None and processes.connected and processes.local_rank:
-            print(error, file=sys.stderr)  # a fault of this process alone: `fail` leaves those of all to the first one
+        if isinstance(error, DataError) and processes.local_rank:
+            print(error, file=sys.stderr)  # of this process alone: `fail` leaves the faults of all to the first one
         fail(str(error))
-    except (NonFiniteLoss, WriteError) as error:
+    except (NonFiniteLoss, WriteError, OSError) as error:
         if processes.first:
             print(f"stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         number = getattr(error, "number", signal.SIGINT)
-        last = RunFolder(options.train.output_dir).last
         if processes is None or processes.first:
-            hint = f"; --resume goes on from {last}" if last.exists() and not options.train.test_only else ""
+            last = RunFolder(options.train.output_dir).last
+            hint = f"; --resume goes on from {last}" if getattr(error, "is_saved", False) else ""
             print(f"stopped by {signal.Signals(number).name}{hint}", file=sys.stderr)
         return 128 + number
     except ValueError as error:
@@ -631,10 +637,13 @@ def run(
         text = " ".join(str(error).split())
         if options.train.deterministic and "deterministic" in text:
             fail(f"--deterministic: --layer {options.model.layer} has a step without a deterministic form here ({text[:150]})")
+        if "DataLoader worker" in text:  # noticed by torch's handler of signals, wherever the run was
+            fail(f"a process that reads images died ({text[:150]}); try --num_workers 0")
         lost = isinstance(error, torch.distributed.DistError) or "gloo" in text
         if processes.world == 1 or not lost:
             raise
-        print(f"stopped: process {processes.rank} has lost another one of {processes.world}", file=sys.stderr)
+        if processes.first:  # the others may have said what it was
+            print(f"stopped: process 0 has lost another one of {processes.world}", file=sys.stderr)
         return 1
     return 0
 
@@ -655,6 +664,8 @@ def _prepare(
     utils.check_writable(folder.path, "--output_dir")
     if train.export:
         utils.check_writable(Path(train.export).parent, "--export")
+        if Path(train.export).is_dir():
+            raise RunError(f"--export {train.export} is a folder; name a file")
     if train.mixup or train.cutmix:
         import_torchvision()
     if train.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -720,9 +731,17 @@ def _train(
     model, folder, device = _prepare(options, make_model, processes)
     train, plain = options.train, options.as_dict()
     found = utils.resumable_state(folder, plain, quiet=not processes.first) if train.resume else None
+    if train.export and found is not None and found[0]["best"] and not folder.best.exists():
+        raise RunError(f"--export: {folder.best} of epoch {found[0]['best']['epoch']} is gone; leave --export out")
     if train.checkpoint and found is None:
         utils.load_weights(model, Path(train.checkpoint), load)
     processes.connect(device)
+    # Files that not all of them see would train something else, or make them wait for ever.
+    seen = processes.gather(None if found is None else [found[1].name, found[0]["epoch"], found[0]["step"]])
+    if any(one != seen[0] for one in seen):
+        raise ProcessError(
+            f"--resume: the processes find different states in --output_dir {folder.path}: {seen}; all must see it"
+        )
     data = _load_data(options, device, processes)
     model.to(device)
     training = Training(model, train, device, len(data.train), processes, signals)
@@ -730,6 +749,10 @@ def _train(
         utils.seed_process(train.seed, processes.rank)
     else:
         _resume(training, *found)
+        if processes.first:
+            folder.restore(found[1])
+            if training.best and not folder.best.exists():
+                print(f"warning: {folder.best} of epoch {training.best['epoch']} is gone", file=sys.stderr)
     shape = (options.model.in_channels, *options.model.image_size)
     facts = {
         "parameters": utils.count_parameters(model),
@@ -759,7 +782,7 @@ def _train(
 
 
 def _resume(training: Training, state: dict, path: Path) -> None:
-    """Go on from the state in this file. Raises RunError if it is not the state of such a training."""
+    """Go on from the state that was in this file. Raises RunError if it is not that of such a training."""
     processes = training.processes
     try:
         training.load_state_dict(state)

@@ -65,8 +65,7 @@ def pick_device(name: str, processes: Processes | None = None) -> torch.device:
         return torch.device(name)
     if name == "mps":
         raise RunError("--device mps: several processes can train on cuda or cpu")
-    if name == "cuda" and processes.local_rank >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    if name == "cuda" and processes.local_world > (count := torch.cuda.device_count()):
         raise RunError(
             f"--device cuda: more processes than GPUs on a machine; use torchrun --nproc_per_node={count}, or --device cpu"
         )
@@ -88,21 +87,21 @@ def seed_process(seed: int, rank: int, *progress: int) -> None:
         torch.manual_seed(int.from_bytes(hashlib.sha256(repr((seed, rank, *progress)).encode()).digest()[:8], "big") >> 1)
 
 
-def random_state() -> dict:
-    """The state of every generator a run draws from; data order and augmentation are functions of the seed instead."""
+def random_state(device: torch.device) -> dict:
+    """The states of the generators a run draws from; data order and augmentation are functions of the seed instead."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    if torch.backends.mps.is_available():
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
         state["mps"] = torch.mps.get_rng_state()
     return state
 
 
-def set_random_state(state: dict) -> None:
+def set_random_state(state: dict, device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if "mps" in state and torch.backends.mps.is_available():
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
         torch.mps.set_rng_state(state["mps"])
 
 
@@ -136,8 +135,8 @@ def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
 
 
 def _flush_folder(folder: Path) -> None:
-    """The names in it, which else may be lost with the power."""
-    if os.name == "posix":
+    """The names in it, which else may be lost with the power; not every file system can."""
+    with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -145,9 +144,9 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """What was being written when a process was killed."""
-    for path in folder.glob(".*.tmp"):
+def remove_temporaries(folder: Path, name: str = "*") -> None:
+    """What was being written, to the file `name` or any, when a process was killed."""
+    for path in folder.glob(f".{name}.*.tmp"):
         path.unlink(missing_ok=True)
 
 
@@ -257,6 +256,7 @@ def export_weights(path: Path, weights: dict) -> None:
     from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(path.parent, path.name)
     write_atomically(path, save({name: value.contiguous() for name, value in weights.items()}))
 
 
@@ -463,12 +463,21 @@ class RunFolder:
         """Write last.pt, after `others`: a run that is killed between them writes those once more when it is resumed."""
         for path in others:
             save_checkpoint(state, path)
-        with contextlib.suppress(OSError):  # without hard links there is no file to fall back on but best.pt
-            link = self.path / f".previous.pt.{os.getpid()}.tmp"
-            os.link(self.last, link)
-            os.replace(link, self.previous)
-            link.unlink(missing_ok=True)  # still there if both were names of one file already
+        self._link(self.last, self.previous)
         save_checkpoint(state, self.last)
+
+    def restore(self, path: Path) -> None:
+        """Make the file that a run goes on from its last.pt, in the place of a damaged one."""
+        if path != self.last:
+            self._link(path, self.last)
+
+    def _link(self, path: Path, name: Path) -> None:
+        """Another name for a file. Without hard links, or without the file, there is none: best.pt is left to fall back on."""
+        with contextlib.suppress(OSError):
+            link = self.path / f".{name.name}.{os.getpid()}.tmp"
+            os.link(path, link)
+            os.replace(link, name)
+            link.unlink(missing_ok=True)  # still there if both were names of one file already
 
     def start(self, options: dict, model: nn.Module, resumed: bool) -> None:
         """Create the folder and write what is known before training; warn if it holds another run."""
@@ -507,12 +516,13 @@ class RunFolder:
         self._write("train_eval_results.txt", text)
         extra = [name for name in best if name not in COLUMNS]
         self._write("metrics.csv", as_csv(history, COLUMNS + extra))
-        self._write("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
         if last or time.monotonic() - self._drawn > self.CURVES_EVERY:
             draw_curves(history, self.path / "curves.png")
             self._drawn = time.monotonic()
         if last:
             self.previous.unlink(missing_ok=True)
+        # The last one: where it says that the run has ended, nothing is left to write.
+        self._write("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
     def _write(self, name: str, text: str) -> None:
         write_atomically(self.path / name, text)

@@ -1,3 +1,8 @@
+import os
+
+# Small models are as fast on one core, and the tests, with the programs they start, run side by side.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hypothesis import settings

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shlex
 import signal
@@ -181,6 +182,26 @@ def test_a_run_stopped_again_and_again(tmp_path, monkeypatch):
     assert same(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
 
 
+def test_a_compiled_run_stopped_before_a_short_batch(tmp_path, monkeypatch):
+    """The resumed one begins with a size of batch that the whole one saw last."""
+    line = f"{CONVNET} --layer Conv2d --channels 4 --use_compiled"
+    run(line, tmp_path / "whole")
+    kill_at(monkeypatch, train_eval.Training, "update", 6)
+    torch._dynamo.reset()
+    run(line, tmp_path / "run")
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    assert run(f"{line} --resume", tmp_path / "run") == 0
+    assert same(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
+
+
+def test_a_finished_run_resumed_for_fewer_epochs_stays_as_it_is(tmp_path):
+    run(CONVNET, tmp_path / "run", epochs=3)
+    before = state_of(tmp_path / "run")
+    assert run(f"{CONVNET} --resume", tmp_path / "run", epochs=2) == 0
+    assert same(state_of(tmp_path / "run"), before) and len(table(tmp_path / "run")) == 3
+
+
 def test_results_that_were_not_written_are_written_by_resuming(tmp_path, monkeypatch):
     """Killed between the last checkpoint and the results of the last epoch."""
     run(CONVNET, tmp_path / "whole")
@@ -219,6 +240,12 @@ def test_a_signal_while_only_testing(tmp_path, monkeypatch, capsys):
 
 
 def test_a_signal_before_anything_was_done(tmp_path, monkeypatch, capsys):
+    run(CONVNET, tmp_path / "earlier", epochs=1)
+    kill_at(monkeypatch, train_eval, "load_data", 1, signal.SIGINT)
+    capsys.readouterr()
+    assert run(CONVNET, tmp_path / "earlier") == 130
+    assert capsys.readouterr().err == "stopped by SIGINT\n"  # what is there is another run
+    monkeypatch.undo()
     kill_at(monkeypatch, train_eval, "load_data", 1, signal.SIGINT)
     assert run(CONVNET, tmp_path / "run") == 130
     assert capsys.readouterr().err == "stopped by SIGINT\n" and not (tmp_path / "run").exists()
@@ -406,6 +433,48 @@ def test_resume_falls_back_on_the_checkpoint_before(how, tmp_path, monkeypatch, 
     assert same(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
 
 
+def test_the_checkpoint_fallen_back_on_stays_until_there_is_another(tmp_path, monkeypatch, capsys):
+    """Killed in the first save after falling back, the run still has a good state."""
+    kill_at(monkeypatch, train_eval.Training, "update", 10)
+    run(CONVNET, tmp_path / "run", epochs=3)
+    monkeypatch.undo()
+    damage(tmp_path / "run" / "last.pt", "truncated")
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils, "save_checkpoint", fail)
+    assert run(f"{CONVNET} --resume", tmp_path / "run", epochs=3) == 130
+    monkeypatch.undo()
+    for name in ("last.pt", "previous.pt"):
+        assert load_checkpoint(tmp_path / "run" / name)["epoch"] == 1
+    run(f"{CONVNET} --resume", tmp_path / "run", epochs=3)
+    run(CONVNET, tmp_path / "whole", epochs=3)
+    assert same(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
+
+
+def test_a_best_checkpoint_that_is_gone_is_named(tmp_path, capsys):
+    run(CONVNET, tmp_path / "run", epochs=1)
+    (tmp_path / "run" / "best.pt").unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(f"{CONVNET} --resume --export {tmp_path / 'w.safetensors'}", tmp_path / "run", epochs=2)
+    assert "best.pt of epoch 1 is gone" in capsys.readouterr().err
+    run(f"{CONVNET} --resume", tmp_path / "run", epochs=2)
+    assert "best.pt of epoch 1 is gone" in capsys.readouterr().err
+
+
+def test_a_state_of_another_form_is_damaged(tmp_path, capsys):
+    run(CONVNET, tmp_path / "run", epochs=1)
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    state["sampler"]["sums"] = torch.zeros(4)
+    torch.save(state, tmp_path / "run" / "last.pt")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(f"{CONVNET} --resume", tmp_path / "run", epochs=2)
+    assert "last.pt is damaged" in capsys.readouterr().err
+
+
 def test_resume_falls_back_on_the_best_and_else_says_so(tmp_path, capsys):
     run(CONVNET, tmp_path / "run", epochs=1)
     damage(tmp_path / "run" / "last.pt", "truncated")
@@ -446,6 +515,30 @@ def test_a_state_that_would_run_code_is_stepped_over(tmp_path, capsys):
     assert "more than tensors and plain values" in capsys.readouterr().err and not (tmp_path / "touched").exists()
 
 
+def test_a_reader_killed_while_the_run_is_elsewhere_is_one_line(tmp_path, monkeypatch, capsys):
+    """torch raises it from its handler of signals, wherever the run is."""
+
+    def update(self, *args):
+        raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
+
+    monkeypatch.setattr(train_eval.Training, "update", update)
+    with pytest.raises(SystemExit) as end:
+        run(CONVNET, tmp_path / "run")
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and "--num_workers 0" in error
+
+
+def test_other_outputs_that_cannot_be_written_are_one_line(tmp_path, capsys):
+    (tmp_path / "run" / "tensorboard").parent.mkdir()
+    (tmp_path / "run" / "tensorboard").write_text("")
+    assert run(f"{CONVNET} --tensorboard", tmp_path / "run", epochs=1) == 1
+    assert re.fullmatch(r"stopped: .*tensorboard.*\n", capsys.readouterr().err)
+    (tmp_path / "x.safetensors").mkdir()
+    with pytest.raises(SystemExit):
+        run(f"{CONVNET} --export {tmp_path / 'x.safetensors'}", tmp_path / "run", epochs=1)
+    assert "--export" in capsys.readouterr().err
+
+
 # --- determinism and warnings ---------------------------------------------------------------------------------------
 
 
@@ -460,8 +553,8 @@ def test_our_code_warns_of_nothing(program, tmp_path):
 
 @pytest.fixture
 def deterministic():
-    torch.use_deterministic_algorithms(True)
     yield
+    assert torch.are_deterministic_algorithms_enabled()  # by --deterministic
     torch.use_deterministic_algorithms(False)
 
 
