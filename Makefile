@@ -17,8 +17,10 @@ demo: $(VENV)/.installed
 	@echo "  $(BIN)/python allconvnet_main.py --config configs/demo.yaml --test_only"
 	@echo "  $(BIN)/python allconvnet_main.py --help"
 
+# Two tests at a time; then, alone, those that compare times.
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not timing"
+	$(BIN)/python -m pytest -m timing
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
