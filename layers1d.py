@@ -22,9 +22,11 @@ from neighbors import (
     aggregate,
     coordinates,
     find_neighbors,
+    find_scored_neighbors,
     grid_places,
     join_coordinates,
     location_neighbors,
+    neighbor_scores,
     neighbor_weights,
     random_candidates,
     raster_index,
@@ -101,6 +103,22 @@ class NeighborSelection(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, grid: tuple[int, ...]) -> Tensor:
         """query (B, N, C), key (B, M, C), both joined with coordinates where asked for -> index (B, N, K)."""
+        index, allowed = self._allowed(key, grid)
+        if index is not None:
+            return index.expand(query.shape[0], -1, -1)
+        return find_neighbors(query, key, self.neighbors.K, self.neighbors.metric, **allowed)
+
+    def scored(self, query: Tensor, key: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The same, and the scores of the neighbors (B, N, K), with gradient."""
+        index, allowed = self._allowed(key, grid)
+        K, metric = self.neighbors.K, self.neighbors.metric
+        if index is None:
+            return find_scored_neighbors(query, key, K, metric, **allowed)
+        index = index.expand(query.shape[0], -1, -1)
+        return index, neighbor_scores(query, key, index, metric)
+
+    def _allowed(self, key: Tensor, grid: tuple[int, ...]) -> tuple[Tensor | None, dict]:
+        """The neighbors (N, K) if place decides, else what the search is told: candidates and the tokens themselves."""
         cfg = self.neighbors
         tables = self._tables(grid, key.device)
         own, candidates = tables["inner"], tables.get("candidates")
@@ -110,10 +128,10 @@ class NeighborSelection(nn.Module):
             index = tables.get("nearest")
             if index is None or candidates is not tables.get("candidates"):
                 index = location_neighbors(self._centered(tables["places"], grid), cfg.K, own, candidates)
-            return index.expand(query.shape[0], -1, -1)
+            return index, {}
         if candidates is None and not self.self_first:
             own = None
-        return find_neighbors(query, key, cfg.K, cfg.metric, candidates=candidates, self_index=own)
+        return None, {"candidates": candidates, "self_index": own}
 
     def inner(self, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
         """The tokens inside the ring: (B, M, C) -> (B, N, C)."""
@@ -169,9 +187,8 @@ def score_neighbors(
     select: NeighborSelection, query: Tensor, key: Tensor, grid: tuple[int, ...], *, softmax: bool
 ) -> tuple[Tensor, Tensor]:
     """Neighbors between projected queries and keys (B, N, C), and what their values are multiplied by: (B, N, K) each."""
-    query, key = select.compared(query, grid), select.compared(key, grid)
-    index = select(query, key, grid)
-    return index, neighbor_weights(query, key, index, select.neighbors.metric, softmax=softmax)
+    index, scores = select.scored(select.compared(query, grid), select.compared(key, grid), grid)
+    return index, neighbor_weights(scores, select.neighbors.metric, softmax=softmax)
 
 
 def make_convolution(in_channels: int, out_channels: int, kernel_size: int, convolution_type: str, **geometry) -> nn.Module:
@@ -572,8 +589,8 @@ class MultiHeadKvtAttention(MultiHeadMixer):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
         heads = query.shape[:2]
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B * H, N, d)
-        index = find_neighbors(query, key, self.K, "matmul")  # (B * H, N, K)
-        weights = neighbor_weights(query, key, index, "matmul")
+        index, scores = find_scored_neighbors(query, key, self.K, "matmul")  # (B * H, N, K) each
+        weights = neighbor_weights(scores, "matmul")
         out = weighted_sum(value, index, F.dropout(weights, self.dropout))
         return out.unflatten(0, heads), mixing_matrix(index, weights, self.num_heads) if output_matrix else None
 

@@ -28,6 +28,7 @@ __all__ = [
     "aggregate",
     "coordinates",
     "find_neighbors",
+    "find_scored_neighbors",
     "gather_neighbors",
     "grid_places",
     "join_coordinates",
@@ -157,23 +158,97 @@ def _blocks(x: Tensor, B: int, N: int, M: int) -> Iterator[tuple[slice, slice]]:
             yield slice(b, min(b + images, B)), slice(n, min(n + rows, N))
 
 
-def _dense_pays(index: Tensor, tokens: int) -> bool:
-    """Whether matrix products over all tokens, of which K are used, cost less than gathering K rows (measured on a CPU)."""
-    return tokens <= 32 * index.shape[2]
+def _flat_index(index: Tensor, tokens: int) -> Tensor:
+    """index (G, N, K) into groups of rows -> (G * N, K) into all the rows, one group after the other."""
+    G, N, K = index.shape
+    return (index + torch.arange(G, device=index.device).mul_(tokens).view(G, 1, 1)).view(G * N, K)
 
 
 def _gathered(x: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Neighbors in chunks: x (G, M, C), index (G, N, K) -> (rows of (G x N), flat index, gathered (rows, K, C))."""
-    G, N, K = index.shape
-    M, C = x.shape[1:]
-    flat = x.reshape(G * M, C)
-    index = (index + torch.arange(G, device=x.device).mul_(M).view(G, 1, 1)).view(G * N, K)
-    # Larger than chunks of scores: matrix products follow, and a GPU needs those to be large.
-    step = max(1, _chunk(x) * (2 if x.device.type == "cpu" else 8) // (K * C))
-    for start in range(0, G * N, step):
-        rows = slice(start, min(start + step, G * N))
+    """Neighbors in chunks: x (G, M, C), index (G, N, K) -> (rows of (G x N), flat index, gathered (rows, K, C)).
+
+    On a CPU the gathered rows of all chunks lie in one buffer: fresh memory costs more than what is done with it.
+    """
+    K, C = index.shape[2], x.shape[2]
+    flat, index = x.reshape(-1, C), _flat_index(index, x.shape[1])
+    step = _rows_per_chunk(x, K * C)
+    buffer = x.new_empty(min(step, len(index)) * K, C)
+    for start in range(0, len(index), step):
+        rows = slice(start, min(start + step, len(index)))
         chosen = index[rows].flatten()
-        yield rows, chosen, flat.index_select(0, chosen).view(-1, K, C)
+        gathered = torch.index_select(flat, 0, chosen, out=buffer[: len(chosen)]) if x.device.type == "cpu" else flat[chosen]
+        yield rows, chosen, gathered.view(-1, K, C)
+
+
+def _rows_per_chunk(x: Tensor, width: int) -> int:
+    """Rows of `width` elements that a chunk may hold: more than of scores, as a GPU needs the products that follow large."""
+    return max(1, _chunk(x) * (2 if x.device.type == "cpu" else 8) // width)
+
+
+def _has_bags(x: Tensor) -> bool:
+    """Whether sums over neighbors are best left to the kernels of embedding bags, which on a CPU read rows where they lie."""
+    return x.device.type == "cpu"
+
+
+def _dense_pays(index: Tensor, tokens: int) -> bool:
+    """Whether products over all tokens, of which K count, cost less than adding up K rows (measured on a CPU)."""
+    return tokens <= 32 * index.shape[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sums over neighbors, in float32 at least.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _weighted_rows(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Sum over k of weights_ik x_j(i,k): x (G, M, C), index and weights (G, N, K) -> (G, N, C)."""
+    (G, M, C), (_, N, K), dtype = x.shape, index.shape, _accumulator(x.dtype)
+    weights = weights.reshape(-1, K).to(dtype)
+    if _has_bags(x):
+        flat = x.to(dtype).reshape(-1, C)
+        return F.embedding_bag(_flat_index(index, M), flat, mode="sum", per_sample_weights=weights).view(G, N, C)
+    output = x.new_empty(G * N, C, dtype=dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        for rows, _, gathered in _gathered(x, index):
+            output[rows] = torch.bmm(weights[rows, None], gathered.to(dtype)).squeeze(1)
+    return output.view(G, N, C)
+
+
+def _dot_rows(rows: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    """rows_i . x_j(i,k): rows (G, N, C), x (G, M, C), index (G, N, K) -> (G, N, K)."""
+    (_, M, C), K, dtype = x.shape, index.shape[2], _accumulator(x.dtype)
+    own = rows.to(dtype).reshape(-1, C)
+    if _has_bags(x):
+        chosen, bags = _flat_index(index, M).flatten(), torch.arange(len(own))
+        # What F.embedding_bag computes as the gradient of its weights.
+        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            own, x.to(dtype).reshape(-1, C), chosen, bags * K, bags.repeat_interleave(K), 0
+        )
+        return dots.view(index.shape)
+    output = own.new_empty(len(own), K)
+    with torch.autocast(x.device.type, enabled=False):
+        for part, _, gathered in _gathered(x, index):
+            output[part] = torch.bmm(gathered.to(dtype), own[part, :, None]).squeeze(2)
+    return output.view(index.shape)
+
+
+def _spread_rows(rows: Tensor, index: Tensor, weights: Tensor, tokens: int) -> Tensor:
+    """What flows back to each of M tokens, sum over (i, k) with j(i,k) = j of weights_ik rows_i: (G, N, C) -> (G, M, C)."""
+    (G, N, C), K, dtype = rows.shape, index.shape[2], _accumulator(rows.dtype)
+    output = rows.new_zeros(G, tokens, C, dtype=dtype)
+    if _dense_pays(index, tokens):
+        with torch.autocast(rows.device.type, enabled=False):
+            for b, n in _blocks(rows, G, N, tokens):
+                matrix = weights.new_zeros((b.stop - b.start, n.stop - n.start, tokens), dtype=dtype)
+                matrix.scatter_add_(2, index[b, n], weights[b, n].to(dtype))
+                output[b] += torch.bmm(matrix.mT, rows[b, n].to(dtype))
+        return output
+    flat, chosen, weights = rows.reshape(-1, 1, C), _flat_index(index, tokens), weights.reshape(-1, K, 1)
+    step = _rows_per_chunk(rows, K * C)
+    for start in range(0, G * N, step):
+        part = slice(start, start + step)
+        output.view(-1, C).index_add_(0, chosen[part].flatten(), (weights[part].to(dtype) * flat[part]).view(-1, C))
+    return output
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -185,6 +260,12 @@ def _plain_name(metric: str) -> str:
     if metric not in METRICS:
         raise ValueError(f"metric={metric!r} is not one of {', '.join(METRICS)}")
     return METRICS[metric]
+
+
+def _check_candidates(key: Tensor, K: int, candidates: Tensor | None) -> None:
+    available = key.shape[1] if candidates is None else candidates.shape[0]
+    if not 1 <= K <= available:
+        raise ValueError(f"K={K} must be 1 to {available}, the number of candidates")
 
 
 def find_neighbors(
@@ -206,27 +287,70 @@ def find_neighbors(
     Raises ValueError for an unknown metric and for a K without enough candidates.
     """
     metric = _plain_name(metric)
-    available = key.shape[1] if candidates is None else candidates.shape[0]
-    if not 1 <= K <= available:
-        raise ValueError(f"K={K} must be 1 to {available}, the number of candidates")
+    _check_candidates(key, K, candidates)
     return torch.ops.convnn.find_neighbors(query.detach(), key.detach(), K, metric, candidates, self_index)
 
 
-@torch.library.custom_op("convnn::find_neighbors", mutates_args=())
-def _find_neighbors(
-    query: Tensor, key: Tensor, K: int, metric: str, candidates: Tensor | None, self_index: Tensor | None
-) -> Tensor:
+def find_scored_neighbors(
+    query: Tensor,
+    key: Tensor,
+    K: int,
+    metric: str,
+    *,
+    candidates: Tensor | None = None,
+    self_index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`find_neighbors` and `neighbor_scores` of what it finds, (B, N, K) each; matmul and cosine are computed once for both.
+
+    The scores carry a gradient. Under autocast too they are in float32 at least. Raises ValueError as `find_neighbors`.
+    """
+    metric = _plain_name(metric)
+    if metric == "euclidean":  # which the search compares in another form
+        index = find_neighbors(query, key, K, metric, candidates=candidates, self_index=self_index)
+        return index, neighbor_scores(query, key, index, metric)
+    _check_candidates(key, K, candidates)
+    if metric == "cosine":
+        query, key = _unit(query), _unit(key)
+    index, scores = torch.ops.convnn.find_scored_neighbors(query, key, K, candidates, self_index)
+    return index, scores / math.sqrt(query.shape[-1]) if metric == "matmul" else scores
+
+
+def _top(scores: Tensor, K: int) -> Tensor:
+    """Places of the K largest of each row, largest first: (b, n, M) -> (b, n, K)."""
+    M = scores.shape[2]
+    if scores.device.type != "cpu" or scores.dtype != torch.float32 or not 1 < K <= 16 or not 32 <= M < 64 * K:
+        return scores.topk(K, dim=2).indices
+    # For such rows the CPU's topk sorts. Faster: K times the largest, as doubles whose last bits, which a float32 leaves
+    # empty, hold the place. A larger score has the larger double; of equal scores each has one of its own.
+    keys = scores.double()
+    keys.view(torch.int64).bitwise_or_(torch.arange(M))
+    largest = keys.new_empty(K, *scores.shape[:2], 1)
+    places = torch.empty(largest.shape, dtype=torch.long)
+    for k in range(K):
+        torch.amax(keys, dim=2, keepdim=True, out=largest[k])
+        torch.bitwise_and(largest[k].view(torch.int64), 2**29 - 1, out=places[k])
+        keys.scatter_(2, places[k], -math.inf)
+    return places.squeeze(3).permute(1, 2, 0)
+
+
+def _search(
+    query: Tensor, key: Tensor, K: int, metric: str, candidates: Tensor | None, self_index: Tensor | None, scored: bool
+) -> tuple[Tensor, Tensor]:
+    """Neighbors, and if `scored` the products (B, N, K) of query and key, by chunks of the matrix of scores."""
     B, N, _ = query.shape
+    dtype = _accumulator(query.dtype)
     index = torch.empty(B, N, K, dtype=torch.long, device=query.device)
+    products = query.new_empty((B, N, K) if scored else 0, dtype=dtype)
     forced = 0
     if self_index is not None:
         index[:, :, 0] = self_index
         forced = 1
-    if K == forced:
-        return index
+    if K == forced and not scored:
+        return index, products
+    all_keys = key
     if candidates is not None:
         key = key.index_select(1, candidates)
-    M, dtype = key.shape[1], _accumulator(query.dtype)
+    M = key.shape[1]
     keys = offset = None
     with torch.autocast(query.device.type, enabled=False):
         for b, n in _blocks(query, B, N, M):
@@ -240,15 +364,28 @@ def _find_neighbors(
                     offset = keys.square().sum(dim=2).mul_(-0.5)[:, None]  # (b, 1, M)
             part = queries[:, n]
             scores = torch.bmm(part, keys.mT) if offset is None else torch.baddbmm(offset, part, keys.mT)
+            if scored and forced:
+                products[b, n, 0] = (part * all_keys[b].index_select(1, self_index[n]).to(dtype)).sum(2)
+            if K == forced:
+                continue
             if forced:
-                own = self_index[n, None]
+                own, least = self_index[n, None], torch.finfo(dtype).min
                 if candidates is None:
-                    scores.scatter_(2, own.expand(len(scores), -1, 1), -math.inf)
+                    scores.scatter_(2, own.expand(len(scores), -1, 1), least)
                 else:
-                    scores.masked_fill_(own == candidates, -math.inf)
-            nearest = scores.topk(K - forced, dim=2).indices
+                    scores.masked_fill_(own == candidates, least)
+            nearest = _top(scores, K - forced)
             index[b, n, forced:] = nearest if candidates is None else candidates[nearest]
-    return index
+            if scored:
+                products[b, n, forced:] = scores.gather(2, nearest)
+    return index, products
+
+
+@torch.library.custom_op("convnn::find_neighbors", mutates_args=())
+def _find_neighbors(
+    query: Tensor, key: Tensor, K: int, metric: str, candidates: Tensor | None, self_index: Tensor | None
+) -> Tensor:
+    return _search(query, key, K, metric, candidates, self_index, scored=False)[0]
 
 
 @_find_neighbors.register_fake
@@ -256,10 +393,44 @@ def _(query, key, K, metric, candidates, self_index):
     return query.new_empty((*query.shape[:2], K), dtype=torch.long)
 
 
-@register_flop_formula(torch.ops.convnn.find_neighbors)
-def _(query, key, K, metric, candidates, self_index, **_kwargs) -> int:
+def _search_flops(query, key, K, candidates, self_index) -> int:
     B, N, C = query
     return 0 if K == (self_index is not None) else 2 * B * N * (candidates or key[1:])[0] * C
+
+
+@register_flop_formula(torch.ops.convnn.find_neighbors)
+def _(query, key, K, metric, candidates, self_index, **_kwargs) -> int:
+    return _search_flops(query, key, K, candidates, self_index)
+
+
+@torch.library.custom_op("convnn::find_scored_neighbors", mutates_args=())
+def _find_scored_neighbors(
+    query: Tensor, key: Tensor, K: int, candidates: Tensor | None, self_index: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _search(query, key, K, "matmul", candidates, self_index, scored=True)
+
+
+@_find_scored_neighbors.register_fake
+def _(query, key, K, candidates, self_index):
+    shape = *query.shape[:2], K
+    return query.new_empty(shape, dtype=torch.long), query.new_empty(shape, dtype=_accumulator(query.dtype))
+
+
+def _save_search(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], output[0])
+    ctx.mark_non_differentiable(output[0])
+
+
+def _search_gradient(ctx, _, grad):
+    return *torch.ops.convnn.pair_scores_backward(grad, *ctx.saved_tensors, False), None, None, None
+
+
+_find_scored_neighbors.register_autograd(_search_gradient, setup_context=_save_search)
+
+
+@register_flop_formula(torch.ops.convnn.find_scored_neighbors)
+def _(query, key, K, candidates, self_index, **_kwargs) -> int:
+    return _search_flops(query, key, K, candidates, self_index)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -280,9 +451,8 @@ def neighbor_scores(query: Tensor, key: Tensor, index: Tensor, metric: str) -> T
     distance of 0 is 0.
     """
     metric = _plain_name(metric)
-    if metric == "cosine":  # eps bounds the gradient of a vector of zeros
-        wide = _accumulator(query.dtype)
-        query, key = F.normalize(query.to(wide), dim=-1, eps=1e-6), F.normalize(key.to(wide), dim=-1, eps=1e-6)
+    if metric == "cosine":
+        query, key = _unit(query), _unit(key)
     query, key = _autocast(query, key)
     product = torch.ops.convnn.pair_scores(query, key, index, metric == "euclidean")
     if metric == "matmul":
@@ -293,35 +463,30 @@ def neighbor_scores(query: Tensor, key: Tensor, index: Tensor, metric: str) -> T
     return -torch.where(apart, torch.where(apart, product, 1).sqrt(), 0)
 
 
-def neighbor_weights(query: Tensor, key: Tensor, index: Tensor, metric: str, *, softmax: bool = True) -> Tensor:
-    """What the value of each slot is multiplied by: (B, N, K), float32 at least.
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length one, in float32 at least; eps bounds the gradient of a row of zeros."""
+    return F.normalize(x.to(_accumulator(x.dtype)), dim=-1, eps=1e-6)
+
+
+def neighbor_weights(scores: Tensor, metric: str, *, softmax: bool = True) -> Tensor:
+    """What the value of each slot is multiplied by, from the scores of the slots (B, N, K): the same.
 
     softmax over the K scores, or else the raw score: q . k / sqrt(C), the cosine, or 1 / (distance + 1e-8).
     """
-    scores = neighbor_scores(query, key, index, metric)
     if softmax:
         return scores.softmax(dim=-1)
     return (1e-8 - scores).reciprocal() if _plain_name(metric) == "euclidean" else scores
 
 
-def _scattered(index: Tensor, weights: Tensor, tokens: int) -> Tensor:
-    """(B, N, K) weights at their places in a matrix (B, N, M) of zeros."""
-    return weights.new_zeros(*index.shape[:2], tokens).scatter_add_(2, index, weights)
-
-
 @torch.library.custom_op("convnn::pair_scores", mutates_args=())
 def _pair_scores(query: Tensor, key: Tensor, index: Tensor, squared_distance: bool) -> Tensor:
+    if not squared_distance:
+        return _dot_rows(query, key, index)
     dtype = _accumulator(query.dtype)
     scores = query.new_empty(index.shape, dtype=dtype)
-    if not squared_distance and _dense_pays(index, key.shape[1]):
-        with torch.autocast(query.device.type, enabled=False):
-            for b, n in _blocks(query, *index.shape[:2], key.shape[1]):
-                scores[b, n] = torch.bmm(query[b, n].to(dtype), key[b].mT.to(dtype)).gather(2, index[b, n])
-        return scores
     flat, queries = scores.view(-1, index.shape[2]), query.reshape(-1, 1, query.shape[2])
     for rows, _, keys in _gathered(key, index):
-        own, keys = queries[rows].to(dtype), keys.to(dtype)
-        flat[rows] = ((own - keys).square() if squared_distance else own * keys).sum(-1)
+        flat[rows] = (queries[rows].to(dtype) - keys.to(dtype)).square().sum(-1)
     return scores
 
 
@@ -335,25 +500,17 @@ def _pair_scores_backward(
     grad: Tensor, query: Tensor, key: Tensor, index: Tensor, squared_distance: bool
 ) -> tuple[Tensor, Tensor]:
     C, dtype = query.shape[2], _accumulator(query.dtype)
+    if not squared_distance:
+        grad_query = _weighted_rows(key, index, grad)
+        grad_key = _spread_rows(query, index, grad, key.shape[1])
+        return grad_query.to(query.dtype), grad_key.to(key.dtype)
     grad_query = query.new_empty(query.shape, dtype=dtype)
     grad_key = key.new_zeros(key.shape, dtype=dtype)
-    if not squared_distance and _dense_pays(index, key.shape[1]):
-        with torch.autocast(query.device.type, enabled=False):
-            for b, n in _blocks(query, *index.shape[:2], key.shape[1]):
-                slope = _scattered(index[b, n], grad[b, n].to(dtype), key.shape[1])
-                grad_query[b, n] = torch.bmm(slope, key[b].to(dtype))
-                grad_key[b] += torch.bmm(slope.mT, query[b, n].to(dtype))
-        return grad_query.to(query.dtype), grad_key.to(key.dtype)
     queries, slopes = query.reshape(-1, 1, C), grad.reshape(-1, index.shape[2], 1)
     for rows, chosen, keys in _gathered(key, index):
-        own, keys, slope = queries[rows].to(dtype), keys.to(dtype), slopes[rows]
-        if squared_distance:
-            to_query = (own - keys) * (2 * slope)
-            to_key = -to_query
-        else:
-            to_query, to_key = keys * slope, own * slope
+        to_query = (queries[rows].to(dtype) - keys.to(dtype)) * (2 * slopes[rows])
         grad_query.view(-1, C)[rows] = to_query.sum(1)
-        grad_key.view(-1, C).index_add_(0, chosen, to_key.reshape(-1, C))
+        grad_key.view(-1, C).index_add_(0, chosen, to_query.view(-1, C), alpha=-1)
     return grad_query.to(query.dtype), grad_key.to(key.dtype)
 
 
@@ -411,9 +568,29 @@ def _scaled(gathered: Tensor, scores: Tensor | None, rows: slice) -> Tensor:
     return (gathered * scores.reshape(-1, scores.shape[2], 1)[rows]).to(gathered.dtype)
 
 
+def _depthwise_bags(values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None) -> Tensor:
+    """Depthwise `aggregate` as sums over the rows of a table: every value times the weights of every slot."""
+    (G, M, C), (_, N, K), dtype = values.shape, index.shape, _accumulator(values.dtype)
+    output = values.new_empty(G, N, C, dtype=dtype)
+    weight, slots = weight.to(dtype), torch.arange(K)
+    groups = max(1, _rows_per_chunk(values, M * K * C))
+    table = values.new_empty(min(groups, G), M, K, C, dtype=dtype)
+    for start in range(0, G, groups):
+        part = slice(start, min(start + groups, G))
+        rows = table[: part.stop - start]
+        torch.mul(values[part, :, None].to(dtype), weight, out=rows)
+        bags = _flat_index(index[part] * K + slots, M * K)
+        factors = None if scores is None else scores[part].reshape(-1, K).to(dtype)
+        mixed = F.embedding_bag(bags, rows.view(-1, C), mode="sum", per_sample_weights=factors)
+        output[part] = mixed.view(-1, N, C)
+    return output.to(values.dtype)
+
+
 @torch.library.custom_op("convnn::aggregate", mutates_args=())
 def _aggregate(values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None, depthwise: bool) -> Tensor:
     B, N, _ = index.shape
+    if depthwise and _has_bags(values):
+        return _depthwise_bags(values, index, weight, scores)
     output = values.new_empty(B * N, weight.shape[1] if depthwise else weight.shape[0])
     for rows, _, gathered in _gathered(values, index):
         mixed = _scaled(gathered, scores, rows)
@@ -435,20 +612,31 @@ def _aggregate_backward(
     grad_values = values.new_zeros(values.shape if need_values else 0, dtype=dtype)
     grad_weight = weight.new_zeros(weight.shape, dtype=dtype)
     grad_scores = values.new_empty(0 if scores is None else scores.shape, dtype=dtype)
+    factors = None if scores is None else scores.reshape(-1, K)
     for rows, chosen, gathered in _gathered(values, index):
-        mixed = _scaled(gathered, scores, rows)
         if depthwise:
-            grad_weight += (mixed * grad[rows, None]).sum(0, dtype=dtype)
+            own, kernel = grad[rows, None].to(dtype), weight.to(dtype)  # (rows, 1, C), (K, C)
+            product = gathered.to(dtype).mul_(own) if gathered.dtype != dtype else gathered.mul_(own)
+            part = (
+                gathered.new_ones(1, len(product), dtype=dtype).expand(K, -1)
+                if factors is None
+                else factors[rows].to(dtype).t()
+            )
+            grad_weight += torch.bmm(part[:, None], product.transpose(0, 1)).squeeze(1)
+            to_mixed = own * kernel if need_values else None
+            if factors is not None:
+                grad_scores.view(-1, K)[rows] = product.mul_(kernel).sum(2)
         else:
-            grad_weight += grad[rows].t() @ mixed.flatten(1)
-        if scores is None and not need_values:
-            continue
-        to_mixed = grad[rows, None] * weight if depthwise else (grad[rows] @ weight).view(-1, K, C)
-        if scores is not None:
-            grad_scores.view(-1, K)[rows] = (to_mixed * gathered).sum(-1, dtype=dtype)
-            to_mixed = to_mixed * scores.reshape(-1, K, 1)[rows]
+            grad_weight += grad[rows].t() @ _scaled(gathered, scores, rows).flatten(1)
+            if scores is None and not need_values:
+                continue
+            to_mixed = (grad[rows] @ weight).view(-1, K, C)
+            if factors is not None:
+                grad_scores.view(-1, K)[rows] = (to_mixed * gathered).sum(-1, dtype=dtype)
         if need_values:
-            grad_values.view(-1, C).index_add_(0, chosen, to_mixed.reshape(-1, C).to(dtype))
+            if factors is not None:
+                to_mixed = to_mixed.mul_(factors[rows, :, None])
+            grad_values.view(-1, C).index_add_(0, chosen, to_mixed.view(-1, C).to(dtype))
     return grad_values.to(values.dtype), grad_weight.to(weight.dtype), grad_scores
 
 
@@ -498,16 +686,7 @@ def weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 
 @torch.library.custom_op("convnn::weighted_sum", mutates_args=())
 def _weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    (B, M, C), (_, N, K) = values.shape, index.shape
-    output = values.new_empty(B, N, C)
-    if _dense_pays(index, M):
-        for b, n in _blocks(values, B, N, M):
-            output[b, n] = torch.bmm(_scattered(index[b, n], weights[b, n].to(values.dtype), M), values[b])
-    else:
-        for rows, _, gathered in _gathered(values, index):
-            part = weights.reshape(-1, 1, K)[rows].to(values.dtype)
-            output.view(-1, C)[rows] = torch.bmm(part, gathered).squeeze(1)
-    return output
+    return _weighted_rows(values, index, weights).to(values.dtype)
 
 
 @_weighted_sum.register_fake
@@ -517,21 +696,8 @@ def _(values, index, weights):
 
 @torch.library.custom_op("convnn::weighted_sum_backward", mutates_args=())
 def _weighted_sum_backward(grad: Tensor, values: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    (B, M, C), (_, N, K), dtype = values.shape, index.shape, _accumulator(values.dtype)
-    grad_values = values.new_zeros(values.shape, dtype=dtype)
-    grad_weights = weights.new_empty(weights.shape)
-    if _dense_pays(index, M):
-        for b, n in _blocks(values, B, N, M):
-            grad_weights[b, n] = torch.bmm(grad[b, n], values[b].mT).gather(2, index[b, n]).to(weights.dtype)
-            grad_values[b] += torch.bmm(_scattered(index[b, n], weights[b, n].to(grad.dtype), M).mT, grad[b, n])
-    else:
-        grad = grad.reshape(-1, 1, C)
-        for rows, chosen, gathered in _gathered(values, index):
-            part = grad[rows]
-            grad_weights.view(-1, K)[rows] = torch.bmm(part, gathered.mT).squeeze(1).to(weights.dtype)
-            to_values = weights.reshape(-1, K, 1)[rows] * part
-            grad_values.view(-1, C).index_add_(0, chosen, to_values.reshape(-1, C).to(dtype))
-    return grad_values.to(values.dtype), grad_weights
+    grad_values = _spread_rows(grad, index, weights, values.shape[1])
+    return grad_values.to(values.dtype), _dot_rows(grad, values, index).to(weights.dtype)
 
 
 @_weighted_sum_backward.register_fake

@@ -27,10 +27,11 @@ LAYOUTS = [TokenLayout(3, 4, 1), TokenLayout(3, 3), TokenLayout(1, 11), TokenLay
 SAMPLING = [("all", -1), ("random", 6), ("spatial", 2)]
 
 
-@pytest.fixture(params=[True, False], ids=["dense", "gathered"])
+@pytest.fixture(params=["dense", "added", "gathered"])
 def strategy(request, monkeypatch):
-    """Both ways of scoring and summing: products over all tokens, and gathered rows."""
-    monkeypatch.setattr(fast, "_dense_pays", lambda index, tokens: request.param)
+    """All ways of summing: back by products over all tokens or by adding rows up; by bags, or as on a GPU by gathered rows."""
+    monkeypatch.setattr(fast, "_dense_pays", lambda index, tokens: request.param == "dense")
+    monkeypatch.setattr(fast, "_has_bags", lambda x: request.param != "gathered")
 
 
 def split(x, heads):

@@ -49,10 +49,11 @@ def chunks(request, monkeypatch):
         monkeypatch.setattr(neighbors, "_chunk", lambda x: request.param)
 
 
-@pytest.fixture(params=[True, False], ids=["dense", "gathered"])
+@pytest.fixture(params=["dense", "added", "gathered"])
 def strategy(request, monkeypatch):
-    """Both ways of scoring and summing: products over all tokens, and gathered rows."""
-    monkeypatch.setattr(neighbors, "_dense_pays", lambda index, tokens: request.param)
+    """All ways of summing: back by products over all tokens or by adding rows up; by bags, or as on a GPU by gathered rows."""
+    monkeypatch.setattr(neighbors, "_dense_pays", lambda index, tokens: request.param == "dense")
+    monkeypatch.setattr(neighbors, "_has_bags", lambda x: request.param != "gathered")
 
 
 def assert_same_neighbors(found, expected, query, key, metric):
@@ -252,10 +253,14 @@ def test_weights():
     query, key = torch.randn(2, 4, 3).double(), torch.randn(2, 6, 3).double()
     index = find_neighbors(query, key, 3, "matmul")
     chosen = pairs(query, key, index, "euclidean")
-    torch.testing.assert_close(neighbor_weights(query, key, index, "euclidean"), chosen.softmax(-1))
-    torch.testing.assert_close(neighbor_weights(query, key, index, "euclidean", softmax=False), 1 / (1e-8 - chosen))
+    torch.testing.assert_close(
+        neighbor_weights(neighbor_scores(query, key, index, "euclidean"), "euclidean"), chosen.softmax(-1)
+    )
+    torch.testing.assert_close(
+        neighbor_weights(neighbor_scores(query, key, index, "euclidean"), "euclidean", softmax=False), 1 / (1e-8 - chosen)
+    )
     matmul = pairs(query, key, index, "matmul")
-    torch.testing.assert_close(neighbor_weights(query, key, index, "matmul", softmax=False), matmul)
+    torch.testing.assert_close(neighbor_weights(neighbor_scores(query, key, index, "matmul"), "matmul", softmax=False), matmul)
 
 
 def test_cosine_with_a_token_of_zeros_has_a_bounded_gradient():
@@ -263,7 +268,7 @@ def test_cosine_with_a_token_of_zeros_has_a_bounded_gradient():
     x[0, 1] = 0
     x.requires_grad_()
     index = find_neighbors(x, x, 4, "cosine")
-    (gradient,) = torch.autograd.grad(neighbor_weights(x, x, index, "cosine").square().sum(), x)
+    (gradient,) = torch.autograd.grad(neighbor_weights(neighbor_scores(x, x, index, "cosine"), "cosine").square().sum(), x)
     assert gradient.isfinite().all() and gradient.abs().max() < 1e7
 
 
@@ -271,7 +276,7 @@ def test_cosine_with_a_token_of_zeros_has_a_bounded_gradient():
 def test_distance_of_zero_has_a_finite_gradient(softmax):
     x = torch.zeros(1, 4, 3, requires_grad=True)
     index = find_neighbors(x, x, 4, "euclidean")
-    weights = neighbor_weights(x, x, index, "euclidean", softmax=softmax)
+    weights = neighbor_weights(neighbor_scores(x, x, index, "euclidean"), "euclidean", softmax=softmax)
     (gradient,) = torch.autograd.grad(weights.sum(), x)
     assert weights.isfinite().all() and gradient.isfinite().all()
 
@@ -309,7 +314,9 @@ def test_aggregate_and_scores_in_chunks(chunks, strategy, depthwise):
     values, query = (torch.randn(2, 9, 3).double().requires_grad_() for _ in range(2))
     weight = torch.randn(3, 1 if depthwise else 3, 4).double().requires_grad_()
     index = find_neighbors(query, values, 4, "cosine")
-    ours = aggregate(values, index, weight, neighbor_weights(query, values, index, "cosine"), depthwise=depthwise)
+    ours = aggregate(
+        values, index, weight, neighbor_weights(neighbor_scores(query, values, index, "cosine"), "cosine"), depthwise=depthwise
+    )
     factors = pairs(query, values, index, "cosine").softmax(-1)
     theirs = naive_aggregate(values, index, weight, factors, 3 if depthwise else 1)
     assert_same_gradients(ours, theirs, (values, query, weight))
@@ -322,7 +329,7 @@ def test_aggregate_under_autocast_is_bfloat16_with_float32_weights():
     values, weight = torch.randn(2, 9, 8), torch.randn(5, 8, 4)
     index = find_neighbors(values, values, 4, "cosine")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        factors = neighbor_weights(values, values, index, "cosine")
+        factors = neighbor_weights(neighbor_scores(values, values, index, "cosine"), "cosine")
         out = aggregate(values, index, weight, factors)
     assert factors.dtype == torch.float32 and out.dtype == torch.bfloat16
     exact = naive_aggregate(values, index, weight, pairs(values, values, index, "cosine").softmax(-1))
@@ -375,7 +382,7 @@ def test_flops_against_a_hand_count():
     weight = torch.randn(D, C, K, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         index = find_neighbors(query, key, K, "matmul")
-        out = aggregate(key, index, weight, neighbor_weights(query, key, index, "matmul"))
+        out = aggregate(key, index, weight, neighbor_weights(neighbor_scores(query, key, index, "matmul"), "matmul"))
     search, pair, mix = 2 * B * N * M * C, 2 * B * N * K * C, 2 * B * N * K * C * D
     assert counter.get_total_flops() == search + pair + mix
     with FlopCounterMode(display=False) as summing:
