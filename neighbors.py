@@ -190,9 +190,12 @@ def _has_bags(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _dense_pays(index: Tensor, tokens: int) -> bool:
-    """Whether products over all tokens, of which K count, cost less than adding up K rows (measured on a CPU)."""
-    return tokens <= 32 * index.shape[2]
+def _incoming(index: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Who chose each token: the numbers of the pairs (g, i, k), one token's after the other's (G * N * K,), and where each
+    token's begin (G * M + 1,)."""
+    flat = _flat_index(index, tokens).flatten()
+    pairs = flat.int().sort(stable=True).indices
+    return pairs, F.pad(torch.bincount(flat, minlength=len(index) * tokens).cumsum(0), (1, 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -235,20 +238,17 @@ def _dot_rows(rows: Tensor, x: Tensor, index: Tensor) -> Tensor:
 def _spread_rows(rows: Tensor, index: Tensor, weights: Tensor, tokens: int) -> Tensor:
     """What flows back to each of M tokens, sum over (i, k) with j(i,k) = j of weights_ik rows_i: (G, N, C) -> (G, M, C)."""
     (G, N, C), K, dtype = rows.shape, index.shape[2], _accumulator(rows.dtype)
-    output = rows.new_zeros(G, tokens, C, dtype=dtype)
-    if _dense_pays(index, tokens):
-        with torch.autocast(rows.device.type, enabled=False):
-            for b, n in _blocks(rows, G, N, tokens):
-                matrix = weights.new_zeros((b.stop - b.start, n.stop - n.start, tokens), dtype=dtype)
-                matrix.scatter_add_(2, index[b, n], weights[b, n].to(dtype))
-                output[b] += torch.bmm(matrix.mT, rows[b, n].to(dtype))
-        return output
-    flat, chosen, weights = rows.reshape(-1, 1, C), _flat_index(index, tokens), weights.reshape(-1, K, 1)
-    step = _rows_per_chunk(rows, K * C)
+    flat, weights = rows.to(dtype).reshape(-1, C), weights.reshape(-1, K).to(dtype)
+    if _has_bags(rows):
+        pairs, starts = _incoming(index, tokens)
+        factors = weights.flatten()[pairs]
+        bags = F.embedding_bag(pairs // K, flat, starts, mode="sum", per_sample_weights=factors, include_last_offset=True)
+        return bags.view(G, tokens, C)
+    output, chosen, step = flat.new_zeros(G * tokens, C), _flat_index(index, tokens), _rows_per_chunk(rows, K * C)
     for start in range(0, G * N, step):
         part = slice(start, start + step)
-        output.view(-1, C).index_add_(0, chosen[part].flatten(), (weights[part].to(dtype) * flat[part]).view(-1, C))
-    return output
+        output.index_add_(0, chosen[part].flatten(), (weights[part, :, None] * flat[part, None]).view(-1, C))
+    return output.view(G, tokens, C)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def find_scored_neighbors(
     return index, scores / math.sqrt(query.shape[-1]) if metric == "matmul" else scores
 
 
-def _top(scores: Tensor, K: int) -> Tensor:
+def _largest(scores: Tensor, K: int) -> Tensor:
     """Places of the K largest of each row, largest first: (b, n, M) -> (b, n, K)."""
     M = scores.shape[2]
     if scores.device.type != "cpu" or scores.dtype != torch.float32 or not 1 < K <= 16 or not 32 <= M < 64 * K:
@@ -374,7 +374,7 @@ def _search(
                     scores.scatter_(2, own.expand(len(scores), -1, 1), least)
                 else:
                     scores.masked_fill_(own == candidates, least)
-            nearest = _top(scores, K - forced)
+            nearest = _largest(scores, K - forced)
             index[b, n, forced:] = nearest if candidates is None else candidates[nearest]
             if scored:
                 products[b, n, forced:] = scores.gather(2, nearest)
@@ -572,18 +572,50 @@ def _depthwise_bags(values: Tensor, index: Tensor, weight: Tensor, scores: Tenso
     """Depthwise `aggregate` as sums over the rows of a table: every value times the weights of every slot."""
     (G, M, C), (_, N, K), dtype = values.shape, index.shape, _accumulator(values.dtype)
     output = values.new_empty(G, N, C, dtype=dtype)
-    weight, slots = weight.to(dtype), torch.arange(K)
-    groups = max(1, _rows_per_chunk(values, M * K * C))
+    weight, slots, groups = weight.to(dtype), torch.arange(K), _rows_per_chunk(values, M * K * C)
     table = values.new_empty(min(groups, G), M, K, C, dtype=dtype)
     for start in range(0, G, groups):
         part = slice(start, min(start + groups, G))
-        rows = table[: part.stop - start]
-        torch.mul(values[part, :, None].to(dtype), weight, out=rows)
+        rows = torch.mul(values[part, :, None].to(dtype), weight, out=table[: part.stop - start])
         bags = _flat_index(index[part] * K + slots, M * K)
         factors = None if scores is None else scores[part].reshape(-1, K).to(dtype)
-        mixed = F.embedding_bag(bags, rows.view(-1, C), mode="sum", per_sample_weights=factors)
-        output[part] = mixed.view(-1, N, C)
+        output[part] = F.embedding_bag(bags, rows.view(-1, C), mode="sum", per_sample_weights=factors).view(-1, N, C)
     return output.to(values.dtype)
+
+
+def _depthwise_bags_backward(
+    grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None, need_values: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the values, of the weights (K, C) and of the scores, in the dtype that sums are in."""
+    (G, M, C), (_, N, K), dtype = values.shape, index.shape, _accumulator(values.dtype)
+    factors = torch.ones(index.shape, dtype=dtype) if scores is None else scores.to(dtype)
+    grad, flat, weight = grad.to(dtype), values.to(dtype).reshape(-1, C), weight.to(dtype)
+    grad_values = values.new_empty((G, M, C) if need_values else 0, dtype=dtype)
+    grad_weight, grad_scores = torch.zeros_like(weight), factors.new_empty(0 if scores is None else scores.shape)
+    chosen, groups = _flat_index(index, M).view(G, N * K), _rows_per_chunk(values, N * K * C)
+    pairs, starts = _incoming(index, M) if need_values else (None, None)
+    buffer = flat.new_empty(min(groups, G) * N, K, C)
+    for start in range(0, G, groups):
+        part = slice(start, min(start + groups, G))
+        own, product = grad[part].reshape(-1, 1, C), buffer[: (part.stop - start) * N]
+        torch.index_select(flat, 0, chosen[part].flatten(), out=product.view(-1, C))
+        product.mul_(own)
+        grad_weight += torch.bmm(factors[part].reshape(-1, K).t()[:, None], product.transpose(0, 1)).squeeze(1)
+        if scores is not None:
+            grad_scores[part] = product.mul_(weight).sum(2).view(-1, N, K)
+        if need_values:
+            torch.mul(own, weight, out=product)  # what each slot passes back, but for its score
+            first = start * N * K
+            incoming, begins = pairs[first : part.stop * N * K], starts[start * M : part.stop * M + 1]
+            grad_values[part] = F.embedding_bag(
+                incoming - first,
+                product.view(-1, C),
+                begins - first,
+                mode="sum",
+                per_sample_weights=factors.flatten()[incoming],
+                include_last_offset=True,
+            ).view(-1, M, C)
+    return grad_values, grad_weight, grad_scores
 
 
 @torch.library.custom_op("convnn::aggregate", mutates_args=())
@@ -608,35 +640,28 @@ def _aggregate_backward(
     grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None, depthwise: bool, need_values: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     C, K, dtype = values.shape[2], index.shape[2], _accumulator(values.dtype)
+    if depthwise and _has_bags(values):
+        with torch.autocast("cpu", enabled=False):
+            found = _depthwise_bags_backward(grad, values, index, weight, scores, need_values)
+        return found[0].to(values.dtype), found[1].to(weight.dtype), found[2]
     grad = grad.reshape(-1, grad.shape[2])
     grad_values = values.new_zeros(values.shape if need_values else 0, dtype=dtype)
     grad_weight = weight.new_zeros(weight.shape, dtype=dtype)
     grad_scores = values.new_empty(0 if scores is None else scores.shape, dtype=dtype)
-    factors = None if scores is None else scores.reshape(-1, K)
     for rows, chosen, gathered in _gathered(values, index):
+        mixed = _scaled(gathered, scores, rows)
         if depthwise:
-            own, kernel = grad[rows, None].to(dtype), weight.to(dtype)  # (rows, 1, C), (K, C)
-            product = gathered.to(dtype).mul_(own) if gathered.dtype != dtype else gathered.mul_(own)
-            part = (
-                gathered.new_ones(1, len(product), dtype=dtype).expand(K, -1)
-                if factors is None
-                else factors[rows].to(dtype).t()
-            )
-            grad_weight += torch.bmm(part[:, None], product.transpose(0, 1)).squeeze(1)
-            to_mixed = own * kernel if need_values else None
-            if factors is not None:
-                grad_scores.view(-1, K)[rows] = product.mul_(kernel).sum(2)
+            grad_weight += (mixed * grad[rows, None]).sum(0, dtype=dtype)
         else:
-            grad_weight += grad[rows].t() @ _scaled(gathered, scores, rows).flatten(1)
-            if scores is None and not need_values:
-                continue
-            to_mixed = (grad[rows] @ weight).view(-1, K, C)
-            if factors is not None:
-                grad_scores.view(-1, K)[rows] = (to_mixed * gathered).sum(-1, dtype=dtype)
+            grad_weight += grad[rows].t() @ mixed.flatten(1)
+        if scores is None and not need_values:
+            continue
+        to_mixed = grad[rows, None] * weight if depthwise else (grad[rows] @ weight).view(-1, K, C)
+        if scores is not None:
+            grad_scores.view(-1, K)[rows] = (to_mixed * gathered).sum(-1, dtype=dtype)
+            to_mixed = to_mixed * scores.reshape(-1, K, 1)[rows]
         if need_values:
-            if factors is not None:
-                to_mixed = to_mixed.mul_(factors[rows, :, None])
-            grad_values.view(-1, C).index_add_(0, chosen, to_mixed.view(-1, C).to(dtype))
+            grad_values.view(-1, C).index_add_(0, chosen, to_mixed.reshape(-1, C).to(dtype))
     return grad_values.to(values.dtype), grad_weight.to(weight.dtype), grad_scores
 
 

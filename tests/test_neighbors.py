@@ -49,11 +49,10 @@ def chunks(request, monkeypatch):
         monkeypatch.setattr(neighbors, "_chunk", lambda x: request.param)
 
 
-@pytest.fixture(params=["dense", "added", "gathered"])
+@pytest.fixture(params=["bags", "gathered"])
 def strategy(request, monkeypatch):
-    """All ways of summing: back by products over all tokens or by adding rows up; by bags, or as on a GPU by gathered rows."""
-    monkeypatch.setattr(neighbors, "_dense_pays", lambda index, tokens: request.param == "dense")
-    monkeypatch.setattr(neighbors, "_has_bags", lambda x: request.param != "gathered")
+    """Both ways of summing: by embedding bags, and as on a GPU by gathered rows."""
+    monkeypatch.setattr(neighbors, "_has_bags", lambda x: request.param == "bags")
 
 
 def assert_same_neighbors(found, expected, query, key, metric):
