@@ -45,9 +45,10 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
     """The family, what to measure, and a config for every layer at every resolution; ends in one line on a mistake."""
     prog = Path(sys.argv[0]).name
     if not argv or argv[0] not in FAMILIES:
-        names = " or ".join(FAMILIES)
+        names = " or ".join((*FAMILIES, "targets"))
         if argv and argv[0] in ("-h", "--help"):
-            print(f"usage: {prog} {{{','.join(FAMILIES)}}} [options]\n\n{__doc__}\n{prog} vit --help lists the options")
+            words = ",".join((*FAMILIES, "targets"))
+            print(f"usage: {prog} {{{words}}} [options]\n\n{__doc__}\n{prog} vit --help lists the options")
             raise SystemExit(0)
         print(
             f"{prog}: error: the first word is {argv[0]!r}; give {names}" if argv else f"{prog}: error: give {names}",
@@ -275,79 +276,6 @@ def add_ratios(rows: list[dict]) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Targets: ratios that the layers must keep, forward and backward, on a CPU of two cores
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class Target(NamedTuple):
-    """A layer, what it is compared with (None: its naive form), and the largest ratios of time and memory to that."""
-
-    name: str
-    layer: object
-    x: object
-    time: float
-    memory: float | None
-    against: object = None
-    precision: str = "fp32"
-
-
-def make_targets() -> list[Target]:
-    import torch
-    from torch import nn
-
-    from layers1d import MultiHeadAttention, MultiHeadConvNNAttention, MultiHeadKvtAttention, TokenLayout
-    from layers2d import ConvNN2d
-    from local_attention import MultiHeadLocalAttention, NeighborhoodAttention
-    from options import NeighborConfig
-
-    torch.manual_seed(0)
-    images, patches, many = torch.randn(32, 64, 32, 32), torch.randn(64, 197, 192), torch.randn(1, 4096, 192)
-    shuffled = ConvNN2d(64, 128, NeighborConfig(K=9), shuffle_pattern="BA")
-    windows = ConvNN2d(64, 128, NeighborConfig(K=9, similarity_type="Loc"), padding=1)
-    neighbors = NeighborConfig(K=9, magnitude_type="matmul")
-    attention = MultiHeadConvNNAttention(192, 3, neighbors, layout=TokenLayout(14, 14, 1))
-    wide = TokenLayout(64, 64)
-    local = MultiHeadLocalAttention(192, 3, layout=wide, window_size=24)
-    near = NeighborhoodAttention(192, 3, layout=wide, kernel_size=7)
-    small = ConvNN2d(16, 32, NeighborConfig(K=9))
-    return [
-        Target("ConvNN2d, BA 2, 64 -> 128, 32 x 32, B = 32", shuffled, images, 1 / 2.2, 1 / 3),
-        Target("the same in bfloat16, against float32", shuffled, images, 1 / 4.5, 1 / 4, precision="bf16"),
-        Target("ConvNN2d, NA, 16 -> 32, 32 x 32, B = 16", small, torch.randn(16, 16, 32, 32), 1 / 2, 1 / 4),
-        Target("ConvNN2d Loc, against the Conv2d it equals", windows, images, 1.5, None, nn.Conv2d(64, 128, 3, padding=1)),
-        Target("MultiHeadConvNNAttention, B = 64, N = 197, 3 x 64, K = 9", attention, patches, 1 / 3.5, 1 / 4),
-        Target("the same, against MultiHeadAttention", attention, patches, 2, None, MultiHeadAttention(192, 3)),
-        Target("MultiHeadKvtAttention, B = 64, N = 197", MultiHeadKvtAttention(192, 3, 9), patches, 1 / 1.2, 1 / 1.5),
-        Target("MultiHeadLocalAttention, N = 4096, 49 tokens", local, many, 1 / 5, 1 / 10),
-        Target("NeighborhoodAttention, N = 4096, 7 x 7", near, many, 1 / 5, 1 / 10),
-    ]
-
-
-def measure_target(target: Target, repeats: int, device) -> dict:
-    """Both take turns; medians, warm-up excluded."""
-    from naive_layers import Naive
-
-    layer, x = target.layer.to(device), target.x.to(device)
-    other = Naive(layer) if target.against is None else target.against.to(device)
-    cases = [Case(layer, x.clone(), precision=target.precision, compiled=False)]
-    cases.append(Case(other, x.clone(), precision="fp32", compiled=False))
-    times = [[seconds_of(case.training, device) for case in cases] for _ in range(repeats + 1)][1:]
-    seconds = [statistics.median(column) for column in zip(*times, strict=True)]
-    memory = [peak_memory(case.training, device) for case in cases]
-    return {
-        "case": target.name,
-        "ms": 1e3 * seconds[0],
-        "against_ms": 1e3 * seconds[1],
-        "time_ratio": seconds[0] / seconds[1],
-        "time_target": target.time,
-        "mb": memory[0] / 1e6,
-        "against_mb": memory[1] / 1e6,
-        "memory_ratio": memory[0] / memory[1],
-        "memory_target": target.memory,
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # What is shown
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -426,6 +354,10 @@ def draw_scaling(rows: list[dict], title: str) -> bytes:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["targets"]:
+        import targets
+
+        return targets.main(argv[1:])
     family, bench, configs = parse(argv)
     # torch takes seconds to import: only once the options are known to be right.
     from tqdm import tqdm

@@ -341,8 +341,9 @@ def neighborhood_tiling(height: int, width: int, kernel_size: int, dilation: int
         queries, keys = [], []
         for offset in range(dilation):
             positions = range(offset, side, dilation)
-            for start in range(0, len(positions), kernel_size):
-                tile = positions[start : start + kernel_size]
+            size = math.ceil(len(positions) / max(1, len(positions) // kernel_size))  # as equal as can be
+            for start in range(0, len(positions), size):
+                tile = positions[start : start + size]
                 queries.append(tile)
                 keys.append(positions[starts[tile[0]] : starts[tile[-1]] + kernel_size])
         return pad_tiles(queries), pad_tiles(keys)

@@ -182,7 +182,7 @@ def _gathered(x: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]
 
 def _rows_per_chunk(x: Tensor, width: int) -> int:
     """Rows of `width` elements that a chunk may hold: more than of scores, as a GPU needs the products that follow large."""
-    return max(1, _chunk(x) * (2 if x.device.type == "cpu" else 8) // width)
+    return max(1, _chunk(x) * (4 if x.device.type == "cpu" else 8) // width)
 
 
 def _has_bags(x: Tensor) -> bool:
