@@ -181,3 +181,14 @@ def test_errors_are_one_line(line, says, capsys, tmp_path, monkeypatch):
     text = capsys.readouterr().err
     assert status == 2 and all(part in text for part in says.split("; ")) and text.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_against_the_naive_form(tmp_path):
+    line = "vit --layer ConvNNAttention Performer --tokens 16 --d_model 8 --num_heads 2 --repeats 1 --batch_size 2 --K 4"
+    rows = run(f"{line} --against naive", tmp_path)
+    assert [row["layer"] for row in rows] == ["ConvNNAttention", "ConvNNAttention (naive)", "Performer"]
+    fast, naive, other = rows
+    for ratio, column in (("time_ratio", "forward_backward_ms"), ("memory_ratio", "peak_memory_mb")):
+        assert float(fast[ratio]) == pytest.approx(float(fast[column]) / float(naive[column]))
+        assert other[ratio] == "" == naive[ratio]
+    assert fast["parameters"] == naive["parameters"]

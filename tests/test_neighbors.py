@@ -136,6 +136,7 @@ def test_search_errors_name_what_is_allowed(K, metric, candidates, message):
         find_neighbors(x, x, K, metric, candidates=None if candidates is None else torch.tensor(candidates))
 
 
+@pytest.mark.timing
 def test_search_memory_and_time_against_the_full_matrix():
     """Issue figures: B=16, N=1024, C=64; extra memory under 1/8 of the score matrix, no slower than bmm + topk."""
     x = torch.randn(16, 1024, 64)
