@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -6,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import allconvnet
 import train_eval
+import vit
 from dataset import DeviceBatches, Recipe
 from options import TrainConfig
 from train_eval import (
@@ -367,3 +370,50 @@ def test_early_stopping_counts_epochs_without_a_better_loss(patience):
     ]
     expected = {0: [False] * 6, 1: [False, False, False, True, True, False], 2: [False] * 4 + [True, False]}
     assert stalled == expected[patience]
+
+
+# --- compiled -------------------------------------------------------------------------------------------------------
+
+
+def compiled_models():
+    from options import LAYERS1D_NAMES, LAYERS2D_NAMES
+
+    small = {"image_size": 8, "patch_size": 2, "in_channels": 1, "num_layers": 2, "num_heads": 2, "d_model": 8, "d_mlp": 8}
+    small |= {
+        "K": 4,
+        "kernel_size": 3,
+        "hybrid_dilations": (1,),
+        "nystrom_landmarks": 4,
+        "sampling_type": "random",
+        "num_samples": 6,
+    }
+    for name in LAYERS1D_NAMES:
+        yield name, lambda name=name: vit.ViT(vit.ViTConfig(**small, layer=name))
+    images = {"image_size": 8, "in_channels": 1, "channels": (4,), "K": 4, "sampling_type": "random", "num_samples": 6}
+    for name in (*LAYERS2D_NAMES, "Conv2d/ConvNN"):
+        yield name, lambda name=name: allconvnet.AllConvNet(allconvnet.AllConvNetConfig(**images, layer=name))
+
+
+@pytest.mark.parametrize(("name", "make"), list(compiled_models()), ids=[name for name, _ in compiled_models()])
+def test_nothing_is_compiled_after_the_first_epoch(name, make, monkeypatch):
+    """A graph without a break for each size of batch, in training and in evaluation, and then no more."""
+    graphs, real = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model, **more: real(model, backend=backend, fullgraph=True, **more))
+    torch._dynamo.reset()
+    recipe = Recipe("digits", "train", 16, 0, 8, CPU)
+    images, labels = np.random.default_rng(0).integers(0, 255, (36, 1, 8, 8)).astype(np.uint8), np.arange(36) % 10
+    training = make_training(make(), steps=3, use_compiled=True, accumulate_steps=2)
+    counts = []
+    for epoch in range(3):
+        train_one_epoch(training, DeviceBatches(images, labels, np.arange(36), recipe), make_loss("CrossEntropy"))
+        test = DeviceBatches(images[:20], labels[:20], np.arange(20), dataclasses.replace(recipe, part="test"))
+        evaluate(training.model, test, make_loss("CrossEntropy"), device=CPU, call=training.call_evaluated)
+        training.epoch, training.step = epoch + 1, 0
+        counts.append(len(graphs))
+    # micro-batches of 8 and 2 images in training, batches of 16 and 4 in evaluation
+    assert counts == [4, 4, 4]
