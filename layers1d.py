@@ -101,21 +101,20 @@ class NeighborSelection(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.neighbors}, padding={self.padding}"
 
-    def forward(self, query: Tensor, key: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """query (B, N, C), key (B, M, C), both joined with coordinates where asked for -> index (B, N, K)."""
-        index, allowed = self._allowed(key, grid)
-        if index is not None:
-            return index.expand(query.shape[0], -1, -1)
-        return find_neighbors(query, key, self.neighbors.K, self.neighbors.metric, **allowed)
+    def forward(
+        self, query: Tensor, key: Tensor, grid: tuple[int, ...], scored: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """query (B, N, C), key (B, M, C), both joined with coordinates where asked for -> index (B, N, K).
 
-    def scored(self, query: Tensor, key: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The same, and the scores of the neighbors (B, N, K), with gradient."""
+        With `scored` also the scores of the neighbors (B, N, K), which carry the gradient.
+        """
         index, allowed = self._allowed(key, grid)
         K, metric = self.neighbors.K, self.neighbors.metric
         if index is None:
-            return find_scored_neighbors(query, key, K, metric, **allowed)
+            find = find_scored_neighbors if scored else find_neighbors
+            return find(query, key, K, metric, **allowed)
         index = index.expand(query.shape[0], -1, -1)
-        return index, neighbor_scores(query, key, index, metric)
+        return (index, neighbor_scores(query, key, index, metric)) if scored else index
 
     def _allowed(self, key: Tensor, grid: tuple[int, ...]) -> tuple[Tensor | None, dict]:
         """The neighbors (N, K) if place decides, else what the search is told: candidates and the tokens themselves."""
@@ -187,7 +186,7 @@ def score_neighbors(
     select: NeighborSelection, query: Tensor, key: Tensor, grid: tuple[int, ...], *, softmax: bool
 ) -> tuple[Tensor, Tensor]:
     """Neighbors between projected queries and keys (B, N, C), and what their values are multiplied by: (B, N, K) each."""
-    index, scores = select.scored(select.compared(query, grid), select.compared(key, grid), grid)
+    index, scores = select(select.compared(query, grid), select.compared(key, grid), grid, scored=True)
     return index, neighbor_weights(scores, select.neighbors.metric, softmax=softmax)
 
 

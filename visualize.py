@@ -195,7 +195,11 @@ def draw_neighbors(args: argparse.Namespace) -> Figure:
     found: list[tuple[str, NeighborSelection, tuple, torch.Tensor]] = []
 
     def record(name: str) -> Callable:
-        return lambda module, inputs, index: found.append((name, module, inputs[2], index.unflatten(0, (len(images), -1))))
+        def hook(module, inputs, output):
+            index = output[0] if isinstance(output, tuple) else output  # where scores come with it
+            found.append((name, module, inputs[2], index.unflatten(0, (len(images), -1))))
+
+        return hook
 
     for name, module in model.named_modules():
         if isinstance(module, NeighborSelection):
