@@ -610,7 +610,7 @@ def run(
     try:
         processes = Processes.from_environment()
         with signals, processes:
-            (_test if options.train.test_only else _train)(options, make_model, load, processes, signals)
+            (_test if options.train.test_only else _train)(_Run(options, make_model, load, processes, signals))
     except (RunError, DataError, ProcessError) as error:
         if isinstance(error, DataError) and processes.local_rank:
             print(error, file=sys.stderr)  # of this process alone: `fail` leaves the faults of all to the first one
@@ -648,11 +648,17 @@ def run(
     return 0
 
 
-def _prepare(
-    options: Options, make_model: Callable[[], nn.Module], processes: Processes
-) -> tuple[nn.Module, RunFolder, torch.device]:
+class _Run(NamedTuple):
+    options: Options
+    make_model: Callable[[], nn.Module]
+    load: Callable[[nn.Module, dict], None]
+    processes: Processes
+    signals: Signals
+
+
+def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
     """Everything that can fail before data is read or a file is written."""
-    train = options.train
+    train, processes = run.options.train, run.processes
     if train.batch_size < processes.world * train.accumulate_steps:
         what = f"{processes.world} processes" + f" of {train.accumulate_steps} micro-batches each" * (
             train.accumulate_steps > 1
@@ -671,10 +677,11 @@ def _prepare(
     if train.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard")
     utils.seed_everything(train.seed, train.deterministic)
-    return make_model(), folder, device
+    return run.make_model(), folder, device
 
 
-def _load_data(options: Options, device: torch.device, processes: Processes) -> Data:
+def _load_data(run: _Run, device: torch.device) -> Data:
+    options, processes = run.options, run.processes
     with processes.first_of_machine_first():  # which may download it
         return load_data(
             options.data,
@@ -687,22 +694,16 @@ def _load_data(options: Options, device: torch.device, processes: Processes) -> 
         )
 
 
-def _test(
-    options: Options,
-    make_model: Callable[[], nn.Module],
-    load: Callable[[nn.Module, dict], None],
-    processes: Processes,
-    signals: Signals,
-) -> None:
+def _test(run: _Run) -> None:
     """Evaluate --checkpoint, else best.pt of the output folder; print and write test_results.json, nothing else."""
-    model, folder, device = _prepare(options, make_model, processes)
-    train = options.train
+    model, folder, device = _prepare(run)
+    train, processes = run.options.train, run.processes
     path = Path(train.checkpoint) if train.checkpoint else folder.best
     if not path.exists():
         raise RunError(f"--test_only: there is no {path}; train first, or name the weights with --checkpoint FILE")
-    utils.load_weights(model, path, load, "--checkpoint" if train.checkpoint else "--test_only")
+    utils.load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only")
     processes.connect(device)
-    data = _load_data(options, device, processes)
+    data = _load_data(run, device)
     model.to(device)
     metrics = evaluate(
         model,
@@ -721,20 +722,15 @@ def _test(
     utils.write_atomically(folder.path / "test_results.json", json.dumps(results, indent=2) + "\n")
 
 
-def _train(
-    options: Options,
-    make_model: Callable[[], nn.Module],
-    load: Callable[[nn.Module, dict], None],
-    processes: Processes,
-    signals: Signals,
-) -> None:
-    model, folder, device = _prepare(options, make_model, processes)
+def _train(run: _Run) -> None:
+    model, folder, device = _prepare(run)
+    options, processes = run.options, run.processes
     train, plain = options.train, options.as_dict()
     found = utils.resumable_state(folder, plain, quiet=not processes.first) if train.resume else None
     if train.export and found is not None and found[0]["best"] and not folder.best.exists():
         raise RunError(f"--export: {folder.best} of epoch {found[0]['best']['epoch']} is gone; leave --export out")
     if train.checkpoint and found is None:
-        utils.load_weights(model, Path(train.checkpoint), load)
+        utils.load_weights(model, Path(train.checkpoint), run.load)
     processes.connect(device)
     # Files that not all of them see would train something else, or make them wait for ever.
     seen = processes.gather(None if found is None else [found[1].name, found[0]["epoch"], found[0]["step"]])
@@ -742,9 +738,9 @@ def _train(
         raise ProcessError(
             f"--resume: the processes find different states in --output_dir {folder.path}: {seen}; all must see it"
         )
-    data = _load_data(options, device, processes)
+    data = _load_data(run, device)
     model.to(device)
-    training = Training(model, train, device, len(data.train), processes, signals)
+    training = Training(model, train, device, len(data.train), processes, run.signals)
     if found is None:
         utils.seed_process(train.seed, processes.rank)
     else:
