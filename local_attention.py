@@ -332,6 +332,13 @@ class NeighborhoodAttention(PlacedAttention):
         super().__init__(d_model, num_heads, [tiling], layout=layout, attention_dropout=attention_dropout, bias=bias)
 
 
+def tile_size(length: int, kernel_size: int) -> int:
+    """Positions of a tile along a side: about a kernel, tiles as equal as can be, with the fewest scores."""
+    counts = max(1, length // kernel_size), math.ceil(length / kernel_size)
+    sizes = [math.ceil(length / count) for count in counts]
+    return min(sizes, key=lambda size: math.ceil(length / size) * size * (size + kernel_size - 1))
+
+
 def neighborhood_tiling(height: int, width: int, kernel_size: int, dilation: int) -> Tiling:
     """Rectangles of patches `dilation` apart; each patch sees kernel_size^2 that are as far apart from it."""
 
@@ -341,7 +348,7 @@ def neighborhood_tiling(height: int, width: int, kernel_size: int, dilation: int
         queries, keys = [], []
         for offset in range(dilation):
             positions = range(offset, side, dilation)
-            size = math.ceil(len(positions) / max(1, len(positions) // kernel_size))  # as equal as can be
+            size = tile_size(len(positions), kernel_size)
             for start in range(0, len(positions), size):
                 tile = positions[start : start + size]
                 queries.append(tile)

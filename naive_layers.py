@@ -107,7 +107,9 @@ class Naive(nn.Module):
 
 
 def has_naive_form(layer: nn.Module) -> bool:
-    """Whether there is one: for ConvNN layers, of all tokens compared by their features alone."""
+    """Whether there is one: without dropout, and for ConvNN layers of all tokens compared by their features alone."""
+    if getattr(layer, "attention_dropout", 0) or (isinstance(layer, ConvNNAttention2d) and layer.dropout.p):
+        return False
     if isinstance(layer, (MultiHeadKvtAttention, PlacedAttention)):
         return True
     if not isinstance(layer, (*IMAGES, *SEQUENCES)) or getattr(layer, "padding", 0):

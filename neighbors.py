@@ -161,7 +161,7 @@ def _blocks(x: Tensor, B: int, N: int, M: int) -> Iterator[tuple[slice, slice]]:
 def _flat_index(index: Tensor, tokens: int) -> Tensor:
     """index (G, N, K) into groups of rows -> (G * N, K) into all the rows, one group after the other."""
     G, N, K = index.shape
-    return (index + torch.arange(G, device=index.device).mul_(tokens).view(G, 1, 1)).view(G * N, K)
+    return (index + torch.arange(G, device=index.device).mul_(tokens).view(G, 1, 1)).reshape(G * N, K)
 
 
 def _gathered(x: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -302,7 +302,8 @@ def find_scored_neighbors(
 ) -> tuple[Tensor, Tensor]:
     """`find_neighbors` and `neighbor_scores` of what it finds, (B, N, K) each; matmul and cosine are computed once for both.
 
-    The scores carry a gradient. Under autocast too they are in float32 at least. Raises ValueError as `find_neighbors`.
+    The scores carry a gradient. Under autocast too they are in float32 at least. Cosines of rows shorter than 1e-6 count
+    for less, in the search too. Raises ValueError as `find_neighbors`.
     """
     metric = _plain_name(metric)
     if metric == "euclidean":  # which the search compares in another form
@@ -322,7 +323,9 @@ def _largest(scores: Tensor, K: int) -> Tensor:
         return scores.topk(K, dim=2).indices
     # For such rows the CPU's topk sorts. Faster: K times the largest, as doubles whose last bits, which a float32 leaves
     # empty, hold the place. A larger score has the larger double; of equal scores each has one of its own.
-    keys = scores.double()
+    # Numbers that are not finite would lose their place: they become the largest ones, and the least but for masked ones.
+    most = torch.finfo(torch.float32).max
+    keys = scores.nan_to_num(nan=most, posinf=most, neginf=-0.999 * most).double()
     keys.view(torch.int64).bitwise_or_(torch.arange(M))
     largest = keys.new_empty(K, *scores.shape[:2], 1)
     places = torch.empty(largest.shape, dtype=torch.long)
@@ -568,6 +571,13 @@ def _scaled(gathered: Tensor, scores: Tensor | None, rows: slice) -> Tensor:
     return (gathered * scores.reshape(-1, scores.shape[2], 1)[rows]).to(gathered.dtype)
 
 
+def _bag_width(values: Tensor, index: Tensor) -> int:
+    """Channels for which the K-fold rows of one image fit into a chunk, for sums by bags; 0: rows are better gathered."""
+    rows = max(values.shape[1], index.shape[1]) * index.shape[2]
+    width = min(values.shape[2], _chunk(values) * 4 // max(rows, 1))
+    return width if _has_bags(values) and (width >= 16 or width == values.shape[2]) else 0
+
+
 def _depthwise_bags(values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None) -> Tensor:
     """Depthwise `aggregate` as sums over the rows of a table: every value times the weights of every slot."""
     (G, M, C), (_, N, K), dtype = values.shape, index.shape, _accumulator(values.dtype)
@@ -621,13 +631,16 @@ def _depthwise_bags_backward(
 @torch.library.custom_op("convnn::aggregate", mutates_args=())
 def _aggregate(values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None, depthwise: bool) -> Tensor:
     B, N, _ = index.shape
-    if depthwise and _has_bags(values):
-        return _depthwise_bags(values, index, weight, scores)
+    if depthwise and (width := _bag_width(values, index)):
+        parts = [
+            _depthwise_bags(v, index, w, scores) for v, w in zip(values.split(width, 2), weight.split(width, 1), strict=True)
+        ]
+        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
     output = values.new_empty(B * N, weight.shape[1] if depthwise else weight.shape[0])
     for rows, _, gathered in _gathered(values, index):
         mixed = _scaled(gathered, scores, rows)
         output[rows] = (mixed * weight).sum(1) if depthwise else mixed.flatten(1) @ weight.t()
-    return output.view(B, N, -1)
+    return output.view(B, N, output.shape[1])
 
 
 @_aggregate.register_fake
@@ -640,10 +653,13 @@ def _aggregate_backward(
     grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None, depthwise: bool, need_values: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     C, K, dtype = values.shape[2], index.shape[2], _accumulator(values.dtype)
-    if depthwise and _has_bags(values):
+    if depthwise and (width := _bag_width(values, index)):
+        parts = zip(grad.split(width, 2), values.split(width, 2), weight.split(width, 1), strict=True)
         with torch.autocast("cpu", enabled=False):
-            found = _depthwise_bags_backward(grad, values, index, weight, scores, need_values)
-        return found[0].to(values.dtype), found[1].to(weight.dtype), found[2]
+            found = [_depthwise_bags_backward(g, v, index, w, scores, need_values) for g, v, w in parts]
+        to_values, to_weight, to_scores = zip(*found, strict=True)
+        grad_values = torch.cat(to_values, dim=2) if need_values else to_values[0]
+        return grad_values.to(values.dtype), torch.cat(to_weight, dim=1).to(weight.dtype), sum(to_scores[1:], to_scores[0])
     grad = grad.reshape(-1, grad.shape[2])
     grad_values = values.new_zeros(values.shape if need_values else 0, dtype=dtype)
     grad_weight = weight.new_zeros(weight.shape, dtype=dtype)

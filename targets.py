@@ -120,7 +120,6 @@ def images_per_second(batches: Iterable, images: int, device) -> float:
 def measure_data(resize: int, images: int, device, batch_size: int = 256) -> dict:
     """Images per second with crop and flip of CIFAR-like images, ours and those of a DataLoader with its best workers."""
     import numpy as np
-    import torch
     from torch.utils.data import DataLoader
 
     from dataset import DeviceBatches, Recipe
@@ -139,7 +138,6 @@ def measure_data(resize: int, images: int, device, batch_size: int = 256) -> dic
 
         best = max(best, (images_per_second(batches, images, device), workers))
         del loader
-        torch.manual_seed(0)
     return row | {"per_image_images_per_s": best[0], "workers": best[1], "ratio": row["images_per_s"] / best[0]}
 
 
@@ -165,11 +163,16 @@ def machine_rates(device) -> dict:
     return found | {"copy_gb_per_s": 2 * source.nbytes / seconds / 1e9}
 
 
-def training_gflops(target: Target) -> float:
+def floor_of(target: Target, rates: dict) -> dict:
+    """GFLOP of forward and backward, MB that must be read or written for them, and the time of the slower of the two, ms."""
     from utils import flops_of
 
-    x = target.x.clone().requires_grad_()
-    return flops_of(lambda: target.layer(x).sum().backward()) / 1e9
+    x = target.x.to(next(target.layer.parameters()).device).requires_grad_()
+    gflops = flops_of(lambda: target.layer(x).sum().backward()) / 1e9
+    tensors = (x, target.layer(x), *target.layer.parameters())  # and the gradient of each
+    mb = 2 * sum(tensor.nbytes for tensor in tensors) / 1e6
+    floor = 1e3 * max(gflops / rates[f"matmul_{target.precision}_gflops"], mb / 1e3 / rates["copy_gb_per_s"])
+    return {"gflops": gflops, "least_mb": mb, "floor_ms": floor}
 
 
 def main(argv: list[str]) -> int:
@@ -196,9 +199,8 @@ def main(argv: list[str]) -> int:
     rates, rows = machine_rates(device), []
     for target in tqdm(make_targets(), unit=" targets", disable=None):
         row = measure_target(target, args.repeats, device)
-        gflops = training_gflops(target)
-        floor = 1e3 * gflops / rates[f"matmul_{target.precision}_gflops"]
-        rows.append(row | {"gflops": gflops, "floor_ms": floor, "times_the_floor": row["ms"] / floor})
+        row |= floor_of(target, rates)
+        rows.append(row | {"times_the_floor": row["ms"] / row["floor_ms"]})
     data = [measure_data(resize, args.images, device) for resize in (32, 224)]
     about = f"{device_name(device)}, torch {versions()['torch']}; " + ", ".join(f"{k} {v:,.0f}" for k, v in rates.items())
     command = shlex.join(["python", "benchmark.py", "targets", *argv])

@@ -408,3 +408,10 @@ def test_state_dicts_hold_weights_only(strategy):
 def test_errors(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_tiles_of_a_side_are_about_equal():
+    from local_attention import tile_size
+
+    assert [tile_size(length, 7) for length in (64, 41, 14, 7, 6)] == [8, 7, 7, 7, 6]
+    assert tile_size(64, 3) in (3, 4) and tile_size(5, 1) == 1

@@ -18,6 +18,7 @@ from neighbors import (
     aggregate,
     coordinates,
     find_neighbors,
+    find_scored_neighbors,
     gather_neighbors,
     grid_places,
     join_coordinates,
@@ -359,9 +360,67 @@ def test_scores_and_sums_under_autocast(strategy):
 
 
 def test_weights_of_any_strides(strategy):
-    values, index = torch.randn(2, 9, 3), torch.randint(0, 9, (2, 9, 4))
+    values, index = torch.randn(2, 9, 3), torch.randint(0, 9, (2, 4, 9)).transpose(1, 2)
     weights = torch.rand(2, 4, 9).transpose(1, 2)
-    torch.testing.assert_close(weighted_sum(values, index, weights), weighted_sum(values, index, weights.contiguous()))
+    expected = weighted_sum(values, index.contiguous(), weights.contiguous())
+    torch.testing.assert_close(weighted_sum(values, index, weights), expected)
+    torch.testing.assert_close(expected, (gather(values, index) * weights[..., None]).sum(2))
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_an_empty_batch(depthwise, strategy):
+    weight = torch.randn(3, 1, 4) if depthwise else torch.randn(5, 3, 4)
+    out = aggregate(torch.randn(0, 9, 3), torch.zeros(0, 9, 4, dtype=torch.long), weight, depthwise=depthwise)
+    assert out.shape == (0, 9, 3 if depthwise else 5)
+
+
+@pytest.mark.parametrize("tokens", [2**14, 2**10])
+def test_depthwise_sums_of_a_large_image_take_little_memory(tokens):
+    """Not even for one image is anything K times as large as its values made; the values of 2^10 tokens have 64 channels."""
+    K, C = 9, 2**16 * 16 // tokens
+    values, index = torch.randn(1, tokens, C, requires_grad=True), torch.randint(0, tokens, (1, tokens, K))
+    scores, weight = torch.rand(1, tokens, K, requires_grad=True), torch.randn(C, 1, K, requires_grad=True)
+
+    def run():
+        return torch.autograd.grad(aggregate(values, index, weight, scores, depthwise=True).sum(), [values, scores, weight])
+
+    assert peak_memory(run, CPU) < 0.8 * K * values.nbytes
+    for ours, theirs in zip(run(), bags_of_one(values, index, weight, scores), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+
+
+def bags_of_one(values, index, weight, scores):
+    """Gradients by the plain form, slot by slot."""
+    out = 0
+    for k in range(index.shape[2]):
+        out = out + values[0, index[0, :, k]] * scores[0, :, k, None] * weight[:, 0, k]
+    return torch.autograd.grad(out.sum(), [values, scores, weight])
+
+
+@pytest.mark.parametrize("K", [2, 5, 16])
+@pytest.mark.parametrize("M", [31, 40, 127])
+def test_largest_are_those_of_topk(M, K):
+    """Rows for which topk is slow, with ties, zeros of both signs, denormals, infinities and NaN among them."""
+    scores = torch.randn(3, 50, M)
+    scores[0, :, ::3] = scores[0, :, :1]
+    scores[1, :20, 5], scores[1, 10:, 7], scores[1, :, 9] = torch.inf, torch.nan, -torch.inf
+    scores[2, :10], scores[2, 10:20], scores[2, 20:30, ::2] = 0.0, -torch.inf, -0.0
+    scores[2, 30:, ::2] *= 1e-40
+    found, expected = neighbors._largest(scores.clone(), K), scores.topk(K, dim=2).indices
+    assert all(len(set(row.tolist())) == K for row in found.flatten(0, 1))
+    chosen, best = scores.gather(2, found), scores.gather(2, expected)
+    assert torch.equal(chosen[[0, 2]], best[[0, 2]])
+    # of +inf and NaN either may come first, but no other number before them
+    assert torch.equal(chosen[1].isfinite(), best[1].isfinite())
+    assert torch.equal(chosen[1][chosen[1].isfinite()], best[1][best[1].isfinite()])
+
+
+def test_a_token_out_of_all_bounds_does_not_repeat_neighbors():
+    x = torch.randn(1, 64, 8)
+    x[0, 0], x[0, 1] = 1e20, -1e20
+    for metric in ("euclidean", "matmul", "cosine"):
+        found = find_neighbors(x, x, 5, metric)
+        assert all(len(set(row.tolist())) == 5 for row in found[0])
 
 
 @pytest.mark.parametrize("depthwise", [False, True])
@@ -371,9 +430,27 @@ def test_operators_follow_the_rules_of_torch_library(depthwise):
     factors = torch.rand(2, 5, 2, requires_grad=True)
     weight = torch.randn(2, 3) if depthwise else torch.randn(4, 6)
     torch.library.opcheck(torch.ops.convnn.find_neighbors, (x.detach(), x.detach(), 2, "cosine", None, torch.arange(5)))
+    # The last of the usual checks adds up all outputs, which indices and scores cannot be.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    search = (x, x, 2, torch.tensor([4, 0, 2]), torch.arange(5))
+    torch.library.opcheck(torch.ops.convnn.find_scored_neighbors, search, test_utils=checks)
     torch.library.opcheck(torch.ops.convnn.pair_scores, (x, x, index, True))
     torch.library.opcheck(torch.ops.convnn.weighted_sum, (x, index, factors))
     torch.library.opcheck(torch.ops.convnn.aggregate, (x, index, weight.requires_grad_(), factors, depthwise))
+
+
+@pytest.mark.parametrize("metric", ["matmul", "cosine", "euclidean"])
+@pytest.mark.parametrize("options", ["all", "forced", "candidates", "both"])
+def test_scores_of_the_search_are_those_of_the_pairs(metric, options, strategy, chunks):
+    query, key = (torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    more = {}
+    if options in ("candidates", "both"):
+        more["candidates"] = torch.tensor([6, 1, 2, 5])
+    if options in ("forced", "both"):
+        more["self_index"] = torch.arange(7)
+    index, found = find_scored_neighbors(query, key, 3, metric, **more)
+    assert torch.equal(index, find_neighbors(query, key, 3, metric, **more))
+    assert_same_gradients(found, pairs(query, key, index, metric), (query, key))
 
 
 def test_flops_against_a_hand_count():

@@ -9,7 +9,7 @@ from layers2d import ConvNN2d, ConvNNAttention2d
 from local_attention import MultiHeadLocalAttention, MultiHeadMaskedAttention, NeighborhoodAttention
 from naive_layers import Naive, has_naive_form
 from options import NeighborConfig
-from targets import machine_rates, main, make_targets, measure_data, measure_target
+from targets import Target, floor_of, machine_rates, main, make_targets, measure_data, measure_target
 
 CPU = torch.device("cpu")
 SLACK = 4 / 3  # of a target, before a test fails: machines differ, and are shared
@@ -53,6 +53,16 @@ def test_layers_without_a_naive_form():
     assert not has_naive_form(ConvNN2d(3, 4, near)) and not has_naive_form(nn.Conv2d(3, 4, 3))
     assert not has_naive_form(ConvNN2d(3, 4, NeighborConfig(K=9), padding=1))
     assert not has_naive_form(ConvNN2d(3, 4, NeighborConfig(K=4, sampling_type="random", num_samples=8)))
+    assert not has_naive_form(MultiHeadKvtAttention(8, 2, 3, attention_dropout=0.1))
+
+
+def test_floor_of_a_target():
+    layer = nn.Linear(3, 5, bias=False)
+    rates = {"matmul_fp32_gflops": 1e-6, "copy_gb_per_s": 1e-3}
+    floor = floor_of(Target("", layer, torch.randn(7, 3), 1, None), rates)
+    assert floor["gflops"] == pytest.approx(3 * 2 * 7 * 3 * 5 / 1e9)
+    assert floor["least_mb"] == pytest.approx(2 * 4 * (7 * 3 + 7 * 5 + 3 * 5) / 1e6)
+    assert floor["floor_ms"] == pytest.approx(max(630 / 1e9 / 1e-6, 568 / 1e9 / 1e-3) * 1e3)
 
 
 @pytest.fixture
@@ -63,9 +73,8 @@ def two_threads():
 
 
 @pytest.mark.timing
-@pytest.mark.parametrize("number", range(9))
-def test_targets(number, two_threads):
-    target = make_targets()[number]
+@pytest.mark.parametrize("target", make_targets(), ids=lambda target: target.name)
+def test_targets(target, two_threads):
     if target.precision == "bf16":
         rates = machine_rates(CPU)
         if rates["matmul_bf16_gflops"] < 2 * rates["matmul_fp32_gflops"]:
@@ -78,7 +87,7 @@ def test_targets(number, two_threads):
 @pytest.mark.timing
 @pytest.mark.parametrize(("resize", "least"), [(32, 10), (224, 1)])
 def test_data_keeps_up(resize, least, two_threads):
-    row = measure_data(resize, 2000 if resize == 32 else 500, CPU)
+    row = measure_data(resize, 2000 if resize == 32 else 500, CPU, batch_size=64)
     assert row["ratio"] >= least / SLACK, row
 
 
