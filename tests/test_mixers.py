@@ -27,10 +27,11 @@ LAYOUTS = [TokenLayout(3, 4, 1), TokenLayout(3, 3), TokenLayout(1, 11), TokenLay
 SAMPLING = [("all", -1), ("random", 6), ("spatial", 2)]
 
 
-@pytest.fixture(params=["bags", "gathered"])
+@pytest.fixture(params=["dense", "bags", "gathered"])
 def strategy(request, monkeypatch):
-    """Both ways of summing: by embedding bags, and as on a GPU by gathered rows."""
-    monkeypatch.setattr(fast, "_has_bags", lambda x: request.param == "bags")
+    """All ways of summing: products over all tokens, embedding bags, and as on a GPU gathered rows."""
+    monkeypatch.setattr(fast, "_dense_pays", lambda index, tokens: request.param == "dense")
+    monkeypatch.setattr(fast, "_has_bags", lambda x: request.param != "gathered")
 
 
 def split(x, heads):

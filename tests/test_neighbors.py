@@ -50,10 +50,11 @@ def chunks(request, monkeypatch):
         monkeypatch.setattr(neighbors, "_chunk", lambda x: request.param)
 
 
-@pytest.fixture(params=["bags", "gathered"])
+@pytest.fixture(params=["dense", "bags", "gathered"])
 def strategy(request, monkeypatch):
-    """Both ways of summing: by embedding bags, and as on a GPU by gathered rows."""
-    monkeypatch.setattr(neighbors, "_has_bags", lambda x: request.param == "bags")
+    """All ways of summing: products over all tokens, embedding bags, and as on a GPU gathered rows."""
+    monkeypatch.setattr(neighbors, "_dense_pays", lambda index, tokens: request.param == "dense")
+    monkeypatch.setattr(neighbors, "_has_bags", lambda x: request.param != "gathered")
 
 
 def assert_same_neighbors(found, expected, query, key, metric):
