@@ -45,10 +45,10 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
     """The family, what to measure, and a config for every layer at every resolution; ends in one line on a mistake."""
     prog = Path(sys.argv[0]).name
     if not argv or argv[0] not in FAMILIES:
-        names = " or ".join((*FAMILIES, "targets"))
+        words = (*FAMILIES, "targets")
+        names = " or ".join(words)
         if argv and argv[0] in ("-h", "--help"):
-            words = ",".join((*FAMILIES, "targets"))
-            print(f"usage: {prog} {{{words}}} [options]\n\n{__doc__}\n{prog} vit --help lists the options")
+            print(f"usage: {prog} {{{','.join(words)}}} [options]\n\n{__doc__}\n{prog} vit --help lists the options")
             raise SystemExit(0)
         print(
             f"{prog}: error: the first word is {argv[0]!r}; give {names}" if argv else f"{prog}: error: give {names}",

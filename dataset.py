@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from options import DATASETS, DataConfig
+from processes import Signals
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STATS = {  # mean and standard deviation of each channel, of pixels from 0 to 1
@@ -337,9 +338,8 @@ def _start_worker(worker: int) -> None:
 
     Clusters and torchrun signal the whole group of processes. A worker ends when it is told to, or when its parent is gone.
     """
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in Signals.NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_workers(iterator: weakref.ref) -> None:
@@ -691,8 +691,7 @@ def load_data(
     """The batches of the data set that `config` names; `config.resize` and `config.num_workers` must be numbers by now.
 
     batch_size: images of a batch, over all `world` processes, of which this is number `rank`. With `test_only` the training
-    images are not read. Raises DataError if data is missing or wrong, and for limits and
-    fractions that it cannot meet.
+    images are not read. Raises DataError if data is missing or wrong, and for limits and fractions that it cannot meet.
     """
     assert config.resize is not None and config.num_workers is not None
     try:

@@ -182,7 +182,12 @@ def _gathered(x: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]
 
 def _rows_per_chunk(x: Tensor, width: int) -> int:
     """Rows of `width` elements that a chunk may hold: more than of scores, as a GPU needs the products that follow large."""
-    return max(1, _chunk(x) * (4 if x.device.type == "cpu" else 8) // width)
+    return max(1, _gathered_chunk(x) // width)
+
+
+def _gathered_chunk(x: Tensor) -> int:
+    """Elements that a chunk of gathered rows may hold."""
+    return _chunk(x) * (4 if x.device.type == "cpu" else 8)
 
 
 def _has_bags(x: Tensor) -> bool:
@@ -593,7 +598,7 @@ def _scaled(gathered: Tensor, scores: Tensor | None, rows: slice) -> Tensor:
 def _bag_width(values: Tensor, index: Tensor) -> int:
     """Channels for which the K-fold rows of one image fit into a chunk, for sums by bags; 0: rows are better gathered."""
     rows = max(values.shape[1], index.shape[1]) * index.shape[2]
-    width = min(values.shape[2], _chunk(values) * 4 // max(rows, 1))
+    width = min(values.shape[2], _gathered_chunk(values) // max(rows, 1))
     return width if _has_bags(values) and (width >= 16 or width == values.shape[2]) else 0
 
 
@@ -613,16 +618,23 @@ def _depthwise_bags(values: Tensor, index: Tensor, weight: Tensor, scores: Tenso
 
 
 def _depthwise_bags_backward(
-    grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None, need_values: bool
+    grad: Tensor,
+    values: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    scores: Tensor | None,
+    incoming: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the values, of the weights (K, C) and of the scores, in the dtype that sums are in."""
+    """Gradients of the values, of the weights (K, C) and of the scores, in the dtype that sums are in.
+
+    incoming: what `_incoming` says of the index; None: no gradient of the values is wanted.
+    """
     (G, M, C), (_, N, K), dtype = values.shape, index.shape, _accumulator(values.dtype)
     factors = torch.ones(index.shape, dtype=dtype) if scores is None else scores.to(dtype)
     grad, flat, weight = grad.to(dtype), values.to(dtype).reshape(-1, C), weight.to(dtype)
-    grad_values = values.new_empty((G, M, C) if need_values else 0, dtype=dtype)
+    grad_values = values.new_empty((G, M, C) if incoming else 0, dtype=dtype)
     grad_weight, grad_scores = torch.zeros_like(weight), factors.new_empty(0 if scores is None else scores.shape)
     chosen, groups = _flat_index(index, M).view(G, N * K), _rows_per_chunk(values, N * K * C)
-    pairs, starts = _incoming(index, M) if need_values else (None, None)
     buffer = flat.new_empty(min(groups, G) * N, K, C)
     for start in range(0, G, groups):
         part = slice(start, min(start + groups, G))
@@ -632,16 +644,16 @@ def _depthwise_bags_backward(
         grad_weight += torch.bmm(factors[part].reshape(-1, K).t()[:, None], product.transpose(0, 1)).squeeze(1)
         if scores is not None:
             grad_scores[part] = product.mul_(weight).sum(2).view(-1, N, K)
-        if need_values:
+        if incoming:
             torch.mul(own, weight, out=product)  # what each slot passes back, but for its score
             first = start * N * K
-            incoming, begins = pairs[first : part.stop * N * K], starts[start * M : part.stop * M + 1]
+            pairs, starts = incoming[0][first : part.stop * N * K], incoming[1][start * M : part.stop * M + 1]
             grad_values[part] = F.embedding_bag(
-                incoming - first,
+                pairs - first,
                 product.view(-1, C),
-                begins - first,
+                starts - first,
                 mode="sum",
-                per_sample_weights=factors.flatten()[incoming],
+                per_sample_weights=factors.flatten()[pairs],
                 include_last_offset=True,
             ).view(-1, M, C)
     return grad_values, grad_weight, grad_scores
@@ -674,8 +686,9 @@ def _aggregate_backward(
     C, K, dtype = values.shape[2], index.shape[2], _accumulator(values.dtype)
     if depthwise and (width := _bag_width(values, index)):
         parts = zip(grad.split(width, 2), values.split(width, 2), weight.split(width, 1), strict=True)
+        incoming = _incoming(index, values.shape[1]) if need_values else None
         with torch.autocast("cpu", enabled=False):
-            found = [_depthwise_bags_backward(g, v, index, w, scores, need_values) for g, v, w in parts]
+            found = [_depthwise_bags_backward(g, v, index, w, scores, incoming) for g, v, w in parts]
         to_values, to_weight, to_scores = zip(*found, strict=True)
         grad_values = torch.cat(to_values, dim=2) if need_values else to_values[0]
         return grad_values.to(values.dtype), torch.cat(to_weight, dim=1).to(weight.dtype), sum(to_scores[1:], to_scores[0])

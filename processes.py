@@ -47,10 +47,10 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-            self._pipe, write = os.pipe()
+            pipe, write = os.pipe()
             os.set_blocking(write, False)
             self._before_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False), write
-            threading.Thread(target=self._watch, args=(self._pipe,), daemon=True).start()
+            threading.Thread(target=self._watch, args=(pipe,), daemon=True).start()
             self._before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
         return self
 

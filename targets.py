@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,7 +105,7 @@ class PerImage:
         return self.transform(Image.fromarray(self.images[place])), int(self.labels[place])
 
 
-def images_per_second(batches: Iterable, images: int, device) -> float:
+def images_per_second(batches: Callable[[], Iterable], images: int, device) -> float:
     """Of a whole pass, the second one: in the first, workers start."""
     from benchmark import seconds_of
 
@@ -165,10 +165,10 @@ def machine_rates(device) -> dict:
 
 def floor_of(target: Target, rates: dict) -> dict:
     """GFLOP of forward and backward, MB that must be read or written for them, and the time of the slower of the two, ms."""
-    from utils import flops_of
+    from benchmark import training_flops
 
-    x = target.x.to(next(target.layer.parameters()).device).requires_grad_()
-    gflops = flops_of(lambda: target.layer(x).sum().backward()) / 1e9
+    x = target.x.to(next(target.layer.parameters()).device)
+    gflops = training_flops(target.layer, x.clone()) / 1e9
     tensors = (x, target.layer(x), *target.layer.parameters())  # and the gradient of each
     mb = 2 * sum(tensor.nbytes for tensor in tensors) / 1e6
     floor = 1e3 * max(gflops / rates[f"matmul_{target.precision}_gflops"], mb / 1e3 / rates["copy_gb_per_s"])
