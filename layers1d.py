@@ -197,13 +197,21 @@ def make_convolution(in_channels: int, out_channels: int, kernel_size: int, conv
     depthwise = nn.Conv1d(in_channels, in_channels, kernel_size, groups=in_channels, bias=False, **geometry)
     if convolution_type == "depthwise":
         return depthwise
-    return nn.Sequential(depthwise, nn.Conv1d(in_channels, out_channels, 1, bias=False))
+    pointwise = nn.Conv1d(in_channels, out_channels, 1, bias=False)
+    nn.init.xavier_uniform_(pointwise.weight)  # a projection of features, initialized as the others are
+    return nn.Sequential(depthwise, pointwise)
 
 
-def make_slot_convolution(channels: int, coordinates: int, neighbors: NeighborConfig, convolution_type: str) -> nn.Module:
+def make_slot_convolution(
+    channels: int, coordinates: int, neighbors: NeighborConfig, convolution_type: str, softmax: bool
+) -> nn.Module:
     """The convolution over K slots of ConvNN attention, without bias; depthwise weights start at one.
 
-    channels of the values, coordinates that aggregation_type Loc_Col appends to them -> channels.
+    channels of the values, coordinates that aggregation_type Loc_Col appends to them -> channels. softmax: whether values are
+    weighed by a softmax over the slots. Their weights then add up to one, so every slot of a standard convolution starts as a
+    projection of the scale of its own (Xavier), which makes the output a weighted mean of projected values; under a
+    convolution's default, whose scale is that of a sum over K values, it would be about K times too small.
+
     Raises ValueError for an unknown type, and for `depthwise` with coordinates appended.
     """
     check_slots(convolution_type, neighbors.aggregation_type)
@@ -211,6 +219,9 @@ def make_slot_convolution(channels: int, coordinates: int, neighbors: NeighborCo
     conv = make_convolution(inputs, channels, neighbors.K, convolution_type, stride=neighbors.K)
     if convolution_type != "standard":
         nn.init.ones_((conv if convolution_type == "depthwise" else conv[0]).weight)
+    elif softmax:
+        bound = math.sqrt(6 / (inputs + channels))
+        nn.init.uniform_(conv.weight, -bound, bound)
     return conv
 
 
@@ -351,7 +362,7 @@ class ConvNNAttention1d(_Shuffled):
         self.softmax_topk_val = softmax_topk_val
         inputs, D = self.token_channels
         self.qkv = nn.Linear(inputs, 3 * D)
-        self.conv = make_slot_convolution(D, self.axes, neighbors, convolution_type)
+        self.conv = make_slot_convolution(D, self.axes, neighbors, convolution_type, softmax_topk_val)
         self.proj = nn.Linear(D, D)
         self.dropout = nn.Dropout(attention_dropout)
 
@@ -485,6 +496,9 @@ class MultiHeadMixer(nn.Module):
     def make_projection(self, d_model: int, bias: bool) -> None:
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)
 
+    def init_weights(self) -> None:
+        """What a mixer initializes by itself, after the model has initialized its linears."""
+
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, N, d_model) -> what `mix` mixes, here query, key and value of every head: (B, H, N, d) each."""
         return tuple(self.split_heads(part) for part in self.qkv(x).chunk(3, dim=2))
@@ -548,7 +562,7 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
             neighbors, axes=len(grid), self_first=False, class_tokens=layout.class_tokens, grid=grid
         )
         self.softmax_topk_val = softmax_topk_val
-        self.conv = make_slot_convolution(self.head_dim, len(grid), neighbors, convolution_type)
+        self.conv = make_slot_convolution(self.head_dim, len(grid), neighbors, convolution_type, softmax_topk_val)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
         heads, grid = query.shape[:2], self.layout.grid
@@ -709,7 +723,8 @@ class BranchingAttention(Branching1d):
 class BranchingConv(Branching1d):
     """ConvNN attention on the first `branch_ratio` of the features beside a convolution on the rest, then a linear.
 
-    Arguments and errors are those of `BranchingAttention`, `kernel_size` that of `MultiHeadConv1dAttention`.
+    Arguments and errors are those of `BranchingAttention`, `kernel_size` that of `MultiHeadConv1dAttention`; without a
+    `convolution_type` each branch has its own default, depthwise over the slots and standard along the sequence.
     """
 
     def __init__(
@@ -721,7 +736,7 @@ class BranchingConv(Branching1d):
         *,
         layout: TokenLayout,
         branch_ratio: float = 0.5,
-        convolution_type: str = "depthwise",
+        convolution_type: str | None = None,
         softmax_topk_val: bool = True,
         attention_dropout: float = 0.0,
         bias: bool = True,
@@ -732,12 +747,12 @@ class BranchingConv(Branching1d):
             num_heads,
             neighbors,
             layout=layout,
-            convolution_type=convolution_type,
+            convolution_type=convolution_type or "depthwise",
             softmax_topk_val=softmax_topk_val,
             attention_dropout=attention_dropout,
             bias=bias,
         )
         conv = MultiHeadConv1dAttention(
-            widths[1], num_heads, kernel_size, layout=layout, convolution_type=convolution_type, bias=bias
+            widths[1], num_heads, kernel_size, layout=layout, convolution_type=convolution_type or "standard", bias=bias
         )
         super().__init__(convnn, conv, widths, bias=bias)

@@ -58,9 +58,11 @@ class LinformerAttention(LinearMixer):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
         if k < 1:
             raise ValueError(f"k={k} must be at least 1")
-        # Normal with variance 1/k, as in the Johnson-Lindenstrauss projections of the paper's theorem 2.
-        self.key_projection = nn.Parameter(torch.randn(k, layout.num_tokens) / math.sqrt(k))
-        self.value_projection = nn.Parameter(torch.randn(k, layout.num_tokens) / math.sqrt(k))
+        # Normal with variance 1/N, so that a mixture of N tokens has the variance of one (the paper's theorem 2 has 1/k, which
+        # keeps the norm of all N instead and lets scores and values grow with N / k).
+        N = layout.num_tokens
+        self.key_projection = nn.Parameter(torch.randn(k, N) / math.sqrt(N))
+        self.value_projection = nn.Parameter(torch.randn(k, N) / math.sqrt(N))
 
     def weigh(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         return attend(query, self.key_projection @ key, self.value_projection @ value, dropout=dropout)[0]

@@ -358,6 +358,7 @@ VIT_MODELS = {"vit": {}} | {
         "pos_embedding": "learned",
         "patch_norm": False,
         "final_norm": True,
+        "initializer_range": 0.02,
     }
     for size, (dim, heads) in CONVIT_SIZES.items()
 }
@@ -387,9 +388,15 @@ class ViTConfig(NeighborConfig):
     num_local_layers: int | None = option(
         None, "the first n blocks use --layer, the rest Attention and the class token", kind=int, low=0
     )
-    initializer_range: float = option(0.02, "standard deviation of the truncated normal initialisation", low=0)
-    convolution_type: str = option(
-        "depthwise", "ConvNN, Conv1d and their branches: which channels a convolution mixes", choices=CONVOLUTION_TYPES
+    initializer_range: float | None = option(
+        None, "standard deviation of a truncated normal initialization; none: Xavier uniform", kind=float, low=0
+    )
+    convolution_type: str | None = option(
+        None,
+        "which channels a convolution mixes; none: depthwise over the slots of ConvNN layers, standard in Conv1d and "
+        "Conv1dAttention",
+        kind=str,
+        choices=CONVOLUTION_TYPES,
     )
     softmax_topk_val: bool = option(True, "ConvNN: weigh values by the softmax of the K scores; False: by the raw scores")
     coordinate_encoding: bool = option(False, "short for --similarity_type Loc_Col")
@@ -460,7 +467,7 @@ class ViTConfig(NeighborConfig):
         if self.layer in ("ConvNN", "ConvNNAttention") or (is_branch and self.branch_ratio > 0):
             grid = sequence_grid(self.grid)
             self.check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
-            check_slots(self.convolution_type, self.aggregation_type)
+            check_slots(self.convolution_type or "depthwise", self.aggregation_type)
             if self.coordinate_encoding and self.similarity_type == "Loc":
                 raise ValueError("coordinate_encoding=True is short for similarity_type=Loc_Col, not Loc; drop one of them")
         if self.layer == "KvtAttention":

@@ -17,6 +17,7 @@ from layers1d import (
     MultiHeadConvNN,
     MultiHeadConvNNAttention,
     MultiHeadKvtAttention,
+    MultiHeadMixer,
     TokenLayout,
 )
 from linear_attention import HybridAttention, LinformerAttention, NystromformerAttention, PerformerAttention
@@ -43,12 +44,12 @@ def _attention_keywords(config: ViTConfig) -> dict:
 
 
 def _convnn_keywords(config: ViTConfig) -> dict:
-    convnn = {"convolution_type": config.convolution_type, "softmax_topk_val": config.softmax_topk_val}
+    convnn = {"convolution_type": config.convolution_type or "depthwise", "softmax_topk_val": config.softmax_topk_val}
     return convnn | _attention_keywords(config)
 
 
 def _conv1d_keywords(config: ViTConfig) -> dict:
-    return {"convolution_type": config.convolution_type, "bias": config.attention_bias}
+    return {"convolution_type": config.convolution_type or "standard", "bias": config.attention_bias}
 
 
 def _attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
@@ -145,7 +146,7 @@ def _branch_conv(config: ViTConfig, layout: TokenLayout) -> nn.Module:
         config.kernel_size,
         layout=layout,
         branch_ratio=config.branch_ratio,
-        **_convnn_keywords(config),
+        **_convnn_keywords(config) | {"convolution_type": config.convolution_type},
     )
 
 
@@ -201,18 +202,32 @@ def sinusoidal_positions(tokens: int, d_model: int) -> Tensor:
 
 
 @torch.no_grad()
-def init_vit_weights(model: nn.Module, std: float) -> None:
-    """Truncated normal for projections, patches, class token and positions; zero for biases; GPSA starts as it does."""
+def init_vit_weights(model: nn.Module, std: float | None = None, token_std: float = 0.02) -> None:
+    """Initialize linears, patches, class token and positions; then what a mixer sets by itself (its `init_weights`).
+
+    std None: Xavier uniform for linears, the default of convolutions for patches, and normal positions and class tokens of
+    standard deviation `token_std`. A number: truncated normals of that standard deviation for all of them, as torchvision's,
+    timm's and the ConViT models have it. Biases of linears are zero.
+    """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or name.endswith("patch_embedding"):
-            nn.init.trunc_normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear):
+            if std is None:
+                nn.init.xavier_uniform_(module.weight)
+            else:
+                nn.init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif name.endswith("patch_embedding") and std is not None:
+            nn.init.trunc_normal_(module.weight, std=std)
+            nn.init.zeros_(module.bias)
     for name, parameter in model.named_parameters():
         if name.endswith(("class_token", "pos_embedding")):
-            nn.init.trunc_normal_(parameter, std=std)
+            if std is None:
+                nn.init.normal_(parameter, std=token_std)
+            else:
+                nn.init.trunc_normal_(parameter, std=std)
     for module in model.modules():
-        if isinstance(module, GatedPositionalSelfAttention):
+        if isinstance(module, MultiHeadMixer):
             module.init_weights()
 
 
@@ -263,7 +278,8 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(d, eps=1e-6) if config.final_norm else nn.Identity()
         self.classifier = nn.Linear(d, config.num_classes)
         self.recompute = False
-        init_vit_weights(self, config.initializer_range)
+        # Positions and class token start at the scale of the tokens they are added to: 1 after a LayerNorm.
+        init_vit_weights(self, config.initializer_range, token_std=1.0 if config.patch_norm else 0.02)
 
     def forward(self, images: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, list[Tensor | None]]:
         """images (B, channels, H, W) -> logits; with output_attentions also a mixing matrix (B, heads, N, N) per block."""
