@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import importlib.util
 import io
 import itertools
 import json
@@ -27,7 +28,7 @@ from typing import NamedTuple
 
 import yaml
 
-from options import PROGRAMS, RESUME_MAY_CHANGE, OneLineParser, did_you_mean, parse_options, read_yaml
+from options import PROGRAMS, RESUME_MAY_CHANGE, OneLineParser, Program, did_you_mean, parse_options, read_yaml
 
 ROOT = Path(__file__).resolve().parent
 KEYS = ("program", "options", "grid", "seed")
@@ -63,8 +64,11 @@ def combinations(axes: dict) -> Iterator[dict]:
         yield dict(zip(axes, values, strict=True))
 
 
-def read_sweep(path: str, changes: list[str]) -> tuple[str, list[dict], list[str]]:
-    """Program, points (options by name) and axes of a sweep file, changed by `--set name=v1,v2`. Raises ValueError."""
+def read_sweep(path: str, changes: list[str]) -> tuple[list[tuple[str, dict]], list[str]]:
+    """Points (program, options by name) and axes of a sweep file, changed by `--set name=v1,v2`. Raises ValueError.
+
+    A mapping of the grid may have a program and options of its own; `program` is then an axis, and the first one.
+    """
     try:
         sweep = read_yaml(path)
     except ValueError as error:
@@ -72,27 +76,52 @@ def read_sweep(path: str, changes: list[str]) -> tuple[str, list[dict], list[str
     for key in sweep:
         if key not in KEYS:
             raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(key, KEYS)}; a sweep has {', '.join(KEYS)}")
-    program, options, grid = sweep.get("program"), sweep.get("options") or {}, sweep.get("grid") or {}
-    if program not in list(PROGRAMS):
-        raise ValueError(f"{path}: program is {program!r}; give {' or '.join(PROGRAMS)}")
-    grids = grid if isinstance(grid, list) else [grid]
+    options, grid = sweep.get("options") or {}, sweep.get("grid") or {}
+    grids = [dict(one) if isinstance(one, dict) else one for one in (grid if isinstance(grid, list) else [grid])]
     if not isinstance(options, dict) or not all(isinstance(one, dict) for one in grids):
         raise ValueError(f"{path}: options is a mapping, and grid a mapping or a list of mappings, of option names to values")
+    programs = [one.pop("program", sweep.get("program")) for one in grids]
+    own = [one.pop("options", None) or {} for one in grids]
+    for program in programs:
+        find_program(program, path)
     every = {"seed": sweep["seed"]} if "seed" in sweep else {}
     axes = [name for one in [*grids, every] for name in one]
     for name, values in map(parse_change, changes):
-        grids = [{key: value for key, value in one.items() if key != name} for one in grids]
+        grids, own = ([{key: value for key, value in one.items() if key != name} for one in ones] for ones in (grids, own))
         options = {key: value for key, value in options.items() if key != name}
         every[name] = values
         axes.append(name)
-    for one in [options, every, *grids]:
+    for one in [options, every, *grids, *own]:
+        if not isinstance(one, dict):
+            raise ValueError(f"{path}: options is a mapping of option names to values")
         check_values(path, one)
-    points = [options | point for one in grids for point in combinations(one | every)]
+    points = [
+        (program, options | constants | point)
+        for program, constants, one in zip(programs, own, grids, strict=True)
+        for point in combinations(one | every)
+    ]
     distinct = []
     for point in points:  # what --set removed may leave twins
         if point not in distinct:
             distinct.append(point)
-    return program, distinct, sorted(dict.fromkeys(axes), key="seed".__eq__)  # the seed last
+    axes = sorted(dict.fromkeys(axes), key="seed".__eq__)  # the seed last
+    return distinct, ["program", *axes] if len(set(programs)) > 1 else axes
+
+
+def find_program(name: str, path: str) -> Program:
+    """A command line of ours, or a Python file of another one that has its `PROGRAM`. Raises ValueError, naming the sweep."""
+    if name in PROGRAMS:
+        return PROGRAMS[name]
+    file = ROOT / str(name)
+    if file.suffix != ".py" or not file.is_file():
+        raise ValueError(f"{path}: program is {name!r}; give {', '.join(PROGRAMS)} or a Python file that has a PROGRAM")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # where dataclasses look for their module
+    spec.loader.exec_module(module)
+    if not isinstance(getattr(module, "PROGRAM", None), Program):
+        raise ValueError(f"{path}: program {name} has no PROGRAM, as examples/compare_with_timm.py has it")
+    return module.PROGRAM
 
 
 def parse_change(change: str) -> tuple[str, list]:
@@ -120,13 +149,15 @@ def check_values(path: str, options: dict) -> None:
                 raise ValueError(f"{path}: {name} has the value {one}, which is neither a number nor a text")
 
 
-def name_points(program: str, points: list[dict], axes: list[str]) -> list[Point]:
+def name_points(points: list[tuple[str, dict]], axes: list[str]) -> list[Point]:
     """Points with a name each: their values on the axes. So a part of a sweep has the names that the whole has."""
     named = []
-    for point in points:
-        varying = {name: point[name] for name in axes if name in point}
-        parts = [as_word(value) if name == "layer" else f"{name}-{as_word(value)}" for name, value in varying.items()]
-        named.append(Point("_".join(parts) or as_word(point.get("layer", "run")), program, point, varying))
+    for program, values in points:
+        of_axis = {"program": find_program(program, program).family} | values
+        varying = {name: of_axis[name] for name in axes if name in of_axis}
+        plain = ("program", "layer")
+        parts = [as_word(value) if name in plain else f"{name}-{as_word(value)}" for name, value in varying.items()]
+        named.append(Point("_".join(parts) or as_word(values.get("layer", "run")), program, values, varying))
     return named
 
 
@@ -173,7 +204,7 @@ def resolved(point: Point, folder: Path) -> dict:
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            options, _ = parse_options(PROGRAMS[point.program], "", point.argv(folder), prog=point.program)
+            options, _ = parse_options(find_program(point.program, point.name), "", point.argv(folder), prog=point.program)
     except SystemExit:
         raise ValueError(f"{point.name}: {message.getvalue().split('error: ', 1)[-1].strip()}") from None
     return options.as_dict()
@@ -538,7 +569,8 @@ def draw_option(rows: list[dict], option: str, others: list[str]):
 
 
 def label_of(row: dict, names: list[str]) -> str:
-    return ", ".join(str(row[name]) if name == "layer" else f"{name} {row[name]}" for name in names if row[name] != "") or "all"
+    plain = ("program", "layer")
+    return ", ".join(str(row[name]) if name in plain else f"{name} {row[name]}" for name in names if row[name] != "") or "all"
 
 
 # ---------------------------------------------------------------------------------------------------------------
