@@ -703,8 +703,8 @@ VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in (
     "final_norm": False,
     "pool": "cls",
     "num_local_layers": None,
-    "initializer_range": 0.02,
-    "convolution_type": "depthwise",
+    "initializer_range": None,
+    "convolution_type": None,
     "softmax_topk_val": True,
     "coordinate_encoding": False,
     "kernel_size": 9,
@@ -810,7 +810,7 @@ def test_a_convit_is_its_flags(size):
     options = parse_vit(f"--model convit_{size}")
     expected = parse_vit(
         f"--layer GPSA --num_layers 12 --num_local_layers 10 --num_heads {heads} --d_model {dim} --d_mlp {4 * dim} --dropout 0 "
-        "--attention_dropout 0 --no-attention_bias --pos_embedding learned --no-patch_norm --final_norm"
+        "--attention_dropout 0 --no-attention_bias --pos_embedding learned --no-patch_norm --final_norm --initializer_range 0.02"
     )
     rest = {"model": f"convit_{size}", "output_dir": f"./Output/ViT/convit_{size}"}
     assert options.as_dict() == expected.as_dict() | rest
