@@ -110,7 +110,7 @@ def read_sweep(path: str, changes: list[str]) -> tuple[list[tuple[str, dict]], l
 
 def find_program(name: str, path: str) -> Program:
     """A command line of ours, or a Python file of another one that has its `PROGRAM`. Raises ValueError, naming the sweep."""
-    if name in PROGRAMS:
+    if isinstance(name, str) and name in PROGRAMS:
         return PROGRAMS[name]
     file = ROOT / str(name)
     if file.suffix != ".py" or not file.is_file():

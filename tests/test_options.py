@@ -810,7 +810,8 @@ def test_a_convit_is_its_flags(size):
     options = parse_vit(f"--model convit_{size}")
     expected = parse_vit(
         f"--layer GPSA --num_layers 12 --num_local_layers 10 --num_heads {heads} --d_model {dim} --d_mlp {4 * dim} --dropout 0 "
-        "--attention_dropout 0 --no-attention_bias --pos_embedding learned --no-patch_norm --final_norm --initializer_range 0.02"
+        "--attention_dropout 0 --no-attention_bias --pos_embedding learned --no-patch_norm --final_norm "
+        "--initializer_range 0.02"
     )
     rest = {"model": f"convit_{size}", "output_dir": f"./Output/ViT/convit_{size}"}
     assert options.as_dict() == expected.as_dict() | rest

@@ -129,18 +129,32 @@ def test_the_sweeps_that_are_shipped(monkeypatch):
         check_points(points, Path("Output/nowhere"))
         sizes[path.stem] = len(points)
         assert f"python run_experiments.py {path}" in path.read_text()
-    assert sizes == {"mixers": 32, "k_test": 24, "local_masks": 51}
+    assert sizes == {"fashion_mnist": 50, "mixers": 32, "k_test": 24, "local_masks": 51}
+
+
+def test_a_sweep_of_several_programs(monkeypatch):
+    """A mapping of the grid may name its program, one of another library too, and options that are not axes."""
+    monkeypatch.chdir(ROOT)
+    points = name_points(*read_sweep("configs/sweeps/fashion_mnist.yaml", ["seed=3", "lr=0.5"]))
+    found = {point.name: (point.program, point.values["lr"], point.values.get("config")) for point in points}
+    assert len(points) == 25
+    small = "configs/vit_cifar_small.yaml"
+    assert found["ViT_Attention_lr-0.5_seed-3"] == ("vit_main.py", 0.5, small)
+    assert found["Peers_timm_lr-0.5_seed-3"] == ("examples/compare_with_timm.py", 0.5, small)
+    assert found["AllConvNet_Conv2d-ConvNN_lr-0.5_seed-3"] == ("allconvnet_main.py", 0.5, None)
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("program: main.py", "give allconvnet_main.py or vit_main.py"),
+        ("program: main.py", "give allconvnet_main.py, vit_main.py or a Python file that has a PROGRAM"),
+        ("program: mine.py", "program mine.py has no PROGRAM"),
+        ("program: vit_main.py\ngrid: [{options: 3, K: 4}]", "options is a mapping"),
         ("programs: vit_main.py", "unknown key 'programs'; did you mean program?"),
         ("program: vit_main.py\ngrid: [1]", "grid a mapping or a list of mappings"),
         ("program: vit_main.py\ngrid: {K: []}", "K has no values"),
         ("program: vit_main.py\nseed: []", "seed has no values"),
-        ("program: [vit_main.py]", "give allconvnet_main.py or vit_main.py"),
+        ("program: [vit_main.py]", "give allconvnet_main.py, vit_main.py or a Python file"),
         ("program: vit_main.py\noptions: {3: 4}", "3 is not the name of an option"),
         ("program: vit_main.py\ngrid: {lr: [2020-01-01, 0.1]}", "lr has the value 2020-01-01"),
         ("program: vit_main.py\ngrid: [{layer: Attention}, {layer: Attention, K: 9}]", "are the same run"),
@@ -154,6 +168,7 @@ def test_the_sweeps_that_are_shipped(monkeypatch):
 )
 def test_what_is_wrong_is_said_before_anything_starts(text, says, sweep, capsys):
     Path("other.yaml").write_text(text)
+    Path("mine.py").write_text("")
     with pytest.raises(SystemExit) as end:
         run_experiments.main(["other.yaml"])
     line = capsys.readouterr().err

@@ -410,10 +410,11 @@ def test_initialisation():
         if isinstance(module, nn.Conv1d):
             assert torch.equal(module.weight, torch.ones_like(module.weight))
     assert model.pos_embedding.std().item() == pytest.approx(0.05, rel=0.1) and model.class_token.abs().sum() > 0
-    standard = make(layer="ConvNNAttention", convolution_type="standard")
-    bound = (8 * 4) ** -0.5  # torch's own initialisation of a convolution of 8 channels and 4 slots
-    weight = standard.blocks[0].mixer.conv.weight
-    assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
+    # 8 channels and 4 slots. Under a softmax over the slots each is a projection (Xavier), else torch's own initialization.
+    for softmax, bound in ((True, (6 / (8 + 8)) ** 0.5), (False, (8 * 4) ** -0.5)):
+        standard = make(layer="ConvNNAttention", convolution_type="standard", softmax_topk_val=softmax)
+        weight = standard.blocks[0].mixer.conv.weight
+        assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
 
 
 def test_initialisation_leaves_gpsa_and_random_features_alone():
@@ -423,7 +424,8 @@ def test_initialisation_leaves_gpsa_and_random_features_alone():
     assert torch.equal(mixer.pos_proj.weight[0], torch.tensor([-4.0, -4.0, -2.0])) and not mixer.pos_proj.bias.any()
     assert torch.equal(mixer.gate, torch.ones(9))
     linformer = make(layer="Linformer", linformer_k=4).blocks[0].mixer
-    assert linformer.key_projection.std().item() == pytest.approx(0.5, rel=0.3)
+    N = linformer.layout.num_tokens
+    assert linformer.key_projection.std().item() == pytest.approx(N**-0.5, rel=0.3)
 
 
 def test_images_of_another_size_are_refused():
