@@ -202,16 +202,10 @@ def make_convolution(in_channels: int, out_channels: int, kernel_size: int, conv
     return nn.Sequential(depthwise, pointwise)
 
 
-def make_slot_convolution(
-    channels: int, coordinates: int, neighbors: NeighborConfig, convolution_type: str, softmax: bool
-) -> nn.Module:
+def make_slot_convolution(channels: int, coordinates: int, neighbors: NeighborConfig, convolution_type: str) -> nn.Module:
     """The convolution over K slots of ConvNN attention, without bias; depthwise weights start at one.
 
-    channels of the values, coordinates that aggregation_type Loc_Col appends to them -> channels. softmax: whether values are
-    weighed by a softmax over the slots. Their weights then add up to one, so every slot of a standard convolution starts as a
-    projection of the scale of its own (Xavier), which makes the output a weighted mean of projected values; under a
-    convolution's default, whose scale is that of a sum over K values, it would be about K times too small.
-
+    channels of the values, coordinates that aggregation_type Loc_Col appends to them -> channels.
     Raises ValueError for an unknown type, and for `depthwise` with coordinates appended.
     """
     check_slots(convolution_type, neighbors.aggregation_type)
@@ -219,9 +213,6 @@ def make_slot_convolution(
     conv = make_convolution(inputs, channels, neighbors.K, convolution_type, stride=neighbors.K)
     if convolution_type != "standard":
         nn.init.ones_((conv if convolution_type == "depthwise" else conv[0]).weight)
-    elif softmax:
-        bound = math.sqrt(6 / (inputs + channels))
-        nn.init.uniform_(conv.weight, -bound, bound)
     return conv
 
 
@@ -362,7 +353,7 @@ class ConvNNAttention1d(_Shuffled):
         self.softmax_topk_val = softmax_topk_val
         inputs, D = self.token_channels
         self.qkv = nn.Linear(inputs, 3 * D)
-        self.conv = make_slot_convolution(D, self.axes, neighbors, convolution_type, softmax_topk_val)
+        self.conv = make_slot_convolution(D, self.axes, neighbors, convolution_type)
         self.proj = nn.Linear(D, D)
         self.dropout = nn.Dropout(attention_dropout)
 
@@ -562,7 +553,12 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
             neighbors, axes=len(grid), self_first=False, class_tokens=layout.class_tokens, grid=grid
         )
         self.softmax_topk_val = softmax_topk_val
-        self.conv = make_slot_convolution(self.head_dim, len(grid), neighbors, convolution_type, softmax_topk_val)
+        self.conv = make_slot_convolution(self.head_dim, len(grid), neighbors, convolution_type)
+        if convolution_type == "standard" and softmax_topk_val:
+            # The K weights of a softmax add up to one. So that the output has the scale of one projected value, every slot
+            # starts as a projection of its own (Xavier); a convolution's default is made for a sum over K unweighted values.
+            bound = math.sqrt(6 / (self.conv.in_channels + self.head_dim))
+            nn.init.uniform_(self.conv.weight, -bound, bound)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
         heads, grid = query.shape[:2], self.layout.grid
