@@ -6,9 +6,9 @@ from torch import nn
 
 from layers1d import MultiHeadConvNNAttention, MultiHeadKvtAttention, TokenLayout
 from layers2d import ConvNN2d, ConvNNAttention2d
-from local_attention import MultiHeadLocalAttention, MultiHeadMaskedAttention, NeighborhoodAttention
 from naive_layers import Naive, has_naive_form
 from options import NeighborConfig
+from place_attention import MultiHeadLocalAttention, MultiHeadMaskedAttention, NeighborhoodAttention
 from targets import Target, floor_of, machine_rates, main, make_targets, measure_data, measure_target
 
 CPU = torch.device("cpu")
