@@ -101,7 +101,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     """A fused optimizer: it can skip a step on the device, without the host having to know."""
     shared = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=config.momentum, **shared)
+        optimizer = torch.optim.SGD(model.parameters(), momentum=config.momentum, **shared)
+        if config.momentum:
+            # Else made in the first step, of memory as it is: a fused step that is skipped then leaves anything in it.
+            for parameter in model.parameters():
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](model.parameters(), **shared)
 
 

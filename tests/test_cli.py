@@ -47,6 +47,17 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize(
+    ("similarity", "epochs", "least"),
+    [("Loc", 4, 85), ("Col", 8, 30)],  # of 94 to 96, and of 39 to 41; with one neighbor, the token itself, at most 25
+)
+def test_a_convnn_learns_digits(similarity, epochs, least, tmp_path):
+    line = "--dataset digits --layer ConvNN --channels 16 32 --K 9 --shuffle_pattern NA --batch_size 64 --lr 0.01 --device cpu"
+    words = f"{line} --similarity_type {similarity} --num_epochs {epochs} --output_dir {tmp_path / 'run'}".split()
+    assert main(words) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["final"]["test_top1"] > least
+
+
 # --- outputs --------------------------------------------------------------------------------------------------------
 
 
