@@ -305,20 +305,22 @@ def test_a_process_with_a_nan_stops_all_before_that_step(one_and_two):
 
 TRAIN = shlex.split(
     "vit_main.py --dataset digits --resize 8 --patch_size 2 --num_layers 2 --num_heads 2 --d_model 16 --d_mlp 16 --device cpu "
-    "--batch_size 4 --train_limit 801 --test_limit 51 --num_epochs 2 --ema_decay 0.9 --mixup 0.3 --accumulate_steps 2"
+    "--batch_size 4 --train_limit 61 --test_limit 51 --num_epochs 2 --ema_decay 0.9 --mixup 0.3 --accumulate_steps 2"
 )
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-# The command line, whose process of one rank tells itself, or torchrun, to stop in its n-th step.
+# The command line, whose process of one rank tells itself, or torchrun, to stop in its n-th step, and waits until it knows.
 STOPPED = """
-import os, signal, sys, train_eval, vit_main
+import os, signal, sys, time, train_eval, vit_main
 rank, step, whom = sys.argv[1:4]
 original, steps = train_eval.Training.update, []
 def update(self, *args):
     steps.append(1)
     if len(steps) == int(step) and os.environ["RANK"] == rank:
         os.kill(os.getppid() if whom == "torchrun" else os.getpid(), signal.SIGTERM)
+        while not self.signals.received:
+            time.sleep(0.01)
     original(self, *args)
 train_eval.Training.update = update
 sys.exit(vit_main.main(sys.argv[4:]))
@@ -344,22 +346,22 @@ def plain(state):
 def test_a_signal_to_one_process_stops_all_at_one_step_and_they_resume_exactly(tmp_path):
     whole = start([*TORCHRUN, *TRAIN, "--output_dir", str(tmp_path / "whole")])
     here = [*TRAIN[1:], "--output_dir", str(tmp_path / "run")]
-    (first, _, message), (second, _, silent) = finish(start_both("-c", STOPPED, "1", "50", "itself", *here))
+    (first, _, message), (second, _, silent) = finish(start_both("-c", STOPPED, "1", "5", "itself", *here))
     assert (first, second) == (143, 143) and silent == ""
     assert re.fullmatch(r"stopped by SIGTERM; --resume goes on from .*last.pt\n", message)
     state = state_of(tmp_path / "run")
-    assert (state["epoch"], state["step"]) == (0, 51)  # one step later it is known to all
+    assert (state["epoch"], state["step"]) == (0, 6)  # one step later it is known to all
     assert len(state["rng"]) == 2 and not torch.equal(state["rng"][0]["cpu"], state["rng"][1]["cpu"])
-    assert sum(sums[3].item() for sums in state["sampler"]["sums"]) == 4 * 51  # both have counted their images of it
+    assert sum(sums[3].item() for sums in state["sampler"]["sums"]) == 4 * 6  # both have counted their images of it
 
     ((status, _, error),) = finish([whole])
     assert status == 0, error
     # The second time it is torchrun that is told to stop, and tells its processes.
     script = tmp_path / "stopped.py"
     script.write_text(STOPPED)
-    ((status, _, error),) = finish([start([*TORCHRUN, str(script), "0", "60", "torchrun", *here, "--resume"])])
+    ((status, _, error),) = finish([start([*TORCHRUN, str(script), "0", "8", "torchrun", *here, "--resume"])])
     assert status != 0 and "stopped by SIGTERM" in error
-    assert state_of(tmp_path / "run")["step"] > 51 + 59
+    assert state_of(tmp_path / "run")["step"] >= 6 + 8
     ((status, out, error),) = finish([start([*TORCHRUN, TRAIN[0], *here, "--resume"])])
     assert status == 0 and f"resumed {tmp_path / 'run' / 'last.pt'}" in out and "processes trained so far" not in error
     assert plain(state_of(tmp_path / "run")) == plain(state_of(tmp_path / "whole"))
@@ -426,7 +428,7 @@ def test_the_script_for_a_cluster_trains_on_two_nodes_and_is_queued_again(tmp_pa
     outside = subprocess.run([*script, "vit_main.py"], env=environment, capture_output=True, text=True)
     assert outside.returncode != 0 and "sbatch" in outside.stderr
     environment |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "nodes[1-2]"}
-    command = [*script, *TRAIN, "--save_minutes", "1e-9", "--output_dir", str(tmp_path / "run")]
+    command = [*script, *TRAIN, "--num_epochs", "4000", "--save_minutes", "1e-9", "--output_dir", str(tmp_path / "run")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     job = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
     end = time.monotonic() + HANG
