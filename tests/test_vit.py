@@ -477,11 +477,11 @@ def test_vit_b16_is_that_of_torchvision():
 
 def test_torchvision_state_dicts_by_weights_that_matter():
     reference = torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 24, num_classes=5)
-    random_weights(reference)
-    model = make(image_size=16, **SAME_AS_OTHERS).eval()
+    random_weights(reference.double())
+    model = make(image_size=16, **SAME_AS_OTHERS).double().eval()
     load_vit_weights(model, reference.state_dict())
-    x = images(size=(16, 16))
-    torch.testing.assert_close(model(x), reference(x), atol=1e-5, rtol=1e-5)
+    x = images(size=(16, 16)).double()
+    torch.testing.assert_close(model(x), reference(x), atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
@@ -490,11 +490,11 @@ def test_timm_state_dicts(pool):
     kwargs = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 1.5, "num_classes": 5}
     if pool == "mean":
         kwargs |= {"global_pool": "avg", "class_token": False, "fc_norm": False}
-    reference = random_weights(timm.models.vision_transformer.VisionTransformer(**kwargs))
-    model = make(image_size=16, pool=pool, **SAME_AS_OTHERS).eval()
+    reference = random_weights(timm.models.vision_transformer.VisionTransformer(**kwargs).double())
+    model = make(image_size=16, pool=pool, **SAME_AS_OTHERS).double().eval()
     load_vit_weights(model, reference.state_dict())
-    x = images(size=(16, 16))
-    torch.testing.assert_close(model(x), reference(x), atol=1e-5, rtol=1e-5)
+    x = images(size=(16, 16)).double()
+    torch.testing.assert_close(model(x), reference(x), atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("class_token", [True, False])
