@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import vit_main
 from processes import Interrupted, ProcessError, Processes, Signals
 
 ROOT = Path(__file__).parent.parent
@@ -369,9 +370,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_they_resume_exactly(t
 
 def test_processes_that_see_different_states_do_not_train(tmp_path):
     """As with an output folder that is not shared between machines."""
-    assert (
-        finish([start([*TRAIN, "--num_epochs", "1", "--train_limit", "8", "--output_dir", str(tmp_path / "run")])])[0][0] == 0
-    )
+    assert vit_main.main([*TRAIN[1:], "--num_epochs", "1", "--train_limit", "8", "--output_dir", str(tmp_path / "run")]) == 0
     script = "import os, sys, vit_main, utils; find = utils.resumable_state; "
     script += "utils.resumable_state = lambda *a, **k: None if os.environ['RANK'] == '1' else find(*a, **k); "
     script += "sys.exit(vit_main.main(sys.argv[1:]))"
@@ -392,11 +391,20 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
     assert "ZeroDivisionError" in error and message == "stopped: process 0 has lost another one of 2\n"
 
 
-def test_options_that_do_not_fit_several_processes(tmp_path):
-    ended = finish(start_both(*TRAIN, "--batch_size", "3", "--output_dir", str(tmp_path / "run")))
-    assert [status for status, *_ in ended] == [2, 2] and not (tmp_path / "run").exists()
-    assert ended[1][2] == "" and ended[0][2].count("\n") == 1
-    assert "--batch_size 3" in ended[0][2] and "2 processes of 2 micro-batches" in ended[0][2]
+def test_options_that_do_not_fit_several_processes(tmp_path, monkeypatch, capsys):
+    """Before they meet: one line, from the first of them."""
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    errors = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            vit_main.main([*TRAIN[1:], "--batch_size", "3", "--output_dir", str(tmp_path / "run")])
+        assert end.value.code == 2 and not (tmp_path / "run").exists()
+        errors.append(capsys.readouterr().err)
+    assert errors[1] == "" and errors[0].count("\n") == 1
+    assert "--batch_size 3" in errors[0] and "2 processes of 2 micro-batches" in errors[0]
 
 
 # --- on a cluster ---------------------------------------------------------------------------------------------------
