@@ -28,3 +28,17 @@ def backend(request, monkeypatch):
         monkeypatch.setattr(kernels.cpu, "_has_bags", lambda: strategy != "gathered")
     with use("auto" if device == "cpu" else device):
         yield request.param
+
+
+@pytest.fixture
+def quick_results():
+    """Runs of both programs without what takes most of a short one: its picture, and the latency of its model.
+
+    Both have tests of their own, and so have runs that make them.
+    """
+    import utils
+
+    with pytest.MonkeyPatch.context() as patch:  # which outlasts a test's own monkeypatch.undo()
+        patch.setattr(utils, "draw_curves", lambda history, path: utils.write_atomically(path, b"a picture"))
+        patch.setattr(utils, "measure_latency", lambda model, image: 1.0)
+        yield

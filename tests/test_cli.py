@@ -18,6 +18,7 @@ from allconvnet_main import main
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--dataset digits --layer Conv2d/ConvNN --channels 4 8 --batch_size 32 --train_limit 100 --test_limit 50 --device cpu"
+pytestmark = pytest.mark.usefixtures("quick_results")  # which `trained` is made without
 OUTPUTS = "args.txt config.yaml model.txt train_eval_results.txt metrics.csv summary.json curves.png last.pt best.pt".split()
 
 
@@ -567,5 +568,5 @@ def test_commands_of_the_readme_parse(command, monkeypatch):
 )
 def test_the_two_examples_of_the_readme_run(example, tmp_path):
     assert any(example in " ".join(command.split()) for command in readme_commands())
-    small = "--dataset digits --resize 32 --num_epochs 1 --train_limit 20 --test_limit 10 --batch_size 10 --device cpu"
+    small = "--dataset digits --resize 32 --num_epochs 1 --train_limit 4 --test_limit 2 --batch_size 4 --device cpu"
     assert main([*shlex.split(f"{example} {small}"), "--output_dir", str(tmp_path / "run")]) == 0

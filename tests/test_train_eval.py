@@ -181,13 +181,14 @@ def test_a_step_is_the_plain_optimizer_step(name):
 
 @pytest.mark.parametrize("accumulate", [2, 3, 16])
 def test_accumulated_micro_batches_are_the_whole_batch(accumulate):
-    whole, parts = make_training(), make_training(accumulate_steps=accumulate)
+    # By SGD: Adam divides the difference of two sums by its own size.
+    whole, parts = make_training(optimizer="sgd"), make_training(optimizer="sgd", accumulate_steps=accumulate)
     parts.model.load_state_dict(whole.model.state_dict())
     for images, labels in make_batches().epoch(0):  # 16, 16, 16 and 2 images
         whole.update(images, labels, make_loss("CrossEntropy"))
         parts.update(images, labels, make_loss("CrossEntropy"))
     torch.testing.assert_close(weights(whole.model), weights(parts.model))
-    torch.testing.assert_close(whole.meter.sums, parts.meter.sums)
+    torch.testing.assert_close(whole.meter.sums, parts.meter.sums, atol=0, rtol=1e-5)  # of losses in float32
 
 
 def test_average_of_weights_and_statistics():
@@ -436,7 +437,7 @@ def test_early_stopping_counts_epochs_without_a_better_loss(patience):
 def compiled_models():
     from options import LAYERS1D_NAMES, LAYERS2D_NAMES
 
-    small = {"image_size": 8, "patch_size": 2, "in_channels": 1, "num_layers": 2, "num_heads": 2, "d_model": 8, "d_mlp": 8}
+    small = {"image_size": 8, "patch_size": 2, "in_channels": 1, "num_layers": 1, "num_heads": 2, "d_model": 8, "d_mlp": 8}
     small |= {
         "K": 4,
         "kernel_size": 3,
@@ -467,11 +468,11 @@ def test_nothing_is_compiled_after_the_first_epoch(name, make, monkeypatch):
     images, labels = np.random.default_rng(0).integers(0, 255, (36, 1, 8, 8)).astype(np.uint8), np.arange(36) % 10
     training = make_training(make(), steps=3, use_compiled=True, accumulate_steps=2)
     counts = []
-    for epoch in range(3):
+    for epoch in range(2):
         train_one_epoch(training, DeviceBatches(images, labels, np.arange(36), recipe), make_loss("CrossEntropy"))
         test = DeviceBatches(images[:20], labels[:20], np.arange(20), dataclasses.replace(recipe, part="test"))
         evaluate(training.model, test, make_loss("CrossEntropy"), device=CPU, call=training.call_evaluated)
         training.epoch, training.step = epoch + 1, 0
         counts.append(len(graphs))
     # micro-batches of 8 and 2 images in training, batches of 16 and 4 in evaluation
-    assert counts == [4, 4, 4]
+    assert counts == [4, 4]
