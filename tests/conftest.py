@@ -1,7 +1,7 @@
 import os
 
 # Small models are as fast on one core, and the tests, with the programs they start, run side by side.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -433,11 +433,17 @@ def test_images_of_another_size_are_refused():
         make()(images(size=(16, 12)))
 
 
-def test_optimizer_takes_the_model():
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_optimizer_moves_every_parameter(name):
     from options import TrainConfig
 
-    model = make(layer="ConvNNAttention")
-    assert len(make_optimizer(model, TrainConfig()).param_groups[0]["params"]) == len(list(model.parameters()))
+    model = make(layer="BranchAttention", pos_embedding="learned")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    make_optimizer(model, TrainConfig(optimizer=name)).step()
+    for name, parameter in model.named_parameters():
+        assert (parameter != before[name]).all(), name
 
 
 # --- weights of torchvision and timm --------------------------------------------------------------------------------
