@@ -412,7 +412,7 @@ def test_nothing_is_compiled_after_the_first_epoch(name, make, monkeypatch):
     for epoch in range(3):
         train_one_epoch(training, DeviceBatches(images, labels, np.arange(36), recipe), make_loss("CrossEntropy"))
         test = DeviceBatches(images[:20], labels[:20], np.arange(20), dataclasses.replace(recipe, part="test"))
-        evaluate(training.model, test, make_loss("CrossEntropy"), device=CPU, call=training.call_evaluated)
+        evaluate(training.model, test, make_loss("CrossEntropy"), device=CPU, compiled=training.compiled_eval_model)
         training.epoch, training.step = epoch + 1, 0
         counts.append(len(graphs))
     # micro-batches of 8 and 2 images in training, batches of 16 and 4 in evaluation
