@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from layers1d import MultiHeadConvNNAttention, MultiHeadKvtAttention
 from layers2d import ConvNN2d, ConvNNAttention2d
-from local_attention import PlacedAttention
+from place_attention import PlacedAttention
 
 
 def all_scores(query: Tensor, key: Tensor, metric: str) -> Tensor:

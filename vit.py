@@ -1,4 +1,4 @@
-"""Vision transformers whose attention is any mixer of `layers1d.py`, `local_attention.py` and `linear_attention.py`."""
+"""Vision transformers whose attention is any mixer of `layers1d.py`, `place_attention.py` and `linear_attention.py`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from layers1d import (
     TokenLayout,
 )
 from linear_attention import HybridAttention, LinformerAttention, NystromformerAttention, PerformerAttention
-from local_attention import (
+from options import ViTConfig
+from place_attention import (
     GatedPositionalSelfAttention,
     MultiHeadLocalAttention,
     MultiHeadMaskedAttention,
     MultiHeadSparseAttention,
     NeighborhoodAttention,
 )
-from options import ViTConfig
 from utils import load_state
 
 __all__ = ["LAYERS1D", "TokenLayout", "ViT", "ViTConfig", "load_vit_weights", "make_layer1d"]
@@ -80,7 +80,7 @@ def _kvt_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
     return MultiHeadKvtAttention(config.d_model, config.num_heads, config.K, **_attention_keywords(config))
 
 
-def _local_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
+def _place_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
     window = {"window_size": config.window_size}
     return MultiHeadLocalAttention(config.d_model, config.num_heads, layout=layout, **window, **_attention_keywords(config))
 
@@ -170,7 +170,7 @@ LAYERS1D = {
     "Conv1d": _conv1d,
     "Conv1dAttention": _conv1d_attention,
     "KvtAttention": _kvt_attention,
-    "LocalAttention": _local_attention,
+    "LocalAttention": _place_attention,
     "SparseAttention": _sparse_attention,
     "MaskedAttention": _masked_attention,
     "NeighborhoodAttention": _neighborhood_attention,

@@ -43,7 +43,7 @@ def make_targets() -> list[Target]:
 
     from layers1d import MultiHeadAttention, MultiHeadConvNNAttention, MultiHeadKvtAttention, TokenLayout
     from layers2d import ConvNN2d
-    from local_attention import MultiHeadLocalAttention, NeighborhoodAttention
+    from place_attention import MultiHeadLocalAttention, NeighborhoodAttention
 
     torch.manual_seed(0)
     images, patches, many = torch.randn(32, 64, 32, 32), torch.randn(64, 197, 192), torch.randn(1, 4096, 192)

@@ -17,7 +17,7 @@ from linear_attention import (
     orthogonal_features,
     pseudo_inverse,
 )
-from local_attention import NeighborhoodAttention
+from place_attention import NeighborhoodAttention
 
 CPU = torch.device("cpu")
 LAYOUTS = [TokenLayout(5, 4, 1), TokenLayout(4, 4), TokenLayout(1, 13, 2)]

@@ -14,9 +14,9 @@ from experiments import targets
 from experiments.targets import Limit, Target, floor_of, main, measure_data, measure_search, measure_target
 from layers1d import MultiHeadConvNNAttention, MultiHeadKvtAttention, TokenLayout
 from layers2d import ConvNN2d, ConvNNAttention2d
-from local_attention import MultiHeadLocalAttention, MultiHeadMaskedAttention, NeighborhoodAttention
 from naive_layers import Naive, has_naive_form
 from options import NeighborConfig
+from place_attention import MultiHeadLocalAttention, MultiHeadMaskedAttention, NeighborhoodAttention
 from runs.measure import Case, peak_memory
 
 CPU = torch.device("cpu")

@@ -22,14 +22,14 @@ from layers1d import (
     TokenLayout,
 )
 from linear_attention import HybridAttention, LinformerAttention, NystromformerAttention, PerformerAttention
-from local_attention import (
+from options import LAYERS1D_NAMES
+from place_attention import (
     GatedPositionalSelfAttention,
     MultiHeadLocalAttention,
     MultiHeadMaskedAttention,
     MultiHeadSparseAttention,
     NeighborhoodAttention,
 )
-from options import LAYERS1D_NAMES
 from train_eval import make_optimizer
 from utils import count_flops, count_parameters
 from vit import LAYERS1D, ViT, ViTConfig, load_vit_weights, make_layer1d

@@ -1,14 +1,15 @@
-"""local_attention.py: every mixer against dense attention under a mask that is written out pair by pair."""
+"""place_attention.py: every mixer against dense attention under a mask that is written out pair by pair."""
 
 import math
 
 import pytest
 import torch
 
-import local_attention
+import place_attention
 from benchmark import peak_memory
 from layers1d import MultiHeadAttention, TokenLayout
-from local_attention import (
+from options import MASK_TYPES
+from place_attention import (
     GatedPositionalSelfAttention,
     MultiHeadLocalAttention,
     MultiHeadMaskedAttention,
@@ -16,7 +17,6 @@ from local_attention import (
     NeighborhoodAttention,
     rotate,
 )
-from options import MASK_TYPES
 
 CPU = torch.device("cpu")
 LAYOUTS = [TokenLayout(7, 5, 1), TokenLayout(6, 7), TokenLayout(1, 37, 2)]
@@ -25,7 +25,7 @@ LAYOUTS = [TokenLayout(7, 5, 1), TokenLayout(6, 7), TokenLayout(1, 37, 2)]
 @pytest.fixture(params=[0, math.inf], ids=["tiles", "dense"])
 def strategy(request, monkeypatch):
     """Both ways: tiles always, and one dense attention always."""
-    monkeypatch.setattr(local_attention, "TILES_PAY", request.param)
+    monkeypatch.setattr(place_attention, "TILES_PAY", request.param)
     return request.param
 
 
@@ -55,7 +55,7 @@ def plain_attention(layer, x, mask, turn=lambda t: t):
 def check(layer, mask, turn=lambda t: t):
     """Outputs, gradients and matrix are those of dense attention under the mask."""
     layer = layer.double()
-    assert layer.pattern.is_dense == bool(local_attention.TILES_PAY > 0 or mask.all())
+    assert layer.pattern.is_dense == bool(place_attention.TILES_PAY > 0 or mask.all())
     x = torch.randn(2, layer.layout.num_tokens, layer.proj.in_features).double().requires_grad_()
     expected, matrix = plain_attention(layer, x, mask, turn)
     ours = layer(x)
@@ -75,12 +75,12 @@ def check(layer, mask, turn=lambda t: t):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("window", [0, 1, 7, 20, 99])
-def test_local_attention(strategy, layout, window):
+def test_place_attention(strategy, layout, window):
     layer = MultiHeadLocalAttention(12, 2, layout=layout, window_size=window)
     check(layer, plain_mask(layout, lambda i, j: abs(i - j) <= window), plain_rotation)
 
 
-def test_local_attention_of_odd_heads_leaves_the_last_feature():
+def test_place_attention_of_odd_heads_leaves_the_last_feature():
     layout = TokenLayout(1, 40, 1)
     check(
         MultiHeadLocalAttention(10, 2, layout=layout, window_size=3),
@@ -411,7 +411,7 @@ def test_errors(build, message):
 
 
 def test_tiles_of_a_side_are_about_equal():
-    from local_attention import tile_size
+    from place_attention import tile_size
 
     assert [tile_size(length, 7) for length in (64, 41, 14, 7, 6)] == [8, 7, 7, 7, 6]
     assert tile_size(64, 3) in (3, 4) and tile_size(5, 1) == 1
