@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 
 # Two tests at a time.
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Times against what is promised, on a machine that does nothing else; fails where a target is missed.
 bench: $(VENV)/.installed

@@ -44,7 +44,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     """A fused optimizer: it can skip a step on the device, without the CPU having to know."""
     shared = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=config.momentum, **shared)
+        optimizer = torch.optim.SGD(model.parameters(), momentum=config.momentum, **shared)
+        if config.momentum:
+            # torch creates these in the first step, uninitialized: a fused step that is skipped would leave them so.
+            for parameter in model.parameters():
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](model.parameters(), **shared)
 
 

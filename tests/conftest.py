@@ -14,3 +14,17 @@ settings.load_profile("ci")
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def quick_results():
+    """Runs of both programs without what takes most of a short one: its picture, and the latency of its model.
+
+    Both have tests of their own, and so have runs that make them.
+    """
+    from runs.files import write_atomically
+
+    with pytest.MonkeyPatch.context() as patch:  # which outlasts a test's own monkeypatch.undo()
+        patch.setattr("runs.folder.draw_curves", lambda history, path: write_atomically(path, b"a picture"))
+        patch.setattr("train_eval.measure_latency", lambda model, image: 1.0)
+        yield

@@ -278,6 +278,25 @@ def test_compiles_without_a_graph_break(layer_type, sampling, samples, similarit
     compiled(x).sum().backward()  # random: draws inside the graph
 
 
+@pytest.mark.parametrize(
+    ("neighbors", "pattern"),
+    [(NeighborConfig(K=3), "BA"), (NeighborConfig(K=4, similarity_type="Loc_Col", aggregation_type="Loc_Col"), "NA")],
+)
+def test_convnn_under_inductor_equals_eager(neighbors, pattern):
+    """Forward and backward by the kernels that torch.compile makes; in float64, where no two neighbors are as near as noise."""
+    torch._dynamo.reset()
+    layer = ConvNN2d(3, 4, neighbors, shuffle_pattern=pattern).double()
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(2, 3, 4, 6).double().requires_grad_()
+    ours, theirs = compiled(x), layer(x)
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+    inputs, direction = [x, *layer.parameters()], torch.randn_like(theirs)
+    gradients = torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction)
+    for a, b in zip(*gradients, strict=True):
+        assert b.abs().max() > 1e-3
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("similarity", ["Col", "Loc", "Loc_Col"])
 def test_state_dict_holds_weights_only(similarity):
     cfg = NeighborConfig(K=3, sampling_type="random", num_samples=4, similarity_type=similarity)

@@ -1,5 +1,6 @@
 """place_attention.py: every mixer against dense attention under a mask that is written out pair by pair."""
 
+import itertools
 import math
 
 import pytest
@@ -185,12 +186,18 @@ def sees_masked(mask_type, step, width):
     return sees
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, TokenLayout(11, 9, 2)], ids=str)
-@pytest.mark.parametrize("step", [0, 1, 2, 5, 40])
-@pytest.mark.parametrize("mask_type", MASK_TYPES)
-def test_masked_attention(strategy, layout, step, mask_type):
-    layer = MultiHeadMaskedAttention(12, 2, layout=layout, mask_type=mask_type, expansion_step=step)
-    check(layer, plain_mask(layout, sees_masked(mask_type, step, layout.width)))
+def masks():
+    """Both strategies, but where the mask lets all see all: that is dense attention by either."""
+    for layout, mask_type, step in itertools.product([*LAYOUTS, TokenLayout(11, 9, 2)], MASK_TYPES, [0, 1, 2, 5, 40]):
+        mask = plain_mask(layout, sees_masked(mask_type, step, layout.width))
+        for pays in (0,) if mask.all() else (0, math.inf):
+            yield pytest.param(pays, layout, mask_type, step, mask, id=f"{layout}-{mask_type}-{step}-{pays}")
+
+
+@pytest.mark.parametrize(("pays", "layout", "mask_type", "step", "mask"), list(masks()))
+def test_masked_attention(pays, layout, mask_type, step, mask, monkeypatch):
+    monkeypatch.setattr(place_attention, "TILES_PAY", pays)
+    check(MultiHeadMaskedAttention(12, 2, layout=layout, mask_type=mask_type, expansion_step=step), mask)
 
 
 @pytest.mark.parametrize("mask_type", MASK_TYPES)
@@ -364,10 +371,10 @@ def test_tiles_under_autocast_and_compiled(strategy, name):
 @pytest.mark.parametrize("step", [1, 5, 12])
 def test_long_sequences_make_no_dense_mask(mask_type, step):
     layout = TokenLayout(34, 34, 1)
-    layer = MultiHeadMaskedAttention(8, 2, layout=layout, mask_type=mask_type, expansion_step=step)
+    layer = MultiHeadMaskedAttention(8, 2, layout=layout, mask_type=mask_type, expansion_step=step).double()
     assert not layer.pattern.is_dense
-    x = torch.randn(1, layout.num_tokens, 8)
-    torch.testing.assert_close(layer(x), layer(x, output_attentions=True)[0], atol=1e-6, rtol=1e-5)
+    x = torch.randn(1, layout.num_tokens, 8).double()
+    torch.testing.assert_close(layer(x), layer(x, output_attentions=True)[0], atol=1e-9, rtol=0)
 
 
 def test_a_long_sequence_that_sees_all_needs_no_mask():

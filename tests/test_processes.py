@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import vit_main
 from runs.processes import Interrupted, ProcessError, Processes, Signals
 
 ROOT = Path(__file__).parent.parent
@@ -179,8 +180,7 @@ def training(processes, model, **options):
     return Training(model, config, CPU, 7, processes)
 
 class Exact(ViT):
-    # In float64: one process and two differ in the order of their sums, and Adam makes noise of noise unless it is far below
-    # its epsilon.
+    # In float64 up to the logits: one process and two differ in the order of their sums only.
     def forward(self, images):
         return super().forward(images.double())
 
@@ -197,7 +197,7 @@ with Signals(), Processes.from_environment() as processes:
     processes.connect(CPU)
     for accumulate in (1, 3):
         torch.manual_seed(0)
-        config = TrainConfig(batch_size=7, num_epochs=2, lr=0.01, accumulate_steps=accumulate)
+        config = TrainConfig(batch_size=7, num_epochs=2, lr=0.1, optimizer="sgd", accumulate_steps=accumulate)
         run = Recorded(Exact(ViTConfig(**SMALL)).double(), config, CPU, 7, processes)
         train_one_epoch(run, batches("train", processes), loss_function)
         result[f"losses {accumulate}"] = run.losses
@@ -261,7 +261,7 @@ def test_two_processes_train_as_one_with_the_same_total_batch(one_and_two, accum
     assert first[f"losses {accumulate}"] == pytest.approx(losses, abs=1e-6)
     assert second[f"losses {accumulate}"] == first[f"losses {accumulate}"]
     assert torch.equal(first[f"weights {accumulate}"], second[f"weights {accumulate}"])
-    torch.testing.assert_close(first[f"weights {accumulate}"], alone[f"weights {accumulate}"], atol=1e-9, rtol=0)
+    torch.testing.assert_close(first[f"weights {accumulate}"], alone[f"weights {accumulate}"], atol=1e-7, rtol=0)
     assert first["gradient is known to all"]
 
 
@@ -278,7 +278,7 @@ def test_every_layer_has_the_gradient_of_one_process(one_and_two):
     assert len(layers) == 17
     for name in layers:
         assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], alone[name], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(first[name], alone[name], atol=1e-7, rtol=1e-6)
 
 
 def test_statistics_of_batch_norm_are_those_of_the_first_process(one_and_two):
@@ -305,20 +305,22 @@ def test_a_process_with_a_nan_stops_all_before_that_step(one_and_two):
 
 TRAIN = shlex.split(
     "vit_main.py --dataset digits --resize 8 --patch_size 2 --num_layers 2 --num_heads 2 --d_model 16 --d_mlp 16 --device cpu "
-    "--batch_size 4 --train_limit 801 --test_limit 51 --num_epochs 2 --ema_decay 0.9 --mixup 0.3 --accumulate_steps 2"
+    "--batch_size 4 --train_limit 61 --test_limit 51 --num_epochs 2 --ema_decay 0.9 --mixup 0.3 --accumulate_steps 2"
 )
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-# The command line, whose process of one rank tells itself, or torchrun, to stop in its n-th step.
+# The command line, whose process of one rank tells itself, or torchrun, to stop in its n-th step, and waits until it knows.
 STOPPED = """
-import os, signal, sys, train_eval, vit_main
+import os, signal, sys, time, train_eval, vit_main
 rank, step, whom = sys.argv[1:4]
 original, steps = train_eval.Training.update, []
 def update(self, *args):
     steps.append(1)
     if len(steps) == int(step) and os.environ["RANK"] == rank:
         os.kill(os.getppid() if whom == "torchrun" else os.getpid(), signal.SIGTERM)
+        while not self.signals.received:
+            time.sleep(0.01)
     original(self, *args)
 train_eval.Training.update = update
 sys.exit(vit_main.main(sys.argv[4:]))
@@ -344,22 +346,22 @@ def plain(state):
 def test_a_signal_to_one_process_stops_all_at_one_step_and_they_resume_exactly(tmp_path):
     whole = start([*TORCHRUN, *TRAIN, "--output_dir", str(tmp_path / "whole")])
     here = [*TRAIN[1:], "--output_dir", str(tmp_path / "run")]
-    (first, _, message), (second, _, silent) = finish(start_both("-c", STOPPED, "1", "50", "itself", *here))
+    (first, _, message), (second, _, silent) = finish(start_both("-c", STOPPED, "1", "5", "itself", *here))
     assert (first, second) == (143, 143) and silent == ""
     assert re.fullmatch(r"stopped by SIGTERM; --resume goes on from .*last.pt\n", message)
     state = state_of(tmp_path / "run")
-    assert (state["epoch"], state["step"]) == (0, 51)  # one step later it is known to all
+    assert (state["epoch"], state["step"]) == (0, 6)  # one step later it is known to all
     assert len(state["rng"]) == 2 and not torch.equal(state["rng"][0]["cpu"], state["rng"][1]["cpu"])
-    assert sum(sums[3].item() for sums in state["sampler"]["sums"]) == 4 * 51  # both have counted their images of it
+    assert sum(sums[3].item() for sums in state["sampler"]["sums"]) == 4 * 6  # both have counted their images of it
 
     ((status, _, error),) = finish([whole])
     assert status == 0, error
     # The second time it is torchrun that is told to stop, and tells its processes.
     script = tmp_path / "stopped.py"
     script.write_text(STOPPED)
-    ((status, _, error),) = finish([start([*TORCHRUN, str(script), "0", "60", "torchrun", *here, "--resume"])])
+    ((status, _, error),) = finish([start([*TORCHRUN, str(script), "0", "8", "torchrun", *here, "--resume"])])
     assert status != 0 and "stopped by SIGTERM" in error
-    assert state_of(tmp_path / "run")["step"] > 51 + 59
+    assert state_of(tmp_path / "run")["step"] >= 6 + 8
     ((status, out, error),) = finish([start([*TORCHRUN, TRAIN[0], *here, "--resume"])])
     assert status == 0 and f"resumed {tmp_path / 'run' / 'last.pt'}" in out and "processes trained so far" not in error
     assert plain(state_of(tmp_path / "run")) == plain(state_of(tmp_path / "whole"))
@@ -368,9 +370,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_they_resume_exactly(t
 
 def test_processes_that_see_different_states_do_not_train(tmp_path):
     """As with an output folder that is not shared between machines."""
-    assert (
-        finish([start([*TRAIN, "--num_epochs", "1", "--train_limit", "8", "--output_dir", str(tmp_path / "run")])])[0][0] == 0
-    )
+    assert vit_main.main([*TRAIN[1:], "--num_epochs", "1", "--train_limit", "8", "--output_dir", str(tmp_path / "run")]) == 0
     script = "import os, sys, vit_main, train_eval; find = train_eval.resumable_state; "
     script += "train_eval.resumable_state = lambda *a, **k: None if os.environ['RANK'] == '1' else find(*a, **k); "
     script += "sys.exit(vit_main.main(sys.argv[1:]))"
@@ -391,11 +391,20 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
     assert "ZeroDivisionError" in error and message == "stopped: process 0 has lost another one of 2\n"
 
 
-def test_options_that_do_not_fit_several_processes(tmp_path):
-    ended = finish(start_both(*TRAIN, "--batch_size", "3", "--output_dir", str(tmp_path / "run")))
-    assert [status for status, *_ in ended] == [2, 2] and not (tmp_path / "run").exists()
-    assert ended[1][2] == "" and ended[0][2].count("\n") == 1
-    assert "--batch_size 3" in ended[0][2] and "2 processes of 2 micro-batches" in ended[0][2]
+def test_options_that_do_not_fit_several_processes(tmp_path, monkeypatch, capsys):
+    """Before they meet: one line, from the first of them."""
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    errors = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            vit_main.main([*TRAIN[1:], "--batch_size", "3", "--output_dir", str(tmp_path / "run")])
+        assert end.value.code == 2 and not (tmp_path / "run").exists()
+        errors.append(capsys.readouterr().err)
+    assert errors[1] == "" and errors[0].count("\n") == 1
+    assert "--batch_size 3" in errors[0] and "2 processes of 2 micro-batches" in errors[0]
 
 
 # --- on a cluster ---------------------------------------------------------------------------------------------------
@@ -426,7 +435,7 @@ def test_the_script_for_a_cluster_trains_on_two_nodes_and_is_queued_again(tmp_pa
     outside = subprocess.run([*script, "vit_main.py"], env=environment, capture_output=True, text=True)
     assert outside.returncode != 0 and "sbatch" in outside.stderr
     environment |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "nodes[1-2]"}
-    command = [*script, *TRAIN, "--save_minutes", "1e-9", "--output_dir", str(tmp_path / "run")]
+    command = [*script, *TRAIN, "--num_epochs", "4000", "--save_minutes", "1e-9", "--output_dir", str(tmp_path / "run")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     job = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
     end = time.monotonic() + HANG
