@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from options import DATASETS, DataConfig
-from processes import Signals
+from runs.processes import Signals
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STATS = {  # mean and standard deviation of each channel, of pixels from 0 to 1

@@ -36,9 +36,9 @@ def quick_results():
 
     Both have tests of their own, and so have runs that make them.
     """
-    import utils
+    from runs.files import write_atomically
 
     with pytest.MonkeyPatch.context() as patch:  # which outlasts a test's own monkeypatch.undo()
-        patch.setattr(utils, "draw_curves", lambda history, path: utils.write_atomically(path, b"a picture"))
-        patch.setattr(utils, "measure_latency", lambda model, image: 1.0)
+        patch.setattr("runs.folder.draw_curves", lambda history, path: write_atomically(path, b"a picture"))
+        patch.setattr("train_eval.measure_latency", lambda model, image: 1.0)
         yield

@@ -196,7 +196,7 @@ def masks():
 
 @pytest.mark.parametrize(("pays", "layout", "mask_type", "step", "mask"), list(masks()))
 def test_masked_attention(pays, layout, mask_type, step, mask, monkeypatch):
-    monkeypatch.setattr(local_attention, "TILES_PAY", pays)
+    monkeypatch.setattr(place_attention, "TILES_PAY", pays)
     check(MultiHeadMaskedAttention(12, 2, layout=layout, mask_type=mask_type, expansion_step=step), mask)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import vit_main
-from processes import Interrupted, ProcessError, Processes, Signals
+from runs.processes import Interrupted, ProcessError, Processes, Signals
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,7 +70,7 @@ def test_a_signal_waits_for_the_end_of_a_step(number):
 
 TWICE = """
 import os, signal, sys, time
-from processes import Signals
+from runs.processes import Signals
 with Signals() as signals, signals.deferred():
     os.kill(os.getpid(), signal.SIGTERM)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun passes on what its processes may have had themselves
@@ -94,7 +94,7 @@ def test_a_second_signal_ends_the_process(launcher):
 
 WAITING = """
 import contextlib, datetime, sys, torch.distributed as dist
-from processes import Signals
+from runs.processes import Signals
 Signals.STUCK = 0.5
 with Signals() as signals, signals.deferred() if sys.argv[1] == "2" else contextlib.nullcontext():
     print("here", flush=True)
@@ -160,7 +160,7 @@ from dataset import DeviceBatches, Recipe
 from options import AllConvNetConfig, LAYERS1D_NAMES, LAYERS2D_NAMES, TrainConfig, ViTConfig
 from allconvnet import AllConvNet
 from vit import ViT
-from processes import Processes, Signals
+from runs.processes import Processes, Signals
 from train_eval import NonFiniteLoss, Training, evaluate, make_loss, train_one_epoch
 
 CPU = torch.device("cpu")
@@ -221,7 +221,7 @@ with Signals(), Processes.from_environment() as processes:
         run = training(processes, model, ema_decay=0.5)
         train_one_epoch(run, batches("train", processes), loss_function)
         run.share_statistics()
-        result[f"buffers {name}"] = [v.float() for m in (run.model, run.evaluated) for v in m.state_dict().values()]
+        result[f"buffers {name}"] = [v.float() for m in (run.model, run.eval_model) for v in m.state_dict().values()]
     if processes.world > 1:  # wishes of any process, one call later, on all
         result["agreed"] = [processes.agree(3 * processes.rank + t, 0, 0) for t in range(3)]
         processes.agree()
@@ -371,8 +371,8 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_they_resume_exactly(t
 def test_processes_that_see_different_states_do_not_train(tmp_path):
     """As with an output folder that is not shared between machines."""
     assert vit_main.main([*TRAIN[1:], "--num_epochs", "1", "--train_limit", "8", "--output_dir", str(tmp_path / "run")]) == 0
-    script = "import os, sys, vit_main, utils; find = utils.resumable_state; "
-    script += "utils.resumable_state = lambda *a, **k: None if os.environ['RANK'] == '1' else find(*a, **k); "
+    script = "import os, sys, vit_main, train_eval; find = train_eval.resumable_state; "
+    script += "train_eval.resumable_state = lambda *a, **k: None if os.environ['RANK'] == '1' else find(*a, **k); "
     script += "sys.exit(vit_main.main(sys.argv[1:]))"
     line = [*TRAIN[1:], "--train_limit", "8", "--resume", "--output_dir", str(tmp_path / "run")]
     (first, _, error), (second, _, _) = finish(start_both("-c", script, *line))

@@ -455,7 +455,7 @@ def test_the_checkpoint_fallen_back_on_stays_until_there_is_another(whole, tmp_p
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(utils, "save_checkpoint", fail)
+    monkeypatch.setattr("runs.folder.save_checkpoint", fail)
     assert run(f"{CONVNET} --resume", tmp_path / "run", epochs=3) == 130
     monkeypatch.undo()
     for name in ("last.pt", "previous.pt"):

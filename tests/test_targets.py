@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 import benchmark
-import targets
-from benchmark import Case, peak_memory
+from experiments import targets
+from experiments.targets import Limit, Target, floor_of, main, measure_data, measure_search, measure_target
 from layers1d import MultiHeadConvNNAttention, MultiHeadKvtAttention, TokenLayout
 from layers2d import ConvNN2d, ConvNNAttention2d
 from naive_layers import Naive, has_naive_form
 from options import NeighborConfig
 from place_attention import MultiHeadLocalAttention, MultiHeadMaskedAttention, NeighborhoodAttention
-from targets import Limit, Target, floor_of, main, measure_data, measure_search, measure_target
+from runs.measure import Case, peak_memory
 
 CPU = torch.device("cpu")
 SLACK = 4 / 3  # of a target for memory, before a test fails: libraries differ in what they allocate for themselves
@@ -113,7 +113,7 @@ def clock(monkeypatch):
         function()
         return seconds.pop(0)
 
-    monkeypatch.setattr(benchmark, "seconds_of", seconds_of)
+    monkeypatch.setattr("runs.measure.seconds_of", seconds_of)
     return seconds
 
 
@@ -165,7 +165,7 @@ def test_the_search_has_a_target(clock):
 
 @pytest.mark.parametrize(("per_image", "missed"), [(12, ""), (6, "rate ratio")])
 def test_data_is_compared_with_the_best_number_of_workers(clock, monkeypatch, per_image, missed):
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(targets, "cpu_cores", lambda: 2)
     candidates = [9, 9, 9, 5, 9, 7]  # 0, 1 and 2 workers, after a warm-up each
     clock.extend([*candidates, *([1, per_image] * 4)])
     row = measure_data(8, 10, 20, 3, CPU, batch_size=8)

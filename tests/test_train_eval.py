@@ -242,7 +242,7 @@ def test_float16_needs_cuda():
 
 def in_float16(monkeypatch, scale, **options):
     """A training in float16 on the CPU, which users may not have, with a scaler of this scale."""
-    monkeypatch.setattr(train_eval, "autocast_for", lambda *_: lambda: torch.autocast("cpu", dtype=torch.float16))
+    monkeypatch.setattr("runs.training.autocast_for", lambda *_: lambda: torch.autocast("cpu", dtype=torch.float16))
     options = {"use_amp": True, "amp_dtype": "float16", "ema_decay": 0.5, "steps": 8} | options
     training = make_training(**options)
     training.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -471,7 +471,7 @@ def test_nothing_is_compiled_after_the_first_epoch(name, make, monkeypatch):
     for epoch in range(2):
         train_one_epoch(training, DeviceBatches(images, labels, np.arange(36), recipe), make_loss("CrossEntropy"))
         test = DeviceBatches(images[:20], labels[:20], np.arange(20), dataclasses.replace(recipe, part="test"))
-        evaluate(training.model, test, make_loss("CrossEntropy"), device=CPU, call=training.call_evaluated)
+        evaluate(training.model, test, make_loss("CrossEntropy"), device=CPU, compiled=training.compiled_eval_model)
         training.epoch, training.step = epoch + 1, 0
         counts.append(len(graphs))
     # micro-batches of 8 and 2 images in training, batches of 16 and 4 in evaluation

@@ -8,14 +8,18 @@ status is 1 where a median misses its target.
 
 from __future__ import annotations
 
-import os
 import shlex
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.tables import as_markdown
 from options import NeighborConfig, OneLineParser
+from runs import RunError
+from runs.files import as_csv, check_writable, write_atomically
+from runs.machine import cpu_cores
+from runs.measure import Case, device_name, median_ms, peak_memory, spread, take_turns, training_flops, versions
 
 
 class Target(NamedTuple):
@@ -64,25 +68,8 @@ def make_targets() -> list[Target]:
     ]
 
 
-def take_turns(functions: Sequence[Callable[[], object]], rounds: int, device) -> list[tuple[float, ...]]:
-    """Seconds of each function, a tuple for each, measured in turns; a first round, in which tables are made, is left out."""
-    from benchmark import seconds_of
-
-    times = [[seconds_of(function, device) for function in functions] for _ in range(rounds + 1)][1:]
-    return list(zip(*times, strict=True))
-
-
-def spread(name: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of the ratios of what was measured side by side."""
-    import numpy as np
-
-    lower, middle, upper = np.quantile([a / b for a, b in zip(ours, theirs, strict=True)], (0.25, 0.5, 0.75)).tolist()
-    return {name: middle, f"{name}_q1": lower, f"{name}_q3": upper}
-
-
 def measure_target(target: Target, repeats: int, device, limits: dict[str, Limit]) -> dict:
     """The layer, what it is compared with, and what the machine can do at most, in turns."""
-    from benchmark import Case, peak_memory
     from naive_layers import Naive
 
     layer, x = target.layer.to(device), target.x.to(device)
@@ -97,11 +84,11 @@ def measure_target(target: Target, repeats: int, device, limits: dict[str, Limit
     ]
     floor = floor_of(target, rates)
     memory = [peak_memory(case.training, device) for case in cases]
-    row = {"case": target.name, "ms": 1e3 * statistics.median(ours), "against_ms": 1e3 * statistics.median(theirs)}
+    row = {"case": target.name, "ms": median_ms(ours), "against_ms": median_ms(theirs)}
     row |= spread("time_ratio", ours, theirs) | {"time_target": target.time}
     row |= {"mb": memory[0] / 1e6, "against_mb": memory[1] / 1e6, "memory_ratio": memory[0] / memory[1]}
     row |= {"memory_target": target.memory, "gflops": floor.gflops, "least_mb": floor.mb}
-    row |= {"floor_ms": 1e3 * statistics.median(floor.seconds)} | spread("times_the_floor", ours, floor.seconds)
+    row |= {"floor_ms": median_ms(floor.seconds)} | spread("times_the_floor", ours, floor.seconds)
     if target.precision == "bf16" and not has_fast_bfloat16(rates):
         row["time_target"] = None
     misses = [f"{name} ratio" for name in ("time", "memory") if is_missed(row[f"{name}_ratio"], row[f"{name}_target"])]
@@ -122,7 +109,7 @@ def measure_search(repeats: int, device) -> dict:
     functions = [lambda: find_neighbors(x, x, 9, "matmul"), lambda: torch.bmm(x, x.mT).topk(9).indices]
     ours, theirs = take_turns(functions, repeats, device)
     row = {"case": "find_neighbors, B = 16, N = 1024, C = 64, K = 9, against bmm and topk"}
-    row |= {"ms": 1e3 * statistics.median(ours), "against_ms": 1e3 * statistics.median(theirs)}
+    row |= {"ms": median_ms(ours), "against_ms": median_ms(theirs)}
     row |= spread("time_ratio", ours, theirs) | {"time_target": 1.0}
     return row | {"missed": "time ratio" if is_missed(row["time_ratio"], 1.0) else ""}
 
@@ -147,10 +134,10 @@ class PerImage:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, place: int):
+    def __getitem__(self, index: int):
         from PIL import Image
 
-        return self.transform(Image.fromarray(self.images[place])), int(self.labels[place])
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
 
 
 def whole_pass(batches: Callable[[], Iterable]) -> Callable[[], None]:
@@ -181,7 +168,7 @@ def measure_data(resize: int, least: float, images: int, repeats: int, device, b
         return whole_pass(lambda: ((images.to(device), labels.to(device)) for images, labels in loader))
 
     found = {}
-    for workers in sorted({0, 1, 2, min(4, os.cpu_count() or 1), os.cpu_count() or 1}):
+    for workers in sorted({0, 1, 2, min(4, cpu_cores()), cpu_cores()}):
         found[workers] = take_turns([per_image(workers)], 1, device)[0][0]
     best = min(found, key=found.get)
     seconds, theirs = take_turns([whole_pass(lambda: ours.epoch(0)), per_image(best)], repeats, device)
@@ -232,8 +219,6 @@ class Floor(NamedTuple):
 
 def floor_of(target: Target, rates: Sequence[dict[str, float]]) -> Floor:
     """By each measurement of what the machine can do."""
-    from benchmark import training_flops
-
     x = target.x.to(next(target.layer.parameters()).device)
     gflops = training_flops(target.layer, x.clone()) / 1e9
     tensors = (x, target.layer(x), *target.layer.parameters())  # and the gradient of each
@@ -253,8 +238,7 @@ def main(argv: list[str]) -> int:
         parser.error("--repeats and --images must be at least 1")
     from tqdm import tqdm
 
-    from benchmark import as_markdown
-    from utils import RunError, as_csv, check_writable, device_name, pick_device, versions, write_atomically
+    from utils import pick_device
 
     folder = Path(args.output_dir)
     try:
