@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from experiments.figures import draw, draw_option, label_of  # noqa: F401  some only offered from here as well
 from experiments.points import (  # noqa: F401  some only offered from here as well
     KEYS,
     ROOT,
@@ -35,12 +36,9 @@ from experiments.report import (  # noqa: F401
     MEASURES,
     as_cell,
     as_markdown,
-    draw,
-    draw_option,
     finished_summary,
     is_finished,
     is_nan,
-    label_of,
     read_summary,
     summarize,
     with_earlier,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 
+from experiments.figures import draw, draw_curves, read_metrics
 from experiments.points import Point, as_word, resolved
 
 MEASURES = {  # column -> where it stands in summary.json, and what it is divided by
@@ -52,14 +53,19 @@ def with_earlier(points: list[Point], folder: Path) -> list[Point]:
     return [*points, *earlier]
 
 
-def summarize(points: list[Point], folder: Path) -> list[dict]:
-    """A row for all points that differ in their seed only: means of what ended, and standard deviations over the seeds."""
-    columns = list(dict.fromkeys(name for point in points for name in point.varying if name != "seed"))
+def group_points(points: list[Point]) -> list[list[Point]]:
+    """The points that differ in their seed only, together."""
     groups: dict[str, list[Point]] = {}
     for point in points:
         groups.setdefault(json.dumps(point.varying | {"seed": None}, sort_keys=True), []).append(point)
+    return list(groups.values())
+
+
+def summarize(points: list[Point], folder: Path) -> list[dict]:
+    """A row for all points that differ in their seed only: means of what ended, and standard deviations over the seeds."""
+    columns = list(dict.fromkeys(name for point in points for name in point.varying if name != "seed"))
     rows = []
-    for group in groups.values():
+    for group in group_points(points):
         summaries = [summary for point in group if (summary := finished_summary(point, folder))]
         row = {name: as_cell(group[0].varying.get(name, "")) for name in columns}
         row |= {"runs": len(summaries), "of": len(group)}
@@ -89,14 +95,33 @@ def write_summary(points: list[Point], folder: Path, draw_plots: bool = True) ->
     """summary.csv, summary.md and the plots, from whatever has ended so far."""
     from utils import as_csv, as_png, write_atomically
 
-    rows = summarize(with_earlier(points, folder), folder)
+    points = with_earlier(points, folder)
+    rows = summarize(points, folder)
     cells = [{name: "" if is_nan(value) else value for name, value in row.items()} for row in rows]
     write_atomically(folder / "summary.csv", as_csv(cells))
     write_atomically(folder / "summary.md", as_markdown(rows))
     done = [row for row in rows if row["runs"]]
-    if done and draw_plots:
-        for name, figure in draw(done).items():
-            write_atomically(folder / f"{name}.png", as_png(figure))
+    if not done or not draw_plots:
+        return
+    figures = draw(done)
+    curves = [curves_of(group, folder) for group in group_points(points)]
+    drawn = [(row, runs) for row, runs in zip(rows, curves, strict=True) if runs]
+    if drawn:
+        figures["curves"] = draw_curves(*map(list, zip(*drawn, strict=True)))
+    for name, figure in figures.items():
+        write_atomically(folder / f"{name}.png", as_png(figure))
+
+
+def curves_of(group: list[Point], folder: Path) -> list[list[float]]:
+    """Test top-1 by epoch of the points that have ended. One whose table cannot be read is left out, with a warning."""
+    curves = []
+    for point in group:
+        if is_finished(point, folder):
+            try:
+                curves.append([row["test_top1"] for row in read_metrics(folder / point.name)])
+            except ValueError as error:
+                print(f"warning: {error}; the curves are drawn without it", file=sys.stderr)
+    return curves
 
 
 def is_nan(value) -> bool:
@@ -124,74 +149,3 @@ def as_markdown(rows: list[dict]) -> str:
         "top1 and top5 are of the last epoch, on the test set, in percent; means of the runs that ended, ± standard deviation."
     )
     return "\n".join(lines) + f"\n\n{note}\n"
-
-
-def draw(rows: list[dict]) -> dict:
-    """Figures by name: accuracy against each cost, and against every option that was swept through numbers."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
-
-    swept = [name for name in itertools.takewhile(lambda name: name != "runs", rows[0]) if len({row[name] for row in rows}) > 1]
-    styles = list(itertools.product("os^vDP", [f"C{number}" for number in range(10)]))
-    costs = {
-        "latency_ms_per_image": "latency (ms per image)",
-        "mflops_per_image": "MFLOPs per image",
-        "parameters": "parameters",
-        "peak_memory_mb": "peak memory (MB)",
-    }
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    for axis, (cost, label) in zip(figure.subplots(2, 2).flatten(), costs.items(), strict=True):
-        for row, (marker, color) in zip(rows, itertools.cycle(styles), strict=False):
-            spread = 0 if is_nan(row["top1_std"]) else row["top1_std"]
-            axis.errorbar(
-                row[cost], row["top1"], spread, fmt=marker, color=color, ms=7, lw=1, capsize=2, label=label_of(row, swept)
-            )
-        values = [row[cost] for row in rows]
-        if max(values) > 3 * min(values):
-            axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.minorticks_off()
-        else:
-            axis.xaxis.set_major_locator(MaxNLocator(5))
-        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        axis.set_xlabel(label)
-        axis.set_ylabel("test top-1 (%)")
-        axis.grid(alpha=0.3)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
-    figures = {"tradeoff": figure}
-    for option in swept:
-        if all(
-            isinstance(row[option], (int, float)) and not isinstance(row[option], bool) for row in rows if row[option] != ""
-        ):
-            figures[f"top1_by_{option}"] = draw_option(rows, option, [name for name in swept if name != option])
-    return figures
-
-
-def draw_option(rows: list[dict], option: str, others: list[str]):
-    """Accuracy against one option, a line for every combination of the others."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    axis = figure.subplots()
-    lines: dict[str, list[dict]] = {}
-    for row in rows:
-        if row[option] != "":
-            lines.setdefault(label_of(row, others), []).append(row)
-    for label, of_line in lines.items():
-        of_line.sort(key=lambda row: row[option])
-        spreads = [0 if is_nan(row["top1_std"]) else row["top1_std"] for row in of_line]
-        axis.errorbar(
-            [row[option] for row in of_line], [row["top1"] for row in of_line], spreads, marker="o", capsize=2, label=label
-        )
-    axis.set_xlabel(option)
-    axis.set_ylabel("test top-1 (%)")
-    axis.set_xticks(sorted({row[option] for row in rows if row[option] != ""}))
-    axis.grid(alpha=0.3)
-    if others:
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
-    return figure
-
-
-def label_of(row: dict, names: list[str]) -> str:
-    plain = ("program", "layer")
-    return ", ".join(str(row[name]) if name in plain else f"{name} {row[name]}" for name in names if row[name] != "") or "all"
