@@ -817,7 +817,9 @@ class TrainConfig:
     )
     save_minutes: float = option(10.0, "write last.pt this often within an epoch too; 0: only at its end", low=0, **SYSTEM)
     save_every: int = option(0, "keep epoch_<n>.pt every n epochs; 0: none", low=0, **SYSTEM)
-    export: str | None = option(None, "write the best weights to FILE.safetensors", kind=str, **SYSTEM)
+    export: str | None = option(
+        None, "write the best weights to FILE.safetensors, or the model with them to FILE.onnx", kind=str, **SYSTEM
+    )
     test_only: bool = option(
         False, "evaluate --checkpoint, else best.pt in the output directory, and write test_results.json", **SYSTEM
     )
@@ -829,8 +831,8 @@ class TrainConfig:
             raise ValueError(f"accumulate_steps={self.accumulate_steps} is more than batch_size={self.batch_size} images")
         if self.warmup_epochs > self.num_epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} is more than num_epochs={self.num_epochs}")
-        if self.export and not self.export.endswith(".safetensors"):
-            raise ValueError(f"export={self.export!r} must end in .safetensors")
+        if self.export and not self.export.endswith((".safetensors", ".onnx")):
+            raise ValueError(f"export={self.export!r} must end in .safetensors or .onnx")
         if self.export and self.test_only:
             raise ValueError(f"export={self.export!r} writes weights and test_only=True writes only its results; drop one")
         if self.checkpoint and not self.checkpoint.endswith((".pt", ".pth", ".safetensors")):
