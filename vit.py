@@ -99,7 +99,7 @@ class Block(nn.Module):
 
 def prepend(token: Tensor, x: Tensor) -> Tensor:
     """token (1, 1, d) before the tokens of every image: (B, N, d) -> (B, 1 + N, d)."""
-    # x.shape[0] and not len(x), which is a plain number, and would freeze the batch under torch.export.
+    # x.shape[0], as len(x) is a plain number: under torch.export it would freeze the size of the batch.
     return torch.cat([token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
 
 
@@ -142,13 +142,13 @@ class ViT(nn.Module):
             )
         x = self.patch_norm(self.patch_embedding(images).flatten(2).transpose(1, 2))  # (B, N, d)
         if self.config.class_tokens:
-            x = self.with_class_token(x)
+            x = prepend(self.class_token, x)
         if self.pos_embedding is not None:
             x = x + self.pos_embedding
         matrices: list[Tensor | None] = []
         for number, block in enumerate(self.blocks):
             if number == self.num_local_layers and self.class_token is not None:
-                x = self.with_class_token(x)
+                x = prepend(self.class_token, x)
             if output_attentions:
                 x, matrix = block(x, True)
                 matrices.append(matrix)
@@ -157,9 +157,6 @@ class ViT(nn.Module):
         x = self.norm(x)
         logits = self.classifier(x[:, 0] if self.class_token is not None else x.mean(dim=1))
         return (logits, matrices) if output_attentions else logits
-
-    def with_class_token(self, x: Tensor) -> Tensor:
-        return prepend(self.class_token, x)
 
 
 # ---------------------------------------------------------------------------------------------------------------
