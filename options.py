@@ -436,7 +436,7 @@ class AllConvNetConfig(ModelConfig):
             return [(second, out_channels)]
         if out_channels < 2:
             raise ValueError(f"channels={out_channels} cannot be shared by the two branches of layer={self.layer}")
-        width = min(max(round(out_channels * self.branch_ratio), 1), out_channels - 1)
+        width = min(max(math.ceil(out_channels * self.branch_ratio - 0.5), 1), out_channels - 1)  # a half goes to the first
         return [(first, out_channels - width), (second, width)]
 
     def grids(self) -> list[tuple[int, int]]:
@@ -680,7 +680,7 @@ def check_window(
 
 def branch_widths(d_model: int, num_heads: int, branch_ratio: float) -> tuple[int, int]:
     """Features of the ConvNN branch and of the other one. Raises ValueError if their heads do not divide them."""
-    width = round(d_model * branch_ratio)
+    width = math.floor(d_model * branch_ratio + 0.5)  # a half goes to the first branch
     if not 0 < width < d_model or width % num_heads or d_model % num_heads:
         raise ValueError(
             f"branch_ratio={branch_ratio} splits d_model={d_model} into {width} + {d_model - width} features, and both need "

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from layers1d import MultiHeadMixer, TokenLayout
 from options import LAYERS1D_ROWS, ViTConfig, layer_row
 from registry import build_layer
+from selection import ConstantTables
 from utils import load_state
 
 __all__ = ["LAYERS1D", "TokenLayout", "ViT", "ViTConfig", "load_vit_weights", "make_layer1d"]
@@ -99,11 +100,11 @@ class Block(nn.Module):
 
 def prepend(token: Tensor, x: Tensor) -> Tensor:
     """token (1, 1, d) before the tokens of every image: (B, N, d) -> (B, 1 + N, d)."""
-    # x.shape[0] and not len(x), which is a plain number, and would freeze the batch under torch.export.
+    # x.shape[0], as len(x) is a plain number: under torch.export it would freeze the size of the batch.
     return torch.cat([token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
 
 
-class ViT(nn.Module):
+class ViT(ConstantTables):
     """Vision transformer (Dosovitskiy et al., arXiv 2010.11929) with any mixer: (B, channels, H, W) -> logits (B, classes).
 
     Patches, in raster order, after the class token if `pool="cls"`. Under `num_local_layers` the first blocks mix
@@ -122,8 +123,8 @@ class ViT(nn.Module):
         if config.pos_embedding == "learned":
             self.pos_embedding = nn.Parameter(torch.empty(1, local.num_tokens, d))
         else:
-            table = sinusoidal_positions(local.num_tokens, d)[None] if config.pos_embedding == "sinusoidal" else None
-            self.register_buffer("pos_embedding", table, persistent=False)
+            has_table = config.pos_embedding == "sinusoidal"
+            self.set_tables(lambda: {"pos_embedding": sinusoidal_positions(local.num_tokens, d)[None] if has_table else None})
         self.num_local_layers = config.num_layers if config.num_local_layers is None else config.num_local_layers
         mixers = [make_layer1d(config, local) for _ in range(self.num_local_layers)]
         mixers += [LAYERS1D["Attention"](config, local) for _ in range(config.num_layers - self.num_local_layers)]
@@ -142,13 +143,13 @@ class ViT(nn.Module):
             )
         x = self.patch_norm(self.patch_embedding(images).flatten(2).transpose(1, 2))  # (B, N, d)
         if self.config.class_tokens:
-            x = self.with_class_token(x)
+            x = prepend(self.class_token, x)
         if self.pos_embedding is not None:
             x = x + self.pos_embedding
         matrices: list[Tensor | None] = []
         for number, block in enumerate(self.blocks):
             if number == self.num_local_layers and self.class_token is not None:
-                x = self.with_class_token(x)
+                x = prepend(self.class_token, x)
             if output_attentions:
                 x, matrix = block(x, True)
                 matrices.append(matrix)
@@ -157,9 +158,6 @@ class ViT(nn.Module):
         x = self.norm(x)
         logits = self.classifier(x[:, 0] if self.class_token is not None else x.mean(dim=1))
         return (logits, matrices) if output_attentions else logits
-
-    def with_class_token(self, x: Tensor) -> Tensor:
-        return prepend(self.class_token, x)
 
 
 # ---------------------------------------------------------------------------------------------------------------
