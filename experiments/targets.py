@@ -70,7 +70,7 @@ def make_targets() -> list[Target]:
 
 def measure_target(target: Target, repeats: int, device, limits: dict[str, Limit]) -> dict:
     """The layer, what it is compared with, and what the machine can do at most, in turns."""
-    from naive_layers import Naive
+    from experiments.naive import Naive
 
     layer, x = target.layer.to(device), target.x.to(device)
     other = Naive(layer) if target.against is None else target.against.to(device)

@@ -29,9 +29,9 @@ def all_scores(query: Tensor, key: Tensor, metric: str) -> Tensor:
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (B, M, C) by index (B, N, K): (B, N, K, C), K times as large as x."""
-    B, N, K = index.shape
-    return x.gather(1, index.reshape(B, N * K, 1).expand(-1, -1, x.shape[2])).reshape(B, N, K, x.shape[2])
+    """Rows of x (B, M, C) by index (B, N, K): (B, N, K, C). As published, from K copies of x."""
+    copies = x[:, :, None].expand(-1, -1, index.shape[2], -1).contiguous()  # (B, M, K, C)
+    return copies.gather(1, index[..., None].expand(-1, -1, -1, x.shape[2]))
 
 
 def _nearest(scores: Tensor, K: int, candidates: Tensor | None, self_index: Tensor | None) -> Tensor:
