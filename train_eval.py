@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dataset import Data, DataError, import_torchvision, load_data
 from options import Options, TrainConfig  # noqa: F401  like the unused names below, only offered from here as well
 from runs import RunError
-from runs.checkpoints import evaluated_weights, export_weights, load_state, load_weights
+from runs.checkpoints import evaluated_weights, export_onnx, export_weights, load_state, load_weights
 from runs.files import WriteError, check_writable, write_atomically
 from runs.folder import RunFolder, summarize
 from runs.measure import count_flops, count_parameters, device_name
@@ -322,6 +322,8 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
         check_writable(Path(train.export).parent, "--export")
         if Path(train.export).is_dir():
             raise RunError(f"--export {train.export} is a folder; name a file")
+        if train.export.endswith(".onnx") and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
+            raise RunError(f"--export {train.export} needs the packages onnx and onnxscript: pip install onnx onnxscript")
     if train.mixup or train.cutmix:
         import_torchvision()
     if train.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -405,7 +407,12 @@ def _train(run: _Run) -> None:
     if not processes.first:
         return
     if train.export:
-        export_weights(Path(train.export), evaluated_weights(folder.best))
+        weights = evaluated_weights(folder.best)
+        if train.export.endswith(".onnx"):
+            load_state(model, weights)
+            export_onnx(Path(train.export), model, facts["image_shape"])
+        else:
+            export_weights(Path(train.export), weights)
     split = selection_split(data)
     print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
 

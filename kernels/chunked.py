@@ -15,7 +15,7 @@ from kernels.reference import accumulator
 
 # Elements that a chunk of scores may hold: 4 MB of float32, which a GPU keeps in its cache and computes in one go.
 CHUNK = 2**20
-GATHERED = 8  # times that of gathered rows, since the matrix products that follow must be large
+GATHERED = 2**23  # elements of a chunk of gathered rows: more, since the matrix products that follow must be large
 
 
 def blocks(B: int, N: int, M: int, chunk: int) -> Iterator[tuple[slice, slice]]:
@@ -42,7 +42,7 @@ def gathered(x: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]
     """Neighbors in chunks: x (G, M, C), index (G, N, K) -> (rows of (G x N), flat index, gathered (rows, K, C))."""
     K, C = index.shape[2], x.shape[2]
     flat, index = x.reshape(-1, C), flat_index(index, x.shape[1])
-    step = rows_per_chunk(K * C, GATHERED * CHUNK)
+    step = rows_per_chunk(K * C, GATHERED)
     for start in range(0, len(index), step):
         rows = slice(start, min(start + step, len(index)))
         chosen = index[rows].flatten()
@@ -68,8 +68,8 @@ def search(
     self_index: Tensor | None,
     *,
     scored: bool,
-    chunk: int = CHUNK,
-    largest: Callable[[Tensor, int], Tensor] = largest,
+    chunk: int,
+    largest: Callable[[Tensor, int], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Neighbors (B, N, K), and if `scored` their products with the query (B, N, K), by chunks of the matrix of scores."""
     B, N, _ = query.shape
@@ -119,13 +119,13 @@ def search(
 def find_neighbors(
     query: Tensor, key: Tensor, K: int, metric: str, candidates: Tensor | None, self_index: Tensor | None
 ) -> Tensor:
-    return search(query, key, K, metric, candidates, self_index, scored=False)[0]
+    return search(query, key, K, metric, candidates, self_index, scored=False, chunk=CHUNK, largest=largest)[0]
 
 
 def find_scored_neighbors(
     query: Tensor, key: Tensor, K: int, candidates: Tensor | None, self_index: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return search(query, key, K, "matmul", candidates, self_index, scored=True)
+    return search(query, key, K, "matmul", candidates, self_index, scored=True, chunk=CHUNK, largest=largest)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def scatter_rows(rows: Tensor, index: Tensor, weights: Tensor, tokens: int) -> T
     (G, N, C), K, dtype = rows.shape, index.shape[2], accumulator(rows.dtype)
     flat, weights = rows.to(dtype).reshape(-1, C), weights.reshape(-1, K).to(dtype)
     output, chosen = flat.new_zeros(G * tokens, C), flat_index(index, tokens)
-    step = rows_per_chunk(K * C, GATHERED * CHUNK)
+    step = rows_per_chunk(K * C, GATHERED)
     for start in range(0, G * N, step):
         part = slice(start, start + step)
         output.index_add_(0, chosen[part].flatten(), (weights[part, :, None] * flat[part, None]).view(-1, C))

@@ -19,7 +19,7 @@ from kernels.chunked import blocks, flat_index, rows_per_chunk
 from kernels.reference import accumulator
 
 CHUNK = 2**18  # elements of a chunk of scores: a megabyte of float32, about a core's cache
-GATHERED = 4 * CHUNK  # of a chunk of gathered rows
+GATHERED = 2**20  # elements of a chunk of gathered rows
 DENSE = 20  # tokens per neighbor, up to which products over all tokens cost less than work on each of K neighbors (measured)
 
 
@@ -85,15 +85,13 @@ def largest(scores: Tensor, K: int) -> Tensor:
 def find_neighbors(
     query: Tensor, key: Tensor, K: int, metric: str, candidates: Tensor | None, self_index: Tensor | None
 ) -> Tensor:
-    how = {"scored": False, "chunk": CHUNK, "largest": largest}
-    return chunked.search(query, key, K, metric, candidates, self_index, **how)[0]
+    return chunked.search(query, key, K, metric, candidates, self_index, scored=False, chunk=CHUNK, largest=largest)[0]
 
 
 def find_scored_neighbors(
     query: Tensor, key: Tensor, K: int, candidates: Tensor | None, self_index: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    how = {"scored": True, "chunk": CHUNK, "largest": largest}
-    return chunked.search(query, key, K, "matmul", candidates, self_index, **how)
+    return chunked.search(query, key, K, "matmul", candidates, self_index, scored=True, chunk=CHUNK, largest=largest)
 
 
 # ---------------------------------------------------------------------------------------------------------------

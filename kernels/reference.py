@@ -44,7 +44,7 @@ def _nearest(scores: Tensor, K: int, candidates: Tensor | None, self_index: Tens
         return scores.topk(K, dim=2).indices
     own = self_index[:, None] == torch.arange(M, device=scores.device)  # (N, M)
     others = scores.masked_fill(own, -torch.inf).topk(K - 1, dim=2).indices
-    return torch.cat([self_index.view(1, N, 1).expand(len(scores), -1, -1), others], dim=2)
+    return torch.cat([self_index.view(1, N, 1).expand(scores.shape[0], -1, -1), others], dim=2)
 
 
 def find_neighbors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,26 @@ def export_weights(path: Path, weights: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_temporaries(path.parent, path.name)
     write_atomically(path, save({name: value.contiguous() for name, value in weights.items()}))
+
+
+def export_onnx(path: Path, model: nn.Module, image_shape: tuple[int, ...]) -> None:
+    """Write the model, in eval mode, as ONNX: input `images` (batch, channels, height, width), output `logits`.
+
+    Raises WriteError. A graph of plain operators: nothing of this project is needed to run it.
+    """
+    model = copy.deepcopy(model).cpu().eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(path.parent, path.name)
+    program = torch.onnx.export(
+        model,
+        (torch.zeros(2, *image_shape),),  # one image would be taken for a constant
+        dynamo=True,
+        dynamic_shapes=({0: "batch"},),
+        input_names=["images"],
+        output_names=["logits"],
+        verbose=False,
+    )
+    write_atomically(path, program.model_proto.SerializeToString())
 
 
 # ---------------------------------------------------------------------------------------------------------------

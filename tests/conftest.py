@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+import kernels.cpu
+from kernels.backend import use
+
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("ci")
 
@@ -14,6 +17,17 @@ settings.load_profile("ci")
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu dense", "cpu bags", "cpu gathered", "chunked"])
+def backend(request, monkeypatch):
+    """Every way in which the operators can compute here: a test that takes this fixture runs once for each."""
+    device, _, strategy = request.param.partition(" ")
+    if strategy:
+        monkeypatch.setattr(kernels.cpu, "_dense_pays", lambda index, tokens: strategy == "dense")
+        monkeypatch.setattr(kernels.cpu, "_has_bags", lambda: strategy != "gathered")
+    with use("auto" if device == "cpu" else device):
+        yield request.param
 
 
 @pytest.fixture

@@ -663,6 +663,13 @@ def test_branches_share_the_channels(ratio, channels):
         assert abs(share - min(max(ratio * channels, 1), channels - 1)) <= 0.5
 
 
+@pytest.mark.parametrize("channels", [3, 5, 7, 9, 11, 13])
+def test_of_an_odd_number_the_first_branch_gets_the_extra_one(channels):
+    config = AllConvNetConfig(layer="Conv2d/ConvNN", channels=(channels,))
+    assert config.branches(channels) == [("Conv2d", channels // 2 + 1), ("ConvNN", channels // 2)]
+    assert options.branch_widths(channels, 1, 0.5) == (channels // 2 + 1, channels // 2)
+
+
 def test_a_single_layer_ignores_the_ratio():
     for ratio in (0.0, 0.3, 1.0):
         assert AllConvNetConfig(layer="ConvNN", branch_ratio=ratio).branches(7) == [("ConvNN", 7)]

@@ -13,6 +13,8 @@ import yaml
 from PIL import Image
 
 import run_experiments
+from experiments import points as sweep_points
+from experiments import runner
 from run_experiments import check_points, lock, name_points, read_sweep, summarize
 
 ROOT = Path(run_experiments.__file__).parent
@@ -58,7 +60,7 @@ SWEEP = {
 def sweep(tmp_path, monkeypatch):
     """A sweep file, with a program that takes no time."""
     (tmp_path / "vit_main.py").write_text(PROGRAM)
-    monkeypatch.setattr(run_experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep_points, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     Path("sweep.yaml").write_text(yaml.safe_dump(SWEEP))
     return tmp_path
@@ -248,7 +250,7 @@ def test_slots(sweep, monkeypatch):
         running += {"start": 1, "end": -1}.get(what, 0)
         most = max(most, running)
     assert most == 2
-    monkeypatch.setattr(run_experiments, "cores", lambda: 6)
+    monkeypatch.setattr(runner, "cores", lambda: 6)
     assert run_experiments.main(["sweep.yaml", "--jobs", "3", "--set", "num_epochs=1", "--output_dir", "b"]) == 0
     used = [json.loads(path.read_text()) for path in Path("b").glob("*/environment.json")]
     assert {one["OMP_NUM_THREADS"] for one in used} == {"2"} and {one["CUDA_VISIBLE_DEVICES"] for one in used} == {"4,7"}
@@ -276,7 +278,8 @@ def test_a_run_on_several_gpus_is_started_by_torchrun(sweep, monkeypatch):
 
 def in_own_process(folder, *more, **environment):
     code = (
-        "import signal, sys; import run_experiments as r; from pathlib import Path; r.ROOT = Path.cwd(); "
+        "import signal, sys; import experiments.points, run_experiments as r; from pathlib import Path; "
+        "experiments.points.ROOT = Path.cwd(); "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where the tests run in the background
         "sys.exit(r.main(sys.argv[1:]))"
     )
@@ -334,7 +337,7 @@ def test_two_runners_share_the_points(sweep):
 
 
 def test_what_another_process_finishes_before_we_lock_it_is_not_run_again(sweep, monkeypatch):
-    real = run_experiments.lock
+    real = runner.lock
 
     def late(folder):
         descriptor = real(folder)
@@ -343,7 +346,7 @@ def test_what_another_process_finishes_before_we_lock_it_is_not_run_again(sweep,
         (folder / "summary.json").write_text(json.dumps(summary | costs | {"peak_memory_bytes": 1}))
         return descriptor
 
-    monkeypatch.setattr(run_experiments, "lock", late)
+    monkeypatch.setattr(runner, "lock", late)
     assert run_experiments.main(["sweep.yaml"]) == 0
     assert not notes()
 
