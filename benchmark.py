@@ -123,13 +123,13 @@ def with_naive_form(label: str, mixer, x) -> Iterator[tuple[str, object, object]
 
 
 def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator[dict]:
-    """Rows of layers at one resolution: they take turns, so that a slow minute of the machine is one for all."""
+    """Rows of layers at one resolution, measured in turns: a slow minute of the machine hits all of them."""
     import torch
 
     from runs.measure import count_flops, count_parameters
 
     torch._dynamo.reset()
-    # Every case has a graph for one image, a batch and training; with too many, torch would go on eagerly, and say little.
+    # Each case compiles a graph for one image, a batch and training; beyond the limit torch falls back to eager execution.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     cases, rows = [], []
     for config in configs:
@@ -142,6 +142,7 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
         for label, mixer, x in mixers:
             tokens = config.image_size[0] * config.image_size[1] if isinstance(config, AllConvNetConfig) else x.shape[1]
             facts = {"parameters": count_parameters(mixer), "forward_mflops": count_flops(mixer, x[:1]) / 1e6}
+            # FLOPs are per image, and the same in every precision and execution.
             facts["forward_backward_mflops"] = training_flops(mixer, x[:1].clone()) / 1e6
             for precision, execution in itertools.product(bench.precision, bench.execution):
                 case = Case(mixer, x.clone(), precision=precision, compiled=execution == "compiled")
@@ -149,7 +150,7 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
                 rows.append({"layer": label, "tokens": tokens, "precision": precision, "execution": execution} | facts)
     for case in cases:
         try:
-            case.measure()  # warm-up: tables are made, kernels compiled
+            case.measure()  # warm-up: tables are built, graphs compiled
         except torch.OutOfMemoryError:
             case.is_too_large = True
         progress.update()

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels.operators  # noqa: F401  (registers torch.ops.convnn)
+from hashing import mix
 from kernels import backend, reference
 from kernels.reference import accumulator
 from options import METRICS, NeighborConfig
@@ -242,13 +243,11 @@ def random_candidates(tokens: int, num_samples: int, class_tokens: int = 0, devi
     """(S,) random tokens and every class token; with `fixed` the same ones every time, for evaluation.
 
     Neither kind holds a `torch.Generator`, which would break a compiled graph: drawn ones come from the device's
-    global generator, fixed ones are the order of a hash of the token's number (the finalizer of MurmurHash3).
+    global generator, fixed ones are the order of a hash of the token's number.
     """
     if fixed:
-        h = torch.arange(1, tokens + 1, device=device)
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
-        order = (h ^ (h >> 16)).argsort()
+        hashes = mix(torch.arange(1, tokens + 1, dtype=torch.int32, device=device))
+        order = (hashes.long() & 0xFFFFFFFF).argsort()  # as unsigned numbers
     else:
         order = torch.randperm(tokens, device=device)
     return torch.cat([torch.arange(class_tokens, device=device), order[:num_samples] + class_tokens])

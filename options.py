@@ -31,6 +31,7 @@ from cli import (
     redefault,
     specs,
 )
+from runs.machine import cpu_cores
 
 __all__ = [
     "CONVIT_SIZES",
@@ -878,11 +879,10 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
 
     data, train = build(DataConfig, values), build(TrainConfig, values)
     info = DATASETS[data.dataset]
-    workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     data = dataclasses.replace(
         data,
         resize=data.resize or info.size,
-        num_workers=workers if data.num_workers is None else data.num_workers,
+        num_workers=min(8, cpu_cores()) if data.num_workers is None else data.num_workers,
     )
     classes = info.classes or _count_classes(data.data_path)
     model = build(model_type, values, image_size=data.resize, in_channels=info.channels, num_classes=classes)

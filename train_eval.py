@@ -26,8 +26,8 @@ from options import Options, TrainConfig  # noqa: F401  like the unused names be
 from runs import RunError
 from runs.checkpoints import evaluated_weights, export_onnx, export_weights, load_state, load_weights
 from runs.files import WriteError, check_writable, write_atomically
-from runs.folder import RunFolder
-from runs.measure import count_flops, count_parameters, device_name, measure_latency, process_peak_memory, versions
+from runs.folder import RunFolder, summarize
+from runs.measure import count_flops, count_parameters, device_name
 from runs.metrics import Meter, Metrics, history_row
 from runs.optimization import (  # noqa: F401
     Average,
@@ -77,14 +77,14 @@ def train_one_epoch(
     title = f"epoch {training.epoch + 1}/{config.num_epochs}"
     try:
         with Progress(title, batches.num_samples, done, quiet=not processes.first) as progress:
-            training.agree()
+            training.agree()  # before the first step: a signal may have come between two epochs
             for images, targets in batches.epoch(training.epoch, start=training.step):
                 if mix is not None and len(images):
                     images, targets = mix(images, targets)
                 total = batches.images_in(training.step)
                 training.update(images, targets, loss_function, total)
                 progress.advance(total)
-                # Clocks differ between processes: all of them look, or save, at the step that they agree on.
+                # Saving and checking are collective, but clocks differ: processes agree at which step they are due.
                 now = time.monotonic()
                 want_look, want_save = now - looked > READ_SECONDS, now - saved > 60 * config.save_minutes > 0
                 looked, saved = now if want_look else looked, now if want_save else saved
@@ -96,7 +96,7 @@ def train_one_epoch(
                 if due and save is not None:
                     training.seconds = earlier + time.perf_counter() - started
                     save()
-    finally:
+    finally:  # of an interrupted epoch too: a resumed run adds to it
         training.seconds = earlier + time.perf_counter() - started
     training.check_finite()
     return training.total()
@@ -141,7 +141,7 @@ def evaluate(
 
 def _evaluate_splits(training: Training, data: Data, loss_function: Callable) -> dict[str, Metrics]:
     """Metrics of the validation images, if there are any, and of the test images."""
-    training.share_statistics()
+    training.share_statistics()  # each process has those of its own images until here
     return {
         name: evaluate(
             training.eval_model,
@@ -176,14 +176,15 @@ def fit(
     options: what `args.txt` holds; facts: of the model, for `summary.json`. Returns the row of the best epoch.
     """
     config, processes = training.config, training.processes
+    # Label smoothing is for training: losses of different settings compare only without it.
     loss_function, plain_loss = make_loss(config.criterion, config.label_smoothing), make_loss(config.criterion)
     mix = make_mix(config.mixup, config.cutmix, facts["num_classes"])
     split = selection_split(data)
-    board = _tensorboard(folder, training.epoch) if config.tensorboard and processes.first else None
+    board = folder.tensorboard(training.epoch) if config.tensorboard and processes.first else None
 
     def save(*others):
         training.check_finite()
-        state = training.state_dict(options)
+        state = training.state_dict(options)  # collective: it gathers the random states of all processes
         if processes.first:
             folder.save(state, *others)
 
@@ -192,12 +193,12 @@ def fit(
 
     def publish() -> None:
         if processes.first:
-            folder.epoch_done(training.history, training.best, _summary(training, split, facts, ended()), last=ended())
+            folder.epoch_done(training.history, training.best, summarize(training, split, facts, ended()), last=ended())
 
     if training.history and processes.first and folder.is_behind(len(training.history), ended()):
         publish()  # the results of a run that was killed between its last checkpoint and its results
     try:
-        with training.signals.deferred():
+        with training.signals.deferred():  # from here on there is something to save: a signal waits for the end of a step
             while not ended():
                 metrics = {"train": train_one_epoch(training, data.train, loss_function, mix, save)}
                 metrics |= _evaluate_splits(training, data, plain_loss)
@@ -206,6 +207,7 @@ def fit(
                 row, epoch = training.history[-1], training.epoch
                 kept = [folder.best] * (training.best == row)
                 kept += [folder.path / f"epoch_{epoch}.pt"] * bool(config.save_every and epoch % config.save_every == 0)
+                # Checkpoints before results: a run killed in between publishes again when it is resumed.
                 save(*kept)
                 publish()
                 if processes.first:
@@ -216,7 +218,7 @@ def fit(
                     for name, value in row.items():
                         board.add_scalar(name, value, epoch)
                     board.flush()
-    except Interrupted as interrupted:
+    except Interrupted as interrupted:  # by all processes at the same step
         save()
         processes.finish()
         interrupted.is_saved = True
@@ -237,35 +239,6 @@ def _stalled(history: list[dict], split: str, patience: int) -> bool:
     return min(losses[-patience:]) >= min(losses[:-patience])
 
 
-def _summary(training: Training, split: str, facts: dict, ended: bool) -> dict:
-    """What summary.json holds."""
-    chosen = {"val": "validation set", "test": "test set"}[split]
-    note = "" if split == "val" else "The best epoch was chosen on the test set; --val_fraction chooses it on held-out images."
-    seconds = [row["seconds"] for row in training.history]
-    image = torch.zeros(1, *facts["image_shape"], device=training.device)
-    return {
-        "finished": ended,
-        "epochs": len(training.history),
-        "best_epoch_chosen_on": chosen,
-        "note": note,
-        "final": training.history[-1],
-        "best": training.best,
-        "average_epoch_seconds": sum(seconds) / len(seconds),
-        **facts,
-        **process_peak_memory(training.device),
-        "latency_ms_per_image": measure_latency(training.model, image) if ended else None,
-        "device": device_name(training.device),
-        "versions": versions(),
-    }
-
-
-def _tensorboard(folder: RunFolder, epochs: int):
-    """A writer that hides events after these epochs, which an interrupted run may have left."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(folder.path / "tensorboard", purge_step=epochs + 1)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # A run, from options to outputs
 # ---------------------------------------------------------------------------------------------------------------
@@ -283,6 +256,7 @@ def run(
     --checkpoint into the model.
     """
     signals, processes = Signals(), None
+    # Exit status: 2 (`fail`) for the user's mistakes, 1 for what happens on the way, 128 + number for signals.
     try:
         processes = Processes.from_environment()
         with signals, processes:
@@ -341,7 +315,7 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
         )
         raise RunError(f"--batch_size {train.batch_size} is the total, and fewer images than {what}")
     device = pick_device(train.device, processes)
-    autocast_for(train, device)
+    autocast_for(train, device)  # raises for a dtype that the device does not have
     folder = RunFolder(train.output_dir)
     check_writable(folder.path, "--output_dir")
     if train.export:
@@ -354,7 +328,7 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
         import_torchvision()
     if train.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard")
-    seed_everything(train.seed, train.deterministic)
+    seed_everything(train.seed, train.deterministic)  # before the model: all processes initialize the same weights
     return run.make_model(), folder, device
 
 
@@ -416,7 +390,7 @@ def _train(run: _Run) -> None:
     model.to(device)
     training = Training(model, train, device, len(data.train), processes, run.signals)
     if found is None:
-        seed_process(train.seed, processes.rank)
+        seed_process(train.seed, processes.rank)  # dropout and mixes differ between processes, unlike the weights
     else:
         resume(training, folder, *found)
     facts = _facts(run, model, data, device)

@@ -93,7 +93,7 @@ def as_cell(value):
 
 def write_summary(points: list[Point], folder: Path, draw_plots: bool = True) -> None:
     """summary.csv, summary.md and the plots, from whatever has ended so far."""
-    from utils import as_csv, as_png, write_atomically
+    from runs.files import as_csv, as_png, write_atomically
 
     points = with_earlier(points, folder)
     rows = summarize(points, folder)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from experiments.points import ROOT, Point, program_path
 from experiments.report import finished_summary, is_finished, write_summary
+from runs.machine import cpu_cores as cores
 
 PLOTS_EVERY = 30  # seconds: drawing takes one or two
 
@@ -125,11 +126,6 @@ class Sweep:
             return f"{run.point.name}: test top-1 {summary['final']['test_top1']:.2f} %"
         self.failed.append(run.point.name)
         return f"{run.point.name} failed: {last_line(folder / 'log.txt')} (see {folder / 'log.txt'})"
-
-
-def cores() -> int:
-    """Cores that we may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:

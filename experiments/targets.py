@@ -23,7 +23,7 @@ from runs.measure import Case, device_name, median_ms, peak_memory, spread, take
 
 
 class Target(NamedTuple):
-    """A layer, what it is compared with (None: its naive form), and the largest ratios of time and memory to that.
+    """A layer, what it is compared with (None: its naive form), and the largest allowed ratios of time and memory to that.
 
     Forward and backward, gradients of the input and of all parameters; set on two AVX-512 cores.
     """
@@ -38,6 +38,7 @@ class Target(NamedTuple):
 
 
 def make_targets() -> list[Target]:
+    """What the project promises, one target per kind of layer."""
     import torch
     from torch import nn
 
@@ -45,6 +46,7 @@ def make_targets() -> list[Target]:
     from layers2d import ConvNN2d
     from place_attention import MultiHeadLocalAttention, NeighborhoodAttention
 
+    # Feature maps of CIFAR images, ViT-Tiny at 224 / 16, and 4,096 tokens for attention by location: it grows with N, not N^2.
     torch.manual_seed(0)
     images, patches, many = torch.randn(32, 64, 32, 32), torch.randn(64, 197, 192), torch.randn(1, 4096, 192)
     shuffled = ConvNN2d(64, 128, NeighborConfig(K=9), shuffle_pattern="BA")
@@ -69,13 +71,14 @@ def make_targets() -> list[Target]:
 
 
 def measure_target(target: Target, repeats: int, device, limits: dict[str, Limit]) -> dict:
-    """The layer, what it is compared with, and what the machine can do at most, in turns."""
+    """A row of the table: the layer, what it is compared with, and the limits of the machine, measured in turns."""
     from experiments.naive import Naive
 
     layer, x = target.layer.to(device), target.x.to(device)
     other = Naive(layer) if target.against is None else target.against.to(device)
     cases = [Case(layer, x.clone(), precision=target.precision, compiled=False)]
     cases.append(Case(other, x.clone(), precision="fp32", compiled=False))
+    # What the machine can do is measured in the same rounds: clock rate and neighbors on the machine change by the minute.
     functions = [case.training for case in cases] + [limit.run for limit in limits.values()]
     ours, theirs, *columns = take_turns(functions, repeats, device)
     rates = [
@@ -90,7 +93,7 @@ def measure_target(target: Target, repeats: int, device, limits: dict[str, Limit
     row |= {"memory_target": target.memory, "gflops": floor.gflops, "least_mb": floor.mb}
     row |= {"floor_ms": median_ms(floor.seconds)} | spread("times_the_floor", ours, floor.seconds)
     if target.precision == "bf16" and not has_fast_bfloat16(rates):
-        row["time_target"] = None
+        row["time_target"] = None  # still shown: without fast bfloat16 products no implementation meets it
     misses = [f"{name} ratio" for name in ("time", "memory") if is_missed(row[f"{name}_ratio"], row[f"{name}_target"])]
     return row | {"missed": ", ".join(misses)}
 
@@ -163,6 +166,7 @@ def measure_data(resize: int, least: float, images: int, repeats: int, device, b
     ours = DeviceBatches(pixels, labels, np.arange(images), Recipe("cifar10", "train", batch_size, 0, resize, device, True))
 
     def per_image(workers: int) -> Callable[[], None]:
+        # As torchvision's users load images: transforms in worker processes, which live through the epochs.
         data = PerImage(pixels, labels, 32, resize)
         loader = DataLoader(data, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
         return whole_pass(lambda: ((images.to(device), labels.to(device)) for images, labels in loader))
@@ -198,7 +202,7 @@ def make_limits(device) -> dict[str, Limit]:
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
         limits[f"matmul_{name}_gflops"] = Limit(lambda a=a, b=b: a @ b, 2 * 2048**3 / 1e9)
-    source = torch.randn(2**26, device=device)
+    source = torch.randn(2**26, device=device)  # 256 MB: more than any cache holds
     target = torch.empty_like(source)
     limits["copy_gb_per_s"] = Limit(lambda: target.copy_(source), 2 * source.nbytes / 1e9)
     return limits
@@ -223,6 +227,7 @@ def floor_of(target: Target, rates: Sequence[dict[str, float]]) -> Floor:
     gflops = training_flops(target.layer, x.clone()) / 1e9
     tensors = (x, target.layer(x), *target.layer.parameters())  # and the gradient of each
     mb = 2 * sum(tensor.nbytes for tensor in tensors) / 1e6
+    # No implementation can be faster than its products at full speed, or than reading and writing its tensors once.
     product = f"matmul_{target.precision}_gflops"
     return Floor(gflops, mb, [max(gflops / rate[product], mb / 1e3 / rate["copy_gb_per_s"]) for rate in rates])
 

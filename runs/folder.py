@@ -11,13 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 import yaml
 from torch import nn
 
 from runs.checkpoints import save_checkpoint
 from runs.files import as_csv, as_png, remove_temporaries, write_atomically
-from runs.measure import count_parameters
+from runs.measure import count_parameters, device_name, measure_latency, process_peak_memory, versions
 from runs.progress import epoch_line
+from runs.training import Training
 
 COLUMNS = (
     "epoch lr train_loss train_top1 train_top5 test_loss test_top1 test_top5 seconds images_per_s".split()
@@ -85,13 +87,14 @@ class RunFolder:
             print(
                 f"warning: {self.path} holds another run, which is written over; its weights stay as *.pt.old", file=sys.stderr
             )
+            # Weights may have taken days: they are renamed, where tables are deleted.
             for path in self.path.glob("*.pt"):
                 path.replace(path.with_name(path.name + ".old"))
             for name in ("train_eval_results.txt", "metrics.csv", "summary.json", "curves.png", "test_results.json"):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(self.path)
+        remove_temporaries(self.path)  # left by a process that was killed while it wrote
         shown = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in options.items()}
         self._write("args.txt", "".join(f"{name}: {value}\n" for name, value in shown.items()))
         self._write("config.yaml", yaml.safe_dump(options, sort_keys=False))
@@ -118,8 +121,36 @@ class RunFolder:
         # summary.json comes last: once it says that the run has ended, nothing else remains to be written.
         self._write("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
+    def tensorboard(self, epochs: int):
+        """A writer that hides events after these epochs, which an interrupted run may have left."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self.path / "tensorboard", purge_step=epochs + 1)
+
     def _write(self, name: str, text: str) -> None:
         write_atomically(self.path / name, text)
+
+
+def summarize(training: Training, selection_split: str, facts: dict, ended: bool) -> dict:
+    """What summary.json holds; facts: of the model and the data."""
+    chosen = {"val": "validation set", "test": "test set"}[selection_split]
+    note = "The best epoch was chosen on the test set; --val_fraction chooses it on held-out images."
+    seconds = [row["seconds"] for row in training.history]
+    image = torch.zeros(1, *facts["image_shape"], device=training.device)
+    return {
+        "finished": ended,
+        "epochs": len(training.history),
+        "best_epoch_chosen_on": chosen,
+        "note": "" if selection_split == "val" else note,
+        "final": training.history[-1],
+        "best": training.best,
+        "average_epoch_seconds": sum(seconds) / len(seconds),
+        **facts,
+        **process_peak_memory(training.device),
+        "latency_ms_per_image": measure_latency(training.model, image) if ended else None,  # it takes a second
+        "device": device_name(training.device),
+        "versions": versions(),
+    }
 
 
 def results_text(history: list[dict], best: dict) -> str:

@@ -23,6 +23,7 @@ def make_loss(criterion: str, label_smoothing: float = 0.0) -> Callable[[Tensor,
 
     def mean_squared_error(logits: Tensor, targets: Tensor) -> Tensor:
         classes = logits.shape[1]
+        # The same smoothing as that of cross-entropy: a share of every target goes evenly to all classes.
         shares = F.one_hot(targets, classes).to(logits.dtype) if targets.ndim == 1 else targets
         return F.mse_loss(logits, shares * (1 - label_smoothing) + label_smoothing / classes)
 
@@ -62,6 +63,7 @@ class LearningRate:
         self.warmup_steps = config.warmup_epochs * steps_per_epoch
         self.steps_per_epoch = steps_per_epoch
         schedulers = torch.optim.lr_scheduler
+        # Both exist always, so that checkpoints of all schedules have one form; `step` and `epoch_done` choose.
         self.by_step = schedulers.LambdaLR(optimizer, self.factor)
         self.plateau = schedulers.ReduceLROnPlateau(
             optimizer, factor=config.lr_gamma, patience=config.lr_step - 1, threshold=0, eps=0
@@ -113,9 +115,10 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
+        # state_dict, not parameters: running means and variances of BatchNorm belong to the weights that made them.
         mine, new = list(self.model.state_dict().values()), list(model.state_dict().values())
         averaged = [pair for pair in zip(mine, new, strict=True) if pair[0].is_floating_point()]
-        # One fused call instead of one kernel per tensor.
+        # mine <- mine + (1 - decay) (new - mine), in one fused call instead of a kernel per tensor.
         torch._foreach_lerp_([a for a, _ in averaged], [b for _, b in averaged], 1 - self.decay)
         for a, b in zip(mine, new, strict=True):
             if not a.is_floating_point():  # BatchNorm's count of batches

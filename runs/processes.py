@@ -116,6 +116,21 @@ def seed_process(seed: int, rank: int, *progress: int) -> None:
         torch.manual_seed(int.from_bytes(hashlib.sha256(repr((seed, rank, *progress)).encode()).digest()[:8], "big") >> 1)
 
 
+def _ranks() -> list[int]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, checked. Raises ProcessError."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ProcessError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without {', '.join(missing)}; start several processes with torchrun"
+        )
+    values = [os.environ[name] for name in names] + [os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
+        given = " ".join(f"{name}={value}" for name, value in zip(names, values, strict=False))
+        raise ProcessError(f"{given} are not valid ranks; start the processes with torchrun")
+    return list(map(int, values))
+
+
 class Processes:
     """The processes that train one model: `world` of them, of which this is number `rank`. With one, nothing is sent.
 
@@ -131,20 +146,7 @@ class Processes:
     @classmethod
     def from_environment(cls) -> Processes:
         """From torchrun's variables, else one process. Raises ProcessError if they are incomplete or inconsistent."""
-        if os.environ.get("WORLD_SIZE", "1") == "1":
-            return cls()
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise ProcessError(
-                f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without {', '.join(missing)}; "
-                "start several processes with torchrun"
-            )
-        values = [os.environ[name] for name in names] + [os.environ.get("LOCAL_WORLD_SIZE", "1")]
-        if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
-            given = " ".join(f"{name}={value}" for name, value in zip(names, values, strict=False))
-            raise ProcessError(f"{given} are not valid ranks; start the processes with torchrun")
-        return cls(*map(int, values))
+        return cls(*_ranks()) if os.environ.get("WORLD_SIZE", "1") != "1" else cls()
 
     @property
     def first(self) -> bool:
@@ -161,6 +163,7 @@ class Processes:
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        # A second group for control messages: they must not wait for the GPU, nor queue behind the gradients.
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=self.rank, world_size=self.world)
             self._control = dist.new_group(backend="gloo")
@@ -246,7 +249,7 @@ class Processes:
         if self.world == 1:
             return list(wishes)
         agreed = [0] * len(wishes)
-        if self._asked is not None:
+        if self._asked is not None:  # the reduction that the previous call has started
             work, tensor = self._asked
             work.wait()
             agreed, self._asked = tensor.tolist(), None

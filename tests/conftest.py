@@ -40,5 +40,5 @@ def quick_results():
 
     with pytest.MonkeyPatch.context() as patch:  # which outlasts a test's own monkeypatch.undo()
         patch.setattr("runs.folder.draw_curves", lambda history, path: write_atomically(path, b"a picture"))
-        patch.setattr("train_eval.measure_latency", lambda model, image: 1.0)
+        patch.setattr("runs.folder.measure_latency", lambda model, image: 1.0)
         yield
