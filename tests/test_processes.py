@@ -36,7 +36,7 @@ def start_both(*command, **more):
     return [start(command, rank, 2, port, **more) for rank in range(2)]
 
 
-HANG = 300  # seconds after which a test gives up: far more than anything takes on a busy machine
+HANG = 1800  # seconds after which a test gives up: far more than anything takes on a busy machine
 
 
 def finish(processes):
