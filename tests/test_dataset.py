@@ -822,7 +822,7 @@ try:
     if sys.argv[2] == "leave":
         sys.exit()
     subprocess.run(["kill", "-KILL", str(worker.pid)])
-    time.sleep(600)
+    time.sleep(3600)
 except RuntimeError:  # torch's handler of SIGCHLD
     print(worker.exitcode == -signal.SIGKILL)
 """

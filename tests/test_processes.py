@@ -80,7 +80,7 @@ with Signals() as signals, signals.deferred():
             time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(600)
+    time.sleep(3600)
 """
 
 

@@ -32,7 +32,7 @@ open(folder / "environment.json", "w").write(json.dumps(dict(os.environ)))
 begun = folder / "last.pt"
 for epoch in range(int(begun.read_text()) if begun.exists() else 0, int(options["--num_epochs"])):
     if str(epoch) == os.environ.get("STAY"):
-        time.sleep(600)
+        time.sleep(3600)
     begun.write_text(str(epoch + 1))
     note(f"epoch-{epoch}")
 if options.get("--lr") == "0.5":
