@@ -438,7 +438,7 @@ def test_submitted_runs(tmp_path):
 def test_a_job_that_is_requeued_is_submitted_as_it_was(sweep):
     pytest.importorskip("submitit")
     run, points = run_experiments.ClusterRun(), name_points(*read_sweep("sweep.yaml", []))
-    run.process = subprocess.Popen(["sleep", "600"])
+    run.process = subprocess.Popen(["sleep", "3600"])
     again = run.checkpoint(points[0], points, sweep / "out", 1)
     assert run.process.wait(timeout=1800) in (0, -signal.SIGTERM)  # 0: it is known only that it has ended
     assert type(again.function) is run_experiments.ClusterRun and again.args == (points[0], points, sweep / "out", 1)
