@@ -24,6 +24,8 @@ def all_scores(query: Tensor, key: Tensor, metric: str) -> Tensor:
     if metric == "cosine":
         return F.normalize(query, dim=2, eps=1e-12) @ F.normalize(key, dim=2, eps=1e-12).mT
     if metric == "euclidean":
+        if torch.compiler.is_exporting():  # ONNX has no cdist
+            return -(query[:, :, None] - key[:, None]).square().sum(dim=3).sqrt()
         return -torch.cdist(query, key, compute_mode="donot_use_mm_for_euclid_dist")
     return query @ key.mT
 
