@@ -5,7 +5,6 @@ The functions run on fake CUDA tensors; what they would launch is written down, 
 arguments that Triton compiles for, instead of launched.
 """
 
-import inspect
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import kernels.cuda as cuda
+from kernels import cuda, triton_common
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHITECTURES = (80, 90, 100)
@@ -28,12 +27,12 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 def launches(function, *arguments):
     """What a function of `kernels.cuda` returns for fake tensors, and its launches: (kernel, arguments, options) each."""
     found = []
-    original = cuda._launch
-    cuda._launch = lambda kernel, grid, *arguments, device, **options: found.append((kernel, arguments, options))
+    original = triton_common.launch
+    triton_common.launch = lambda kernel, grid, *arguments, device, **options: found.append((kernel, arguments, options))
     try:
         output = function(*arguments)
     finally:
-        cuda._launch = original
+        triton_common.launch = original
     return output, found
 
 
@@ -67,7 +66,7 @@ def source(kernel, arguments, options):
         if name in options:
             signature[name], constants[(place,)] = "constexpr", options.pop(name)
     assert list(signature) == names, (names, list(signature))
-    return ASTSource(kernel, signature, constants, properties), cuda.COMPILATION | options
+    return ASTSource(kernel, signature, constants, properties), triton_common.COMPILATION | options
 
 
 def resources(kernel, arguments, options, architecture):
@@ -96,7 +95,10 @@ def cases():
         for K in (9, 16, 32, 64):
             found[f"search, {kind}, K {K}"] = cuda.find_scored_neighbors, (x, x, K, None, None)
         own, some = (torch.empty(n, dtype=torch.long, device="cuda") for n in (256, 32))
-        found[f"search, cosine, own first, {D} channels, {kind}, K 9"] = cuda.find_neighbors, (wide, wide, 9, "cosine", None, own)
+        found[f"search, cosine, own first, {D} channels, {kind}, K 9"] = (
+            cuda.find_neighbors,
+            (wide, wide, 9, "cosine", None, own),
+        )
         found[f"search, euclidean, candidates, {kind}, K 9"] = cuda.find_neighbors, (x, x, 9, "euclidean", some, None)
         for K in (9, 16):
             index = torch.empty(G, N, K, dtype=torch.long, device="cuda")
@@ -109,7 +111,10 @@ def cases():
             found[f"weighted sum, {kind}, K {K}"] = cuda.weighted_sum, (x, index, weights)
             found[f"weighted sum, {kind}, K {K}, backward"] = cuda.weighted_sum_backward, (x, x, index, weights)
             found[f"depthwise, {kind}, K {K}"] = cuda.aggregate, (x, index, depthwise, weights, True)
-            found[f"depthwise, {kind}, K {K}, backward"] = cuda.aggregate_backward, (x, x, index, depthwise, weights, True, True)
+            found[f"depthwise, {kind}, K {K}, backward"] = (
+                cuda.aggregate_backward,
+                (x, x, index, depthwise, weights, True, True),
+            )
             for scores in (None, weights):
                 name = f"standard{', scores' if scores is not None else ''}, {kind}, K {K}"
                 weight = torch.empty(128, K * C, dtype=dtype, device="cuda")
@@ -129,7 +134,9 @@ def table(architectures=ARCHITECTURES, only=""):
                     continue
                 for kernel, given, options in launches(function, *arguments)[1]:
                     found = [resources(kernel, given, options, a) for a in architectures]
-                    print(name, kernel.__name__, *found, in_order, {k: v for k, v in options.items() if k not in "KC"}, flush=True)
+                    print(
+                        name, kernel.__name__, *found, in_order, {k: v for k, v in options.items() if k not in "KC"}, flush=True
+                    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The kernels of `kernels/cuda.py` under Triton's interpreter; `test_cuda.py` runs this file with TRITON_INTERPRET=1.
 
-Compared with the plain form (full score matrix, sort, gather) in float64 and, for gradients, its autograd. bfloat16 is not among
-the types, as the interpreter computes it wrongly.
+Compared with the plain form (full score matrix, sort, gather) in float64 and, for gradients, its autograd. bfloat16 is not
+among the types, as the interpreter computes it wrongly.
 """
 
 import itertools
@@ -12,12 +12,12 @@ import torch
 from naive import aggregate as naive_aggregate
 from naive import gather, scores
 
-from kernels import cuda
+from kernels import cuda, triton_convolution
 
 METRICS = ("cosine", "euclidean", "matmul")
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-# B, N, M, C, K: N and M ragged and not, more queries than keys and fewer, channels in one block and in several.
-SIZES = pytest.mark.parametrize("size", [(2, 37, 45, 12, 9), (1, 70, 20, 24, 4), (2, 5, 50, 80, 16), (1, 64, 64, 5, 1)], ids=str)
+# B, N, M, C, K: N ragged and not, more queries than keys and fewer, channels in one block and in several.
+SIZES = pytest.mark.parametrize("size", [(2, 37, 9, 12, 9), (1, 64, 5, 24, 1), (2, 5, 12, 70, 16)], ids=str)
 
 
 @pytest.fixture(params=[False, True], ids=["atomic", "in order"])
@@ -87,15 +87,15 @@ def gradients(function, grad, *inputs):
 @TYPES
 @pytest.mark.parametrize("metric", METRICS)
 def test_search(metric, dtype):
-    B, N, M, C, K = 2, 37, 70, 12, 9
+    B, N, M, C, K = 1, 70, 97, 12, 9
     query, key = torch.randn(B, N, C).to(dtype), torch.randn(B, M, C).to(dtype)
     found = cuda.find_neighbors(strided(query), strided(key), K, metric, None, None)
     assert_same_neighbors(found, scores(query.double(), key.double(), metric), K)
 
 
-@pytest.mark.parametrize("K, C", [(1, 20), (4, 5), (16, 80), (32, 33), (64, 16)])
+@pytest.mark.parametrize("K, C", [(1, 70), (4, 5), (16, 80), (32, 33), (64, 16)])
 def test_search_of_any_number_in_any_number_of_channels(K, C):
-    query, key = torch.randn(1, 70, C), torch.randn(1, 131, C)
+    query, key = torch.randn(1, 30, C), torch.randn(1, 70, C)
     index, products = cuda.find_scored_neighbors(query, key, K, None, None)
     full = query.double() @ key.double().mT
     assert_same_neighbors(index, full, K)
@@ -105,7 +105,7 @@ def test_search_of_any_number_in_any_number_of_channels(K, C):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("some", [False, True], ids=["all", "candidates"])
 def test_search_with_the_own_token_first(metric, some):
-    query, key, K = torch.randn(2, 40, 8), torch.randn(2, 70, 8), 5
+    query, key, K = torch.randn(2, 40, 8), torch.randn(2, 70, 8), 4
     self_index = torch.randperm(70)[:40]
     candidates = torch.randperm(70)[:35] if some else None  # of which some are own tokens, in no order
     full = scores(query.double(), key.double(), metric)
@@ -211,7 +211,7 @@ def test_weighted_sum(size, dtype, in_order):
 @pytest.mark.parametrize("scored", [False, True], ids=["plain", "scores"])
 @pytest.mark.parametrize("width", [None, 20], ids=["depthwise", "standard"])
 def test_aggregate(size, dtype, scored, width, in_order, monkeypatch):
-    monkeypatch.setattr(cuda, "ORDERED_ELEMENTS", 1)  # one group at a time
+    monkeypatch.setattr(triton_convolution, "ORDERED_ELEMENTS", 1)  # one group at a time
     (C, K), depthwise = size[3:], width is None
     _, values, index, pair_scores = problem(size, dtype)
     D = C if depthwise else width
@@ -242,5 +242,7 @@ def test_sums_in_order_do_not_change():
     grad, values, index, weights = problem((3, 40, 7, 6, 4), torch.float32)
     found = cuda.weighted_sum_backward(grad, values, index, weights)[0]
     assert torch.equal(found, cuda.weighted_sum_backward(grad, values, index, weights)[0])
-    assert torch.equal(found.flip(0), cuda.weighted_sum_backward(grad.flip(0), values.flip(0), index.flip(0), weights.flip(0))[0])
+    assert torch.equal(
+        found.flip(0), cuda.weighted_sum_backward(grad.flip(0), values.flip(0), index.flip(0), weights.flip(0))[0]
+    )
     torch.use_deterministic_algorithms(False)
