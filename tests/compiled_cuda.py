@@ -156,9 +156,8 @@ def main() -> None:
             print(f"{name}: spills, {found}", file=sys.stderr)
         rows.setdefault((name.split(":")[0], dtype), []).append(found)
     columns = " | ".join(f"sm_{architecture}" for architecture in ARCHITECTURES)
-    print(
-        f"| kernel | inputs | configurations | {columns} | shared memory, KB |\n|---|---|---:|{'---:|' * len(ARCHITECTURES)}---:|"
-    )
+    print(f"| kernel | inputs | configurations | {columns} | shared memory, KB |")
+    print(f"|---|---|---:|{'---:|' * len(ARCHITECTURES)}---:|")
     for (kernel, dtype), found in rows.items():
         spread = [sorted(one[a][0] for one in found) for a in range(len(ARCHITECTURES))]
         cells = " | ".join(f"{least[0]} to {least[-1]}" if least[0] < least[-1] else f"{least[0]}" for least in spread)
