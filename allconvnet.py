@@ -3,54 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d
-from options import AllConvNetConfig
+from layers2d import Branching2d
+from options import LAYERS2D_ROWS, AllConvNetConfig
+from registry import build_layer
 
 __all__ = ["LAYERS2D", "AllConvNet", "AllConvNetConfig", "make_layer2d"]
 
 
-def _conv2d(config: AllConvNetConfig, in_channels: int, out_channels: int) -> nn.Module:
-    return nn.Conv2d(in_channels, out_channels, config.kernel_size, padding="same")
+def _make(name: str, config: AllConvNetConfig, in_channels: int, out_channels: int) -> nn.Module:
+    """The mixer of this name with the options of the config, on maps of its size."""
+    return build_layer(LAYERS2D_ROWS[name], config, in_channels, out_channels)
 
 
-def _convnn(config: AllConvNetConfig, in_channels: int, out_channels: int) -> nn.Module:
-    return ConvNN2d(
-        in_channels,
-        out_channels,
-        config.neighbors,
-        shuffle_pattern=config.shuffle_pattern,
-        shuffle_scale=config.shuffle_scale,
-        padding=config.padding,
-        image_size=config.image_size,
-    )
-
-
-def _convnn_attention(config: AllConvNetConfig, in_channels: int, out_channels: int) -> nn.Module:
-    return ConvNNAttention2d(
-        in_channels,
-        out_channels,
-        config.neighbors,
-        shuffle_pattern=config.shuffle_pattern,
-        shuffle_scale=config.shuffle_scale,
-        image_size=config.image_size,
-    )
-
-
-def _attention(config: AllConvNetConfig, in_channels: int, out_channels: int) -> nn.Module:
-    return Attention2d(
-        in_channels,
-        out_channels,
-        config.num_heads,
-        shuffle_pattern=config.shuffle_pattern,
-        shuffle_scale=config.shuffle_scale,
-    )
-
-
-LAYERS2D = {"Conv2d": _conv2d, "ConvNN": _convnn, "ConvNN_Attn": _convnn_attention, "Attention": _attention}
+LAYERS2D = {name: partial(_make, name) for name in LAYERS2D_ROWS}
 
 
 def make_layer2d(config: AllConvNetConfig, in_channels: int, out_channels: int) -> nn.Module:

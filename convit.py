@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from layers1d import MultiHeadAttention, TokenLayout
-from local_attention import GatedPositionalSelfAttention
 from options import CONVIT_SIZES
-from vit import init_vit_weights
+from place_attention import GatedPositionalSelfAttention
+from vit import Block, init_vit_weights, prepend
 
 __all__ = ["ConViTBackbone", "ConViTConfig", "ConViTLayer", "ConViTWithLinearClassifier", "GatedPositionalSelfAttention"]
 
@@ -138,8 +138,10 @@ def resolve_heads(dim: int, heads: int | None, head_dim: int | None) -> int:
     return found
 
 
-class ConViTLayer(nn.Module):
+class ConViTLayer(Block):
     """Attention and feed-forward, each with a residual and a LayerNorm before (`pre_norm`) or after: (B, N, dim) -> the same.
+
+    Unlike `Block` it drops features of the feed-forward only, hidden ones too.
 
     Args:
         mixer: a module on (B, N, dim): `GatedPositionalSelfAttention` in local layers, `MultiHeadAttention` in others.
@@ -150,14 +152,8 @@ class ConViTLayer(nn.Module):
     def __init__(
         self, dim: int, mixer: nn.Module, *, pre_norm: bool = False, ff_dim: int | None = None, ff_dropout: float = 0.0
     ):
-        super().__init__()
+        super().__init__(dim, 4 * dim if ff_dim is None else ff_dim, mixer, ff_dropout)
         self.pre_norm = pre_norm
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.mixer = mixer
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        hidden = 4 * dim if ff_dim is None else ff_dim
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-        self.dropout = nn.Dropout(ff_dropout)
 
     def forward(self, x: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
         """With output_attentions also the mixing matrix of the mixer."""
@@ -180,60 +176,33 @@ class ConViTBackbone(nn.Module):
     """Images (B, channels, H, W) -> tokens (B, 1 + N, dim), the class token first.
 
     Patches in raster order with learned positions go through the local layers; the class token joins for the others.
-    Arguments and errors are those of `ConViTConfig`.
+
+    Args:
+        config: the model; its classifier is not part of the backbone.
+        fields: of a `ConViTConfig`, by name: changes of the config, or all of one without num_classes.
+
+    Raises ValueError as `ConViTConfig` does.
     """
 
-    def __init__(
-        self,
-        image_size: int | tuple[int, int],
-        image_channel: int,
-        patch_size: int,
-        num_local_layers: int,
-        num_nonlocal_layers: int,
-        dim: int,
-        locality_strength: float = 1.0,
-        heads: int | None = None,
-        head_dim: int | None = None,
-        pre_norm: bool = False,
-        ff_dim: int | None = None,
-        ff_dropout: float = 0.0,
-        attention_dropout: float = 0.0,
-        token_dropout: float = 0.0,
-    ):
+    def __init__(self, config: ConViTConfig | None = None, **fields):
         super().__init__()
-        config = ConViTConfig(
-            image_size,
-            image_channel,
-            patch_size,
-            num_local_layers,
-            num_nonlocal_layers,
-            dim,
-            1,  # classes: the backbone has none
-            locality_strength,
-            heads,
-            head_dim,
-            pre_norm,
-            ff_dim,
-            ff_dropout,
-            attention_dropout,
-            token_dropout,
-        )
-        heads, layout = config.heads, TokenLayout(*patch_grid(image_size, patch_size))
+        config = ConViTConfig(**{"num_classes": 1, **fields}) if config is None else replace(config, **fields)
+        self.config = config
+        dim, patch_size = config.dim, config.patch_size
+        layout = TokenLayout(*patch_grid(config.image_size, patch_size))
         self.image_size = layout.height * patch_size, layout.width * patch_size
-        self.patch_embedding = nn.Conv2d(image_channel, dim, patch_size, stride=patch_size)
+        self.patch_embedding = nn.Conv2d(config.image_channel, dim, patch_size, stride=patch_size)
         self.class_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embedding = nn.Parameter(torch.empty(1, layout.num_tokens, dim))
-        self.token_dropout = nn.Dropout1d(token_dropout)  # of whole rows of (B, N, dim)
-        self.num_local_layers = num_local_layers
-        attention = {"attention_dropout": attention_dropout, "bias": False}
-        mixers = [
-            GatedPositionalSelfAttention(dim, heads, layout=layout, locality_strength=locality_strength, **attention)
-            for _ in range(num_local_layers)
-        ]
-        mixers += [MultiHeadAttention(dim, heads, **attention) for _ in range(num_nonlocal_layers)]
-        feed_forward = {"ff_dim": ff_dim, "ff_dropout": ff_dropout}
-        self.blocks = nn.ModuleList(ConViTLayer(dim, mixer, pre_norm=pre_norm, **feed_forward) for mixer in mixers)
-        self.norm = nn.LayerNorm(dim, eps=1e-6) if pre_norm else nn.Identity()
+        self.token_dropout = nn.Dropout1d(config.token_dropout)  # of whole rows of (B, N, dim)
+        self.num_local_layers = config.num_local_layers
+        attention = {"attention_dropout": config.attention_dropout, "bias": False}
+        local = {"layout": layout, "locality_strength": config.locality_strength}
+        mixers = [GatedPositionalSelfAttention(dim, config.heads, **local, **attention) for _ in range(config.num_local_layers)]
+        mixers += [MultiHeadAttention(dim, config.heads, **attention) for _ in range(config.num_nonlocal_layers)]
+        layer = {"pre_norm": config.pre_norm, "ff_dim": config.ff_dim, "ff_dropout": config.ff_dropout}
+        self.blocks = nn.ModuleList(ConViTLayer(dim, mixer, **layer) for mixer in mixers)
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if config.pre_norm else nn.Identity()
         init_vit_weights(self, std=0.02)
 
     def forward(self, images: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
@@ -245,16 +214,13 @@ class ConViTBackbone(nn.Module):
         matrices = []
         for number, layer in enumerate(self.blocks):
             if number == self.num_local_layers:
-                x = self.with_class_token(x)
+                x = prepend(self.class_token, x)
             x, matrix = layer(x, True) if output_attentions else (layer(x), None)
             matrices.append(matrix)
         if self.num_local_layers == len(self.blocks):
-            x = self.with_class_token(x)
+            x = prepend(self.class_token, x)
         x = self.norm(x)
         return (x, matrices) if output_attentions else x
-
-    def with_class_token(self, x: Tensor) -> Tensor:
-        return torch.cat([self.class_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
 
 
 class ConViTWithLinearClassifier(nn.Module):
@@ -263,8 +229,7 @@ class ConViTWithLinearClassifier(nn.Module):
     def __init__(self, config: ConViTConfig):
         super().__init__()
         self.config = config
-        of_the_head = ("num_classes", "pred_act_fnc_name")
-        self.backbone = ConViTBackbone(**{f.name: getattr(config, f.name) for f in fields(config) if f.name not in of_the_head})
+        self.backbone = ConViTBackbone(config)
         self.activation = getattr(nn, config.pred_act_fnc_name)()
         self.classifier = nn.Linear(config.dim, config.num_classes)
         init_vit_weights(self.classifier, std=0.02)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layers1d import MultiHeadMixer, TokenLayout, attend
-from local_attention import PlacedPattern, neighborhood_tiling
 from options import PERFORMER_KERNELS, check_window
+from place_attention import PlacedPattern, neighborhood_tiling
 
 
 class LinearMixer(MultiHeadMixer):
@@ -58,9 +58,11 @@ class LinformerAttention(LinearMixer):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
         if k < 1:
             raise ValueError(f"k={k} must be at least 1")
-        # Normal with variance 1/k, as in the Johnson-Lindenstrauss projections of the paper's theorem 2.
-        self.key_projection = nn.Parameter(torch.randn(k, layout.num_tokens) / math.sqrt(k))
-        self.value_projection = nn.Parameter(torch.randn(k, layout.num_tokens) / math.sqrt(k))
+        # Normal with variance 1/N, so that a mixture of N tokens has the variance of one (the paper's theorem 2 has 1/k, which
+        # keeps the norm of all N instead and lets scores and values grow with N / k).
+        N = layout.num_tokens
+        self.key_projection = nn.Parameter(torch.randn(k, N) / math.sqrt(N))
+        self.value_projection = nn.Parameter(torch.randn(k, N) / math.sqrt(N))
 
     def weigh(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         return attend(query, self.key_projection @ key, self.value_projection @ value, dropout=dropout)[0]
@@ -180,7 +182,7 @@ class NystromformerAttention(LinearMixer):
         if conv_kernel < 0:
             raise ValueError(f"conv_kernel={conv_kernel} must be at least 0")
         N = layout.num_tokens
-        self.register_buffer("segments", segment_members(num_landmarks, N) if num_landmarks < N else None, persistent=False)
+        self.set_tables(lambda: {"segments": segment_members(num_landmarks, N) if num_landmarks < N else None})
         self.reach = (conv_kernel - 1) // 2, conv_kernel // 2  # tokens before and after
         self.conv = None
         if conv_kernel:

@@ -1,52 +1,108 @@
 """Every option in one place, without torch: `--help` and errors about options come at once.
 
-The fields of the dataclasses below are the flags of the command lines, the keys of the YAML files and the
-columns of the results: name, type, default, choices, range and help are stated here and nowhere else.
-Ranges are checked always, relations between options only for the layer in use.
+The fields of the dataclasses below are the flags of the command lines, the keys of the YAML files and the columns of the
+results: name, type, default, choices, range and help are stated here and nowhere else. The layers stand here as well, as rows
+that name a class and the options it takes. Ranges are checked always, relations between options only for the layer in use.
+How flags and YAML are read is in `cli.py`.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import functools
 import math
 import os
-import re
-import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-import yaml
-
-LAYERS2D_NAMES = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention")
-LAYERS1D_NAMES = (
-    "Attention",
-    "ConvNN",
-    "ConvNNAttention",
-    "Conv1d",
-    "Conv1dAttention",
-    "KvtAttention",
-    "LocalAttention",
-    "SparseAttention",
-    "MaskedAttention",
-    "NeighborhoodAttention",
-    "Linformer",
-    "Performer",
-    "Nystromformer",
-    "Hybrid",
-    "GPSA",
-    "BranchConv",
-    "BranchAttention",
+from cli import (
+    NOT_GIVEN,
+    OneLineParser,
+    Spec,
+    as_words,
+    build,
+    check_fields,
+    did_you_mean,
+    make_parser,
+    option,
+    read_values,
+    read_yaml,
+    redefault,
+    specs,
 )
-METRICS = {"cosine": "cosine", "similarity": "cosine", "euclidean": "euclidean", "distance": "euclidean", "matmul": "matmul"}
+
+__all__ = [
+    "CONVIT_SIZES",
+    "CONVOLUTION_TYPES",
+    "DATASETS",
+    "LAYERS1D_NAMES",
+    "LAYERS1D_ROWS",
+    "LAYERS2D_NAMES",
+    "LAYERS2D_ROWS",
+    "MASK_TYPES",
+    "METRICS",
+    "METRIC_ALIASES",
+    "PERFORMER_KERNELS",
+    "PROGRAMS",
+    "RESUME_MAY_CHANGE",
+    "SHUFFLE_PATTERNS",
+    "SYSTEM",
+    "VIT_MODELS",
+    "AllConvNetConfig",
+    "BenchmarkConfig",
+    "DataConfig",
+    "DatasetInfo",
+    "NeighborConfig",
+    "OneLineParser",
+    "Options",
+    "Program",
+    "Row",
+    "Spec",
+    "TrainConfig",
+    "ViTConfig",
+    "branch_widths",
+    "build",
+    "canonical_metric",
+    "check_fields",
+    "check_heads",
+    "check_slots",
+    "check_window",
+    "did_you_mean",
+    "layer_row",
+    "make_parser",
+    "option",
+    "parse_options",
+    "read_values",
+    "read_yaml",
+    "redefault",
+    "resolve",
+    "sequence_grid",
+    "shuffle_factors",
+    "specs",
+    "warn_without_effect",
+]
+
+METRIC_ALIASES = {
+    "cosine": "cosine",
+    "similarity": "cosine",
+    "euclidean": "euclidean",
+    "distance": "euclidean",
+    "matmul": "matmul",
+}
+METRICS = METRIC_ALIASES  # its first name
 SHUFFLE_PATTERNS = ("BA", "NA", "B", "A")
 MASK_TYPES = ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors")
 PERFORMER_KERNELS = ("softmax", "relu")
 CONVIT_SIZES = {"Ti": (192, 4), "Ti_plus": (256, 4), "S": (432, 9), "S_plus": (576, 9), "B": (768, 16), "B_plus": (1024, 16)}
 CONVOLUTION_TYPES = ("standard", "depthwise", "depthwise-separable")
+
+
+def canonical_metric(name: str) -> str:
+    """cosine, euclidean or matmul, from any of their names. Raises ValueError for another name."""
+    if name not in METRIC_ALIASES:
+        raise ValueError(f"metric={name!r} is not one of {', '.join(METRIC_ALIASES)}")
+    return METRIC_ALIASES[name]
 
 
 class DatasetInfo(NamedTuple):
@@ -72,87 +128,81 @@ DATASETS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Fields that are options
+# Layers
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Spec(NamedTuple):
-    """What an option accepts. `low` and `high` are allowed themselves, `below` is not."""
+class Row(NamedTuple):
+    """A layer as data: its class, and the options that its constructor takes as keywords. `registry.py` builds it.
 
-    kind: type
-    help: str
-    many: bool = False
-    optional: bool = False
-    choices: tuple[str, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    below: float | None = None
-    aliases: tuple[str, ...] = ()
-    group: str = ""
+    What the model alone knows comes first and by position: channels in and out of a 2-D layer, features and heads of a 1-D one.
+    An option that no layer in use takes has no effect, and is named in a warning.
+    """
 
+    target: str  # "module:Class"
+    # Names of options, argument=option where the constructor says otherwise. `neighbors` is a NeighborConfig, `layout` what
+    # the tokens are, and `image_size` the sides of the map.
+    takes: str
+    fixed: tuple[tuple[str, object], ...] = ()  # arguments that are no options
+    branches: tuple[str, ...] = ()  # the layers side by side: the one of branch_ratio, alone at 1, and the other, alone at 0
 
-def option(default, help: str, *, kind: type | None = None, many: bool = False, **accepts):
-    """A dataclass field that is a flag as well; its type is that of the default, or (many) `kind` where that is None."""
-    many = many or isinstance(default, tuple)
-    kind = kind or type(default[0] if many else default)
-    return field(default=default, metadata={"option": Spec(kind, help, many, default is None, **accepts)})
+    @property
+    def arguments(self) -> dict[str, str]:
+        """The option behind each argument of the constructor."""
+        pairs = (word.partition("=") for word in self.takes.split())
+        return {argument: option or argument for argument, _, option in pairs}
 
-
-def redefault(config: type, name: str, default):
-    """The option `name` of `config` with another default, for a dataclass that inherits it."""
-    return field(default=default, metadata=config.__dataclass_fields__[name].metadata)
-
-
-def specs(config: type) -> dict[str, Spec]:
-    """The options of a config dataclass, by name."""
-    return {f.name: f.metadata["option"] for f in fields(config) if "option" in f.metadata}
+    @property
+    def options(self) -> set[str]:
+        """Names of the options that the layer reads."""
+        names = set(self.arguments.values())
+        return names - {"layout", "image_size", "neighbors"} | (NEIGHBOR_OPTIONS if "neighbors" in names else set())
 
 
-def did_you_mean(name: str, valid) -> str:
-    names = {one.lower(): one for one in valid}
-    close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
-    return f"; did you mean {names[close[0]]}?" if close else ""
+BY_PLACE = "place_attention"
+PAIRS = "attention_dropout bias=attention_bias"  # of layers that weigh pairs of tokens
+CONVNN = f"neighbors layout convolution_type softmax_topk_val {PAIRS}"
+CONV1D = "kernel_size layout convolution_type bias=attention_bias"
+SHUFFLES = "shuffle_pattern shuffle_scale"
 
-
-_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
-
-
-def _check_one(name: str, value, spec: Spec):
-    """`value` if the option accepts it (a whole number becomes a float where a float is asked for)."""
-    if spec.kind is float and type(value) is int:
-        value = float(str(value))  # of the text, as 10**400 is inf then instead of an OverflowError
-    if type(value) is not spec.kind:
-        raise ValueError(f"{name}={value!r} is not {_KINDS[spec.kind]}")
-    if value == "":
-        raise ValueError(f"{name}='' is empty; give a value or leave {name} out")
-    if spec.kind is float and not math.isfinite(value):
-        raise ValueError(f"{name}={value} is not a finite number")
-    if spec.choices and value not in spec.choices:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(spec.choices)}{did_you_mean(value, spec.choices)}")
-    bounds = [f"at least {spec.low}"] * (spec.low is not None) + [f"at most {spec.high}"] * (spec.high is not None)
-    bounds += [f"below {spec.below}"] * (spec.below is not None)
-    if (
-        (spec.low is not None and value < spec.low)
-        or (spec.high is not None and value > spec.high)
-        or (spec.below is not None and value >= spec.below)
-    ):
-        raise ValueError(f"{name}={value} must be {' and '.join(bounds)}")
-    return value
-
-
-def check_fields(config) -> None:
-    """Check type, choices and range of every option of a (frozen) config; lists become tuples, aliases stay."""
-    for name, spec in specs(type(config)).items():
-        value = getattr(config, name)
-        if value is None and spec.optional:
-            continue
-        if spec.many:
-            if not isinstance(value, (list, tuple)) or not value:
-                raise ValueError(f"{name}={value!r} is not a list of at least one value; in a file it is written as [1, 2]")
-            value = tuple(_check_one(name, item, spec) for item in value)
-        else:
-            value = _check_one(name, value, spec)
-        object.__setattr__(config, name, value)
+LAYERS2D_ROWS = {
+    "Conv2d": Row("torch.nn:Conv2d", "kernel_size", fixed=(("padding", "same"),)),
+    "ConvNN": Row("layers2d:ConvNN2d", f"neighbors padding image_size {SHUFFLES}"),
+    "ConvNN_Attn": Row("layers2d:ConvNNAttention2d", f"neighbors image_size {SHUFFLES}"),
+    "Attention": Row("layers2d:Attention2d", f"num_heads {SHUFFLES}"),
+}
+LAYERS1D_ROWS = {
+    "Attention": Row("layers1d:MultiHeadAttention", PAIRS),
+    "ConvNN": Row("layers1d:MultiHeadConvNN", CONVNN),
+    "ConvNNAttention": Row("layers1d:MultiHeadConvNNAttention", CONVNN),
+    "Conv1d": Row("layers1d:MultiHeadConv1d", CONV1D),
+    "Conv1dAttention": Row("layers1d:MultiHeadConv1dAttention", CONV1D),
+    "KvtAttention": Row("layers1d:MultiHeadKvtAttention", f"K {PAIRS}"),
+    "LocalAttention": Row(f"{BY_PLACE}:MultiHeadLocalAttention", f"layout window_size {PAIRS}"),
+    "SparseAttention": Row(
+        f"{BY_PLACE}:MultiHeadSparseAttention", f"layout mode=sparse_mode context=sparse_context_window {PAIRS}"
+    ),
+    "MaskedAttention": Row(f"{BY_PLACE}:MultiHeadMaskedAttention", f"layout mask_type expansion_step {PAIRS}"),
+    "NeighborhoodAttention": Row(f"{BY_PLACE}:NeighborhoodAttention", f"layout kernel_size dilation {PAIRS}"),
+    "Linformer": Row("linear_attention:LinformerAttention", f"layout k=linformer_k {PAIRS}"),
+    "Performer": Row("linear_attention:PerformerAttention", f"num_features=performer_features kernel=performer_kernel {PAIRS}"),
+    "Nystromformer": Row(
+        "linear_attention:NystromformerAttention",
+        f"layout num_landmarks=nystrom_landmarks conv_kernel=nystrom_conv_kernel {PAIRS}",
+    ),
+    "Hybrid": Row(
+        "linear_attention:HybridAttention",
+        "layout window=hybrid_window dilations=hybrid_dilations num_features=performer_features kernel=performer_kernel "
+        f"{PAIRS}",
+    ),
+    "GPSA": Row(f"{BY_PLACE}:GatedPositionalSelfAttention", f"layout locality_strength {PAIRS}"),
+    "BranchConv": Row(
+        "layers1d:BranchingConv", f"branch_ratio kernel_size {CONVNN}", branches=("ConvNNAttention", "Conv1dAttention")
+    ),
+    "BranchAttention": Row("layers1d:BranchingAttention", f"branch_ratio {CONVNN}", branches=("ConvNNAttention", "Attention")),
+}
+LAYERS2D_NAMES = tuple(LAYERS2D_ROWS)
+LAYERS1D_NAMES = tuple(LAYERS1D_ROWS)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -160,28 +210,37 @@ def check_fields(config) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+NEIGHBORS = {"group": "neighbors"}
+
+
 @dataclass(frozen=True)
 class NeighborConfig:
     """Which K tokens a token is mixed with, and what is compared to find them."""
 
-    K: int = option(9, "neighbors per token, itself included where it is forced in", low=1)
+    K: int = option(9, "neighbors per token, counting itself where it is always one of them", low=1, **NEIGHBORS)
     sampling_type: str = option(
         "all",
         "candidates: all tokens, a random set drawn anew each step, or a spatial grid",
         choices=("all", "random", "spatial"),
+        **NEIGHBORS,
     )
-    num_samples: int = option(-1, "random: candidates; spatial: side of their grid; -1: all tokens", low=-1)
-    sample_padding: int = option(0, "spatial: margin left free at the border, in tokens", low=0)
+    num_samples: int = option(-1, "random: candidates; spatial: side of their grid; -1: all tokens", low=-1, **NEIGHBORS)
+    sample_padding: int = option(0, "spatial: margin left free at the border, in tokens", low=0, **NEIGHBORS)
     magnitude_type: str = option(
-        "cosine", "what near means; similarity is cosine, distance is euclidean", choices=tuple(METRICS)
+        "cosine",
+        "measure of similarity; similarity is cosine, distance is euclidean",
+        choices=tuple(METRIC_ALIASES),
+        **NEIGHBORS,
     )
     similarity_type: str = option(
-        "Col", "compare features (Col), places (Loc) or both (Loc_Col)", choices=("Col", "Loc", "Loc_Col")
+        "Col", "compare features (Col), coordinates (Loc) or both (Loc_Col)", choices=("Col", "Loc", "Loc_Col"), **NEIGHBORS
     )
     aggregation_type: str = option(
-        "Col", "mix values, or values with their coordinates appended (Loc_Col)", choices=("Col", "Loc_Col")
+        "Col", "aggregate values, or values with their coordinates appended (Loc_Col)", choices=("Col", "Loc_Col"), **NEIGHBORS
     )
-    lambda_param: float = option(0.5, "Loc_Col: weight of features; places get 1 - lambda_param", low=0, high=1)
+    lambda_param: float = option(
+        0.5, "Loc_Col: weight of the features; coordinates get 1 - lambda_param", low=0, high=1, **NEIGHBORS
+    )
 
     def __post_init__(self):
         self._check_ranges()
@@ -198,7 +257,7 @@ class NeighborConfig:
     @property
     def metric(self) -> str:
         """`magnitude_type` without aliases: cosine, euclidean or matmul."""
-        return METRICS[self.magnitude_type]
+        return canonical_metric(self.magnitude_type)
 
     @property
     def sampling(self) -> str:
@@ -243,10 +302,81 @@ def shuffle_factors(pattern: str, scale: int, axes: int) -> tuple[int, int]:
 # Models
 # ---------------------------------------------------------------------------------------------------------------
 
+NEIGHBOR_OPTIONS = {*specs(NeighborConfig), "coordinate_encoding"}
+# (option, other option, values of the other under which the first has no effect)
+WITHOUT_EFFECT = (
+    ("num_samples", "sampling_type", ("all",)),
+    ("sampling_type", "num_samples", (-1,)),
+    ("sample_padding", "num_samples", (-1,)),
+    ("sample_padding", "sampling_type", ("all", "random")),
+    ("lambda_param", "similarity_type", ("Col", "Loc")),
+    ("shuffle_scale", "shuffle_pattern", ("NA",)),
+    ("sparse_context_window", "sparse_mode", ("all",)),
+)
+
+
+def layer_row(rows: dict[str, Row], layer: str, branch_ratio: float) -> Row:
+    """The row of a layer; at a branch_ratio of 0 or 1 that of the branch which has all features."""
+    branches = rows[layer].branches
+    return rows[branches[int(branch_ratio == 0)]] if branches and branch_ratio in (0, 1) else rows[layer]
+
 
 @dataclass(frozen=True, kw_only=True)
-class AllConvNetConfig(NeighborConfig):
+class ModelConfig(NeighborConfig):
+    """What both models have: neighbors, layers that stand in `rows`, and the three fields that the data set decides."""
+
+    heading = "model and layer"
+    rows: ClassVar[dict[str, Row]] = {}
+
+    image_size: int | tuple[int, int] = 32
+    in_channels: int = 3
+    num_classes: int = 10
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        size = self.image_size
+        object.__setattr__(self, "image_size", (size, size) if isinstance(size, int) else tuple(size))
+
+    @property
+    def neighbors(self) -> NeighborConfig:
+        return NeighborConfig(**{f.name: getattr(self, f.name) for f in fields(NeighborConfig)})
+
+    def layers_in_use(self) -> list[str]:
+        """Names of the layers that the model is made of."""
+        raise NotImplementedError
+
+    def without_effect(self) -> dict[str, str]:
+        """Options that this model does not read, each with the option that makes it so."""
+        in_use = self.layers_in_use()
+        if not self.rows.keys() >= set(in_use):
+            return {}  # a layer of another library: what it reads is not known here
+        read = {name for layer in in_use for name in self._options_of(layer)}
+        of_layers = {name for row in self.rows.values() for name in row.options}
+        own = specs(type(self))
+        found = {name: "layer" for name in own if name in of_layers - read}
+        for name, other, values in WITHOUT_EFFECT:
+            if name not in own or name in found:
+                continue
+            # An option at its default says nothing else than the other one, as in --sampling_type all --num_samples -1.
+            if getattr(self, other) in values and getattr(self, name) != own[name].default:
+                found[name] = other
+        return found
+
+    def _options_of(self, layer: str) -> set[str]:
+        row = layer_row(self.rows, layer, self.branch_ratio)
+        return row.options | ({"branch_ratio"} if self.rows[layer].branches else set())
+
+    @staticmethod
+    def values_that_hold(values: dict, given: dict) -> dict:
+        """Of the values in a YAML file those that still hold beside the ones that the command line gives."""
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllConvNetConfig(ModelConfig):
     """An all-convolutional network: one mixer, BatchNorm and ReLU per entry of `channels`."""
+
+    rows: ClassVar[dict[str, Row]] = LAYERS2D_ROWS
 
     layer: str = option("ConvNN", f"{', '.join(LAYERS2D_NAMES)}, or A/B of two different ones side by side")
     num_layers: int | None = option(None, "must match the length of --channels if given", kind=int, low=1)
@@ -260,17 +390,14 @@ class AllConvNetConfig(NeighborConfig):
     padding: int = option(0, "ConvNN: zero ring around the image that takes part in the search", low=0)
     branch_ratio: float = option(0.5, "A/B: share of the output channels of B; 0 and 1 build the single layer", low=0, high=1)
     magnitude_type: str = redefault(NeighborConfig, "magnitude_type", "similarity")
-    image_size: int | tuple[int, int] = 32
-    in_channels: int = 3
-    num_classes: int = 10
 
     def __post_init__(self):
         self._check_ranges()
         if self.num_layers not in (None, len(self.channels)):
-            raise ValueError(f"num_layers={self.num_layers} does not match channels={_words(self.channels)}; drop one of them")
+            raise ValueError(
+                f"num_layers={self.num_layers} does not match channels={as_words(self.channels)}; drop one of them"
+            )
         object.__setattr__(self, "num_layers", len(self.channels))
-        size = self.image_size
-        object.__setattr__(self, "image_size", (size, size) if isinstance(size, int) else tuple(size))
         names = self.layer.split("/")
         for name in names:
             if name not in LAYERS2D_NAMES:
@@ -284,9 +411,21 @@ class AllConvNetConfig(NeighborConfig):
             for name, width in self.branches(self.channels[index]):
                 self._check_layer(name, width, grid)
 
-    @property
-    def neighbors(self) -> NeighborConfig:
-        return NeighborConfig(**{f.name: getattr(self, f.name) for f in fields(NeighborConfig)})
+    @staticmethod
+    def values_that_hold(values: dict, given: dict) -> dict:
+        """Without num_layers beside other channels: config.yaml holds the length of those it was written with."""
+        return {name: value for name, value in values.items() if name != "num_layers" or "channels" not in given}
+
+    def layers_in_use(self) -> list[str]:
+        return [name for name, _ in self.branches(2)]
+
+    def without_effect(self) -> dict[str, str]:
+        found = super().without_effect()
+        if "/" not in self.layer:
+            found["branch_ratio"] = "layer"
+        if self.similarity_type == "Loc" and "ConvNN_Attn" not in self.layers_in_use():
+            found.setdefault("magnitude_type", "similarity_type")  # ConvNN ranks by distance then, and weighs nothing
+        return found
 
     def branches(self, out_channels: int) -> list[tuple[str, int]]:
         """(layer, its share of the output channels) of the one or two layers side by side."""
@@ -297,13 +436,13 @@ class AllConvNetConfig(NeighborConfig):
             return [(second, out_channels)]
         if out_channels < 2:
             raise ValueError(f"channels={out_channels} cannot be shared by the two branches of layer={self.layer}")
-        width = min(max(round(out_channels * self.branch_ratio), 1), out_channels - 1)
+        width = min(max(math.ceil(out_channels * self.branch_ratio - 0.5), 1), out_channels - 1)  # a half goes to the first
         return [(first, out_channels - width), (second, width)]
 
     def grids(self) -> list[tuple[int, int]]:
         """Height and width of the feature map that enters each layer; patterns A and B change it on the way."""
         height, width = self.image_size
-        names = [name for name, _ in self.branches(2)]
+        names = self.layers_in_use()
         if names == ["Conv2d"] or self.shuffle_pattern in ("BA", "NA"):
             return [(height, width)] * self.num_layers
         if "Conv2d" in names:
@@ -358,40 +497,54 @@ VIT_MODELS = {"vit": {}} | {
         "pos_embedding": "learned",
         "patch_norm": False,
         "final_norm": True,
+        "initializer_range": 0.02,
     }
     for size, (dim, heads) in CONVIT_SIZES.items()
 }
 
 
+of_model = functools.partial(option, decided=True)  # an option that a model of VIT_MODELS may decide
+
+
 @dataclass(frozen=True, kw_only=True)
-class ViTConfig(NeighborConfig):
+class ViTConfig(ModelConfig):
     """A vision transformer: patches, then blocks of a mixer and an MLP, then a linear classifier.
 
     What is not given comes from `VIT_MODELS[model]`, and else from the defaults; `dataclasses.replace` gives all that there is.
     """
 
+    rows: ClassVar[dict[str, Row]] = LAYERS1D_ROWS
+
     model: str = option("vit", "ViT, or the flags of a ConViT; others given beside it win", choices=tuple(VIT_MODELS))
-    layer: str = option("Attention", "what mixes the tokens of a block", choices=LAYERS1D_NAMES)
+    layer: str = of_model("Attention", "token mixer of the blocks", choices=LAYERS1D_NAMES)
     patch_size: int = option(16, "side of a patch in pixels", low=1)
-    num_layers: int = option(8, "blocks", low=1)
-    num_heads: int = option(8, "heads; 1 gives ConvNN attention without head splitting", low=1)
-    d_model: int = option(512, "features per token", low=1, aliases=("d_hidden",))
-    d_mlp: int = option(2048, "hidden features of the MLP", low=1)
-    dropout: float = option(0.1, "probability of dropping what a mixer or MLP adds", low=0, below=1)
-    attention_dropout: float = option(0.1, "probability of dropping a weight of a pair of tokens", low=0, below=1)
-    attention_bias: bool = option(True, "biases of the q, k, v and output projections")
-    pos_embedding: str = option("sinusoidal", "positions added to the tokens", choices=("sinusoidal", "learned", "none"))
-    patch_norm: bool = option(True, "LayerNorm after the patch embedding")
-    final_norm: bool = option(False, "LayerNorm after the last block")
+    num_layers: int = of_model(8, "blocks", low=1)
+    num_heads: int = of_model(8, "heads; 1 gives ConvNN attention without head splitting", low=1)
+    d_model: int = of_model(512, "features per token", low=1, aliases=("d_hidden",))
+    d_mlp: int = of_model(2048, "hidden features of the MLP", low=1)
+    dropout: float = of_model(0.1, "probability of dropping what a mixer or MLP adds", low=0, below=1)
+    attention_dropout: float = of_model(0.1, "probability of dropping a weight of a pair of tokens", low=0, below=1)
+    attention_bias: bool = of_model(True, "biases of the q, k, v and output projections")
+    pos_embedding: str = of_model("sinusoidal", "positions added to the tokens", choices=("sinusoidal", "learned", "none"))
+    patch_norm: bool = of_model(True, "LayerNorm after the patch embedding")
+    final_norm: bool = of_model(False, "LayerNorm after the last block")
     pool: str = option("cls", "classify by a class token, or by the mean of the patches", choices=("cls", "mean"))
-    num_local_layers: int | None = option(
+    num_local_layers: int | None = of_model(
         None, "the first n blocks use --layer, the rest Attention and the class token", kind=int, low=0
     )
-    initializer_range: float = option(0.02, "standard deviation of the truncated normal initialisation", low=0)
-    convolution_type: str = option(
-        "depthwise", "ConvNN, Conv1d and their branches: which channels a convolution mixes", choices=CONVOLUTION_TYPES
+    initializer_range: float | None = of_model(
+        None, "standard deviation of a truncated normal initialization; none: Xavier uniform", kind=float, low=0
     )
-    softmax_topk_val: bool = option(True, "ConvNN: weigh values by the softmax of the K scores; False: by the raw scores")
+    convolution_type: str | None = option(
+        None,
+        "ConvNN layers: convolution over the K slots; Conv1d, Conv1dAttention, BranchConv: along the sequence; none: "
+        "depthwise over slots, standard along the sequence",
+        kind=str,
+        choices=CONVOLUTION_TYPES,
+    )
+    softmax_topk_val: bool = option(
+        True, "ConvNN layers: weigh values by the softmax of the K scores; False: by the raw scores"
+    )
     coordinate_encoding: bool = option(False, "short for --similarity_type Loc_Col")
     kernel_size: int = option(
         9, "Conv1d, Conv1dAttention, BranchConv: tokens; NeighborhoodAttention: side of the window, odd", low=1
@@ -407,19 +560,19 @@ class ViTConfig(NeighborConfig):
     performer_features: int = option(64, "Performer, Hybrid: random features", low=1)
     performer_kernel: str = option("softmax", "Performer, Hybrid: kernel of the random features", choices=PERFORMER_KERNELS)
     nystrom_landmarks: int = option(32, "Nystromformer: landmarks; as many as tokens is attention", low=1)
-    nystrom_conv_kernel: int = option(0, "Nystromformer: tokens under the convolution that is added; 0: none", low=0)
+    nystrom_conv_kernel: int = option(0, "Nystromformer: kernel of the depthwise value convolution; 0: off", low=0)
     hybrid_window: int = option(3, "Hybrid: side of the windows, odd", low=1)
     hybrid_dilations: tuple[int, ...] = option((1, 2), "Hybrid: step between the patches of a window, one for each", low=1)
     locality_strength: float = option(1.0, "GPSA: how sharply heads attend around their offsets at first", low=0)
     magnitude_type: str = redefault(NeighborConfig, "magnitude_type", "matmul")
     image_size: int | tuple[int, int] = 224
-    in_channels: int = 3
-    num_classes: int = 10
 
     def __post_init__(self):
+        decided = VIT_MODELS.get(str(self.model), {})
+        for name, spec in specs(type(self)).items():
+            if getattr(self, name) is NOT_GIVEN:
+                object.__setattr__(self, name, decided.get(name, spec.default))
         self._check_ranges()
-        size = self.image_size
-        object.__setattr__(self, "image_size", (size, size) if isinstance(size, int) else tuple(size))
         if any(side % self.patch_size for side in self.image_size):
             raise ValueError(
                 f"patch_size={self.patch_size} does not divide the {_sides(self.image_size)} image; "
@@ -438,9 +591,21 @@ class ViTConfig(NeighborConfig):
         if self.num_local_layers != 0:
             self._check_layer()
 
-    @property
-    def neighbors(self) -> NeighborConfig:
-        return NeighborConfig(**{f.name: getattr(self, f.name) for f in fields(NeighborConfig)})
+    @staticmethod
+    def values_that_hold(values: dict, given: dict) -> dict:
+        """Without what the file's model stands for, beside another model: it says nothing of that one."""
+        if "model" not in given or given["model"] == values.get("model", "vit"):
+            return values
+        return {name: value for name, value in values.items() if name not in VIT_MODELS["convit_ti"]}
+
+    def layers_in_use(self) -> list[str]:
+        local = [] if self.num_local_layers == 0 else [self.layer]
+        return local if self.num_local_layers is None else [*local, "Attention"]
+
+    def without_effect(self) -> dict[str, str]:
+        found = super().without_effect()
+        no_layer = self.num_local_layers == 0  # which is why the options of `layer` are not read
+        return {name: "num_local_layers" if no_layer and other == "layer" else other for name, other in found.items()}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -454,16 +619,18 @@ class ViTConfig(NeighborConfig):
 
     def _check_layer(self) -> None:
         """Relations between options that only matter for the layer in use."""
-        is_branch = self.layer in ("BranchConv", "BranchAttention")
-        if is_branch and self.branch_ratio not in (0, 1):
+        if self.layer not in self.rows:
+            return
+        row = layer_row(self.rows, self.layer, self.branch_ratio)
+        if row.branches:
             branch_widths(self.d_model, self.num_heads, self.branch_ratio)
-        if self.layer in ("ConvNN", "ConvNNAttention") or (is_branch and self.branch_ratio > 0):
+        if "neighbors" in row.arguments:
             grid = sequence_grid(self.grid)
             self.check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
-            check_slots(self.convolution_type, self.aggregation_type)
+            check_slots(self.convolution_type or "depthwise", self.aggregation_type)
             if self.coordinate_encoding and self.similarity_type == "Loc":
                 raise ValueError("coordinate_encoding=True is short for similarity_type=Loc_Col, not Loc; drop one of them")
-        if self.layer == "KvtAttention":
+        elif "K" in row.arguments:
             tokens = math.prod(self.grid) + self.class_tokens
             if self.K > tokens:
                 raise ValueError(f"K={self.K} is more than the {tokens} tokens there are; K can be 1 to {tokens}")
@@ -472,17 +639,6 @@ class ViTConfig(NeighborConfig):
         if self.layer == "Hybrid":
             for dilation in self.hybrid_dilations:
                 check_window(self.hybrid_window, dilation, self.grid, names=("hybrid_window", "hybrid_dilations"))
-
-
-def _over_model(init):
-    @functools.wraps(init)
-    def with_model(self, **given):
-        init(self, **VIT_MODELS.get(str(given.get("model")), {}) | given)
-
-    return with_model
-
-
-ViTConfig.__init__ = _over_model(ViTConfig.__init__)
 
 
 def sequence_grid(grid: tuple[int, int]) -> tuple[int, ...]:
@@ -524,7 +680,7 @@ def check_window(
 
 def branch_widths(d_model: int, num_heads: int, branch_ratio: float) -> tuple[int, int]:
     """Features of the ConvNN branch and of the other one. Raises ValueError if their heads do not divide them."""
-    width = round(d_model * branch_ratio)
+    width = math.floor(d_model * branch_ratio + 0.5)  # a half goes to the first branch
     if not 0 < width < d_model or width % num_heads or d_model % num_heads:
         raise ValueError(
             f"branch_ratio={branch_ratio} splits d_model={d_model} into {width} + {d_model - width} features, and both need "
@@ -541,6 +697,8 @@ def branch_widths(d_model: int, num_heads: int, branch_ratio: float) -> tuple[in
 @dataclass(frozen=True)
 class DataConfig:
     """What images a run sees."""
+
+    heading = "data"
 
     dataset: str = option("cifar10", "data set; digits is embedded, folder has train/ and val/", choices=tuple(DATASETS))
     data_path: str = option("./Data", "folder that holds the data sets")
@@ -574,6 +732,8 @@ RESUME_MAY_CHANGE = set(
 class BenchmarkConfig:
     """What `benchmark.py` measures, and how."""
 
+    heading = "benchmark"
+
     layer: tuple[str, ...] | None = option(None, "layers, one row each (default: all)", kind=str, many=True)
     resolution: tuple[int, ...] | None = option(
         None, "sides of the grid of tokens (default: 16 32)", kind=int, many=True, low=1
@@ -596,7 +756,7 @@ class BenchmarkConfig:
     def __post_init__(self):
         check_fields(self)
         if self.resolution and self.tokens:
-            raise ValueError(f"tokens={_words(self.tokens)} is another way to say resolution; drop one of them")
+            raise ValueError(f"tokens={as_words(self.tokens)} is another way to say resolution; drop one of them")
         if not self.tokens:
             object.__setattr__(self, "resolution", self.resolution or (16, 32))
             return
@@ -612,6 +772,8 @@ class BenchmarkConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """How a run trains, where, and what it leaves behind."""
+
+    heading = "training"
 
     batch_size: int = option(256, "images per optimizer step, over all accumulated micro-batches", low=1)
     num_epochs: int = option(150, "epochs", low=1)
@@ -649,13 +811,15 @@ class TrainConfig:
     seed: int = option(0, "of weights, order and augmentation", low=0, below=2**31, **SYSTEM)
     deterministic: bool = option(False, "use deterministic algorithms only", **SYSTEM)
     output_dir: str | None = option(None, "where results go (default: ./Output/<model>/<layer>)", kind=str, **SYSTEM)
-    resume: bool = option(False, "go on from last.pt in the output directory; start if there is none", **SYSTEM)
+    resume: bool = option(False, "resume from last.pt in the output directory; start if there is none", **SYSTEM)
     checkpoint: str | None = option(
         None, "weights to start from, or to evaluate with --test_only: FILE.pt or FILE.safetensors", kind=str, **SYSTEM
     )
     save_minutes: float = option(10.0, "write last.pt this often within an epoch too; 0: only at its end", low=0, **SYSTEM)
     save_every: int = option(0, "keep epoch_<n>.pt every n epochs; 0: none", low=0, **SYSTEM)
-    export: str | None = option(None, "write the best weights to FILE.safetensors", kind=str, **SYSTEM)
+    export: str | None = option(
+        None, "write the best weights to FILE.safetensors, or the model with them to FILE.onnx", kind=str, **SYSTEM
+    )
     test_only: bool = option(
         False, "evaluate --checkpoint, else best.pt in the output directory, and write test_results.json", **SYSTEM
     )
@@ -667,8 +831,8 @@ class TrainConfig:
             raise ValueError(f"accumulate_steps={self.accumulate_steps} is more than batch_size={self.batch_size} images")
         if self.warmup_epochs > self.num_epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} is more than num_epochs={self.num_epochs}")
-        if self.export and not self.export.endswith(".safetensors"):
-            raise ValueError(f"export={self.export!r} must end in .safetensors")
+        if self.export and not self.export.endswith((".safetensors", ".onnx")):
+            raise ValueError(f"export={self.export!r} must end in .safetensors or .onnx")
         if self.export and self.test_only:
             raise ValueError(f"export={self.export!r} writes weights and test_only=True writes only its results; drop one")
         if self.checkpoint and not self.checkpoint.endswith((".pt", ".pth", ".safetensors")):
@@ -678,7 +842,7 @@ class TrainConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Command line and YAML
+# A run's options, from flags and YAML
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -699,80 +863,6 @@ class Options(NamedTuple):
         return values
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """One line, exit status 2; `name=value` in a message becomes the flag a user would type."""
-        names = "|".join(action.dest for action in self._actions)
-        message = re.sub(rf"(?<!\S)({names})=", r"--\1 ", " ".join(message.split()))
-        # Of the processes that torchrun starts on a machine, which all read the same options, one speaks.
-        silent = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0"
-        self.exit(2, None if silent else f"{self.prog}: error: {message}\n")
-
-
-def _words(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _add_option(group, name: str, spec: Spec, default) -> None:
-    """Values are collected as text; `_convert` and the dataclasses give the same errors for flags, YAML and Python."""
-    shown = "" if default is None else f" (default: {_words(default)})".replace("%", "%%")
-    metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper()
-    flags = [f"--{name}", *(f"--{alias}" for alias in spec.aliases)]
-    kwargs = {"dest": name, "default": argparse.SUPPRESS, "help": spec.help + shown, "metavar": metavar}
-    if spec.kind is bool:
-        group.add_argument(*flags, **kwargs | {"nargs": "?", "const": "True", "metavar": "True|False"})
-        no = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-        group.add_argument(f"--no-{name}", action="store_const", const="False", **no)
-    else:
-        group.add_argument(*flags, **kwargs, nargs="+" if spec.many else None)
-
-
-def _convert(name: str, value, spec: Spec):
-    """Text from the command line (or `1e-3`, which YAML reads as text) to the option's type."""
-    if isinstance(value, list) and spec.many:
-        return tuple(_convert(name, item, spec._replace(many=False)) for item in value)
-    if not isinstance(value, str) or spec.kind is str or spec.many:
-        return None if spec.optional and value in ("none", "None") else value
-    if spec.optional and value.lower() == "none":
-        return None
-    if spec.kind is bool:
-        booleans = {"true": True, "false": False}
-        if value.lower() not in booleans:
-            raise ValueError(f"{name}={value!r} is not True or False")
-        return booleans[value.lower()]
-    try:
-        return spec.kind(value)
-    except ValueError:
-        raise ValueError(f"{name}={value!r} is not {_KINDS[spec.kind]}") from None
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error instead of the last one winning."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = []  # a key that is a list or mapping cannot be hashed
-        for key, _ in node.value:
-            if key.value in seen:
-                raise ValueError(f"the key {key.value!r} stands twice")
-            seen.append(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str) -> dict:
-    """The mapping in a YAML file; ValueError in one line for whatever is wrong with it."""
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except OSError as error:
-        raise ValueError(f"config={path!r}: {error.strerror or error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"config={path!r}: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(f"config={path!r} must be a list of `name: value` lines")
-    return values
-
-
 def _count_classes(data_path: str) -> int:
     train = Path(data_path) / "train"
     if not all(os.path.isdir(os.path.join(data_path, part)) for part in ("train", "val")):
@@ -781,11 +871,6 @@ def _count_classes(data_path: str) -> int:
     if classes < 2:
         raise ValueError(f"data_path={data_path!r} has {classes} class folders in train/; it needs at least 2")
     return classes
-
-
-def build(config: type, values: dict, **more):
-    """A config from those of the plain values, by name, that are its own."""
-    return config(**{name: values[name] for name in specs(config) if name in values} | more)
 
 
 def resolve(model_type: type, family: str, values: dict) -> Options:
@@ -808,69 +893,6 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
     return Options(model, data, train)
 
 
-TITLES = {NeighborConfig: "neighbors", DataConfig: "data", TrainConfig: "training", BenchmarkConfig: "benchmark"}
-
-
-def make_parser(
-    model_type: type, others: tuple[type, ...], description: str, defaults: dict, prog: str | None
-) -> argparse.ArgumentParser:
-    """Flags of a model and of other configs; where both have one of the same name it is that of the others."""
-    parser = OneLineParser(prog=prog, description=description, usage="%(prog)s [options]", allow_abbrev=False)
-    parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.I)  # -1e-3 is a value as well, not a flag
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags on the command line win")
-    elsewhere = {name for config in (NeighborConfig, *others) for name in specs(config)}
-    groups = {}
-    for config in (model_type, NeighborConfig, *others):
-        for name, spec in specs(config).items():
-            if config is model_type and name in elsewhere:
-                continue  # neighbors are listed by themselves, but with the model's default
-            owner = model_type if config is NeighborConfig else config
-            default = defaults.get(name, owner.__dataclass_fields__[name].default)
-            heading = spec.group or TITLES.get(config, "model and layer")
-            if heading not in groups:
-                groups[heading] = parser.add_argument_group(heading)
-            _add_option(groups[heading], name, spec, default)
-    return parser
-
-
-def read_values(
-    model_type: type,
-    others: tuple[type, ...],
-    description: str,
-    argv: list[str] | None,
-    defaults: dict,
-    prog: str | None = None,
-) -> tuple[dict, argparse.ArgumentParser]:
-    """What flags and, under them, a YAML file give, by name and converted, and the parser, whose `error` ends in one line."""
-    parser = make_parser(model_type, others, description, defaults, prog)
-    known = {name: spec for config in (model_type, *others) for name, spec in specs(config).items()}
-    aliases = {alias: name for name, spec in known.items() for alias in spec.aliases}
-    given, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    given = vars(given)
-    if rest:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        what = f"unknown option {rest[0]}" if rest[0].startswith("-") else f"a value without an option: {rest[0]!r}"
-        parser.error(f"{what}{did_you_mean(rest[0].split('=')[0], flags)}")
-    path = given.pop("config")
-    try:
-        values = {} if path is None else read_yaml(path)
-        if "channels" in given:
-            values.pop("num_layers", None)  # config.yaml holds the length of the channels it was written with
-        for alias in aliases.keys() & values.keys():
-            if aliases[alias] in values:
-                raise ValueError(f"config={path!r}: {alias!r} is another name of {aliases[alias]!r}; drop one of them")
-            values[aliases[alias]] = values.pop(alias)
-        for name in values:
-            if name not in known:
-                raise ValueError(f"config={path!r}: unknown key {name!r}{did_you_mean(name, known)}")
-        if "model" in given and given["model"] != values.get("model", "vit"):
-            # What one model stands for, in a file of one, says nothing of another.
-            values = {name: value for name, value in values.items() if name not in VIT_MODELS["convit_ti"]}
-        return {name: _convert(name, value, known[name]) for name, value in (values | given).items()}, parser
-    except ValueError as error:
-        parser.error(str(error))
-
-
 class Program(NamedTuple):
     """A command line that trains: its model, the name of its output folder, and its own defaults."""
 
@@ -887,10 +909,17 @@ PROGRAMS = {
 
 def parse_options(
     program: Program, description: str, argv: list[str] | None = None, prog: str | None = None
-) -> tuple[Options, argparse.ArgumentParser]:
+) -> tuple[Options, OneLineParser]:
     """Flags over YAML over defaults -> checked options of a run, and the parser, whose `error` ends it in one line."""
     values, parser = read_values(program.model, (DataConfig, TrainConfig), description, argv, program.defaults, prog)
     try:
         return resolve(program.model, program.family, program.defaults | values), parser
     except ValueError as error:
         parser.error(str(error))
+
+
+def warn_without_effect(model: ModelConfig, parser: OneLineParser) -> None:
+    """A line on stderr for every option that the command line gave and the model does not read; files serve several layers."""
+    for name, other in model.without_effect().items():
+        if name in parser.given:
+            parser.warn(f"{name}={as_words(getattr(model, name))} is not used by {other}={as_words(getattr(model, other))}")

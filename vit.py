@@ -1,33 +1,18 @@
-"""Vision transformers whose attention is any mixer of `layers1d.py`, `local_attention.py` and `linear_attention.py`."""
+"""Vision transformers whose attention is any mixer that has a row in `options.py`."""
 
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from layers1d import (
-    BranchingAttention,
-    BranchingConv,
-    MultiHeadAttention,
-    MultiHeadConv1d,
-    MultiHeadConv1dAttention,
-    MultiHeadConvNN,
-    MultiHeadConvNNAttention,
-    MultiHeadKvtAttention,
-    TokenLayout,
-)
-from linear_attention import HybridAttention, LinformerAttention, NystromformerAttention, PerformerAttention
-from local_attention import (
-    GatedPositionalSelfAttention,
-    MultiHeadLocalAttention,
-    MultiHeadMaskedAttention,
-    MultiHeadSparseAttention,
-    NeighborhoodAttention,
-)
-from options import ViTConfig
+from layers1d import MultiHeadMixer, TokenLayout
+from options import LAYERS1D_ROWS, ViTConfig, layer_row
+from registry import build_layer
+from selection import ConstantTables
 from utils import load_state
 
 __all__ = ["LAYERS1D", "TokenLayout", "ViT", "ViTConfig", "load_vit_weights", "make_layer1d"]
@@ -38,149 +23,13 @@ __all__ = ["LAYERS1D", "TokenLayout", "ViT", "ViTConfig", "load_vit_weights", "m
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _attention_keywords(config: ViTConfig) -> dict:
-    return {"attention_dropout": config.attention_dropout, "bias": config.attention_bias}
+def _make(name: str, config: ViTConfig, layout: TokenLayout) -> nn.Module:
+    """The mixer of this name with the options of the config, on tokens of this layout."""
+    row = layer_row(LAYERS1D_ROWS, name, config.branch_ratio)
+    return build_layer(row, config, config.d_model, config.num_heads, layout=layout)
 
 
-def _convnn_keywords(config: ViTConfig) -> dict:
-    convnn = {"convolution_type": config.convolution_type, "softmax_topk_val": config.softmax_topk_val}
-    return convnn | _attention_keywords(config)
-
-
-def _conv1d_keywords(config: ViTConfig) -> dict:
-    return {"convolution_type": config.convolution_type, "bias": config.attention_bias}
-
-
-def _attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    return MultiHeadAttention(config.d_model, config.num_heads, **_attention_keywords(config))
-
-
-def _convnn(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    return MultiHeadConvNN(config.d_model, config.num_heads, config.neighbors, layout=layout, **_convnn_keywords(config))
-
-
-def _convnn_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    return MultiHeadConvNNAttention(
-        config.d_model, config.num_heads, config.neighbors, layout=layout, **_convnn_keywords(config)
-    )
-
-
-def _conv1d(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    return MultiHeadConv1d(config.d_model, config.num_heads, config.kernel_size, layout=layout, **_conv1d_keywords(config))
-
-
-def _conv1d_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    return MultiHeadConv1dAttention(
-        config.d_model, config.num_heads, config.kernel_size, layout=layout, **_conv1d_keywords(config)
-    )
-
-
-def _kvt_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    return MultiHeadKvtAttention(config.d_model, config.num_heads, config.K, **_attention_keywords(config))
-
-
-def _local_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    window = {"window_size": config.window_size}
-    return MultiHeadLocalAttention(config.d_model, config.num_heads, layout=layout, **window, **_attention_keywords(config))
-
-
-def _sparse_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    pattern = {"mode": config.sparse_mode, "context": config.sparse_context_window}
-    return MultiHeadSparseAttention(config.d_model, config.num_heads, layout=layout, **pattern, **_attention_keywords(config))
-
-
-def _masked_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    mask = {"mask_type": config.mask_type, "expansion_step": config.expansion_step}
-    return MultiHeadMaskedAttention(config.d_model, config.num_heads, layout=layout, **mask, **_attention_keywords(config))
-
-
-def _neighborhood_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    window = {"kernel_size": config.kernel_size, "dilation": config.dilation}
-    return NeighborhoodAttention(config.d_model, config.num_heads, layout=layout, **window, **_attention_keywords(config))
-
-
-def _linformer(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    return LinformerAttention(
-        config.d_model, config.num_heads, config.linformer_k, layout=layout, **_attention_keywords(config)
-    )
-
-
-def _performer(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    kernel = {"num_features": config.performer_features, "kernel": config.performer_kernel}
-    return PerformerAttention(config.d_model, config.num_heads, **kernel, **_attention_keywords(config))
-
-
-def _nystromformer(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    landmarks = {"num_landmarks": config.nystrom_landmarks, "conv_kernel": config.nystrom_conv_kernel}
-    return NystromformerAttention(config.d_model, config.num_heads, layout=layout, **landmarks, **_attention_keywords(config))
-
-
-def _hybrid(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    return HybridAttention(
-        config.d_model,
-        config.num_heads,
-        layout=layout,
-        window=config.hybrid_window,
-        dilations=config.hybrid_dilations,
-        num_features=config.performer_features,
-        kernel=config.performer_kernel,
-        **_attention_keywords(config),
-    )
-
-
-def _gpsa(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    locality = {"locality_strength": config.locality_strength}
-    return GatedPositionalSelfAttention(
-        config.d_model, config.num_heads, layout=layout, **locality, **_attention_keywords(config)
-    )
-
-
-def _branch_conv(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    if config.branch_ratio in (0, 1):
-        return _convnn_attention(config, layout) if config.branch_ratio else _conv1d_attention(config, layout)
-    return BranchingConv(
-        config.d_model,
-        config.num_heads,
-        config.neighbors,
-        config.kernel_size,
-        layout=layout,
-        branch_ratio=config.branch_ratio,
-        **_convnn_keywords(config),
-    )
-
-
-def _branch_attention(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    if config.branch_ratio in (0, 1):
-        return _convnn_attention(config, layout) if config.branch_ratio else _attention(config, layout)
-    return BranchingAttention(
-        config.d_model,
-        config.num_heads,
-        config.neighbors,
-        layout=layout,
-        branch_ratio=config.branch_ratio,
-        **_convnn_keywords(config),
-    )
-
-
-LAYERS1D = {
-    "Attention": _attention,
-    "ConvNN": _convnn,
-    "ConvNNAttention": _convnn_attention,
-    "Conv1d": _conv1d,
-    "Conv1dAttention": _conv1d_attention,
-    "KvtAttention": _kvt_attention,
-    "LocalAttention": _local_attention,
-    "SparseAttention": _sparse_attention,
-    "MaskedAttention": _masked_attention,
-    "NeighborhoodAttention": _neighborhood_attention,
-    "Linformer": _linformer,
-    "Performer": _performer,
-    "Nystromformer": _nystromformer,
-    "Hybrid": _hybrid,
-    "GPSA": _gpsa,
-    "BranchConv": _branch_conv,
-    "BranchAttention": _branch_attention,
-}
+LAYERS1D = {name: partial(_make, name) for name in LAYERS1D_ROWS}
 
 
 def make_layer1d(config: ViTConfig, layout: TokenLayout) -> nn.Module:
@@ -201,18 +50,32 @@ def sinusoidal_positions(tokens: int, d_model: int) -> Tensor:
 
 
 @torch.no_grad()
-def init_vit_weights(model: nn.Module, std: float) -> None:
-    """Truncated normal for projections, patches, class token and positions; zero for biases; GPSA starts as it does."""
+def init_vit_weights(model: nn.Module, std: float | None = None, token_std: float = 0.02) -> None:
+    """Initialize linears, patches, class token and positions; then what a mixer sets by itself (its `init_weights`).
+
+    std None: Xavier uniform for linears, the default of convolutions for patches, and normal positions and class tokens of
+    standard deviation `token_std`. A number: truncated normals of that standard deviation for all of them, as torchvision's,
+    timm's and the ConViT models have it. Biases of linears are zero.
+    """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or name.endswith("patch_embedding"):
-            nn.init.trunc_normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear):
+            if std is None:
+                nn.init.xavier_uniform_(module.weight)
+            else:
+                nn.init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif name.endswith("patch_embedding") and std is not None:
+            nn.init.trunc_normal_(module.weight, std=std)
+            nn.init.zeros_(module.bias)
     for name, parameter in model.named_parameters():
         if name.endswith(("class_token", "pos_embedding")):
-            nn.init.trunc_normal_(parameter, std=std)
+            if std is None:
+                nn.init.normal_(parameter, std=token_std)
+            else:
+                nn.init.trunc_normal_(parameter, std=std)
     for module in model.modules():
-        if isinstance(module, GatedPositionalSelfAttention):
+        if isinstance(module, MultiHeadMixer):
             module.init_weights()
 
 
@@ -235,7 +98,13 @@ class Block(nn.Module):
         return (x, matrix) if output_attentions else x
 
 
-class ViT(nn.Module):
+def prepend(token: Tensor, x: Tensor) -> Tensor:
+    """token (1, 1, d) before the tokens of every image: (B, N, d) -> (B, 1 + N, d)."""
+    # x.shape[0], as len(x) is a plain number: under torch.export it would freeze the size of the batch.
+    return torch.cat([token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+
+
+class ViT(ConstantTables):
     """Vision transformer (Dosovitskiy et al., arXiv 2010.11929) with any mixer: (B, channels, H, W) -> logits (B, classes).
 
     Patches, in raster order, after the class token if `pool="cls"`. Under `num_local_layers` the first blocks mix
@@ -254,16 +123,17 @@ class ViT(nn.Module):
         if config.pos_embedding == "learned":
             self.pos_embedding = nn.Parameter(torch.empty(1, local.num_tokens, d))
         else:
-            table = sinusoidal_positions(local.num_tokens, d)[None] if config.pos_embedding == "sinusoidal" else None
-            self.register_buffer("pos_embedding", table, persistent=False)
+            has_table = config.pos_embedding == "sinusoidal"
+            self.set_tables(lambda: {"pos_embedding": sinusoidal_positions(local.num_tokens, d)[None] if has_table else None})
         self.num_local_layers = config.num_layers if config.num_local_layers is None else config.num_local_layers
         mixers = [make_layer1d(config, local) for _ in range(self.num_local_layers)]
-        mixers += [_attention(config, local) for _ in range(config.num_layers - self.num_local_layers)]
+        mixers += [LAYERS1D["Attention"](config, local) for _ in range(config.num_layers - self.num_local_layers)]
         self.blocks = nn.ModuleList(Block(d, config.d_mlp, mixer, config.dropout) for mixer in mixers)
         self.norm = nn.LayerNorm(d, eps=1e-6) if config.final_norm else nn.Identity()
         self.classifier = nn.Linear(d, config.num_classes)
         self.recompute = False
-        init_vit_weights(self, config.initializer_range)
+        # Positions and class token start at the scale of the tokens they are added to: 1 after a LayerNorm.
+        init_vit_weights(self, config.initializer_range, token_std=1.0 if config.patch_norm else 0.02)
 
     def forward(self, images: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, list[Tensor | None]]:
         """images (B, channels, H, W) -> logits; with output_attentions also a mixing matrix (B, heads, N, N) per block."""
@@ -273,13 +143,13 @@ class ViT(nn.Module):
             )
         x = self.patch_norm(self.patch_embedding(images).flatten(2).transpose(1, 2))  # (B, N, d)
         if self.config.class_tokens:
-            x = self.with_class_token(x)
+            x = prepend(self.class_token, x)
         if self.pos_embedding is not None:
             x = x + self.pos_embedding
         matrices: list[Tensor | None] = []
         for number, block in enumerate(self.blocks):
             if number == self.num_local_layers and self.class_token is not None:
-                x = self.with_class_token(x)
+                x = prepend(self.class_token, x)
             if output_attentions:
                 x, matrix = block(x, True)
                 matrices.append(matrix)
@@ -288,9 +158,6 @@ class ViT(nn.Module):
         x = self.norm(x)
         logits = self.classifier(x[:, 0] if self.class_token is not None else x.mean(dim=1))
         return (logits, matrices) if output_attentions else logits
-
-    def with_class_token(self, x: Tensor) -> Tensor:
-        return torch.cat([self.class_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------

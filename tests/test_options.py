@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -664,6 +663,13 @@ def test_branches_share_the_channels(ratio, channels):
         assert abs(share - min(max(ratio * channels, 1), channels - 1)) <= 0.5
 
 
+@pytest.mark.parametrize("channels", [3, 5, 7, 9, 11, 13])
+def test_of_an_odd_number_the_first_branch_gets_the_extra_one(channels):
+    config = AllConvNetConfig(layer="Conv2d/ConvNN", channels=(channels,))
+    assert config.branches(channels) == [("Conv2d", channels // 2 + 1), ("ConvNN", channels // 2)]
+    assert options.branch_widths(channels, 1, 0.5) == (channels // 2 + 1, channels // 2)
+
+
 def test_a_single_layer_ignores_the_ratio():
     for ratio in (0.0, 0.3, 1.0):
         assert AllConvNetConfig(layer="ConvNN", branch_ratio=ratio).branches(7) == [("ConvNN", 7)]
@@ -703,8 +709,8 @@ VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in (
     "final_norm": False,
     "pool": "cls",
     "num_local_layers": None,
-    "initializer_range": 0.02,
-    "convolution_type": "depthwise",
+    "initializer_range": None,
+    "convolution_type": None,
     "softmax_topk_val": True,
     "coordinate_encoding": False,
     "kernel_size": 9,
@@ -810,7 +816,8 @@ def test_a_convit_is_its_flags(size):
     options = parse_vit(f"--model convit_{size}")
     expected = parse_vit(
         f"--layer GPSA --num_layers 12 --num_local_layers 10 --num_heads {heads} --d_model {dim} --d_mlp {4 * dim} --dropout 0 "
-        "--attention_dropout 0 --no-attention_bias --pos_embedding learned --no-patch_norm --final_norm"
+        "--attention_dropout 0 --no-attention_bias --pos_embedding learned --no-patch_norm --final_norm "
+        "--initializer_range 0.02"
     )
     rest = {"model": f"convit_{size}", "output_dir": f"./Output/ViT/convit_{size}"}
     assert options.as_dict() == expected.as_dict() | rest
@@ -949,7 +956,6 @@ def test_vit_presets(name):
 HEAVY = {"torch", "torchvision", "numpy", "matplotlib", "PIL", "safetensors", "tqdm", "tensorboard"}
 
 
-@pytest.mark.timing
 @pytest.mark.parametrize(
     ("words", "status"),
     [
@@ -963,11 +969,7 @@ HEAVY = {"torch", "torchvision", "numpy", "matplotlib", "PIL", "safetensors", "t
     ids=["import", "help", "bad value", "bad flag", "ViT help", "ViT bad value"],
 )
 def test_nothing_heavy_is_imported_for_help_and_errors(words, status):
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-X", "importtime", *words], cwd=ROOT, capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
+    done = subprocess.run([sys.executable, "-X", "importtime", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == status
     lines = done.stderr.splitlines()
     imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines if line.startswith("import time:")}
@@ -975,7 +977,6 @@ def test_nothing_heavy_is_imported_for_help_and_errors(words, status):
     assert "Traceback" not in done.stderr
     rest = [line for line in lines if not line.startswith("import time:")]
     assert len(rest) == (1 if status else 0) and all(line.startswith(f"{words[0]}: error: ") for line in rest)
-    assert min(seconds) < 0.3
 
 
 def test_modules_that_use_options_offer_the_same_classes():

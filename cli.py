@@ -1,0 +1,284 @@
+"""Command lines and YAML files from dataclasses: fields that are flags, their checks, a parser whose errors are one line.
+
+Knows no particular option and needs no torch: the table of options is `options.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import os
+import re
+import sys
+from dataclasses import Field, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+# ---------------------------------------------------------------------------------------------------------------
+# Fields that are options
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Spec(NamedTuple):
+    """What an option accepts. `low` and `high` are allowed themselves, `below` is not."""
+
+    kind: type
+    help: str
+    default: object = None
+    many: bool = False
+    optional: bool = False
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    below: float | None = None
+    aliases: tuple[str, ...] = ()
+    group: str = ""  # heading in --help; empty: that of the config
+
+
+class NotGiven:
+    """Stands in for the default of an option whose config decides what holds when it is not given (`option(decided=True)`)."""
+
+    def __repr__(self) -> str:
+        return "NOT_GIVEN"
+
+
+NOT_GIVEN = NotGiven()
+
+
+def option(default, help: str, *, kind: type | None = None, many: bool = False, decided: bool = False, **accepts) -> Field:
+    """A dataclass field that is a flag as well; its type is that of the default, or (many) `kind` where that is None.
+
+    With `decided` the field starts as `NOT_GIVEN`, for the config's `__post_init__` to tell a default from the same value
+    given: it must put a value there, and `default` is what `--help` shows.
+    """
+    many = many or isinstance(default, tuple)
+    kind = kind or type(default[0] if many else default)
+    spec = Spec(kind, help, default, many=many, optional=default is None, **accepts)
+    return field(default=NOT_GIVEN if decided else default, metadata={"option": spec})
+
+
+def redefault(config: type, name: str, default) -> Field:
+    """The option `name` of `config` with another default, for a dataclass that inherits it."""
+    spec = config.__dataclass_fields__[name].metadata["option"]
+    return field(default=default, metadata={"option": spec._replace(default=default)})
+
+
+def specs(config: type) -> dict[str, Spec]:
+    """The options of a config dataclass, by name."""
+    return {f.name: f.metadata["option"] for f in fields(config) if "option" in f.metadata}
+
+
+def did_you_mean(name: str, valid) -> str:
+    names = {one.lower(): one for one in valid}
+    close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
+    return f"; did you mean {names[close[0]]}?" if close else ""
+
+
+def as_words(value) -> str:
+    """A value as it is written on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+
+
+def _check_one(name: str, value, spec: Spec):
+    """`value` if the option accepts it (a whole number becomes a float where a float is asked for)."""
+    if spec.kind is float and type(value) is int:
+        value = float(str(value))  # of the text, as 10**400 is inf then instead of an OverflowError
+    if type(value) is not spec.kind:
+        raise ValueError(f"{name}={value!r} is not {KINDS[spec.kind]}")
+    if value == "":
+        raise ValueError(f"{name}='' is empty; give a value or leave {name} out")
+    if spec.kind is float and not math.isfinite(value):
+        raise ValueError(f"{name}={value} is not a finite number")
+    if spec.choices and value not in spec.choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(spec.choices)}{did_you_mean(value, spec.choices)}")
+    bounds = [f"at least {spec.low}"] * (spec.low is not None) + [f"at most {spec.high}"] * (spec.high is not None)
+    bounds += [f"below {spec.below}"] * (spec.below is not None)
+    if (
+        (spec.low is not None and value < spec.low)
+        or (spec.high is not None and value > spec.high)
+        or (spec.below is not None and value >= spec.below)
+    ):
+        raise ValueError(f"{name}={value} must be {' and '.join(bounds)}")
+    return value
+
+
+def check_fields(config) -> None:
+    """Check type, choices and range of every option of a (frozen) config; lists become tuples, aliases stay."""
+    for name, spec in specs(type(config)).items():
+        value = getattr(config, name)
+        if value is None and spec.optional:
+            continue
+        if spec.many:
+            if not isinstance(value, (list, tuple)) or not value:
+                raise ValueError(f"{name}={value!r} is not a list of at least one value; in a file it is written as [1, 2]")
+            value = tuple(_check_one(name, item, spec) for item in value)
+        else:
+            value = _check_one(name, value, spec)
+        object.__setattr__(config, name, value)
+
+
+def build(config: type, values: dict, **more):
+    """A config from those of the plain values, by name, that are its own."""
+    return config(**{name: values[name] for name in specs(config) if name in values} | more)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The parser
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors and warnings are one line each; `given` names the options that the command line itself gave."""
+
+    given: frozenset[str] = frozenset()
+
+    def error(self, message: str):
+        """One line, exit status 2; `name=value` in a message becomes the flag a user would type."""
+        self.exit(2, self._line("error", message))
+
+    def warn(self, message: str) -> None:
+        self._print_message(self._line("warning", message), sys.stderr)
+
+    def _line(self, what: str, message: str) -> str:
+        names = "|".join(action.dest for action in self._actions)
+        message = re.sub(rf"(?<!\S)({names})=", r"--\1 ", " ".join(message.split()))
+        # Of the processes that torchrun starts on a machine, which all read the same options, one speaks.
+        silent = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0"
+        return "" if silent else f"{self.prog}: {what}: {message}\n"
+
+
+def _add_option(group, name: str, spec: Spec, default) -> None:
+    """Values are collected as text; `convert` and the dataclasses give the same errors for flags, YAML and Python."""
+    shown = "" if default is None else f" (default: {as_words(default)})".replace("%", "%%")
+    metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper()
+    flags = [f"--{name}", *(f"--{alias}" for alias in spec.aliases)]
+    kwargs = {"dest": name, "default": argparse.SUPPRESS, "help": spec.help + shown, "metavar": metavar}
+    if spec.kind is bool:
+        group.add_argument(*flags, **kwargs | {"nargs": "?", "const": "True", "metavar": "True|False"})
+        no = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        group.add_argument(f"--no-{name}", action="store_const", const="False", **no)
+    else:
+        group.add_argument(*flags, **kwargs, nargs="+" if spec.many else None)
+
+
+def make_parser(
+    model_type: type, others: tuple[type, ...], description: str, defaults: dict, prog: str | None
+) -> OneLineParser:
+    """Flags of a model and of other configs; where both have one of the same name it is that of the others.
+
+    The heading of an option in --help is its `group`, or else the `heading` of its config.
+    """
+    parser = OneLineParser(prog=prog, description=description, usage="%(prog)s [options]", allow_abbrev=False)
+    parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.I)  # -1e-3 is a value as well, not a flag
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags on the command line win")
+    elsewhere = {name for config in others for name in specs(config)}
+    groups = {}
+    for config in (model_type, *others):
+        for name, spec in sorted(specs(config).items(), key=lambda one: one[1].group != ""):
+            if config is model_type and name in elsewhere:
+                continue
+            heading = spec.group or config.heading
+            if heading not in groups:
+                groups[heading] = parser.add_argument_group(heading)
+            _add_option(groups[heading], name, spec, defaults.get(name, spec.default))
+    return parser
+
+
+def convert(name: str, value, spec: Spec):
+    """Text from the command line (or `1e-3`, which YAML reads as text) to the option's type."""
+    if isinstance(value, list) and spec.many:
+        return tuple(convert(name, item, spec._replace(many=False)) for item in value)
+    if not isinstance(value, str) or spec.kind is str or spec.many:
+        return None if spec.optional and value in ("none", "None") else value
+    if spec.optional and value.lower() == "none":
+        return None
+    if spec.kind is bool:
+        booleans = {"true": True, "false": False}
+        if value.lower() not in booleans:
+            raise ValueError(f"{name}={value!r} is not True or False")
+        return booleans[value.lower()]
+    try:
+        return spec.kind(value)
+    except ValueError:
+        raise ValueError(f"{name}={value!r} is not {KINDS[spec.kind]}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# YAML, and both together
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error instead of the last one winning."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = []  # a key that is a list or mapping cannot be hashed
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ValueError(f"the key {key.value!r} is given twice")
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str) -> dict:
+    """The mapping in a YAML file; ValueError in one line for whatever is wrong with it."""
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise ValueError(f"config={path!r}: {error.strerror or error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"config={path!r}: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"config={path!r} must be a list of `name: value` lines")
+    return values
+
+
+def _read_options(path: str, known: dict[str, Spec]) -> dict:
+    """What a YAML file gives, aliases replaced by the names they stand for. Raises ValueError for a name that is not known."""
+    values = read_yaml(path)
+    aliases = {alias: name for name, spec in known.items() for alias in spec.aliases}
+    for alias in aliases.keys() & values.keys():
+        if aliases[alias] in values:
+            raise ValueError(f"config={path!r}: {alias!r} is another name of {aliases[alias]!r}; drop one of them")
+        values[aliases[alias]] = values.pop(alias)
+    for name in values:
+        if name not in known:
+            raise ValueError(f"config={path!r}: unknown key {name!r}{did_you_mean(name, known)}")
+    return values
+
+
+def read_values(
+    model_type: type,
+    others: tuple[type, ...],
+    description: str,
+    argv: list[str] | None,
+    defaults: dict,
+    prog: str | None = None,
+) -> tuple[dict, OneLineParser]:
+    """What flags and, under them, a YAML file give, by name and converted, and the parser, whose `error` ends in one line.
+
+    `model_type.values_that_hold(values, given)` says which values of the file still hold beside those of the command line.
+    """
+    parser = make_parser(model_type, others, description, defaults, prog)
+    known = {name: spec for config in (model_type, *others) for name, spec in specs(config).items()}
+    given, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    given = vars(given)
+    if rest:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        what = f"unknown option {rest[0]}" if rest[0].startswith("-") else f"a value without an option: {rest[0]!r}"
+        parser.error(f"{what}{did_you_mean(rest[0].split('=')[0], flags)}")
+    path = given.pop("config")
+    parser.given = frozenset(given)
+    try:
+        values = {} if path is None else model_type.values_that_hold(_read_options(path, known), given)
+        return {name: convert(name, value, known[name]) for name, value in (values | given).items()}, parser
+    except ValueError as error:
+        parser.error(str(error))

@@ -1,0 +1,26 @@
+"""From a row of `options.py` to a module: its class is imported when a layer is built, and gets the options by name."""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import nn
+
+from options import ModelConfig, Row
+
+
+def build_layer(row: Row, config: ModelConfig, *sizes: int, **known) -> nn.Module:
+    """The layer of this row, with the options of the config. Raises ValueError as its constructor does.
+
+    Args:
+        sizes: of the layer: channels in and out in 2-D, features and heads in 1-D.
+        known: what a row may name and the config does not know, such as the layout of the tokens.
+    """
+    module, _, name = row.target.partition(":")
+    layer = getattr(importlib.import_module(module), name)
+    values = {
+        argument: known[option] if option in known else getattr(config, option) for argument, option in row.arguments.items()
+    }
+    # None leaves an option to the default of the class.
+    values = {argument: value for argument, value in values.items() if value is not None}
+    return layer(*sizes, **dict(row.fixed) | values)
