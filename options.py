@@ -720,12 +720,14 @@ class DataConfig:
         check_fields(self)
 
 
+KERNELS = ("auto", "chunked", "triton")
+KERNELS_HELP = "what searches and aggregates: the fastest for the device, PyTorch in chunks, or Triton (CUDA)"
 SYSTEM = {"group": "system and output"}
 # What may differ when a run is resumed: how long and where it runs, and what it writes; device and compilation change
 # its numbers by rounding only. All else would make it another run.
 RESUME_MAY_CHANGE = set(
     "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
-    "tensorboard early_stopping use_compiled compile_mode".split()
+    "tensorboard early_stopping use_compiled compile_mode kernels".split()
 )
 
 
@@ -751,6 +753,7 @@ class BenchmarkConfig:
     )
     repeats: int = option(7, "measurements of each row, in turns; medians count", low=1)
     device: str = option("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cpu", "cuda", "mps"))
+    kernels: str = option("auto", KERNELS_HELP, choices=KERNELS)
     seed: int = option(0, "of weights and inputs", low=0, below=2**31)
     output_dir: str = option("./Output/benchmark", "folder for the table and the plot")
 
@@ -809,6 +812,7 @@ class TrainConfig:
     early_stopping: int = option(0, "stop after n epochs without a better test (or validation) loss; 0: never", low=0)
 
     device: str = option("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cpu", "cuda", "mps"), **SYSTEM)
+    kernels: str = option("auto", KERNELS_HELP, choices=KERNELS, **SYSTEM)
     seed: int = option(0, "of weights, order and augmentation", low=0, below=2**31, **SYSTEM)
     deterministic: bool = option(False, "use deterministic algorithms only", **SYSTEM)
     output_dir: str | None = option(None, "where results go (default: ./Output/<model>/<layer>)", kind=str, **SYSTEM)
