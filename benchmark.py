@@ -115,7 +115,7 @@ def make_mixers(config: ViTConfig | AllConvNetConfig, batch_size: int) -> Iterat
 
 def with_naive_form(label: str, mixer, x) -> Iterator[tuple[str, object, object]]:
     """The mixer, and its naive form if it has one."""
-    from naive_layers import Naive, has_naive_form
+    from experiments.naive import Naive, has_naive_form
 
     yield label, mixer, x
     if has_naive_form(mixer):

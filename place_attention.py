@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from kernels import backend
 from layers1d import MultiHeadMixer, TokenLayout, attend
 from masks import in_column, in_neighborhood, in_row, in_square, is_near, is_strided, window_reach, window_start
 from options import MASK_TYPES, check_window
@@ -139,9 +140,11 @@ class PlacedPattern(ConstantTables):
         self, query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, output_matrix: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """(B, H, N, d) each -> mixed values (B, H, N, d), and the matrix (B, H, N, N) if asked for."""
-        if self.is_dense or output_matrix:
+        plain = backend.chosen() == "reference"  # which materializes all scores
+        if self.is_dense or output_matrix or plain:
             mask = self.mask if self.is_dense else self.make_mask(query.device)
-            return attend(query, key, value, mask=mask, dropout=dropout, output_matrix=output_matrix)
+            out, matrix = attend(query, key, value, mask=mask, dropout=dropout, output_matrix=output_matrix or plain)
+            return out, matrix if output_matrix else None
         c, heads = self.layout.class_tokens, query.shape[:2]
         flat = query[:, :, c:].flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
         out = self.attend_tiles(*flat, dropout).unflatten(0, heads)

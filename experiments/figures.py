@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ COSTS = {
 MARKERS = "os^vDPX*<>ph"
 LINE_STYLES = ("-", "--", ":", "-.")
 COLORS = 20  # of matplotlib's tab20
+LONGEST_LABEL = 60  # letters; a legend of longer ones would leave no room for the curves
 MOST_LINES = 20  # in one panel, where there is an option to split the lines by
 
 
@@ -91,6 +94,26 @@ def _mark_programs(rows: list[dict], rest: list[str]) -> tuple[list[Mark], list[
         marks.append(Mark(color_of(len(section.entries)), marker))
         section.entries[label_of(row, rest)] = marks[-1]
     return marks, list(sections.values())
+
+
+def label_groups(kinds: list[dict], folders: list[list[Path]]) -> list[str]:
+    """What each group of runs is called: the options in which the groups differ or, if those are too many, its folder.
+
+    kinds: the options of each group; folders: those of its runs, one per seed.
+    """
+    if len({"patch_size" in kind for kind in kinds}) > 1:  # runs of both programs, which share some options only
+        kinds = [{"program": "ViT" if "patch_size" in kind else "AllConvNet"} | kind for kind in kinds]
+    names = dict.fromkeys(name for kind in kinds for name in kind)
+    differing = [name for name in names if len({str(kind[name]) for kind in kinds if name in kind}) > 1]
+    labels = []
+    for kind in kinds:
+        own = [name for name in differing if name in kind]
+        labels.append(label_of(kind, own) if own else str(kind.get("layer", "run")))
+    if max(map(len, labels)) > LONGEST_LABEL or len(set(labels)) < len(labels):
+        parent = os.path.commonpath([group[0].resolve() for group in folders])
+        labels = [re.sub(r"[_-]?seed-?\d+$", "", os.path.relpath(group[0].resolve(), parent)) for group in folders]
+    seeds = [f" ({len(group)} seeds)" if len(group) > 1 else "" for group in folders]
+    return [label + note for label, note in zip(labels, seeds, strict=True)]
 
 
 def legend_beside(figure, handles: list, labels: list[str], titles: tuple[int, ...] = ()):

@@ -72,7 +72,7 @@ def make_targets() -> list[Target]:
 
 def measure_target(target: Target, repeats: int, device, limits: dict[str, Limit]) -> dict:
     """A row of the table: the layer, what it is compared with, and the limits of the machine, measured in turns."""
-    from naive_layers import Naive
+    from experiments.naive import Naive
 
     layer, x = target.layer.to(device), target.x.to(device)
     other = Naive(layer) if target.against is None else target.against.to(device)

@@ -24,14 +24,16 @@ def all_scores(query: Tensor, key: Tensor, metric: str) -> Tensor:
     if metric == "cosine":
         return F.normalize(query, dim=2, eps=1e-12) @ F.normalize(key, dim=2, eps=1e-12).mT
     if metric == "euclidean":
+        if torch.compiler.is_exporting():  # ONNX has no cdist
+            return -(query[:, :, None] - key[:, None]).square().sum(dim=3).sqrt()
         return -torch.cdist(query, key, compute_mode="donot_use_mm_for_euclid_dist")
     return query @ key.mT
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (B, M, C) by index (B, N, K): (B, N, K, C), K times as large as x."""
-    B, N, K = index.shape
-    return x.gather(1, index.reshape(B, N * K, 1).expand(-1, -1, x.shape[2])).reshape(B, N, K, x.shape[2])
+    """Rows of x (B, M, C) by index (B, N, K): (B, N, K, C). As published, from K copies of x."""
+    copies = x[:, :, None].expand(-1, -1, index.shape[2], -1).contiguous()  # (B, M, K, C)
+    return copies.gather(1, index[..., None].expand(-1, -1, -1, x.shape[2]))
 
 
 def _nearest(scores: Tensor, K: int, candidates: Tensor | None, self_index: Tensor | None) -> Tensor:

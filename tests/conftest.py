@@ -2,6 +2,7 @@ import os
 
 # Small models are as fast on one core, and the tests, with the programs they start, run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # where more are asked for, none may take a core to wait on it
 
 import pytest
 import torch

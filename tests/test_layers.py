@@ -177,7 +177,7 @@ def test_sampled_attention_has_the_token_itself_first(sampling, samples, similar
     cfg = NeighborConfig(K=3, sampling_type=sampling, num_samples=samples, similarity_type=similarity)
     layer = ConvNNAttention2d(3, 4, cfg)
     tokens = torch.randn(2, 20, 4)
-    index = layer.select(*(layer.select.compared(t, (4, 5)) for t in (tokens, torch.randn(2, 20, 4))), (4, 5))
+    index = layer.select(*(layer.select.search_features(t, (4, 5)) for t in (tokens, torch.randn(2, 20, 4))), (4, 5))
     assert index.shape == (2, 20, 3)
     if sampling != "all":
         assert torch.equal(index[:, :, 0], torch.arange(20).expand(2, -1))
@@ -216,7 +216,7 @@ def test_pixel_shuffle_1d():
 
 
 def make(layer_type, **kwargs):
-    what = 2 if issubclass(layer_type, Attention1d) else NeighborConfig(K=3)
+    what = 2 if issubclass(layer_type, Attention2d) else NeighborConfig(K=3)
     return layer_type(4, 6, what, **kwargs)
 
 
@@ -225,7 +225,7 @@ def make(layer_type, **kwargs):
 def test_shapes_by_shuffle_pattern(layer_type, pattern, factor):
     layer = make(layer_type, shuffle_pattern=pattern)
     for size in [(8,), (2,)] if layer.axes == 1 else [(8, 4), (4, 4)]:
-        if layer.axes == 1 and size == (2,) and not isinstance(layer, Attention1d):
+        if layer.axes == 1 and size == (2,) and not isinstance(layer, Attention2d):
             continue  # fewer tokens than neighbors
         y = layer(torch.randn(1, 4, *size))
         assert y.shape == (1, 6, *(int(side * factor) for side in size)) and y.isfinite().all()

@@ -279,7 +279,7 @@ def test_a_signal_to_the_whole_group_from_outside(images, tmp_path):
         if text.startswith("epoch   3"):
             break
     os.killpg(process.pid, signal.SIGTERM)
-    _, error = process.communicate(timeout=300)
+    _, error = process.communicate(timeout=1800)
     assert process.returncode == 143
     assert error.splitlines()[-1].startswith("stopped by SIGTERM") and "Traceback" not in error, error
     assert len(state_of(tmp_path / "run")["history"]) >= 3

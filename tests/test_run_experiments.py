@@ -34,7 +34,7 @@ open(folder / "environment.json", "w").write(json.dumps(dict(os.environ)))
 begun = folder / "last.pt"
 for epoch in range(int(begun.read_text()) if begun.exists() else 0, int(options["--num_epochs"])):
     if str(epoch) == os.environ.get("STAY"):
-        time.sleep(600)
+        time.sleep(3600)
     begun.write_text(str(epoch + 1))
     note(f"epoch-{epoch}")
 if options.get("--lr") == "0.5":
@@ -294,7 +294,7 @@ def in_own_process(folder, *more, **environment):
     )
 
 
-def wait_for(condition, seconds=300):
+def wait_for(condition, seconds=1800):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -306,7 +306,7 @@ def test_interrupted_and_started_again_it_goes_on(sweep, number):
     first = in_own_process(sweep, "--jobs", "2", STAY="1")
     wait_for(lambda: any(what == "epoch-0" for what, *_ in notes()))
     first.send_signal(number)
-    assert first.wait(300) == 128 + number
+    assert first.wait(1800) == 128 + number
     begun = notes()
     assert not any(what == "end" for what, *_ in begun)
     assert run_experiments.main(["sweep.yaml"]) == 0
@@ -329,7 +329,7 @@ def test_killed_its_runs_are_not_started_twice(sweep):
 
 def test_two_runners_share_the_points(sweep):
     runners = [in_own_process(sweep, TOGETHER="2") for _ in range(2)]
-    outputs = [runner.communicate(timeout=300)[0] for runner in runners]
+    outputs = [runner.communicate(timeout=1800)[0] for runner in runners]
     assert [runner.returncode for runner in runners] == [0, 0]
     starts = [name for what, name in notes() if what == "start"]
     assert sorted(starts) == sorted(set(starts)) and len(starts) == 4
@@ -456,9 +456,9 @@ def test_submitted_runs(tmp_path):
 def test_a_job_that_is_requeued_is_submitted_as_it_was(sweep):
     pytest.importorskip("submitit")
     run, points = run_experiments.ClusterRun(), name_points(*read_sweep("sweep.yaml", []))
-    run.process = subprocess.Popen(["sleep", "600"])
+    run.process = subprocess.Popen(["sleep", "3600"])
     again = run.checkpoint(points[0], points, sweep / "out", 1)
-    assert run.process.wait(timeout=300) in (0, -signal.SIGTERM)  # 0: it is known only that it has ended
+    assert run.process.wait(timeout=1800) in (0, -signal.SIGTERM)  # 0: it is known only that it has ended
     assert type(again.function) is run_experiments.ClusterRun and again.args == (points[0], points, sweep / "out", 1)
     assert again.result() == points[0].name and (sweep / "out" / "summary.csv").exists()
     with pytest.raises(RuntimeError, match=r"Attention_seed-0 failed: .* lr is too high"):

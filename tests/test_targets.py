@@ -11,10 +11,10 @@ from torch import nn
 
 import benchmark
 from experiments import targets
+from experiments.naive import Naive, has_naive_form
 from experiments.targets import Limit, Target, floor_of, main, measure_data, measure_search, measure_target
 from layers1d import MultiHeadConvNNAttention, MultiHeadKvtAttention, TokenLayout
 from layers2d import ConvNN2d, ConvNNAttention2d
-from naive_layers import Naive, has_naive_form
 from options import NeighborConfig
 from place_attention import MultiHeadLocalAttention, MultiHeadMaskedAttention, NeighborhoodAttention
 from runs.measure import Case, peak_memory
@@ -58,11 +58,11 @@ def test_naive_forms_compute_the_same(layer, shape):
 
 
 def test_layers_without_a_naive_form():
-    near = NeighborConfig(K=9, similarity_type="Loc")
-    assert not has_naive_form(ConvNN2d(3, 4, near)) and not has_naive_form(nn.Conv2d(3, 4, 3))
-    assert not has_naive_form(ConvNN2d(3, 4, NeighborConfig(K=9), padding=1))
+    window = NeighborConfig(K=9, similarity_type="Loc")  # which is a convolution
+    assert not has_naive_form(ConvNN2d(3, 4, window, padding=1)) and not has_naive_form(nn.Conv2d(3, 4, 3))
     assert not has_naive_form(ConvNN2d(3, 4, NeighborConfig(K=4, sampling_type="random", num_samples=8)))
     assert not has_naive_form(MultiHeadKvtAttention(8, 2, 3, attention_dropout=0.1))
+    assert not has_naive_form(ConvNNAttention2d(3, 4, NeighborConfig(K=4), attention_dropout=0.1))
 
 
 def test_floor_of_a_target():

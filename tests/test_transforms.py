@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from allconvnet import AllConvNet, AllConvNetConfig
+from convit import ConViTConfig, ConViTWithLinearClassifier
 from layers2d import ConvNN2d
 from neighbors import NeighborConfig, aggregate, find_neighbors, find_scored_neighbors, neighbor_scores, weighted_sum
 from options import LAYERS1D_NAMES, LAYERS2D_NAMES
@@ -49,6 +50,7 @@ def make(kind, **options):
 MODELS = [
     *((ViT, {"layer": layer}) for layer in LAYERS1D_NAMES),
     *((AllConvNet, {"layer": layer}) for layer in (*LAYERS2D_NAMES, "Conv2d/ConvNN")),
+    (ViT, {"layer": "GPSA", "num_local_layers": 0}),
     *((ViT, {"layer": "ConvNNAttention", **options}) for options in NEIGHBORS),
     *((AllConvNet, {"layer": "ConvNN", **options}) for options in NEIGHBORS),
 ]
@@ -92,7 +94,8 @@ def test_gradients_of_gradients():
     assert torch.autograd.gradgradcheck(lambda v, w, s: aggregate(v, index, w, s, depthwise=True), (values, depthwise, scores))
     assert torch.autograd.gradgradcheck(lambda v, s: weighted_sum(v, index, s), (values, scores))
     same = torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True)  # query and key are one tensor
-    assert torch.autograd.gradgradcheck(lambda x: neighbor_scores(x, x, index[:1], "matmul"), (same,))
+    own = find_neighbors(same, same, 2, "matmul")
+    assert torch.autograd.gradgradcheck(lambda x: neighbor_scores(x, x, own, "matmul"), (same,))
 
 
 @models
@@ -138,10 +141,11 @@ def test_onnx(kind, options, tmp_path):
 
     model = make(kind, **options).eval()
     export_onnx(tmp_path / "model.onnx", model, (1, 16, 16))
-    images, _ = batch(5)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    (found,) = session.run(["logits"], {"images": images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), model(images).detach(), atol=1e-4, rtol=1e-4)
+    for size in (1, 5):  # it was traced with two images
+        images, _ = batch(size)
+        (found,) = session.run(["logits"], {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(images).detach(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("similarity_type", ["Col", "Loc"])
@@ -167,6 +171,13 @@ def test_zero_scores_keep_their_columns_where_denormals_are_flushed():
     finally:
         torch.set_flush_denormal(False)
     assert all(len(set(row)) == 4 for row in found[0].tolist())
+
+
+def test_a_convit_exports_with_a_dynamic_batch():
+    config = ConViTConfig(16, 1, 4, num_local_layers=1, num_nonlocal_layers=1, dim=8, num_classes=5, heads=2)
+    model, images = ConViTWithLinearClassifier(config).eval(), torch.randn(5, 1, 16, 16)
+    program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(program.module()(images), model(images))
 
 
 def test_modules_that_are_no_models_export_as_well():

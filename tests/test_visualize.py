@@ -1,9 +1,11 @@
 import csv
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import allconvnet_main
@@ -73,7 +75,7 @@ def lines_of_curves(folders):
 def test_seeds_are_one_line_in_a_band(runs):
     lines, bands = lines_of_curves([runs / "convnn", runs / "convnn-1", runs / "mean"])
     assert list(lines) == ["ConvNNAttention, pool cls (2 seeds)", "Attention, pool mean"] and len(bands) == 2
-    tables = [visualize.csv.DictReader((runs / name / "metrics.csv").open()) for name in ("convnn", "convnn-1")]
+    tables = [csv.DictReader((runs / name / "metrics.csv").open()) for name in ("convnn", "convnn-1")]
     seeds = [[float(row["test_top1"]) for row in table] for table in tables]
     mean = lines["ConvNNAttention, pool cls (2 seeds)"]
     assert list(mean.get_xdata()) == [1, 2]
@@ -258,3 +260,49 @@ def test_errors_are_one_line(line, says, runs, capsys, monkeypatch):
     text = capsys.readouterr().err
     assert end.value.code == 2 and says in text.splitlines()[-1] and "Traceback" not in text
     assert text.count("\n") == 1
+
+
+def test_curves_of_unlike_runs_have_labels_that_leave_them_room(runs, tmp_path):
+    """Runs of two programs differ in dozens of options: then the folders name them, and seeds share a name."""
+    folders = [tmp_path / name for name in ("a_seed-0", "a_seed-1", "b", "images")]
+    for folder, source in zip(folders, ("convnn", "convnn-1", "gpsa", "images"), strict=True):
+        shutil.copytree(runs / source, folder)
+    assert list(lines_of_curves(folders)[0]) == ["a (2 seeds)", "b", "images"]
+    args = visualize.make_parser().parse_args(["curves", *map(str, folders)])
+    figure = visualize.draw_curves(args)
+    FigureCanvasAgg(figure).draw()
+    box = figure.legends[0].get_window_extent()
+    assert all(axis.bbox.width > 300 and not box.overlaps(axis.bbox) for axis in figure.axes)
+    assert box.x1 <= figure.bbox.x1 + 1
+
+
+def test_many_runs_are_told_apart(runs, tmp_path):
+    folders = [tmp_path / f"run{number}" for number in range(25)]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        shutil.copy(runs / "mean" / "metrics.csv", folder)
+        (folder / "config.yaml").write_text((runs / "mean" / "config.yaml").read_text() + f"\nextra: {number}\n")
+    lines, _ = lines_of_curves(folders)
+    assert list(lines) == [f"extra {number}" for number in range(25)]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines.values()}) == 25
+
+
+def test_curves_of_all_that_a_folder_holds_can_be_drawn_twice(runs, tmp_path, capsys):
+    """`Output/ViT/*` of the shell: runs, the figure that was drawn of them, a run in its first epoch, other files."""
+    shutil.copytree(runs / "mean", tmp_path / "mean")
+    shutil.copytree(runs / "gpsa", tmp_path / "gpsa")
+    for more in ([], ["begun", "notes.txt"]):
+        for _ in range(2):
+            assert visualize.main(["curves", *map(str, sorted(tmp_path.iterdir()))]) == 0
+            out, err = capsys.readouterr()
+            assert out.strip() == str(tmp_path / "curves.png")
+            left_out = ", ".join(str(tmp_path / name) for name in more)
+            assert err == (f"left out, as there is no metrics.csv in them: {left_out}\n" if more else "")
+        (tmp_path / "begun").mkdir(exist_ok=True)
+        (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(SystemExit):  # what is not there is an error, whatever else is
+        visualize.main(["curves", str(tmp_path / "mean"), str(tmp_path / "nowhere")])
+    assert "nowhere holds no metrics.csv" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        visualize.main(["curves", str(tmp_path / "begun"), str(tmp_path / "notes.txt")])
+    assert "begun holds no metrics.csv; give folders of runs" in capsys.readouterr().err
