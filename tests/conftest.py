@@ -1,3 +1,4 @@
+import math
 import os
 
 # Small models are as fast on one core, and the tests, with the programs they start, run side by side.
@@ -19,7 +20,8 @@ def fixed_seed():
 
 @pytest.fixture
 def quick_results():
-    """Runs of both programs without what takes most of a short one: its picture, and the latency of its model.
+    """Runs of both programs without what takes most of a short one, its picture and the latency of its model, and on any
+    machine without a line of progress.
 
     Both have tests of their own, and so have runs that make them.
     """
@@ -28,4 +30,5 @@ def quick_results():
     with pytest.MonkeyPatch.context() as patch:  # which outlasts a test's own monkeypatch.undo()
         patch.setattr(utils, "draw_curves", lambda history, path: utils.write_atomically(path, b"a picture"))
         patch.setattr(utils, "measure_latency", lambda model, image: 1.0)
+        patch.setattr(utils.Progress, "LINE_EVERY", math.inf)  # no line on stderr where a machine is slow
         yield
