@@ -11,17 +11,16 @@ import itertools
 import math
 import os
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.tables import as_markdown, as_text  # noqa: F401  some are only offered from here as well
 from options import LAYERS1D_NAMES, LAYERS2D_NAMES, AllConvNetConfig, BenchmarkConfig, ViTConfig, build, read_values
+from runs.measure import MEASURED, Case, peak_memory, seconds_of, training_flops  # noqa: F401
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
-MEASURED = ("latency_ms_per_image", "latency_std_ms", "images_per_s", "forward_backward_ms", "peak_memory_mb")
 KEYS = ("layer", "tokens", "precision", "execution")
 RATIOS = {"time_ratio": "forward_backward_ms", "memory_ratio": "peak_memory_mb"}  # to the naive form
 UNSEEN = "FLOPs do not include top-K, gather, softmax, normalization and element-wise work, which the counter does not see."
@@ -81,105 +80,6 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Case:
-    """One row: a mixer, its input, and how it is run."""
-
-    def __init__(self, mixer, x, *, precision: str, compiled: bool):
-        import torch
-
-        self.mixer = mixer
-        self.device = x.device
-        self.x = x.requires_grad_()
-        self.image = x[:1].detach()
-        self.call = torch.compile(mixer, dynamic=False) if compiled else mixer
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self.autocast = lambda: torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
-        self.no_grad = torch.no_grad
-        self.is_too_large = False  # for the memory of the device
-        self.times: dict[str, list[float]] = {"latency": [], "forward": [], "training": []}
-
-    def latency(self) -> None:
-        """Forward of one image, as in use."""
-        self.mixer.eval()
-        with self.no_grad(), self.autocast():
-            self.call(self.image)
-
-    def forward(self) -> None:
-        self.mixer.eval()
-        with self.no_grad(), self.autocast():
-            self.call(self.x)
-
-    def training(self) -> None:
-        """Forward and backward, gradients of the input and of all parameters."""
-        self.mixer.train()
-        self.mixer.zero_grad()
-        self.x.grad = None
-        with self.autocast():
-            out = self.call(self.x)
-        out.float().sum().backward()
-
-    def measure(self) -> None:
-        """One more measurement of each."""
-        for name, times in self.times.items():
-            times.append(seconds_of(getattr(self, name), self.device))
-
-    def row(self) -> dict:
-        latency = [1e3 * seconds for seconds in self.times["latency"]]
-        forward, training = (statistics.median(self.times[name]) for name in ("forward", "training"))
-        self.mixer.zero_grad()
-        self.x.grad = None
-        values = (
-            statistics.mean(latency),
-            statistics.stdev(latency) if len(latency) > 1 else 0.0,
-            len(self.x) / forward,
-            1e3 * training,
-            peak_memory(self.training, self.device) / 1e6,
-        )
-        return dict(zip(MEASURED, values, strict=True))
-
-
-def seconds_of(function: Callable[[], None], device) -> float:
-    import torch
-
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    synchronize()
-    start = time.perf_counter()
-    function()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def peak_memory(function: Callable[[], object], device) -> int:
-    """Most bytes alive at once of those that were allocated while `function` ran, by CUDA's or the CPU's allocator."""
-    import torch
-
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) - before
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as profiler:
-        result = function()
-    alive = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
-    del result
-    return peak
-
-
-def training_flops(mixer, x) -> int:
-    """FLOPs of forward and backward, gradients of the input and of all parameters."""
-    from utils import flops_of
-
-    flops = flops_of(lambda: mixer(x.requires_grad_()).sum().backward())
-    mixer.zero_grad()
-    return flops
-
-
 def make_mixers(config: ViTConfig | AllConvNetConfig, batch_size: int) -> Iterator[tuple[str, object, object]]:
     """(name, mixer, input) of the layer; attention comes a second time with separate projections of q, k and v."""
     import torch
@@ -215,7 +115,7 @@ def make_mixers(config: ViTConfig | AllConvNetConfig, batch_size: int) -> Iterat
 
 def with_naive_form(label: str, mixer, x) -> Iterator[tuple[str, object, object]]:
     """The mixer, and its naive form if it has one."""
-    from naive_layers import Naive, has_naive_form
+    from experiments.naive import Naive, has_naive_form
 
     yield label, mixer, x
     if has_naive_form(mixer):
@@ -223,13 +123,13 @@ def with_naive_form(label: str, mixer, x) -> Iterator[tuple[str, object, object]
 
 
 def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator[dict]:
-    """Rows of layers at one resolution: they take turns, so that a slow minute of the machine is one for all."""
+    """Rows of layers at one resolution, measured in turns: a slow minute of the machine hits all of them."""
     import torch
 
-    from utils import count_flops, count_parameters
+    from runs.measure import count_flops, count_parameters
 
     torch._dynamo.reset()
-    # Every case has a graph for one image, a batch and training; with too many, torch would go on eagerly, and say little.
+    # Each case compiles a graph for one image, a batch and training; beyond the limit torch falls back to eager execution.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     cases, rows = [], []
     for config in configs:
@@ -242,6 +142,7 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
         for label, mixer, x in mixers:
             tokens = config.image_size[0] * config.image_size[1] if isinstance(config, AllConvNetConfig) else x.shape[1]
             facts = {"parameters": count_parameters(mixer), "forward_mflops": count_flops(mixer, x[:1]) / 1e6}
+            # FLOPs are per image, and the same in every precision and execution.
             facts["forward_backward_mflops"] = training_flops(mixer, x[:1].clone()) / 1e6
             for precision, execution in itertools.product(bench.precision, bench.execution):
                 case = Case(mixer, x.clone(), precision=precision, compiled=execution == "compiled")
@@ -249,7 +150,7 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
                 rows.append({"layer": label, "tokens": tokens, "precision": precision, "execution": execution} | facts)
     for case in cases:
         try:
-            case.measure()  # warm-up: tables are made, kernels compiled
+            case.measure()  # warm-up: tables are built, graphs compiled
         except torch.OutOfMemoryError:
             case.is_too_large = True
         progress.update()
@@ -280,41 +181,12 @@ def add_ratios(rows: list[dict]) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def as_text(value) -> str:
-    if isinstance(value, float) and math.isnan(value):
-        return "out of memory"
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
-    return f"{value:,}" if isinstance(value, int) else value
-
-
-def as_markdown(rows: list[dict]) -> str:
-    """A table with aligned columns; precision and execution are left out where all rows have the same."""
-    names = [name for name in rows[0] if name not in ("precision", "execution") or len({row[name] for row in rows}) > 1]
-    table = [names, *([as_text(row[name]) for name in names] for row in rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(names))]
-    lines = []
-    for line in table:
-        cells = (
-            f"{cell:<{width}}" if column == 0 else f"{cell:>{width}}"
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.insert(
-        1,
-        "|" + "|".join(("-" * (width + 1) + ":") if column else "-" * (width + 2) for column, width in enumerate(widths)) + "|",
-    )
-    return "\n".join(lines)
-
-
 def draw_scaling(rows: list[dict], title: str) -> bytes:
     """Time and peak memory against the number of tokens, both axes logarithmic, as PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-    from utils import as_png
+    from runs.files import as_png
 
     lines: dict[str, list[dict]] = {}
     many = [name for name in ("precision", "execution") if len({row[name] for row in rows}) > 1]
@@ -355,18 +227,22 @@ def draw_scaling(rows: list[dict], title: str) -> bytes:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["targets"]:
-        import targets
+        from experiments import targets
 
         return targets.main(argv[1:])
     family, bench, configs = parse(argv)
     # torch takes seconds to import: only once the options are known to be right.
     from tqdm import tqdm
 
-    from utils import RunError, check_writable, device_name, pick_device, versions
+    from runs import RunError
+    from runs.files import check_writable
+    from runs.measure import device_name, versions
+    from utils import choose_kernels, pick_device
 
     folder = Path(bench.output_dir)
     try:
         device = pick_device(bench.device)
+        choose_kernels(bench.kernels, device)
         check_writable(folder, "--output_dir")
     except RunError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
@@ -390,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def write(rows: list[dict], folder: Path, command: str, machine: str) -> None:
     """benchmark.csv, benchmark.md, and with more than one size scaling.png."""
-    from utils import as_csv, write_atomically
+    from runs.files import as_csv, write_atomically
 
     write_atomically(folder / "benchmark.csv", as_csv(rows))
     write_atomically(folder / "benchmark.md", f"```\n{command}\n```\n\n{machine}\n\n{as_markdown(rows)}\n\n{UNSEEN}\n")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from layers1d import MultiHeadAttention, TokenLayout
-from local_attention import GatedPositionalSelfAttention
 from options import CONVIT_SIZES
+from place_attention import GatedPositionalSelfAttention
 from vit import Block, init_vit_weights, prepend
 
 __all__ = ["ConViTBackbone", "ConViTConfig", "ConViTLayer", "ConViTWithLinearClassifier", "GatedPositionalSelfAttention"]

@@ -1,8 +1,6 @@
 """Token mixers on sequences: ConvNN, ConvNN attention, attention, convolution, k-NN attention, and two of them side by side.
 
-Those on (B, C, N) come first: `ConvNN1d`, `ConvNNAttention1d`, `Attention1d`. The same classes serve images:
-`layers2d.py` sets `axes = 2` and swaps the shuffles. Each forward folds the image into tokens (B, N, C), mixes them, and
-unfolds the result.
+Those on (B, C, N) come first: the mixers of `layers2d.py` on images with one side.
 
 Those on (B, N, d_model), for transformers, are a `MultiHeadMixer` each: projections, heads and output projection are
 written there once, and a mixer is its `mix`. A `TokenLayout` says what the N tokens are.
@@ -17,23 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neighbors import (
-    NeighborConfig,
-    aggregate,
-    coordinates,
-    find_neighbors,
-    find_scored_neighbors,
-    grid_places,
-    join_coordinates,
-    location_neighbors,
-    neighbor_scores,
-    neighbor_weights,
-    random_candidates,
-    raster_index,
-    spatial_candidates,
-    weighted_sum,
+from layers2d import (
+    Attention2d,
+    ConvNN2d,
+    ConvNNAttention2d,
+    make_convolution,
+    make_slot_convolution,
+    slot_convolution,
 )
-from options import SHUFFLE_PATTERNS, branch_widths, check_heads, check_slots, sequence_grid, shuffle_factors
+from neighbors import NeighborConfig, find_scored_neighbors, neighbor_weights, weighted_sum
+from options import branch_widths, check_heads, check_slots, sequence_grid
+from selection import ConstantTables, NeighborSelection
 
 
 class PixelUnshuffle1d(nn.Module):
@@ -64,339 +56,28 @@ class PixelShuffle1d(nn.Module):
         return x.view(B, C // self.scale, self.scale, N).transpose(2, 3).reshape(B, C // self.scale, -1)
 
 
-class NeighborSelection(nn.Module):
-    """Which K tokens each token is mixed with: a `NeighborConfig` applied to grids of tokens.
-
-    What depends on the shape of the grid only is made once per shape, in the constructor where `grid` is known, and
-    kept as non-persistent buffers.
-
-    Args:
-        neighbors: the rules.
-        axes: sides of a grid, 1 or 2.
-        self_first: slot 0 is the token itself in `all` mode too (it always is among samples).
-        padding: width of the ring around the tokens that are asked for.
-        class_tokens: tokens before those of the grid; they are always candidates, and their place is its center.
-        grid: sides of the grid, ring included.
-    """
-
-    def __init__(
-        self,
-        neighbors: NeighborConfig,
-        *,
-        axes: int,
-        self_first: bool,
-        padding: int = 0,
-        class_tokens: int = 0,
-        grid: tuple[int, ...] | None = None,
-    ):
-        super().__init__()
-        neighbors.check_candidates(grid, axes=axes, class_tokens=class_tokens)
-        self.neighbors = neighbors
-        self.self_first = self_first
-        self.padding = padding
-        self.class_tokens = class_tokens
-        if grid is not None:
-            self._tables(grid, device=None)
-
-    def extra_repr(self) -> str:
-        return f"{self.neighbors}, padding={self.padding}"
-
-    def forward(
-        self, query: Tensor, key: Tensor, grid: tuple[int, ...], scored: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """query (B, N, C), key (B, M, C), both joined with coordinates where asked for -> index (B, N, K).
-
-        With `scored` also the scores of the neighbors (B, N, K), which carry the gradient.
-        """
-        index, allowed = self._allowed(key, grid)
-        K, metric = self.neighbors.K, self.neighbors.metric
-        if index is None:
-            find = find_scored_neighbors if scored else find_neighbors
-            return find(query, key, K, metric, **allowed)
-        index = index.expand(query.shape[0], -1, -1)
-        return (index, neighbor_scores(query, key, index, metric)) if scored else index
-
-    def _allowed(self, key: Tensor, grid: tuple[int, ...]) -> tuple[Tensor | None, dict]:
-        """The neighbors (N, K) if place decides, else what the search is told: candidates and the tokens themselves."""
-        cfg = self.neighbors
-        tables = self._tables(grid, key.device)
-        own, candidates = tables["inner"], tables.get("candidates")
-        if cfg.sampling == "random" and self.training:
-            candidates = random_candidates(math.prod(grid), cfg.num_samples, self.class_tokens, key.device)
-        if cfg.similarity_type == "Loc":
-            index = tables.get("nearest")
-            if index is None or candidates is not tables.get("candidates"):
-                index = location_neighbors(self._centered(tables["places"], grid), cfg.K, own, candidates)
-            return index, {}
-        if candidates is None and not self.self_first:
-            own = None
-        return None, {"candidates": candidates, "self_index": own}
-
-    def inner(self, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """The tokens inside the ring: (B, M, C) -> (B, N, C)."""
-        return tokens.index_select(1, self._tables(grid, tokens.device)["inner"]) if self.padding else tokens
-
-    def compared(self, features: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """What is compared: the features (B, M, C), under Loc_Col joined with their coordinates (B, M, C + axes)."""
-        if self.neighbors.similarity_type != "Loc_Col":
-            return features
-        return join_coordinates(features, self._coordinates(features, grid), self.neighbors.lambda_param)
-
-    def mixed(self, values: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """What is mixed: the values (B, M, C), under aggregation_type Loc_Col with their coordinates appended."""
-        if self.neighbors.aggregation_type != "Loc_Col":
-            return values
-        return torch.cat([values, self._coordinates(values, grid).expand(values.shape[0], -1, -1)], dim=2)
-
-    def _coordinates(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
-        return coordinates(self._tables(grid, x.device)["places"], grid, x.dtype, self.class_tokens)
-
-    def _centered(self, places: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Places in half pixels from the center of the grid, where class tokens are: whole numbers, so distances are exact."""
-        offsets = [2 * places[:, axis] - (side - 1) for axis, side in enumerate(grid)]
-        return F.pad(torch.stack(offsets, dim=1), (0, 0, self.class_tokens, 0))
-
-    def _tables(self, grid: tuple[int, ...], device) -> dict[str, Tensor]:
-        """Constant tables of this shape of grid, by name."""
-        suffix = "".join(f"_{side}" for side in grid)
-        if f"places{suffix}" not in self._buffers:
-            with torch.inference_mode(False):  # made while evaluating, they must still serve a backward pass
-                tables = {name: table.to(device) for name, table in self._make_tables(grid).items()}
-            for name, table in tables.items():
-                self.register_buffer(name + suffix, table, persistent=False)
-        return {name.removesuffix(suffix): table for name, table in self._buffers.items() if name.endswith(suffix)}
-
-    def _make_tables(self, grid: tuple[int, ...]) -> dict[str, Tensor]:
-        cfg, pad, class_tokens = self.neighbors, self.padding, self.class_tokens
-        cfg.check_candidates(grid, axes=len(grid), class_tokens=class_tokens)
-        places = grid_places(grid)
-        inner = raster_index(grid, [torch.arange(pad, side - pad) for side in grid]) + class_tokens
-        tables = {"places": places, "inner": torch.cat([torch.arange(class_tokens), inner])}
-        if cfg.sampling == "spatial":
-            tables["candidates"] = spatial_candidates(grid, cfg.num_samples, cfg.sample_padding, class_tokens)
-        elif cfg.sampling == "random":  # those of evaluation; training draws its own
-            tables["candidates"] = random_candidates(math.prod(grid), cfg.num_samples, class_tokens, fixed=True)
-        if cfg.similarity_type == "Loc":
-            centered = self._centered(places, grid)
-            tables["nearest"] = location_neighbors(centered, cfg.K, tables["inner"], tables.get("candidates"))
-        return tables
-
-
-def score_neighbors(
-    select: NeighborSelection, query: Tensor, key: Tensor, grid: tuple[int, ...], *, softmax: bool
-) -> tuple[Tensor, Tensor]:
-    """Neighbors between projected queries and keys (B, N, C), and what their values are multiplied by: (B, N, K) each."""
-    index, scores = select(select.compared(query, grid), select.compared(key, grid), grid, scored=True)
-    return index, neighbor_weights(scores, select.neighbors.metric, softmax=softmax)
-
-
-def make_convolution(in_channels: int, out_channels: int, kernel_size: int, convolution_type: str, **geometry) -> nn.Module:
-    """A 1-D convolution without bias: standard, depthwise, or depthwise-separable (depthwise, then 1 x 1)."""
-    if convolution_type == "standard":
-        return nn.Conv1d(in_channels, out_channels, kernel_size, bias=False, **geometry)
-    depthwise = nn.Conv1d(in_channels, in_channels, kernel_size, groups=in_channels, bias=False, **geometry)
-    if convolution_type == "depthwise":
-        return depthwise
-    pointwise = nn.Conv1d(in_channels, out_channels, 1, bias=False)
-    nn.init.xavier_uniform_(pointwise.weight)  # a projection of features, initialized as the others are
-    return nn.Sequential(depthwise, pointwise)
-
-
-def make_slot_convolution(channels: int, coordinates: int, neighbors: NeighborConfig, convolution_type: str) -> nn.Module:
-    """The convolution over K slots of ConvNN attention, without bias; depthwise weights start at one.
-
-    channels of the values, coordinates that aggregation_type Loc_Col appends to them -> channels.
-    Raises ValueError for an unknown type, and for `depthwise` with coordinates appended.
-    """
-    check_slots(convolution_type, neighbors.aggregation_type)
-    inputs = channels + coordinates * (neighbors.aggregation_type == "Loc_Col")
-    conv = make_convolution(inputs, channels, neighbors.K, convolution_type, stride=neighbors.K)
-    if convolution_type != "standard":
-        nn.init.ones_((conv if convolution_type == "depthwise" else conv[0]).weight)
-    return conv
-
-
-def slot_convolution(conv: nn.Module, values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Apply what `make_slot_convolution` made: values (B, M, C), index and weights (B, N, K) -> (B, N, D)."""
-    if isinstance(conv, nn.Sequential):
-        depthwise, pointwise = conv
-        mixed = aggregate(values, index, depthwise.weight, weights, depthwise=True)
-        return F.linear(mixed, pointwise.weight.squeeze(-1))
-    return aggregate(values, index, conv.weight, weights, depthwise=conv.groups > 1)
-
-
-class _Shuffled(nn.Module):
-    """What the mixers share: shuffle patterns, and the fold of (B, C, *grid) into tokens (B, N, C) and back."""
-
-    axes = 1
-
-    def __init__(self, in_channels: int, out_channels: int, shuffle_pattern: str, shuffle_scale: int):
-        super().__init__()
-        if shuffle_pattern not in SHUFFLE_PATTERNS:
-            raise ValueError(f"shuffle_pattern={shuffle_pattern!r} is not one of {', '.join(SHUFFLE_PATTERNS)}")
-        before, after = shuffle_factors(shuffle_pattern, shuffle_scale, self.axes)
-        self.shuffle_scale = shuffle_scale
-        self.token_channels = in_channels * before, out_channels * after
-        unshuffle, shuffle = (PixelUnshuffle1d, PixelShuffle1d) if self.axes == 1 else (nn.PixelUnshuffle, nn.PixelShuffle)
-        self.unshuffle = unshuffle(shuffle_scale) if "B" in shuffle_pattern else nn.Identity()
-        self.shuffle = shuffle(shuffle_scale) if shuffle_pattern in ("A", "BA") else nn.Identity()
-
-    def token_grid(self, image_size: int | tuple[int, ...] | None, padding: int = 0) -> tuple[int, ...] | None:
-        """Sides of the grid of tokens that an input of this size becomes. Raises ValueError if the scale does not divide."""
-        if image_size is None:
-            return None
-        sides = (image_size,) * self.axes if isinstance(image_size, int) else tuple(image_size)
-        scale = 1 if isinstance(self.unshuffle, nn.Identity) else self.shuffle_scale
-        if any(side % scale for side in sides):
-            raise ValueError(f"shuffle_scale={scale} does not divide the {' x '.join(map(str, sides))} input")
-        return tuple(side // scale + 2 * padding for side in sides)
-
-    def fold(self, x: Tensor, padding: int = 0) -> tuple[Tensor, tuple[int, ...]]:
-        """(B, C, *sides) -> unshuffled tokens (B, N, C) inside a ring of zeros, and the sides of their grid."""
-        self.token_grid(tuple(x.shape[2:]))
-        x = F.pad(self.unshuffle(x), (padding, padding) * self.axes)
-        return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
-
-    def unfold(self, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Tokens (B, N, C) -> (B, C, *grid), shuffled."""
-        return self.shuffle(tokens.transpose(1, 2).unflatten(2, grid))
-
-
-class ConvNN1d(_Shuffled):
+class ConvNN1d(ConvNN2d):
     """Convolutional nearest neighbors (arXiv 2511.14137) on a sequence: (B, C_in, N) -> (B, C_out, N).
 
-    `conv` convolves over the K neighbors that each token finds by similarity. With `similarity_type="Loc"` and a
-    ring of p zeros, K = (2p + 1)^axes neighbors are the window of a convolution, and a convolution is what runs.
-
-    Args:
-        neighbors: which tokens are neighbors; the token itself is always slot 0 (`Loc` among all: raster order).
-        shuffle_pattern, shuffle_scale: B unshuffles before, A shuffles after, BA both, NA neither.
-        padding: width of a ring of zero tokens that takes part in the search.
-        image_size: size of the input if known, so that tables are made, and errors raised, at construction.
-
-    Raises ValueError if K, the samples or the shuffle do not fit the tokens.
+    Arguments and errors are those of `ConvNN2d`; by location, K = 2p + 1 neighbors are the window of an `nn.Conv1d`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        neighbors: NeighborConfig,
-        *,
-        shuffle_pattern: str = "NA",
-        shuffle_scale: int = 2,
-        padding: int = 0,
-        bias: bool = True,
-        image_size: int | tuple[int, ...] | None = None,
-    ):
-        super().__init__(in_channels, out_channels, shuffle_pattern, shuffle_scale)
-        if padding < 0:
-            raise ValueError(f"padding={padding} must be at least 0")
-        self.padding = padding
-        grid = self.token_grid(image_size, padding)
-        self.select = NeighborSelection(neighbors, axes=self.axes, self_first=True, padding=padding, grid=grid)
-        inputs, outputs = self.token_channels
-        inputs += self.axes * (neighbors.aggregation_type == "Loc_Col")
-        self.conv = nn.Conv1d(inputs, outputs, neighbors.K, stride=neighbors.K, bias=bias)
-        window = (2 * padding + 1) ** self.axes
-        self.is_convolution = (
-            neighbors.similarity_type == "Loc" and neighbors.sampling == "all" and neighbors.K == window and padding <= 2
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens, grid = self.fold(x, self.padding)  # (B, M, C), ring included
-        values = self.select.mixed(tokens, grid)
-        inner = tuple(side - 2 * self.padding for side in grid)
-        if self.is_convolution:
-            kernel = (2 * self.padding + 1,) * self.axes
-            convolve = F.conv1d if self.axes == 1 else F.conv2d
-            image = values.transpose(1, 2).unflatten(2, grid)
-            return self.shuffle(convolve(image, self.conv.weight.unflatten(2, kernel), self.conv.bias))
-        compared = self.select.compared(tokens.detach(), grid)
-        index = self.select(self.select.inner(compared, grid), compared, grid)  # (B, N, K)
-        out = aggregate(values, index, self.conv.weight)  # (B, N, D)
-        return self.unfold(out if self.conv.bias is None else out + self.conv.bias.to(out.dtype), inner)
+    axes = 1
+    shuffles = PixelUnshuffle1d, PixelShuffle1d
 
 
-class ConvNNAttention1d(_Shuffled):
-    """ConvNN attention (arXiv 2511.14137) on a sequence: (B, C_in, N) -> (B, C_out, N).
+class ConvNNAttention1d(ConvNNAttention2d):
+    """ConvNN attention (arXiv 2511.14137) on a sequence: (B, C_in, N) -> (B, C_out, N). Arguments as `ConvNNAttention2d`."""
 
-    Neighbors are found between projected queries and keys; the projected values of the K slots are multiplied by the
-    softmax of their scores (or the raw scores) and convolved over the slots. One head.
-
-    Args:
-        neighbors: which tokens are neighbors; in `all` mode a token competes for its own slots like any other.
-        convolution_type: over the slots, standard, depthwise or depthwise-separable, without bias.
-        softmax_topk_val: weigh values by the softmax of the scores; False: by the raw scores.
-        attention_dropout: probability of dropping a weight.
-        shuffle_pattern, shuffle_scale, image_size: as in `ConvNN1d`.
-
-    Raises ValueError if K, the samples, the shuffle or the convolution type do not fit.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        neighbors: NeighborConfig,
-        *,
-        convolution_type: str = "standard",
-        softmax_topk_val: bool = True,
-        attention_dropout: float = 0.0,
-        shuffle_pattern: str = "NA",
-        shuffle_scale: int = 2,
-        image_size: int | tuple[int, ...] | None = None,
-    ):
-        super().__init__(in_channels, out_channels, shuffle_pattern, shuffle_scale)
-        grid = self.token_grid(image_size)
-        self.select = NeighborSelection(neighbors, axes=self.axes, self_first=False, grid=grid)
-        self.softmax_topk_val = softmax_topk_val
-        inputs, D = self.token_channels
-        self.qkv = nn.Linear(inputs, 3 * D)
-        self.conv = make_slot_convolution(D, self.axes, neighbors, convolution_type)
-        self.proj = nn.Linear(D, D)
-        self.dropout = nn.Dropout(attention_dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens, grid = self.fold(x)  # (B, N, C)
-        query, key, value = self.qkv(tokens).chunk(3, dim=-1)  # (B, N, D) each
-        index, weights = score_neighbors(self.select, query, key, grid, softmax=self.softmax_topk_val)
-        out = slot_convolution(self.conv, self.select.mixed(value, grid), index, self.dropout(weights))
-        return self.unfold(self.proj(out), grid)
+    axes = 1
+    shuffles = PixelUnshuffle1d, PixelShuffle1d
 
 
-class Attention1d(_Shuffled):
-    """Multi-head self-attention (Vaswani et al., arXiv 1706.03762) on a sequence: (B, C_in, N) -> (B, C_out, N).
+class Attention1d(Attention2d):
+    """Multi-head self-attention on a sequence: (B, C_in, N) -> (B, C_out, N). Arguments and errors as `Attention2d`."""
 
-    Raises ValueError if num_heads does not divide the channels that attention runs on.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        num_heads: int,
-        *,
-        attention_dropout: float = 0.0,
-        shuffle_pattern: str = "NA",
-        shuffle_scale: int = 2,
-    ):
-        super().__init__(in_channels, out_channels, shuffle_pattern, shuffle_scale)
-        inputs, D = self.token_channels
-        if num_heads < 1 or D % num_heads:
-            raise ValueError(f"num_heads={num_heads} does not divide the {D} channels that attention runs on")
-        self.num_heads = num_heads
-        self.attention_dropout = attention_dropout
-        self.qkv = nn.Linear(inputs, 3 * D)
-        self.proj = nn.Linear(D, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens, grid = self.fold(x)  # (B, N, C)
-        qkv = self.qkv(tokens).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, H, d)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
-        dropout = self.attention_dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        return self.unfold(self.proj(out.transpose(1, 2).flatten(2)), grid)
+    axes = 1
+    shuffles = PixelUnshuffle1d, PixelShuffle1d
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -446,7 +127,7 @@ def attend(
     return F.dropout(matrix, dropout).to(value.dtype) @ value, matrix
 
 
-class MultiHeadMixer(nn.Module):
+class MultiHeadMixer(ConstantTables):
     """What mixers of tokens (B, N, d_model) -> (B, N, d_model) share: projections, heads, and the mixing matrix.
 
     A mixer overrides `mix`, and `make_projection` and `project` where it projects otherwise.
@@ -563,8 +244,11 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
         heads, grid = query.shape[:2], self.layout.grid
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B * H, N, d)
-        index, weights = score_neighbors(self.select, query, key, grid, softmax=self.softmax_topk_val)
-        out = slot_convolution(self.conv, self.select.mixed(value, grid), index, F.dropout(weights, self.dropout))
+        query, key = (self.select.search_features(part, grid) for part in (query, key))
+        index, scores = self.select(query, key, grid, scored=True)  # (B * H, N, K) each
+        weights = neighbor_weights(scores, self.select.neighbors.metric, softmax=self.softmax_topk_val)
+        values = self.select.append_coordinates(value, grid)
+        out = slot_convolution(self.conv, values, index, F.dropout(weights, self.dropout))
         return out.unflatten(0, heads), mixing_matrix(index, weights, self.num_heads) if output_matrix else None
 
 

@@ -1,17 +1,16 @@
 """Token mixers on images, (B, C_in, H, W) -> (B, C_out, H, W).
 
-ConvNN, in the steps that `ConvNN2d` takes:
+ConvNN, in the steps that `ConvNN2d.forward` takes:
 
 1. Every pixel is a token: (B, C, H, W) becomes (B, N, C). A pixel-unshuffle before (pattern B) makes fewer, wider
    tokens; a ring of zeros (`padding`) can join them.
-2. Each token finds the K tokens most similar to it, itself first: `find_neighbors`, an index (B, N, K).
-3. A convolution runs over those K slots instead of over a window of places: `aggregate`, with the weights
-   (out, in, K) of an `nn.Conv1d`.
+2. Each token finds the K tokens most similar to it, itself first: an index (B, N, K).
+3. A convolution runs over those K slots instead of over a window of pixels, with the weights (out, in, K) of an `nn.Conv1d`.
 4. The tokens become an image again; a pixel-shuffle after (pattern A) undoes the unshuffle.
 
-Chosen by place (`similarity_type="Loc"`), the K slots are a window and ConvNN is `nn.Conv2d`. Chosen between projected
+Chosen by location (`similarity_type="Loc"`), the K slots are a window and ConvNN is `nn.Conv2d`. Chosen between projected
 queries and keys, with values weighed by the softmax of their scores, it is attention in which each token attends to
-its K best: `ConvNNAttention2d`. The steps are those on a sequence, where they are written: `layers1d.py`.
+its K best: `ConvNNAttention2d`. The same classes serve sequences, images with one side: `layers1d.py`.
 """
 
 from __future__ import annotations
@@ -20,36 +19,193 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers1d import Attention1d, ConvNN1d, ConvNNAttention1d
+from neighbors import NeighborConfig, aggregate, neighbor_weights
+from options import SHUFFLE_PATTERNS, check_slots, shuffle_factors
+from selection import NeighborSelection
 
 
-class ConvNN2d(ConvNN1d):
+class ImageMixer(nn.Module):
+    """What the mixers share: shuffle patterns, and the fold of (B, C, *sides) into tokens (B, N, C) and back."""
+
+    axes = 2  # sides of an image
+    shuffles = nn.PixelUnshuffle, nn.PixelShuffle
+
+    def __init__(self, in_channels: int, out_channels: int, shuffle_pattern: str, shuffle_scale: int):
+        super().__init__()
+        if shuffle_pattern not in SHUFFLE_PATTERNS:
+            raise ValueError(f"shuffle_pattern={shuffle_pattern!r} is not one of {', '.join(SHUFFLE_PATTERNS)}")
+        before, after = shuffle_factors(shuffle_pattern, shuffle_scale, self.axes)
+        self.shuffle_scale = shuffle_scale
+        self.token_channels = in_channels * before, out_channels * after
+        unshuffle, shuffle = self.shuffles
+        self.unshuffle = unshuffle(shuffle_scale) if "B" in shuffle_pattern else nn.Identity()
+        self.shuffle = shuffle(shuffle_scale) if shuffle_pattern in ("A", "BA") else nn.Identity()
+
+    def token_grid(self, image_size: int | tuple[int, ...] | None, padding: int = 0) -> tuple[int, ...] | None:
+        """Sides of the grid of tokens that an input of this size becomes. Raises ValueError if the scale does not divide."""
+        if image_size is None:
+            return None
+        sides = (image_size,) * self.axes if isinstance(image_size, int) else tuple(image_size)
+        scale = 1 if isinstance(self.unshuffle, nn.Identity) else self.shuffle_scale
+        if any(side % scale for side in sides):
+            raise ValueError(f"shuffle_scale={scale} does not divide the {' x '.join(map(str, sides))} input")
+        return tuple(side // scale + 2 * padding for side in sides)
+
+    def fold(self, x: Tensor, padding: int = 0) -> tuple[Tensor, tuple[int, ...]]:
+        """(B, C, *sides) -> unshuffled tokens (B, N, C) inside a ring of zeros, and the sides of their grid."""
+        self.token_grid(tuple(x.shape[2:]))
+        x = F.pad(self.unshuffle(x), (padding, padding) * self.axes)
+        return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
+
+    def unfold(self, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Tokens (B, N, C) -> (B, C, *grid), shuffled."""
+        return self.shuffle(tokens.transpose(1, 2).unflatten(2, grid))
+
+
+class ConvNN2d(ImageMixer):
     """Convolutional nearest neighbors (arXiv 2511.14137) on an image: (B, C_in, H, W) -> (B, C_out, H, W).
 
-    Arguments and errors are those of `ConvNN1d`. With `similarity_type="Loc"`, `padding=p` and K = (2p + 1)^2, p = 1
-    or 2, it is `nn.Conv2d(kernel_size=2p + 1, padding=p)`, whose weight is `conv.weight` unflattened.
+    `conv` convolves over the K neighbors that each token finds by similarity. With `similarity_type="Loc"`, `padding=p` and
+    K = (2p + 1)^2, p = 1 or 2, it is `nn.Conv2d(kernel_size=2p + 1, padding=p)`, whose weight is `conv.weight` unflattened, and
+    `F.conv2d` is what runs.
+
+    Args:
+        neighbors: which tokens are neighbors; the token itself is always slot 0 (`Loc` among all: raster order).
+        shuffle_pattern, shuffle_scale: B unshuffles before, A shuffles after, BA both, NA neither.
+        padding: width of a ring of zero tokens that takes part in the search.
+        image_size: size of the input if known, so that tables are made, and errors raised, at construction.
+
+    Raises ValueError if K, the samples or the shuffle do not fit the tokens.
     """
 
-    axes = 2
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        neighbors: NeighborConfig,
+        *,
+        shuffle_pattern: str = "NA",
+        shuffle_scale: int = 2,
+        padding: int = 0,
+        bias: bool = True,
+        image_size: int | tuple[int, ...] | None = None,
+    ):
+        super().__init__(in_channels, out_channels, shuffle_pattern, shuffle_scale)
+        if padding < 0:
+            raise ValueError(f"padding={padding} must be at least 0")
+        self.padding = padding
+        grid = self.token_grid(image_size, padding)
+        self.select = NeighborSelection(neighbors, axes=self.axes, self_first=True, padding=padding, grid=grid)
+        inputs, outputs = self.token_channels
+        inputs += self.axes * (neighbors.aggregation_type == "Loc_Col")
+        self.conv = nn.Conv1d(inputs, outputs, neighbors.K, stride=neighbors.K, bias=bias)
+        window = (2 * padding + 1) ** self.axes
+        self.is_convolution = (
+            neighbors.similarity_type == "Loc" and neighbors.sampling == "all" and neighbors.K == window and padding <= 2
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, grid = self.fold(x, self.padding)  # (B, M, C), ring included
+        values = self.select.append_coordinates(tokens, grid)
+        if self.is_convolution:
+            return self.shuffle(self.convolve(values, grid))
+        features = self.select.search_features(tokens.detach(), grid)
+        index = self.select(self.select.drop_padding(features, grid), features, grid)  # (B, N, K)
+        out = aggregate(values, index, self.conv.weight)  # (B, N, D)
+        if self.conv.bias is not None:
+            out = out + self.conv.bias.to(out.dtype)
+        return self.unfold(out, tuple(side - 2 * self.padding for side in grid))
+
+    def convolve(self, values: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """What ConvNN is where neighbors are a whole window: the K slots, in raster order, are the taps of a kernel."""
+        convolution = F.conv1d if self.axes == 1 else F.conv2d
+        kernel = self.conv.weight.unflatten(2, (2 * self.padding + 1,) * self.axes)
+        return convolution(values.transpose(1, 2).unflatten(2, grid), kernel, self.conv.bias)
 
 
-class ConvNNAttention2d(ConvNNAttention1d):
+class ConvNNAttention2d(ImageMixer):
     """ConvNN attention (arXiv 2511.14137) on an image: (B, C_in, H, W) -> (B, C_out, H, W).
 
-    Arguments and errors are those of `ConvNNAttention1d`. With K = N, matmul, softmax and depthwise weights of one it
-    is `Attention2d` with one head.
+    Neighbors are found between projected queries and keys; the projected values of the K slots are multiplied by the
+    softmax of their scores (or the raw scores) and convolved over the slots. One head. With K = N, matmul, softmax and
+    depthwise weights of one it is `Attention2d` with one head.
+
+    Args:
+        neighbors: which tokens are neighbors; in `all` mode a token competes for its own slots like any other.
+        convolution_type: over the slots, standard, depthwise or depthwise-separable, without bias.
+        softmax_topk_val: weigh values by the softmax of the scores; False: by the raw scores.
+        attention_dropout: probability of dropping a weight.
+        shuffle_pattern, shuffle_scale, image_size: as in `ConvNN2d`.
+
+    Raises ValueError if K, the samples, the shuffle or the convolution type do not fit.
     """
 
-    axes = 2
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        neighbors: NeighborConfig,
+        *,
+        convolution_type: str = "standard",
+        softmax_topk_val: bool = True,
+        attention_dropout: float = 0.0,
+        shuffle_pattern: str = "NA",
+        shuffle_scale: int = 2,
+        image_size: int | tuple[int, ...] | None = None,
+    ):
+        super().__init__(in_channels, out_channels, shuffle_pattern, shuffle_scale)
+        grid = self.token_grid(image_size)
+        self.select = NeighborSelection(neighbors, axes=self.axes, self_first=False, grid=grid)
+        self.softmax_topk_val = softmax_topk_val
+        inputs, D = self.token_channels
+        self.qkv = nn.Linear(inputs, 3 * D)
+        self.conv = make_slot_convolution(D, self.axes, neighbors, convolution_type)
+        self.proj = nn.Linear(D, D)
+        self.dropout = nn.Dropout(attention_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, grid = self.fold(x)  # (B, N, C)
+        query, key, value = self.qkv(tokens).chunk(3, dim=-1)  # (B, N, D) each
+        query, key = (self.select.search_features(part, grid) for part in (query, key))
+        index, scores = self.select(query, key, grid, scored=True)  # (B, N, K) each
+        weights = neighbor_weights(scores, self.select.neighbors.metric, softmax=self.softmax_topk_val)
+        out = slot_convolution(self.conv, self.select.append_coordinates(value, grid), index, self.dropout(weights))
+        return self.unfold(self.proj(out), grid)
 
 
-class Attention2d(Attention1d):
-    """Multi-head self-attention over the pixels of an image: (B, C_in, H, W) -> (B, C_out, H, W).
+class Attention2d(ImageMixer):
+    """Multi-head self-attention (Vaswani et al., arXiv 1706.03762) over the pixels of an image:
+    (B, C_in, H, W) -> (B, C_out, H, W).
 
-    Arguments and errors are those of `Attention1d`.
+    Raises ValueError if num_heads does not divide the channels that attention runs on.
     """
 
-    axes = 2
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_heads: int,
+        *,
+        attention_dropout: float = 0.0,
+        shuffle_pattern: str = "NA",
+        shuffle_scale: int = 2,
+    ):
+        super().__init__(in_channels, out_channels, shuffle_pattern, shuffle_scale)
+        inputs, D = self.token_channels
+        if num_heads < 1 or D % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide the {D} channels that attention runs on")
+        self.num_heads = num_heads
+        self.attention_dropout = attention_dropout
+        self.qkv = nn.Linear(inputs, 3 * D)
+        self.proj = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, grid = self.fold(x)  # (B, N, C)
+        qkv = self.qkv(tokens).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, H, d)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+        dropout = self.attention_dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return self.unfold(self.proj(out.transpose(1, 2).flatten(2)), grid)
 
 
 class Branching2d(nn.Module):
@@ -65,3 +221,38 @@ class Branching2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([F.relu(self.first(x)), F.relu(self.second(x))], dim=1)
+
+
+def make_convolution(in_channels: int, out_channels: int, kernel_size: int, convolution_type: str, **geometry) -> nn.Module:
+    """A 1-D convolution without bias: standard, depthwise, or depthwise-separable (depthwise, then 1 x 1)."""
+    if convolution_type == "standard":
+        return nn.Conv1d(in_channels, out_channels, kernel_size, bias=False, **geometry)
+    depthwise = nn.Conv1d(in_channels, in_channels, kernel_size, groups=in_channels, bias=False, **geometry)
+    if convolution_type == "depthwise":
+        return depthwise
+    pointwise = nn.Conv1d(in_channels, out_channels, 1, bias=False)
+    nn.init.xavier_uniform_(pointwise.weight)  # a projection of features, initialized as the others are
+    return nn.Sequential(depthwise, pointwise)
+
+
+def make_slot_convolution(channels: int, coordinates: int, neighbors: NeighborConfig, convolution_type: str) -> nn.Module:
+    """The convolution over K slots of ConvNN attention, without bias; depthwise weights start at one.
+
+    channels of the values, coordinates that aggregation_type Loc_Col appends to them -> channels.
+    Raises ValueError for an unknown type, and for `depthwise` with coordinates appended.
+    """
+    check_slots(convolution_type, neighbors.aggregation_type)
+    inputs = channels + coordinates * (neighbors.aggregation_type == "Loc_Col")
+    conv = make_convolution(inputs, channels, neighbors.K, convolution_type, stride=neighbors.K)
+    if convolution_type != "standard":
+        nn.init.ones_((conv if convolution_type == "depthwise" else conv[0]).weight)
+    return conv
+
+
+def slot_convolution(conv: nn.Module, values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Apply what `make_slot_convolution` made: values (B, M, C), index and weights (B, N, K) -> (B, N, D)."""
+    if isinstance(conv, nn.Sequential):
+        depthwise, pointwise = conv
+        mixed = aggregate(values, index, depthwise.weight, weights, depthwise=True)
+        return F.linear(mixed, pointwise.weight.squeeze(-1))
+    return aggregate(values, index, conv.weight, weights, depthwise=conv.groups > 1)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layers1d import MultiHeadMixer, TokenLayout, attend
-from local_attention import PlacedPattern, neighborhood_tiling
 from options import PERFORMER_KERNELS, check_window
+from place_attention import PlacedPattern, neighborhood_tiling
 
 
 class LinearMixer(MultiHeadMixer):
@@ -182,7 +182,7 @@ class NystromformerAttention(LinearMixer):
         if conv_kernel < 0:
             raise ValueError(f"conv_kernel={conv_kernel} must be at least 0")
         N = layout.num_tokens
-        self.register_buffer("segments", segment_members(num_landmarks, N) if num_landmarks < N else None, persistent=False)
+        self.set_tables(lambda: {"segments": segment_members(num_landmarks, N) if num_landmarks < N else None})
         self.reach = (conv_kernel - 1) // 2, conv_kernel // 2  # tokens before and after
         self.conv = None
         if conv_kernel:

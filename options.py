@@ -31,6 +31,7 @@ from cli import (
     redefault,
     specs,
 )
+from runs.machine import cpu_cores
 
 __all__ = [
     "CONVIT_SIZES",
@@ -159,7 +160,7 @@ class Row(NamedTuple):
         return names - {"layout", "image_size", "neighbors"} | (NEIGHBOR_OPTIONS if "neighbors" in names else set())
 
 
-BY_PLACE = "local_attention"
+BY_PLACE = "place_attention"
 PAIRS = "attention_dropout bias=attention_bias"  # of layers that weigh pairs of tokens
 CONVNN = f"neighbors layout convolution_type softmax_topk_val {PAIRS}"
 CONV1D = "kernel_size layout convolution_type bias=attention_bias"
@@ -717,12 +718,14 @@ class DataConfig:
         check_fields(self)
 
 
+KERNELS = ("auto", "chunked", "triton")
+KERNELS_HELP = "what searches and aggregates: the fastest for the device, PyTorch in chunks, or Triton (CUDA)"
 SYSTEM = {"group": "system and output"}
 # What may differ when a run is resumed: how long and where it runs, and what it writes; device and compilation change
 # its numbers by rounding only. All else would make it another run.
 RESUME_MAY_CHANGE = set(
     "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
-    "tensorboard early_stopping use_compiled compile_mode".split()
+    "tensorboard early_stopping use_compiled compile_mode kernels".split()
 )
 
 
@@ -748,6 +751,7 @@ class BenchmarkConfig:
     )
     repeats: int = option(7, "measurements of each row, in turns; medians count", low=1)
     device: str = option("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cpu", "cuda", "mps"))
+    kernels: str = option("auto", KERNELS_HELP, choices=KERNELS)
     seed: int = option(0, "of weights and inputs", low=0, below=2**31)
     output_dir: str = option("./Output/benchmark", "folder for the table and the plot")
 
@@ -806,6 +810,7 @@ class TrainConfig:
     early_stopping: int = option(0, "stop after n epochs without a better test (or validation) loss; 0: never", low=0)
 
     device: str = option("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cpu", "cuda", "mps"), **SYSTEM)
+    kernels: str = option("auto", KERNELS_HELP, choices=KERNELS, **SYSTEM)
     seed: int = option(0, "of weights, order and augmentation", low=0, below=2**31, **SYSTEM)
     deterministic: bool = option(False, "use deterministic algorithms only", **SYSTEM)
     output_dir: str | None = option(None, "where results go (default: ./Output/<model>/<layer>)", kind=str, **SYSTEM)
@@ -815,7 +820,9 @@ class TrainConfig:
     )
     save_minutes: float = option(10.0, "write last.pt this often within an epoch too; 0: only at its end", low=0, **SYSTEM)
     save_every: int = option(0, "keep epoch_<n>.pt every n epochs; 0: none", low=0, **SYSTEM)
-    export: str | None = option(None, "write the best weights to FILE.safetensors", kind=str, **SYSTEM)
+    export: str | None = option(
+        None, "write the best weights to FILE.safetensors, or the model with them to FILE.onnx", kind=str, **SYSTEM
+    )
     test_only: bool = option(
         False, "evaluate --checkpoint, else best.pt in the output directory, and write test_results.json", **SYSTEM
     )
@@ -827,8 +834,8 @@ class TrainConfig:
             raise ValueError(f"accumulate_steps={self.accumulate_steps} is more than batch_size={self.batch_size} images")
         if self.warmup_epochs > self.num_epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} is more than num_epochs={self.num_epochs}")
-        if self.export and not self.export.endswith(".safetensors"):
-            raise ValueError(f"export={self.export!r} must end in .safetensors")
+        if self.export and not self.export.endswith((".safetensors", ".onnx")):
+            raise ValueError(f"export={self.export!r} must end in .safetensors or .onnx")
         if self.export and self.test_only:
             raise ValueError(f"export={self.export!r} writes weights and test_only=True writes only its results; drop one")
         if self.checkpoint and not self.checkpoint.endswith((".pt", ".pth", ".safetensors")):
@@ -874,11 +881,10 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
 
     data, train = build(DataConfig, values), build(TrainConfig, values)
     info = DATASETS[data.dataset]
-    workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     data = dataclasses.replace(
         data,
         resize=data.resize or info.size,
-        num_workers=workers if data.num_workers is None else data.num_workers,
+        num_workers=min(8, cpu_cores()) if data.num_workers is None else data.num_workers,
     )
     classes = info.classes or _count_classes(data.data_path)
     model = build(model_type, values, image_size=data.resize, in_channels=info.channels, num_classes=classes)

@@ -7,7 +7,6 @@ python visualize.py neighbors Output/AllConvNet/ConvNN
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 import sys
@@ -15,22 +14,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.figures import COLORS, LINE_STYLES, color_of, label_groups, legend_beside, plot_seeds, read_metrics
 from options import DATASETS, PROGRAMS, DataConfig, OneLineParser, Options, ViTConfig, read_yaml, resolve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # takes most of a second to import
+
+NOT_COMPARED = ("seed", "output_dir", "device", "resume", "num_workers")  # by them runs of one kind may differ
+MOST_WITH_TRAINING = 12  # lines of a panel beside which training curves can still be told apart
 
 # ---------------------------------------------------------------------------------------------------------------
 # Runs
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def read_options(folder: Path, data_path: str | None = None) -> Options:
-    """The options of the run in a folder, with its data in `data_path` if that is given. Raises ValueError without a run."""
+def read_config(folder: Path) -> dict:
+    """The options of the run in a folder by name, as they were written. Raises ValueError without a run."""
     path = folder / "config.yaml"
     if not path.exists():
         raise ValueError(f"{folder} holds no run: there is no config.yaml in it")
-    values = read_yaml(str(path)) | ({"data_path": data_path} if data_path else {})
+    return read_yaml(str(path))
+
+
+def read_options(folder: Path, data_path: str | None = None) -> Options:
+    """The options of the run in a folder, with its data in `data_path` if that is given. Raises ValueError without a run."""
+    values = read_config(folder) | ({"data_path": data_path} if data_path else {})
     program = PROGRAMS["vit_main.py" if "patch_size" in values else "allconvnet_main.py"]
     return resolve(program.model, program.family, values)
 
@@ -86,62 +94,50 @@ def title_of(axis, truth: str, prediction: str) -> None:
 
 def draw_curves(args: argparse.Namespace) -> Figure:
     """Loss and top-1 by epoch; runs that differ in their seed only are one line, their mean, in a band of their range."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    runs = []
-    for folder in args.runs:
-        table = folder / "metrics.csv"
-        if not table.exists():
-            raise ValueError(f"{folder} holds no metrics.csv; its run has not ended its first epoch")
-        values = read_options(folder).as_dict()
-        for name in ("seed", "output_dir", "device", "resume", "num_workers"):
-            del values[name]
-        with table.open() as file:
-            runs.append((values, [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]))
-    groups: dict[str, list] = {}
-    for values, rows in runs:
-        groups.setdefault(json.dumps(values), []).append(rows)
-    kinds = [json.loads(key) for key in groups]
-    differing = [
-        name
-        for name in dict.fromkeys(name for kind in kinds for name in kind)
-        if len({str(kind.get(name)) for kind in kinds}) > 1
-    ]
+    groups: dict[str, list[tuple[Path, list[dict]]]] = {}
+    for folder in folders_of_runs(args.runs, args.output or default_output(args)):
+        rows = read_metrics(folder)
+        values = {name: value for name, value in read_config(folder).items() if name not in NOT_COMPARED}
+        groups.setdefault(json.dumps(values), []).append((folder, rows))
+    labels = label_groups([json.loads(key) for key in groups], [[folder for folder, _ in group] for group in groups.values()])
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(9, min(8, max(4.2, 0.14 * len(groups)))), layout="constrained")
     axes = figure.subplots(1, 2)
-    for number, (kind, of_group) in enumerate(zip(kinds, groups.values(), strict=True)):
-        label = ", ".join(str(kind[name]) if name == "layer" else f"{name} {kind[name]}" for name in differing if name in kind)
-        label = (label or kind["layer"]) + (f" ({len(of_group)} seeds)" if len(of_group) > 1 else "")
-        color = colormaps["tab20"]((2 * number + number // 10) % 20)
-        epochs = range(min(map(len, of_group)))
+    # Many lines leave no room for training curves; the styles then tell those of one color apart.
+    parts = {"train": (":", 0.08), "test": ("-", 0.2)} if len(groups) <= MOST_WITH_TRAINING else {"test": ("-", 0.2)}
+    for number, (label, group) in enumerate(zip(labels, groups.values(), strict=True)):
         for axis, key in zip(axes, ("loss", "top1"), strict=True):
-            for part, style in (("train", ":"), ("test", "-")):
-                of_epochs = [[rows[epoch][f"{part}_{key}"] for rows in of_group] for epoch in epochs]
-                x = [epoch + 1 for epoch in epochs]
-                mean = [sum(seeds) / len(seeds) for seeds in of_epochs]
-                axis.plot(
-                    x,
-                    mean,
-                    style,
-                    color=color,
-                    marker="." if len(x) < 3 else None,
-                    label=label if part == "test" else None,
-                )
-                if len(of_group) > 1:
-                    low, high = [min(seeds) for seeds in of_epochs], [max(seeds) for seeds in of_epochs]
-                    axis.fill_between(x, low, high, color=color, alpha=0.2 if part == "test" else 0.08, lw=0)
+            for part, (style, band) in parts.items():
+                runs = [[row[f"{part}_{key}"] for row in rows] for _, rows in group]
+                looks = {"color": color_of(number), "marker": "." if min(map(len, runs)) < 3 else None}
+                looks["ls"] = style if len(parts) > 1 else LINE_STYLES[number // COLORS % len(LINE_STYLES)]
+                plot_seeds(axis, runs, band, **looks, label=label if part == "test" else None)
     for axis, name in zip(axes, ("loss", "top-1 accuracy (%)"), strict=True):
         axis.set_xlabel("epoch")
-        axis.set_ylabel(name)
+        axis.set_ylabel(name if len(parts) > 1 else f"test {name}")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    axes[0].plot([], [], "k-", label="test")
-    axes[0].plot([], [], "k:", label="training")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+    if len(parts) > 1:
+        axes[0].plot([], [], "k-", label="test")
+        axes[0].plot([], [], "k:", label="training")
+    legend_beside(figure, *axes[0].get_legend_handles_labels())
     return figure
+
+
+def folders_of_runs(paths: list[Path], output: Path) -> list[Path]:
+    """The paths that hold runs. `Output/ViT/*` has other things too: files, and runs in their first epoch; stderr names them.
+
+    The figure itself, drawn by the last call, is one of those files. A path that is not there is kept, to be an error.
+    """
+    others = [path for path in paths if path.is_file() or (path.is_dir() and not (path / "metrics.csv").exists())]
+    runs = [path for path in paths if path not in others]
+    if not runs:
+        raise ValueError(f"{paths[0]} holds no metrics.csv; give folders of runs that have ended an epoch")
+    if named := [str(path) for path in others if path.resolve() != output.resolve()]:
+        print(f"left out, as there is no metrics.csv in them: {', '.join(named)}", file=sys.stderr)
+    return runs
 
 
 def draw_attention(args: argparse.Namespace) -> Figure:
@@ -163,6 +159,7 @@ def draw_attention(args: argparse.Namespace) -> Figure:
         if matrix is None:
             continue
         weights = matrix.mean(dim=1)  # (B, N, N)
+        # Where there is no class token, the mean over the queries: how much each patch is attended to.
         from_token = weights[:, 0] if matrix.shape[-1] > patches else weights.mean(dim=1)
         maps[f"block {number}"] = from_token[:, -patches:].unflatten(1, options.model.grid)
     maps["average"] = torch.stack(list(maps.values())).mean(dim=0)
@@ -238,6 +235,7 @@ def layer_number(name: str) -> str:
 def draw_choice(axis, module, grid: tuple[int, ...], index, place: tuple[float, float], color: str) -> None:
     """Lines from the token at a place (down, right; 0 to 1) to its neighbors; a ring around it if it chose a class token."""
     height, width = grid if len(grid) == 2 else (1, grid[0])
+    # Keys are numbered over the padded grid, class tokens first; queries over the image inside the ring of padding.
     pad, class_tokens = module.padding, module.class_tokens
     inside = height - 2 * pad * (len(grid) == 2), width - 2 * pad
 
@@ -246,7 +244,7 @@ def draw_choice(axis, module, grid: tuple[int, ...], index, place: tuple[float, 
         return (column - pad + 0.5) / inside[1], (row - pad * (len(grid) == 2) + 0.5) / inside[0]
 
     row, column = (min(int(part * side), side - 1) for part, side in zip(place, inside, strict=True))
-    query = class_tokens + row * inside[1] + column  # queries are the tokens inside the ring
+    query = class_tokens + row * inside[1] + column
     x, y = (column + 0.5) / inside[1], (row + 0.5) / inside[0]
     neighbors = index[query].tolist()
     for rank, token in enumerate(neighbors):
@@ -279,9 +277,9 @@ def draw_masks(args: argparse.Namespace) -> Figure:
     figure = Figure(figsize=(3.4 * len(args.expansion_step), 1.9 * len(types)), layout="constrained")
     axes = figure.subplots(len(types), 2 * len(args.expansion_step), squeeze=False)
     for number, (name, make) in enumerate(types.items()):
-        for place, step in enumerate(args.expansion_step):
+        for pair, step in enumerate(args.expansion_step):
             mask = make(step).numpy()
-            whole, around = axes[number, 2 * place : 2 * place + 2]
+            whole, around = axes[number, 2 * pair : 2 * pair + 2]
             whole.imshow(mask, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
             around.imshow(mask[row * width + column].reshape(height, width), cmap="Blues", vmin=0, vmax=1)
             around.plot(column, row, "*", color="tab:red", ms=7)
@@ -295,7 +293,7 @@ def draw_masks(args: argparse.Namespace) -> Figure:
             around.set_title(f"{count} patches", fontsize=8)
             if number == 0:
                 whole.set_title(f"expansion step {step}", fontsize=9, fontweight="bold")
-            if place == 0:
+            if pair == 0:
                 whole.set_ylabel(name, fontsize=9)
     return figure
 

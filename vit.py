@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from layers1d import MultiHeadMixer, TokenLayout
 from options import LAYERS1D_ROWS, ViTConfig, layer_row
 from registry import build_layer
+from selection import ConstantTables
 from utils import load_state
 
 __all__ = ["LAYERS1D", "TokenLayout", "ViT", "ViTConfig", "load_vit_weights", "make_layer1d"]
@@ -103,7 +104,7 @@ def prepend(token: Tensor, x: Tensor) -> Tensor:
     return torch.cat([token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
 
 
-class ViT(nn.Module):
+class ViT(ConstantTables):
     """Vision transformer (Dosovitskiy et al., arXiv 2010.11929) with any mixer: (B, channels, H, W) -> logits (B, classes).
 
     Patches, in raster order, after the class token if `pool="cls"`. Under `num_local_layers` the first blocks mix
@@ -122,8 +123,8 @@ class ViT(nn.Module):
         if config.pos_embedding == "learned":
             self.pos_embedding = nn.Parameter(torch.empty(1, local.num_tokens, d))
         else:
-            table = sinusoidal_positions(local.num_tokens, d)[None] if config.pos_embedding == "sinusoidal" else None
-            self.register_buffer("pos_embedding", table, persistent=False)
+            has_table = config.pos_embedding == "sinusoidal"
+            self.set_tables(lambda: {"pos_embedding": sinusoidal_positions(local.num_tokens, d)[None] if has_table else None})
         self.num_local_layers = config.num_layers if config.num_local_layers is None else config.num_local_layers
         mixers = [make_layer1d(config, local) for _ in range(self.num_local_layers)]
         mixers += [LAYERS1D["Attention"](config, local) for _ in range(config.num_layers - self.num_local_layers)]

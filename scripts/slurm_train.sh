@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One training on all GPUs of a SLURM job, on one or several nodes:
 #
-#   sbatch --nodes=2 --gpus-per-node=4 scripts/slurm_train.sh vit_main.py --config configs/vit_tiny_convnn.yaml --output_dir runs/a
+#   sbatch --nodes=2 --gpus-per-node=4 scripts/slurm_train.sh vit_main.py --config configs/vit_tiny_convnn.yaml --output_dir Output/a
 #
 # The output folder and the data must be visible on all nodes. Three minutes before its time is up the job saves, is put
 # into the queue again and goes on from there (--resume is added below). Give --time, --partition and the like to sbatch,

@@ -1,11 +1,16 @@
+import math
 import os
 
 # Small models are as fast on one core, and the tests, with the programs they start, run side by side.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # where more are asked for, none may take a core to wait on it
 
 import pytest
 import torch
 from hypothesis import settings
+
+import kernels.cpu
+from kernels.backend import use
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("ci")
@@ -14,3 +19,30 @@ settings.load_profile("ci")
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu dense", "cpu bags", "cpu gathered", "chunked"])
+def backend(request, monkeypatch):
+    """Every way in which the operators can compute here: a test that takes this fixture runs once for each."""
+    device, _, strategy = request.param.partition(" ")
+    if strategy:
+        monkeypatch.setattr(kernels.cpu, "_dense_pays", lambda index, tokens: strategy == "dense")
+        monkeypatch.setattr(kernels.cpu, "_has_bags", lambda: strategy != "gathered")
+    with use("auto" if device == "cpu" else device):
+        yield request.param
+
+
+@pytest.fixture
+def quick_results():
+    """Runs of both programs without what takes most of a short one, its picture and the latency of its model, and on any
+    machine without a line of progress.
+
+    Both have tests of their own, and so have runs that make them.
+    """
+    from runs.files import write_atomically
+
+    with pytest.MonkeyPatch.context() as patch:  # which outlasts a test's own monkeypatch.undo()
+        patch.setattr("runs.folder.draw_curves", lambda history, path: write_atomically(path, b"a picture"))
+        patch.setattr("runs.folder.measure_latency", lambda model, image: 1.0)
+        patch.setattr("runs.progress.Progress.LINE_EVERY", math.inf)  # no line on stderr where a machine is slow
+        yield

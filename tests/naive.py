@@ -1,33 +1,21 @@
-"""The plain form of what neighbors.py does: full score matrix, topk, gather, conv1d. Slow, large, and easy to believe."""
+"""The plain form in the words of the tests: `kernels/reference.py`, and beside it what it does not have."""
 
-import torch
 from torch.nn import functional as F
+
+from kernels import reference
+from kernels.reference import gather
+from neighbors import canonical_metric
 
 
 def scores(query, key, metric):
-    """(B, N, M), larger is nearer."""
-    if metric in ("cosine", "similarity"):
-        return F.cosine_similarity(query[:, :, None], key[:, None], dim=-1, eps=1e-12)
-    if metric in ("euclidean", "distance"):
-        return -(query[:, :, None] - key[:, None]).norm(dim=-1)
-    return torch.einsum("bnc,bmc->bnm", query, key) / query.shape[-1] ** 0.5
+    """(B, N, M), larger is nearer; products are divided by sqrt(C)."""
+    metric = canonical_metric(metric)
+    return reference.all_scores(query, key, metric) / (query.shape[-1] ** 0.5 if metric == "matmul" else 1)
 
 
 def neighbors(query, key, K, metric, candidates=None, self_index=None):
     """index (B, N, K), nearest first."""
-    full = scores(query, key, metric)
-    if candidates is not None:
-        allowed = torch.zeros(key.shape[1], dtype=torch.bool)
-        allowed[candidates] = True
-        full = full.masked_fill(~allowed, -torch.inf)
-    if self_index is not None:
-        full[:, torch.arange(len(self_index)), self_index] = torch.inf
-    return full.topk(K, dim=-1).indices
-
-
-def gather(x, index):
-    """(B, M, C), (B, N, K) -> (B, N, K, C)."""
-    return torch.stack([x[b, index[b]] for b in range(len(x))])
+    return reference.find_neighbors(query, key, K, canonical_metric(metric), candidates, self_index)
 
 
 def aggregate(values, index, weight, weights=None, groups=1):

@@ -18,6 +18,7 @@ from allconvnet_main import main
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--dataset digits --layer Conv2d/ConvNN --channels 4 8 --batch_size 32 --train_limit 100 --test_limit 50 --device cpu"
+pytestmark = pytest.mark.usefixtures("quick_results")  # which `trained` is made without
 OUTPUTS = "args.txt config.yaml model.txt train_eval_results.txt metrics.csv summary.json curves.png last.pt best.pt".split()
 
 
@@ -45,6 +46,17 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
     assert run("", folder) == 0
     return folder
+
+
+@pytest.mark.parametrize(
+    ("similarity", "epochs", "least"),
+    [("Loc", 4, 85), ("Col", 8, 30)],  # of 94 to 96, and of 39 to 41; with one neighbor, the token itself, at most 25
+)
+def test_a_convnn_learns_digits(similarity, epochs, least, tmp_path):
+    line = "--dataset digits --layer ConvNN --channels 16 32 --K 9 --shuffle_pattern NA --batch_size 64 --lr 0.01 --device cpu"
+    words = f"{line} --similarity_type {similarity} --num_epochs {epochs} --output_dir {tmp_path / 'run'}".split()
+    assert main(words) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["final"]["test_top1"] > least
 
 
 # --- outputs --------------------------------------------------------------------------------------------------------
@@ -498,7 +510,8 @@ def test_without_a_terminal_there_is_one_line_per_epoch(tmp_path):
         str(tmp_path / "run"),
     ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stderr == ""
+    unforeseen = [line for line in result.stderr.splitlines() if "ETA" not in line]  # progress, where a machine is slow
+    assert result.returncode == 0 and not unforeseen
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["Conv2d/ConvNN", "epoch", "epoch", "best"]
 
 
@@ -556,5 +569,5 @@ def test_commands_of_the_readme_parse(command, monkeypatch):
 )
 def test_the_two_examples_of_the_readme_run(example, tmp_path):
     assert any(example in " ".join(command.split()) for command in readme_commands())
-    small = "--dataset digits --resize 32 --num_epochs 1 --train_limit 20 --test_limit 10 --batch_size 10 --device cpu"
+    small = "--dataset digits --resize 32 --num_epochs 1 --train_limit 4 --test_limit 2 --batch_size 4 --device cpu"
     assert main([*shlex.split(f"{example} {small}"), "--output_dir", str(tmp_path / "run")]) == 0

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from convit import ConViTBackbone, ConViTConfig, ConViTLayer, ConViTWithLinearClassifier
 from layers1d import MultiHeadAttention, TokenLayout
-from local_attention import GatedPositionalSelfAttention
+from place_attention import GatedPositionalSelfAttention
 from utils import count_parameters
 from vit import ViT, ViTConfig
 

@@ -177,7 +177,7 @@ def test_sampled_attention_has_the_token_itself_first(sampling, samples, similar
     cfg = NeighborConfig(K=3, sampling_type=sampling, num_samples=samples, similarity_type=similarity)
     layer = ConvNNAttention2d(3, 4, cfg)
     tokens = torch.randn(2, 20, 4)
-    index = layer.select(*(layer.select.compared(t, (4, 5)) for t in (tokens, torch.randn(2, 20, 4))), (4, 5))
+    index = layer.select(*(layer.select.search_features(t, (4, 5)) for t in (tokens, torch.randn(2, 20, 4))), (4, 5))
     assert index.shape == (2, 20, 3)
     if sampling != "all":
         assert torch.equal(index[:, :, 0], torch.arange(20).expand(2, -1))
@@ -216,7 +216,7 @@ def test_pixel_shuffle_1d():
 
 
 def make(layer_type, **kwargs):
-    what = 2 if issubclass(layer_type, Attention1d) else NeighborConfig(K=3)
+    what = 2 if issubclass(layer_type, Attention2d) else NeighborConfig(K=3)
     return layer_type(4, 6, what, **kwargs)
 
 
@@ -225,7 +225,7 @@ def make(layer_type, **kwargs):
 def test_shapes_by_shuffle_pattern(layer_type, pattern, factor):
     layer = make(layer_type, shuffle_pattern=pattern)
     for size in [(8,), (2,)] if layer.axes == 1 else [(8, 4), (4, 4)]:
-        if layer.axes == 1 and size == (2,) and not isinstance(layer, Attention1d):
+        if layer.axes == 1 and size == (2,) and not isinstance(layer, Attention2d):
             continue  # fewer tokens than neighbors
         y = layer(torch.randn(1, 4, *size))
         assert y.shape == (1, 6, *(int(side * factor) for side in size)) and y.isfinite().all()
@@ -276,6 +276,25 @@ def test_compiles_without_a_graph_break(layer_type, sampling, samples, similarit
     torch.testing.assert_close(compiled(x), layer(x))
     layer.train()
     compiled(x).sum().backward()  # random: draws inside the graph
+
+
+@pytest.mark.parametrize(
+    ("neighbors", "pattern"),
+    [(NeighborConfig(K=3), "BA"), (NeighborConfig(K=4, similarity_type="Loc_Col", aggregation_type="Loc_Col"), "NA")],
+)
+def test_convnn_under_inductor_equals_eager(neighbors, pattern):
+    """Forward and backward by the kernels that torch.compile makes; in float64, where no two neighbors are as near as noise."""
+    torch._dynamo.reset()
+    layer = ConvNN2d(3, 4, neighbors, shuffle_pattern=pattern).double()
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(2, 3, 4, 6).double().requires_grad_()
+    ours, theirs = compiled(x), layer(x)
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+    inputs, direction = [x, *layer.parameters()], torch.randn_like(theirs)
+    gradients = torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction)
+    for a, b in zip(*gradients, strict=True):
+        assert b.abs().max() > 1e-3
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("similarity", ["Col", "Loc", "Loc_Col"])

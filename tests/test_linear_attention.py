@@ -17,7 +17,7 @@ from linear_attention import (
     orthogonal_features,
     pseudo_inverse,
 )
-from local_attention import NeighborhoodAttention
+from place_attention import NeighborhoodAttention
 
 CPU = torch.device("cpu")
 LAYOUTS = [TokenLayout(5, 4, 1), TokenLayout(4, 4), TokenLayout(1, 13, 2)]
@@ -137,7 +137,7 @@ def test_features_are_orthogonal_in_blocks_with_lengths_of_normal_vectors():
     features = orthogonal_features(4000, 8).double()
     for block in features.unflatten(0, (-1, 8)):
         product = block @ block.T
-        torch.testing.assert_close(product, product.diagonal().diag(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(product, product.diagonal().diag(), atol=1e-4, rtol=0)  # made in float32
     assert features.square().sum(1).mean().item() == pytest.approx(8, rel=0.05)
     assert features.square().sum(1).var().item() == pytest.approx(16, rel=0.15)
     assert features.mean(0).abs().max() < 0.1 and orthogonal_features(5, 8).shape == (5, 8)
@@ -220,7 +220,7 @@ def test_pseudo_inverse_converges_and_keeps_the_batch_apart():
     rows = torch.randn(3, 2, 6, 6).double().softmax(-1) + 0.5 * torch.eye(6).double()
     torch.testing.assert_close(pseudo_inverse(rows, iterations=40), torch.linalg.pinv(rows), atol=1e-9, rtol=1e-9)
     rows[0] *= 1000  # another scale for one matrix does nothing to the others
-    torch.testing.assert_close(pseudo_inverse(rows)[1], pseudo_inverse(rows[1:2])[0], atol=0, rtol=0)
+    torch.testing.assert_close(pseudo_inverse(rows)[1], pseudo_inverse(rows[1:2])[0], atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -9,7 +9,6 @@ from naive import aggregate, pairs, scores
 from torch import nn
 from torch.nn import functional as F
 
-import neighbors as fast
 from layers1d import (
     BranchingAttention,
     BranchingConv,
@@ -25,13 +24,6 @@ from neighbors import NeighborConfig, random_candidates
 
 LAYOUTS = [TokenLayout(3, 4, 1), TokenLayout(3, 3), TokenLayout(1, 11), TokenLayout(1, 10, 2)]
 SAMPLING = [("all", -1), ("random", 6), ("spatial", 2)]
-
-
-@pytest.fixture(params=["dense", "bags", "gathered"])
-def strategy(request, monkeypatch):
-    """All ways of summing: products over all tokens, embedding bags, and as on a GPU gathered rows."""
-    monkeypatch.setattr(fast, "_dense_pays", lambda index, tokens: request.param == "dense")
-    monkeypatch.setattr(fast, "_has_bags", lambda x: request.param != "gathered")
 
 
 def split(x, heads):
@@ -191,7 +183,7 @@ def plain_convnn(qkv, layer, cfg, layout, convolution_type, softmax):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("similarity", ["Col", "Loc", "Loc_Col"])
 @pytest.mark.parametrize(("sampling", "samples"), SAMPLING)
-def test_convnn_against_the_plain_form(kind, layout, similarity, sampling, samples, strategy):
+def test_convnn_against_the_plain_form(kind, layout, similarity, sampling, samples, backend):
     """Every rule of choice; the rest is a cover: each metric, convolution and weighting meets some of the rules."""
     number = LAYOUTS.index(layout) + ["Col", "Loc", "Loc_Col"].index(similarity)
     metric = ["matmul", "cosine", "euclidean"][number % 3]
@@ -268,7 +260,7 @@ def test_random_candidates_vary_in_training_and_not_in_evaluation():
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-def test_kvt_with_all_tokens_is_attention(heads, strategy):
+def test_kvt_with_all_tokens_is_attention(heads, backend):
     attention, layer = MultiHeadAttention(12, heads).double(), MultiHeadKvtAttention(12, heads, 7).double()
     layer.load_state_dict(attention.state_dict())
     x = torch.randn(2, 7, 12).double().requires_grad_()
@@ -276,7 +268,7 @@ def test_kvt_with_all_tokens_is_attention(heads, strategy):
 
 
 @pytest.mark.parametrize("K", [1, 3, 6])
-def test_kvt_is_attention_under_a_mask_of_the_largest(K, strategy):
+def test_kvt_is_attention_under_a_mask_of_the_largest(K, backend):
     layer = MultiHeadKvtAttention(12, 3, K).double()
     x = torch.randn(2, 7, 12).double().requires_grad_()
     out, matrices = [], []

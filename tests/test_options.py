@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -973,7 +972,6 @@ def test_vit_presets(name):
 HEAVY = {"torch", "torchvision", "numpy", "matplotlib", "PIL", "safetensors", "tqdm", "tensorboard"}
 
 
-@pytest.mark.timing
 @pytest.mark.parametrize(
     ("words", "status"),
     [
@@ -987,11 +985,7 @@ HEAVY = {"torch", "torchvision", "numpy", "matplotlib", "PIL", "safetensors", "t
     ids=["import", "help", "bad value", "bad flag", "ViT help", "ViT bad value"],
 )
 def test_nothing_heavy_is_imported_for_help_and_errors(words, status):
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-X", "importtime", *words], cwd=ROOT, capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
+    done = subprocess.run([sys.executable, "-X", "importtime", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == status
     lines = done.stderr.splitlines()
     imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines if line.startswith("import time:")}
@@ -999,7 +993,6 @@ def test_nothing_heavy_is_imported_for_help_and_errors(words, status):
     assert "Traceback" not in done.stderr
     rest = [line for line in lines if not line.startswith("import time:")]
     assert len(rest) == (1 if status else 0) and all(line.startswith(f"{words[0]}: error: ") for line in rest)
-    assert min(seconds) < 0.3
 
 
 def test_modules_that_use_options_offer_the_same_classes():

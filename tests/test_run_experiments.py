@@ -13,21 +13,28 @@ import yaml
 from PIL import Image
 
 import run_experiments
+from experiments import points as sweep_points
+from experiments import runner
 from run_experiments import check_points, lock, name_points, read_sweep, summarize
 
 ROOT = Path(run_experiments.__file__).parent
 
-# Stands in for vit_main.py: it notes when it starts and ends, takes its time, fails on demand, and goes on where it was.
+# Stands in for vit_main.py: it notes when it starts and ends, waits for others or stays in an epoch if told, fails on demand,
+# and goes on where it was.
 PROGRAM = """
 import json, os, pathlib, sys, time
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 folder = pathlib.Path(options["--output_dir"])
-note = lambda what: open(folder.parent / "notes.txt", "a").write(f"{what} {folder.name} {time.time()}\\n")
+notes = folder.parent / "notes.txt"
+note = lambda what: open(notes, "a").write(f"{what} {folder.name}\\n")
 note("start")
+while notes.read_text().count("start ") < int(os.environ.get("TOGETHER", "1")):  # as many must have started
+    time.sleep(0.01)
 open(folder / "environment.json", "w").write(json.dumps(dict(os.environ)))
 begun = folder / "last.pt"
 for epoch in range(int(begun.read_text()) if begun.exists() else 0, int(options["--num_epochs"])):
-    time.sleep(float(os.environ.get("EPOCH", "0")))
+    if str(epoch) == os.environ.get("STAY"):
+        time.sleep(3600)
     begun.write_text(str(epoch + 1))
     note(f"epoch-{epoch}")
 if options.get("--lr") == "0.5":
@@ -53,20 +60,16 @@ SWEEP = {
 def sweep(tmp_path, monkeypatch):
     """A sweep file, with a program that takes no time."""
     (tmp_path / "vit_main.py").write_text(PROGRAM)
-    monkeypatch.setattr(run_experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep_points, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     Path("sweep.yaml").write_text(yaml.safe_dump(SWEEP))
     return tmp_path
 
 
 def notes(folder="Output/sweeps/sweep"):
-    """(what, point, when) in order."""
+    """(what, point) in order."""
     path = Path(folder) / "notes.txt"
-    return (
-        [(what, name, float(when)) for what, name, when in map(str.split, path.read_text().splitlines())]
-        if path.exists()
-        else []
-    )
+    return [tuple(line.split()) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def read_csv(path):
@@ -201,7 +204,7 @@ def test_bad_command_lines(line, sweep, capsys):
 
 def test_all_points_run_once_and_are_summarized(sweep, capsys):
     assert run_experiments.main(["sweep.yaml", "--jobs", "2"]) == 0
-    assert sorted(name for what, name, _ in notes() if what == "start") == [
+    assert sorted(name for what, name in notes() if what == "start") == [
         "Attention_seed-0",
         "Attention_seed-1",
         "ConvNN_seed-0",
@@ -235,7 +238,7 @@ def test_a_failed_run_does_not_stop_the_rest(sweep, capsys):
 
 
 def test_slots(sweep, monkeypatch):
-    monkeypatch.setenv("EPOCH", "0.2")
+    monkeypatch.setenv("TOGETHER", "2")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     assert run_experiments.main(["sweep.yaml", "--gpus", "2"]) == 0
@@ -243,11 +246,11 @@ def test_slots(sweep, monkeypatch):
     used = [json.loads(path.read_text()) for path in folder.glob("*/environment.json")]
     assert {one["CUDA_VISIBLE_DEVICES"] for one in used} == {"4", "7"} and len(used) == 4
     running, most = 0, 0
-    for what, _, _ in sorted(notes(), key=lambda note: note[2]):
+    for what, _ in notes():
         running += {"start": 1, "end": -1}.get(what, 0)
         most = max(most, running)
     assert most == 2
-    monkeypatch.setattr(run_experiments, "cores", lambda: 6)
+    monkeypatch.setattr(runner, "cores", lambda: 6)
     assert run_experiments.main(["sweep.yaml", "--jobs", "3", "--set", "num_epochs=1", "--output_dir", "b"]) == 0
     used = [json.loads(path.read_text()) for path in Path("b").glob("*/environment.json")]
     assert {one["OMP_NUM_THREADS"] for one in used} == {"2"} and {one["CUDA_VISIBLE_DEVICES"] for one in used} == {"4,7"}
@@ -275,7 +278,8 @@ def test_a_run_on_several_gpus_is_started_by_torchrun(sweep, monkeypatch):
 
 def in_own_process(folder, *more, **environment):
     code = (
-        "import signal, sys; import run_experiments as r; from pathlib import Path; r.ROOT = Path.cwd(); "
+        "import signal, sys; import experiments.points, run_experiments as r; from pathlib import Path; "
+        "experiments.points.ROOT = Path.cwd(); "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where the tests run in the background
         "sys.exit(r.main(sys.argv[1:]))"
     )
@@ -290,7 +294,7 @@ def in_own_process(folder, *more, **environment):
     )
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=1800):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -299,41 +303,41 @@ def wait_for(condition, seconds=60):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_started_again_it_goes_on(sweep, number):
-    first = in_own_process(sweep, "--jobs", "2", EPOCH="0.4")
+    first = in_own_process(sweep, "--jobs", "2", STAY="1")
     wait_for(lambda: any(what == "epoch-0" for what, *_ in notes()))
     first.send_signal(number)
-    assert first.wait(20) == 128 + number
+    assert first.wait(1800) == 128 + number
     begun = notes()
     assert not any(what == "end" for what, *_ in begun)
     assert run_experiments.main(["sweep.yaml"]) == 0
     rest = notes()[len(begun) :]
-    epochs = [(what, name) for what, name, _ in begun + rest if what.startswith("epoch")]
+    epochs = [(what, name) for what, name in begun + rest if what.startswith("epoch")]
     assert len(epochs) == len(set(epochs)) == 8  # no epoch was trained twice
 
 
 def test_killed_its_runs_are_not_started_twice(sweep):
     """SIGKILL leaves the processes of the runs; their folders stay locked until they end."""
-    first = in_own_process(sweep, "--jobs", "2", EPOCH="1.5")
+    first = in_own_process(sweep, "--jobs", "2", TOGETHER="4")
     wait_for(lambda: sum(what == "start" for what, *_ in notes()) == 2)
     first.kill()
     first.wait()
     assert run_experiments.main(["sweep.yaml", "--jobs", "2"]) == 0
-    starts = [name for what, name, _ in notes() if what == "start"]
+    starts = [name for what, name in notes() if what == "start"]
     assert len(starts) == len(set(starts)) == 4
     wait_for(lambda: sum(what == "end" for what, *_ in notes()) == 4)
 
 
 def test_two_runners_share_the_points(sweep):
-    runners = [in_own_process(sweep, EPOCH="0.3") for _ in range(2)]
-    outputs = [runner.communicate(timeout=60)[0] for runner in runners]
+    runners = [in_own_process(sweep, TOGETHER="2") for _ in range(2)]
+    outputs = [runner.communicate(timeout=1800)[0] for runner in runners]
     assert [runner.returncode for runner in runners] == [0, 0]
-    starts = [name for what, name, _ in notes() if what == "start"]
+    starts = [name for what, name in notes() if what == "start"]
     assert sorted(starts) == sorted(set(starts)) and len(starts) == 4
     assert all("| ConvNN | 2 | 2 | 61 ± 1.4 |" in output for output in outputs)  # both wait for what the other runs
 
 
 def test_what_another_process_finishes_before_we_lock_it_is_not_run_again(sweep, monkeypatch):
-    real = run_experiments.lock
+    real = runner.lock
 
     def late(folder):
         descriptor = real(folder)
@@ -342,7 +346,7 @@ def test_what_another_process_finishes_before_we_lock_it_is_not_run_again(sweep,
         (folder / "summary.json").write_text(json.dumps(summary | costs | {"peak_memory_bytes": 1}))
         return descriptor
 
-    monkeypatch.setattr(run_experiments, "lock", late)
+    monkeypatch.setattr(runner, "lock", late)
     assert run_experiments.main(["sweep.yaml"]) == 0
     assert not notes()
 
@@ -395,7 +399,7 @@ def test_a_part_of_a_sweep_has_its_names_and_keeps_its_summary(sweep):
     assert run_experiments.main(["sweep.yaml"]) == 0
     assert run_experiments.main(["sweep.yaml", "--set", "layer=Attention"]) == 0
     assert run_experiments.main(["sweep.yaml", "--set", "K=4", "--set", "layer=ConvNN"]) == 0
-    starts = [name for what, name, _ in notes() if what == "start"]
+    starts = [name for what, name in notes() if what == "start"]
     assert len(starts) == 6 and starts[4:] == ["ConvNN_K-4_seed-0", "ConvNN_K-4_seed-1"]
     rows = read_csv("Output/sweeps/sweep/summary.csv")
     assert {(row["layer"], row["K"], row["runs"]) for row in rows} == {
@@ -445,16 +449,16 @@ def test_submitted_runs(tmp_path):
     def ended():
         return (folder / "summary.csv").exists() and [row["runs"] for row in read_csv(folder / "summary.csv")] == ["1"]
 
-    wait_for(ended, seconds=120)
+    wait_for(ended)
     assert (folder / "seed-3" / "summary.json").exists()
 
 
 def test_a_job_that_is_requeued_is_submitted_as_it_was(sweep):
     pytest.importorskip("submitit")
     run, points = run_experiments.ClusterRun(), name_points(*read_sweep("sweep.yaml", []))
-    run.process = subprocess.Popen(["sleep", "60"])
+    run.process = subprocess.Popen(["sleep", "3600"])
     again = run.checkpoint(points[0], points, sweep / "out", 1)
-    assert run.process.wait(timeout=5) in (0, -signal.SIGTERM)  # 0: it is known only that it has ended
+    assert run.process.wait(timeout=1800) in (0, -signal.SIGTERM)  # 0: it is known only that it has ended
     assert type(again.function) is run_experiments.ClusterRun and again.args == (points[0], points, sweep / "out", 1)
     assert again.result() == points[0].name and (sweep / "out" / "summary.csv").exists()
     with pytest.raises(RuntimeError, match=r"Attention_seed-0 failed: .* lr is too high"):

@@ -1,15 +1,21 @@
+import csv
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import allconvnet_main
 import visualize
 import vit_main
+from dataset import DataConfig, load_data
 from layers1d import NeighborSelection
+from masks import generate_1d_attention_mask, generate_2d_attention_mask_all_neighbors, generate_2d_attention_mask_cardinal
 from neighbors import NeighborConfig
+from utils import as_png
 
 COMMON = "--dataset digits --num_epochs 2 --train_limit 40 --test_limit 20 --batch_size 20 --device cpu --download False"
 
@@ -33,16 +39,30 @@ def runs(tmp_path_factory):
     return root
 
 
-def draw(line, tmp_path):
+def drawn(*line):
+    """The figure of a command line."""
+    args = visualize.make_parser().parse_args([*map(str, line)])
+    return visualize.DRAW[args.figure](args)
+
+
+def test_the_file_holds_the_figure(runs, tmp_path):
     output = tmp_path / "a" / "figure.png"
-    assert visualize.main([*map(str, line), "--output", str(output)]) == 0
-    with Image.open(output) as picture:
-        return picture.size
+    for line in (["masks", "--grid", 3, 4], ["attention", runs / "mean", "--images", 2]):
+        assert visualize.main([*map(str, line), "--output", str(output)]) == 0
+        assert output.read_bytes() == as_png(drawn(*line))
+        with Image.open(output) as picture:
+            assert len(picture.convert("L").getcolors()) > 10
 
 
-def test_curves(runs, tmp_path):
-    width, height = draw(["curves", runs / "convnn", runs / "convnn-1", runs / "mean"], tmp_path)
-    assert width > 2 * height
+def test_curves_are_the_columns_of_the_table(runs):
+    with (runs / "mean" / "metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    for axis, key in zip(drawn("curves", runs / "mean").axes, ("loss", "top1"), strict=True):
+        lines = {line.get_linestyle(): line for line in axis.lines if len(line.get_xdata())}
+        assert set(lines) == {"-", ":"}
+        for style, part in (("-", "test"), (":", "train")):
+            assert list(lines[style].get_xdata()) == [1, 2]
+            assert list(lines[style].get_ydata()) == [float(row[f"{part}_{key}"]) for row in table]
 
 
 def lines_of_curves(folders):
@@ -55,7 +75,7 @@ def lines_of_curves(folders):
 def test_seeds_are_one_line_in_a_band(runs):
     lines, bands = lines_of_curves([runs / "convnn", runs / "convnn-1", runs / "mean"])
     assert list(lines) == ["ConvNNAttention, pool cls (2 seeds)", "Attention, pool mean"] and len(bands) == 2
-    tables = [visualize.csv.DictReader((runs / name / "metrics.csv").open()) for name in ("convnn", "convnn-1")]
+    tables = [csv.DictReader((runs / name / "metrics.csv").open()) for name in ("convnn", "convnn-1")]
     seeds = [[float(row["test_top1"]) for row in table] for table in tables]
     mean = lines["ConvNNAttention, pool cls (2 seeds)"]
     assert list(mean.get_xdata()) == [1, 2]
@@ -64,14 +84,8 @@ def test_seeds_are_one_line_in_a_band(runs):
     assert list(only) == ["Attention"] and not bands
 
 
-@pytest.mark.parametrize("name", ["convnn", "gpsa", "mean"])
-def test_attention(runs, name, tmp_path):
-    width, height = draw(["attention", runs / name, "--images", 2], tmp_path)
-    assert width > height
-
-
 def test_attention_maps_are_those_of_the_patches(runs):
-    for name in ("convnn", "mean"):
+    for name in ("convnn", "gpsa", "mean"):
         args = visualize.make_parser().parse_args(["attention", str(runs / name), "--images", "3"])
         axes = visualize.draw_attention(args).axes
         model, images, labels, names = visualize.load_run(runs / name, 3, None)
@@ -85,16 +99,29 @@ def test_attention_maps_are_those_of_the_patches(runs):
             maps = []
             for axis, matrix in zip((first, second), matrices, strict=True):
                 heads = matrix[image].mean(0)
-                row = heads[0, 1:] if name == "convnn" else heads.mean(0)
+                row = heads[0, 1:] if len(heads) > 16 else heads.mean(0)  # GPSA has no class token at first
                 maps.append(row.detach().view(4, 4))
                 torch.testing.assert_close(torch.tensor(axis.images[0].get_array()), maps[-1])
             torch.testing.assert_close(torch.tensor(average.images[0].get_array()), sum(maps) / 2)
 
 
-@pytest.mark.parametrize(("name", "more"), [("convnn", ["--head", 1]), ("images", [])])
-def test_neighbors(runs, name, more, tmp_path):
-    width, height = draw(["neighbors", runs / name, "--images", 2, "--queries", "0.2,0.2", "1,1", *more], tmp_path)
-    assert width > 100 and height > 100
+def test_neighbors_in_a_ring_of_padding(runs):
+    """Each token and what it picks among 10 x 10, of which the inner 8 x 8 are the image."""
+    figure = drawn("neighbors", runs / "images", "--images", 2, "--queries", "0.2,0.3", "1,1")
+    model, images, _, _ = visualize.load_run(runs / "images", 2, None)
+    found = []
+    for block in model.layers:
+        block[0].second.select.register_forward_hook(lambda module, inputs, output: found.append(output))
+    model(images)
+    assert len(figure.axes) == 2 * len(found) == 4
+    for number, axis in enumerate(figure.axes):
+        image, layer = divmod(number, 2)
+        stars = [line for line in axis.lines if line.get_marker() == "*"]
+        assert [(float(s.get_xdata()[0]) * 8, float(s.get_ydata()[0]) * 8) for s in stars] == [(2.5, 1.5), (7.5, 7.5)]
+        for color, query in (("C0", 1 * 8 + 2), ("C1", 7 * 8 + 7)):
+            ends = [line.get_data() for line in axis.lines if line.get_marker() == "o" and line.get_color() == color]
+            places = [(round(float(y[0]) * 8 + 0.5), round(float(x[0]) * 8 + 0.5)) for x, y in ends]
+            assert [10 * row + column for row, column in places] == found[layer][image, query].tolist()
 
 
 @pytest.mark.parametrize("head", [0, 1])
@@ -141,20 +168,46 @@ def test_layer_names():
     assert visualize.layer_number("layers.0.mixer.second.select") == "layer 1 (second)"
 
 
-@pytest.mark.parametrize("line", ["--grid 4 7 --expansion_step 0 2", "--grid 1 5 --patch 0 4"])
-def test_masks(line, tmp_path):
-    assert min(draw(["masks", *line.split()], tmp_path)) > 100
+@pytest.mark.parametrize(
+    ("line", "grid", "patch", "steps"),
+    [("--grid 4 7 --expansion_step 0 2", (4, 7), (2, 3), (0, 2)), ("--grid 1 5 --patch 0 4", (1, 5), (0, 4), (1, 2, 3))],
+)
+def test_masks(line, grid, patch, steps):
+    figure = drawn("masks", *line.split())
+    axes = iter(figure.axes)
+    patches = grid[0] * grid[1]
+    for make in (
+        lambda step: generate_1d_attention_mask(1 + 4 * step, patches),
+        lambda step: generate_1d_attention_mask((2 * step + 1) ** 2, patches),
+        lambda step: generate_2d_attention_mask_cardinal(step, *grid),
+        lambda step: generate_2d_attention_mask_all_neighbors(step, *grid),
+    ):
+        for step in steps:
+            mask = make(step)
+            whole, around = next(axes), next(axes)
+            row = mask[patch[0] * grid[1] + patch[1]]
+            assert torch.equal(torch.tensor(whole.images[0].get_array()), mask)
+            assert torch.equal(torch.tensor(around.images[0].get_array()), row.view(grid))
+            assert around.get_title() == f"{int(row.sum())} patches"
+            assert (around.lines[0].get_xdata()[0], around.lines[0].get_ydata()[0]) == (patch[1], patch[0])
+    assert next(axes, None) is None
 
 
-@pytest.mark.parametrize("more", ["", "--augment --noise 0.2 --images 5 --resize 12"])
-def test_samples(more, tmp_path):
-    assert min(draw(["samples", *more.split()], tmp_path)) > 100
+@pytest.mark.parametrize("more", ["", "--augment --noise 0.2 --resize 12"])
+def test_samples_are_the_first_training_images(more):
+    axes = drawn("samples", "--images", 10, "--seed", 3, *more.split()).axes
+    options = {"resize": 12, "augment": True, "noise": 0.2} if more else {"resize": 8}
+    config = DataConfig(dataset="digits", num_workers=0, **options)
+    data = load_data(config, batch_size=10, seed=3, device=torch.device("cpu"))
+    images, labels = next(iter(data.train.epoch(0)))
+    assert len(axes) == 16 and not any(axis.images for axis in axes[10:])  # two rows of eight
+    for axis, image, label in zip(axes, images, labels, strict=False):
+        shown, expected = axis.images[0].get_array(), visualize.as_picture(image, "digits")
+        torch.testing.assert_close(torch.tensor(shown), torch.tensor(expected))
+        assert axis.get_title() == data.class_names[label]
 
 
 def test_a_picture_is_the_image_before_it_was_normalized():
-    from dataset import load_data
-    from options import DataConfig
-
     config = DataConfig(dataset="digits", resize=8, num_workers=0)
     data = load_data(config, batch_size=3, seed=0, device=torch.device("cpu"), test_only=True)
     images, _ = next(iter(data.test.epoch(0)))
@@ -207,3 +260,49 @@ def test_errors_are_one_line(line, says, runs, capsys, monkeypatch):
     text = capsys.readouterr().err
     assert end.value.code == 2 and says in text.splitlines()[-1] and "Traceback" not in text
     assert text.count("\n") == 1
+
+
+def test_curves_of_unlike_runs_have_labels_that_leave_them_room(runs, tmp_path):
+    """Runs of two programs differ in dozens of options: then the folders name them, and seeds share a name."""
+    folders = [tmp_path / name for name in ("a_seed-0", "a_seed-1", "b", "images")]
+    for folder, source in zip(folders, ("convnn", "convnn-1", "gpsa", "images"), strict=True):
+        shutil.copytree(runs / source, folder)
+    assert list(lines_of_curves(folders)[0]) == ["a (2 seeds)", "b", "images"]
+    args = visualize.make_parser().parse_args(["curves", *map(str, folders)])
+    figure = visualize.draw_curves(args)
+    FigureCanvasAgg(figure).draw()
+    box = figure.legends[0].get_window_extent()
+    assert all(axis.bbox.width > 300 and not box.overlaps(axis.bbox) for axis in figure.axes)
+    assert box.x1 <= figure.bbox.x1 + 1
+
+
+def test_many_runs_are_told_apart(runs, tmp_path):
+    folders = [tmp_path / f"run{number}" for number in range(25)]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        shutil.copy(runs / "mean" / "metrics.csv", folder)
+        (folder / "config.yaml").write_text((runs / "mean" / "config.yaml").read_text() + f"\nextra: {number}\n")
+    lines, _ = lines_of_curves(folders)
+    assert list(lines) == [f"extra {number}" for number in range(25)]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines.values()}) == 25
+
+
+def test_curves_of_all_that_a_folder_holds_can_be_drawn_twice(runs, tmp_path, capsys):
+    """`Output/ViT/*` of the shell: runs, the figure that was drawn of them, a run in its first epoch, other files."""
+    shutil.copytree(runs / "mean", tmp_path / "mean")
+    shutil.copytree(runs / "gpsa", tmp_path / "gpsa")
+    for more in ([], ["begun", "notes.txt"]):
+        for _ in range(2):
+            assert visualize.main(["curves", *map(str, sorted(tmp_path.iterdir()))]) == 0
+            out, err = capsys.readouterr()
+            assert out.strip() == str(tmp_path / "curves.png")
+            left_out = ", ".join(str(tmp_path / name) for name in more)
+            assert err == (f"left out, as there is no metrics.csv in them: {left_out}\n" if more else "")
+        (tmp_path / "begun").mkdir(exist_ok=True)
+        (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(SystemExit):  # what is not there is an error, whatever else is
+        visualize.main(["curves", str(tmp_path / "mean"), str(tmp_path / "nowhere")])
+    assert "nowhere holds no metrics.csv" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        visualize.main(["curves", str(tmp_path / "begun"), str(tmp_path / "notes.txt")])
+    assert "begun holds no metrics.csv; give folders of runs" in capsys.readouterr().err

@@ -1,14 +1,16 @@
-"""local_attention.py: every mixer against dense attention under a mask that is written out pair by pair."""
+"""place_attention.py: every mixer against dense attention under a mask that is written out pair by pair."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-import local_attention
+import place_attention
 from benchmark import peak_memory
 from layers1d import MultiHeadAttention, TokenLayout
-from local_attention import (
+from options import MASK_TYPES
+from place_attention import (
     GatedPositionalSelfAttention,
     MultiHeadLocalAttention,
     MultiHeadMaskedAttention,
@@ -16,7 +18,6 @@ from local_attention import (
     NeighborhoodAttention,
     rotate,
 )
-from options import MASK_TYPES
 
 CPU = torch.device("cpu")
 LAYOUTS = [TokenLayout(7, 5, 1), TokenLayout(6, 7), TokenLayout(1, 37, 2)]
@@ -25,7 +26,7 @@ LAYOUTS = [TokenLayout(7, 5, 1), TokenLayout(6, 7), TokenLayout(1, 37, 2)]
 @pytest.fixture(params=[0, math.inf], ids=["tiles", "dense"])
 def strategy(request, monkeypatch):
     """Both ways: tiles always, and one dense attention always."""
-    monkeypatch.setattr(local_attention, "TILES_PAY", request.param)
+    monkeypatch.setattr(place_attention, "TILES_PAY", request.param)
     return request.param
 
 
@@ -55,7 +56,7 @@ def plain_attention(layer, x, mask, turn=lambda t: t):
 def check(layer, mask, turn=lambda t: t):
     """Outputs, gradients and matrix are those of dense attention under the mask."""
     layer = layer.double()
-    assert layer.pattern.is_dense == bool(local_attention.TILES_PAY > 0 or mask.all())
+    assert layer.pattern.is_dense == bool(place_attention.TILES_PAY > 0 or mask.all())
     x = torch.randn(2, layer.layout.num_tokens, layer.proj.in_features).double().requires_grad_()
     expected, matrix = plain_attention(layer, x, mask, turn)
     ours = layer(x)
@@ -75,12 +76,12 @@ def check(layer, mask, turn=lambda t: t):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("window", [0, 1, 7, 20, 99])
-def test_local_attention(strategy, layout, window):
+def test_place_attention(strategy, layout, window):
     layer = MultiHeadLocalAttention(12, 2, layout=layout, window_size=window)
     check(layer, plain_mask(layout, lambda i, j: abs(i - j) <= window), plain_rotation)
 
 
-def test_local_attention_of_odd_heads_leaves_the_last_feature():
+def test_place_attention_of_odd_heads_leaves_the_last_feature():
     layout = TokenLayout(1, 40, 1)
     check(
         MultiHeadLocalAttention(10, 2, layout=layout, window_size=3),
@@ -185,12 +186,18 @@ def sees_masked(mask_type, step, width):
     return sees
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, TokenLayout(11, 9, 2)], ids=str)
-@pytest.mark.parametrize("step", [0, 1, 2, 5, 40])
-@pytest.mark.parametrize("mask_type", MASK_TYPES)
-def test_masked_attention(strategy, layout, step, mask_type):
-    layer = MultiHeadMaskedAttention(12, 2, layout=layout, mask_type=mask_type, expansion_step=step)
-    check(layer, plain_mask(layout, sees_masked(mask_type, step, layout.width)))
+def masks():
+    """Both strategies, but where the mask lets all see all: that is dense attention by either."""
+    for layout, mask_type, step in itertools.product([*LAYOUTS, TokenLayout(11, 9, 2)], MASK_TYPES, [0, 1, 2, 5, 40]):
+        mask = plain_mask(layout, sees_masked(mask_type, step, layout.width))
+        for pays in (0,) if mask.all() else (0, math.inf):
+            yield pytest.param(pays, layout, mask_type, step, mask, id=f"{layout}-{mask_type}-{step}-{pays}")
+
+
+@pytest.mark.parametrize(("pays", "layout", "mask_type", "step", "mask"), list(masks()))
+def test_masked_attention(pays, layout, mask_type, step, mask, monkeypatch):
+    monkeypatch.setattr(place_attention, "TILES_PAY", pays)
+    check(MultiHeadMaskedAttention(12, 2, layout=layout, mask_type=mask_type, expansion_step=step), mask)
 
 
 @pytest.mark.parametrize("mask_type", MASK_TYPES)
@@ -364,10 +371,10 @@ def test_tiles_under_autocast_and_compiled(strategy, name):
 @pytest.mark.parametrize("step", [1, 5, 12])
 def test_long_sequences_make_no_dense_mask(mask_type, step):
     layout = TokenLayout(34, 34, 1)
-    layer = MultiHeadMaskedAttention(8, 2, layout=layout, mask_type=mask_type, expansion_step=step)
+    layer = MultiHeadMaskedAttention(8, 2, layout=layout, mask_type=mask_type, expansion_step=step).double()
     assert not layer.pattern.is_dense
-    x = torch.randn(1, layout.num_tokens, 8)
-    torch.testing.assert_close(layer(x), layer(x, output_attentions=True)[0], atol=1e-6, rtol=1e-5)
+    x = torch.randn(1, layout.num_tokens, 8).double()
+    torch.testing.assert_close(layer(x), layer(x, output_attentions=True)[0], atol=1e-9, rtol=0)
 
 
 def test_a_long_sequence_that_sees_all_needs_no_mask():
@@ -411,7 +418,7 @@ def test_errors(build, message):
 
 
 def test_tiles_of_a_side_are_about_equal():
-    from local_attention import tile_size
+    from place_attention import tile_size
 
     assert [tile_size(length, 7) for length in (64, 41, 14, 7, 6)] == [8, 7, 7, 7, 6]
     assert tile_size(64, 3) in (3, 4) and tile_size(5, 1) == 1

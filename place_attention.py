@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from kernels import backend
 from layers1d import MultiHeadMixer, TokenLayout, attend
 from masks import in_column, in_neighborhood, in_row, in_square, is_near, is_strided, window_reach, window_start
 from options import MASK_TYPES, check_window
+from selection import ConstantTables
 
 NONE = -1  # fills up tiles that are shorter than others
 TILES_PAY = 6  # times fewer scores than a dense attention computes: then gathering for tiles pays off (measured on a CPU)
@@ -36,7 +38,7 @@ class Tiling(NamedTuple):
 
 
 def pad_tiles(tiles: Iterable[Iterable[int]]) -> Tensor:
-    return pad_sequence([torch.tensor(list(tile)) for tile in tiles], batch_first=True, padding_value=NONE)
+    return pad_sequence([torch.tensor(list(tile), device="cpu") for tile in tiles], batch_first=True, padding_value=NONE)
 
 
 def windows(length: int, reach: int, size: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +60,7 @@ def product(rows: Tensor, columns: Tensor, width: int) -> Tensor:
     return patches.flatten(2).flatten(0, 1)
 
 
-class Tiles(nn.Module):
+class Tiles(ConstantTables):
     """A tiling as index tables: queries of patches and keys of tokens into tiles, and what comes out back in order.
 
     With `class_tokens`, every tile has them as keys too.
@@ -66,10 +68,14 @@ class Tiles(nn.Module):
 
     def __init__(self, tiling: Tiling, num_patches: int, class_tokens: int, first: bool):
         super().__init__()
+        self.set_tables(partial(self._make_tables, tiling, num_patches, class_tokens, first))
+
+    @staticmethod
+    def _make_tables(tiling: Tiling, num_patches: int, class_tokens: int, first: bool) -> dict[str, Tensor]:
         queries, keys, sees = tiling
         real = queries.flatten() != NONE
-        places = torch.empty(num_patches, dtype=torch.long)
-        places[queries.flatten()[real]] = real.nonzero().flatten()
+        order = torch.empty(num_patches, dtype=torch.long)
+        order[queries.flatten()[real]] = real.nonzero().flatten()
         i, j = queries[:, :, None], keys[:, None]
         allowed = (j != NONE) & sees(i, j)
         keys = keys.clamp(min=0) + class_tokens
@@ -77,9 +83,7 @@ class Tiles(nn.Module):
             keys = torch.cat([torch.arange(class_tokens).expand(len(keys), -1), keys], dim=1)
             allowed = F.pad(allowed, (class_tokens, 0), value=True)
         allowed |= i == NONE  # rows that nobody reads; a softmax over nothing would be NaN
-        tables = {"queries": queries.clamp(min=0), "keys": keys, "allowed": allowed, "places": places}
-        for name, table in tables.items():
-            self.register_buffer(name, table, persistent=False)
+        return {"queries": queries.clamp(min=0), "keys": keys, "allowed": allowed, "order": order}
 
     def of_queries(self, rows: Tensor) -> Tensor:
         """(G, P, d) of the patches -> (G, T, q, d)."""
@@ -91,10 +95,10 @@ class Tiles(nn.Module):
 
     def in_order(self, tiles: Tensor) -> Tensor:
         """(G, T, q, d) -> (G, P, d)."""
-        return tiles.flatten(1, 2).index_select(1, self.places)
+        return tiles.flatten(1, 2).index_select(1, self.order)
 
 
-class PlacedPattern(nn.Module):
+class PlacedPattern(ConstantTables):
     """Attention between the patches that one of the tilings allows; class tokens see all and are seen by all.
 
     Args:
@@ -111,7 +115,7 @@ class PlacedPattern(nn.Module):
         sees_all = not tilings or (cost >= P * P and self.sees_all())
         self.is_dense = sees_all or (P < LONG and TILES_PAY * cost > P * P)
         if self.is_dense:
-            self.register_buffer("mask", None if sees_all else self.make_mask(torch.device("cpu")), persistent=False)
+            self.set_tables(lambda: {"mask": None if sees_all else self.make_mask(torch.device("cpu"))})
         else:
             self.tiles = nn.ModuleList(Tiles(t, P, layout.class_tokens, n == 0) for n, t in enumerate(tilings))
 
@@ -124,7 +128,7 @@ class PlacedPattern(nn.Module):
 
     def sees_all(self) -> bool:
         """Whether every patch sees every other, a few rows at a time."""
-        return all(bool(self.rows(i).all()) for i in torch.arange(self.layout.num_patches)[:, None].split(64))
+        return all(bool(self.rows(i).all()) for i in torch.arange(self.layout.num_patches, device="cpu")[:, None].split(64))
 
     def make_mask(self, device: torch.device) -> Tensor:
         """(N, N), True where the row attends to the column."""
@@ -136,9 +140,11 @@ class PlacedPattern(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, output_matrix: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """(B, H, N, d) each -> mixed values (B, H, N, d), and the matrix (B, H, N, N) if asked for."""
-        if self.is_dense or output_matrix:
+        plain = backend.chosen() == "reference"  # which materializes all scores
+        if self.is_dense or output_matrix or plain:
             mask = self.mask if self.is_dense else self.make_mask(query.device)
-            return attend(query, key, value, mask=mask, dropout=dropout, output_matrix=output_matrix)
+            out, matrix = attend(query, key, value, mask=mask, dropout=dropout, output_matrix=output_matrix or plain)
+            return out, matrix if output_matrix else None
         c, heads = self.layout.class_tokens, query.shape[:2]
         flat = query[:, :, c:].flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
         out = self.attend_tiles(*flat, dropout).unflatten(0, heads)
@@ -207,7 +213,7 @@ class MultiHeadLocalAttention(PlacedAttention):
             raise ValueError(f"window_size={window_size} must be at least 0")
         tiling = window_tiling(layout.num_patches, window_size)
         super().__init__(d_model, num_heads, [tiling], layout=layout, attention_dropout=attention_dropout, bias=bias)
-        self.register_buffer("positions", torch.arange(layout.num_tokens), persistent=False)
+        self.set_tables(lambda: {"positions": torch.arange(layout.num_tokens)})
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         query, key, value = super().project(x)
@@ -300,7 +306,7 @@ def mask_tilings(mask_type: str, reach: int, height: int, width: int) -> list[Ti
     if mask_type == "2d_all_neighbors":
         queries, keys = (product(*sides, width) for sides in zip(rows, columns, strict=True))
         return [Tiling(queries, keys, partial(in_square, **rule))]
-    each_row, each_column = torch.arange(height)[:, None], torch.arange(width)[:, None]
+    each_row, each_column = (torch.arange(side, device="cpu")[:, None] for side in (height, width))
     return [
         Tiling(*(product(each_row, part, width) for part in columns), partial(in_row, **rule)),
         Tiling(*(product(part, each_column, width) for part in rows), partial(in_column, **rule)),
@@ -344,7 +350,7 @@ def neighborhood_tiling(height: int, width: int, kernel_size: int, dilation: int
 
     def along(side: int) -> tuple[Tensor, Tensor]:
         """(T, q) and (T, k) positions along one side."""
-        starts = window_start(torch.arange(side), side, kernel_size, dilation).tolist()
+        starts = window_start(torch.arange(side, device="cpu"), side, kernel_size, dilation).tolist()
         queries, keys = [], []
         for offset in range(dilation):
             positions = range(offset, side, dilation)
@@ -389,9 +395,7 @@ class GatedPositionalSelfAttention(MultiHeadMixer):
         self.locality_strength = locality_strength
         self.pos_proj = nn.Linear(3, num_heads)
         self.gate = nn.Parameter(torch.empty(num_heads))
-        dx, dy = (torch.arange(side) - torch.arange(side)[:, None] for side in (layout.width, layout.height))
-        self.register_buffer("along_x", torch.stack([dx, 0 * dx, dx**2], dim=2), persistent=False)  # (w, w, 3)
-        self.register_buffer("along_y", torch.stack([0 * dy, dy, dy**2], dim=2), persistent=False)  # (h, h, 3)
+        self.set_tables(partial(relative_positions, layout.height, layout.width))
         self.init_weights()
 
     @torch.no_grad()
@@ -430,6 +434,12 @@ class GatedPositionalSelfAttention(MultiHeadMixer):
         images = (rows.to(value.dtype) @ images.flatten(3)).flatten(2, 3).unflatten(2, (-1, self.head_dim))
         patches = content[:, :, c:] * (1 - gate) + images * gate
         return torch.cat([content[:, :, :c], patches.to(value.dtype)], dim=2), None
+
+
+def relative_positions(height: int, width: int) -> dict[str, Tensor]:
+    """(dx, dy, dx^2 + dy^2) of pairs of columns, (w, w, 3), and of pairs of rows, (h, h, 3)."""
+    dx, dy = (torch.arange(side) - torch.arange(side)[:, None] for side in (width, height))
+    return {"along_x": torch.stack([dx, 0 * dx, dx**2], dim=2), "along_y": torch.stack([0 * dy, dy, dy**2], dim=2)}
 
 
 def kernel_offsets(num_heads: int) -> Tensor:

@@ -1,11 +1,12 @@
-"""What a run shares with the world around it: other processes that train the same model, and signals that stop it.
+"""What a run shares with its surroundings: other processes that train the same model, and signals that stop it.
 
-`torchrun` starts the processes and tells each its place by environment variables; torch.distributed does the rest.
+`torchrun` starts the processes and gives each its rank in environment variables; torch.distributed does the rest.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import os
 import select
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run is told to stop by the signal `number`. Not an `Exception`: nothing takes it for a failure."""
+    """The signal `number` tells the run to stop. Not an `Exception`: no handler of failures catches it."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -30,15 +31,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """SIGTERM, SIGINT and SIGUSR1 while a run lasts: a context.
+    """Handles SIGTERM, SIGINT and SIGUSR1 while a run lasts: a context.
 
-    Where there is nothing to finish, a signal raises Interrupted at once. Within `deferred()` it is kept in `received` (else
-    0), for the loop to stop at the end of a step. A second signal ends the process there and then, with the same status.
+    A signal raises Interrupted at once, except within `deferred()`: there its number is kept in `received` (else 0), and the
+    loop stops at the end of a step. A second signal ends the process immediately, with exit status 128 + its number.
     """
 
     NUMBERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-    SAME = 2.0  # seconds: torchrun passes on a signal that its processes may have had themselves
-    STUCK = 5.0  # seconds that a first signal is given to reach a main thread that has nothing to finish
+    SAME = 2.0  # seconds in which a signal from torchrun may be one that its processes have already received
+    STUCK = 5.0  # seconds after which a first signal that the main thread has not handled ends the process
 
     def __init__(self):
         self.received = 0
@@ -47,6 +48,8 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+            # Python runs handlers in the main thread, between bytecodes: not while that waits inside a C library. The wakeup
+            # pipe receives the number of each signal at once, for a thread to read.
             pipe, write = os.pipe()
             os.set_blocking(write, False)
             self._before_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False), write
@@ -64,6 +67,7 @@ class Signals:
 
     @contextlib.contextmanager
     def deferred(self):
+        """Signals wait in `received` as long as this context lasts."""
         self._deferring = True
         try:
             yield
@@ -77,7 +81,7 @@ class Signals:
                 raise Interrupted(number)
 
     def _watch(self, pipe: int) -> None:
-        """In a thread, as the main one may be waiting inside a library for other processes, where no handler runs."""
+        """End the process at a second signal, or at a first one that the main thread does not handle. Runs in a thread."""
         first, since = 0, 0.0
         with open(pipe, "rb", buffering=0) as signals:
             while True:
@@ -87,13 +91,14 @@ class Signals:
                         os._exit(128 + first)
                     continue
                 byte = signals.read(1)
-                if not byte:
+                if not byte:  # closed by __exit__
                     return
                 number = byte[0]
                 if number not in self.NUMBERS:  # the end of a child, or others that have their own handlers
                     continue
                 if not first:
                     first, since = number, time.monotonic()
+                # torchrun forwards a signal that its processes, one group with it on a terminal, may have received themselves.
                 elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - since > self.SAME:
                     os._exit(128 + number)
 
@@ -102,34 +107,46 @@ class ProcessError(Exception):
     """Processes that cannot work together, in one line."""
 
 
-class Processes:
-    """The processes that train one model: `world` of them, of which this is number `rank`. One alone needs nobody.
+def seed_process(seed: int, rank: int, *progress: int) -> None:
+    """Give each process after the first random numbers of its own; the first goes on with those that made the model.
 
-    A context: `connect` begins the conversation, leaving ends it. What is called on one must be called on all.
+    With `progress` (epoch, step) the first one is seeded anew too, as when another number of processes resumes a run.
+    """
+    if rank or progress:
+        torch.manual_seed(int.from_bytes(hashlib.sha256(repr((seed, rank, *progress)).encode()).digest()[:8], "big") >> 1)
+
+
+def _ranks() -> list[int]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, checked. Raises ProcessError."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ProcessError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without {', '.join(missing)}; start several processes with torchrun"
+        )
+    values = [os.environ[name] for name in names] + [os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
+        given = " ".join(f"{name}={value}" for name, value in zip(names, values, strict=False))
+        raise ProcessError(f"{given} are not valid ranks; start the processes with torchrun")
+    return list(map(int, values))
+
+
+class Processes:
+    """The processes that train one model: `world` of them, of which this is number `rank`. With one, nothing is sent.
+
+    A context: `connect` opens the process groups, leaving closes them. All methods are collective: what one process calls,
+    all must call.
     """
 
     def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0, local_world: int = 1):
         self.rank, self.world, self.local_rank, self.local_world = rank, world, local_rank, local_world
-        self._control = None  # a group on the CPU, apart from the one that sums gradients
+        self._control = None  # a gloo group on the CPU beside the default one, which sums gradients
         self._asked: tuple[dist.Work, Tensor] | None = None
 
     @classmethod
     def from_environment(cls) -> Processes:
-        """As torchrun says, else one process. Raises ProcessError where the variables do not fit together."""
-        if os.environ.get("WORLD_SIZE", "1") == "1":
-            return cls()
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise ProcessError(
-                f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without {', '.join(missing)}; "
-                "start several processes by torchrun"
-            )
-        values = [os.environ[name] for name in names] + [os.environ.get("LOCAL_WORLD_SIZE", "1")]
-        if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
-            given = " ".join(f"{name}={value}" for name, value in zip(names, values, strict=False))
-            raise ProcessError(f"{given} are not the places of processes; start them by torchrun")
-        return cls(*map(int, values))
+        """From torchrun's variables, else one process. Raises ProcessError if they are incomplete or inconsistent."""
+        return cls(*_ranks()) if os.environ.get("WORLD_SIZE", "1") != "1" else cls()
 
     @property
     def first(self) -> bool:
@@ -141,11 +158,12 @@ class Processes:
         return self._control is not None
 
     def connect(self, device: torch.device) -> None:
-        """Meet the others, or raise ProcessError. Gradients are summed by nccl on CUDA, by gloo elsewhere; all else by gloo."""
+        """Join the other processes. Gradients are summed by nccl on CUDA, everything else by gloo. Raises ProcessError."""
         if self.world == 1:
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        # A second group for control messages: they must not wait for the GPU, nor queue behind the gradients.
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=self.rank, world_size=self.world)
             self._control = dist.new_group(backend="gloo")
@@ -160,18 +178,18 @@ class Processes:
 
     def __exit__(self, kind, *_exception) -> None:
         if self.connected:
-            if kind is None:  # else others may be gone, and waiting for them would last
+            if kind is None:  # after an error the others may be gone, and a barrier would wait until its timeout
                 self.finish()
             dist.destroy_process_group()
             self._control = None
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model as it is called in training: its gradients become means over the processes."""
+        """The model to call in training: its gradients become means over the processes."""
         if self.world == 1:
             return model
-        # Statistics of BatchNorm are those of the first process, handed out by `share` before they are used: once an epoch
-        # instead of in every step. The option has another name from torch 2.15 on.
-        # A gradient that is a view, as of the class token of a single image, is copied: no matter for its few numbers.
+        # BatchNorm's running statistics are those of the first process. `share` broadcasts them before they are used, once
+        # an epoch; DDP would do it in every step. The option that stops it has another name from torch 2.15 on.
+        # The gradient of the class token of a single image is a view, which DDP copies and warns of: it is tiny.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         parallel = nn.parallel.DistributedDataParallel
         names = inspect.signature(parallel).parameters
@@ -179,18 +197,18 @@ class Processes:
         return parallel(model, gradient_as_bucket_view=True, **{every_step: False})
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Barrier: return once all processes have called it."""
         if self.world > 1:
             dist.barrier(group=self._control)
 
     def finish(self) -> None:
-        """Leave together: torchrun ends those that are still there when one has gone."""
+        """Leave together: torchrun terminates the remaining processes as soon as one has exited."""
         self.agree()
         self.wait()
 
     @contextlib.contextmanager
     def first_of_machine_first(self):
-        """For files that one process makes and all read: the others enter when it has left."""
+        """For files that one process of each machine creates and all read: the others enter when it has left."""
         if self.local_rank:
             self.wait()
         yield
@@ -198,18 +216,19 @@ class Processes:
             self.wait()
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum over all processes, in place."""
+        """All-reduce: the sum over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def maximum_(self, tensor: Tensor) -> Tensor:
+        """All-reduce: the maximum over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Those of the first process, to all, in place."""
+        """Broadcast the tensors of the first process to all, in place."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
@@ -222,15 +241,15 @@ class Processes:
         return values
 
     def agree(self, *wishes: int) -> list[int]:
-        """The largest of each wish over all processes.
+        """The maximum of each wish over all processes.
 
-        Of several processes it is the wishes of the call before this one, for nobody to wait: it is known to all at the
-        same call, which is what matters.
+        With several processes these are the wishes of the previous call, so that no one waits: the reduction runs while a
+        step is computed. What matters is that all processes learn of a wish at the same call.
         """
         if self.world == 1:
             return list(wishes)
         agreed = [0] * len(wishes)
-        if self._asked is not None:
+        if self._asked is not None:  # the reduction that the previous call has started
             work, tensor = self._asked
             work.wait()
             agreed, self._asked = tensor.tolist(), None

@@ -1,0 +1,330 @@
+"""Data sets as files: finding, downloading, reading and checking them. `READERS` has a function per data set.
+
+What is read is checked before it is used, and nothing in a file can run code. `dataset.py` makes batches of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import math
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from options import DATASETS, DataConfig
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+DIGIT_NAMES = [str(digit) for digit in range(10)]
+FASHION_NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CIFAR100_NAMES = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+    caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+    forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+    mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+    possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+    sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+    willow_tree wolf woman worm
+""".split()
+
+
+class DataError(Exception):
+    """Data that is missing or wrong, said in one line: a program prints it and exits with status 2."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))
+
+
+def import_torchvision():
+    """The torchvision package. Raises DataError, with what to install, if it is absent or made for another torch."""
+    try:
+        import torchvision
+        import torchvision.datasets
+        import torchvision.transforms.v2
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        import torch
+
+        release = ".".join(torch.__version__.split(".")[:2])
+        raise DataError(
+            f"torchvision cannot be imported beside torch {torch.__version__} ({error}); run `pip install --upgrade torch "
+            f"torchvision`, or install the torchvision release made for torch {release}"
+        ) from None
+    return torchvision
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Finding and downloading
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Images(NamedTuple):
+    """One part of a data set as read: pixels (n, C, H, W) uint8, or files (n,) as byte strings, and labels (n,) int64."""
+
+    data: np.ndarray
+    labels: np.ndarray
+
+
+class Source(NamedTuple):
+    parts: dict[str, Images]  # train and test, or test alone
+    class_names: list[str]
+
+
+def _find(config: DataConfig, find: Callable, expected: str, download: str | None = None):
+    """What `find()` finds, if need be after a download by the torchvision class of that name. Raises DataError."""
+    missing = f"--data_path {config.data_path} does not hold --dataset {config.dataset}: expected {expected}"
+    found = find()
+    if found is None and config.download and download:
+        _download(config, download, missing)
+        found = find()
+    if found is None:
+        why = " (it cannot be downloaded from here)" if config.download and not download else ""
+        raise DataError(f"{missing}{why}; put it there, or take --dataset digits, which needs no files")
+    return found
+
+
+def _download(config: DataConfig, name: str, missing: str) -> None:
+    """Download through `torchvision.datasets.<name>` to a folder aside, then move: a failure leaves nothing behind."""
+    root = Path(config.data_path)
+    parent = root  # the folder aside must be on the same file system, or the move below is a copy
+    while not parent.exists():
+        parent = parent.parent
+    timeout = socket.getdefaulttimeout()
+    try:
+        make = getattr(import_torchvision().datasets, name)
+        socket.setdefaulttimeout(30)  # a compute node behind a firewall would wait for minutes
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=parent) as aside:
+            with contextlib.redirect_stdout(sys.stderr):  # torchvision prints; stdout is for results
+                make(root=aside, download=True)
+            for file in sorted(path for path in Path(aside).rglob("*") if path.is_file()):
+                target = root / file.relative_to(aside)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"{missing}, and the download failed ({why}); put it there, or take --dataset digits, which needs no files"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _checked(path: Path, labels, classes: int, images: int) -> np.ndarray:
+    """The labels as int64. Raises DataError unless there is one for each image, from 0 to classes - 1."""
+    try:
+        labels = np.asarray(labels)
+    except ValueError:  # lists of unequal lengths
+        labels = np.empty(0)
+    if images == 0:
+        raise DataError(f"{path}: holds no images")
+    if labels.shape != (images,) or labels.dtype.kind not in "iu":
+        raise DataError(f"{path}: labels do not match the {images} images")
+    for label in (int(labels.min()), int(labels.max())):
+        if not 0 <= label < classes:
+            raise DataError(f"{path}: label {label} is out of range, 0 to {classes - 1}")
+    return labels.astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Digits, idx files, CIFAR batches
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _read_digits(config: DataConfig, parts: tuple[str, ...]) -> Source:
+    with np.load(Path(__file__).parent / "data" / "digits.npz", allow_pickle=False) as arrays:
+        return Source({part: _digits_part(arrays, part) for part in parts}, DIGIT_NAMES)
+
+
+def _digits_part(arrays, part: str) -> Images:
+    pixels = np.rint(arrays[f"{part}_images"][:, None] * (255 / 16)).astype(np.uint8)  # stored as 0 to 16
+    return Images(pixels, arrays[f"{part}_labels"].astype(np.int64))
+
+
+def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """An idx file of bytes, gzipped or not -> uint8 (n, *shape). Raises DataError if it is anything else."""
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    header = 4 + 4 * (1 + len(shape))  # two zeros, the type (8: bytes), the number of axes; then the sizes, big-endian
+    sizes = tuple(np.frombuffer(raw[4:header], ">u4").tolist()) if len(raw) >= header else ()
+    if raw[:4] != bytes((0, 0, 8, 1 + len(shape))) or sizes[1:] != shape:
+        raise DataError(f"{path}: is not an idx file of {'x'.join(map(str, ('n', *shape)))} bytes")
+    if len(raw) - header != math.prod(sizes):
+        raise DataError(f"{path}: has {len(raw) - header} bytes of data where its header says {math.prod(sizes)}")
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(sizes)
+
+
+def _read_mnist(config: DataConfig, parts: tuple[str, ...]) -> Source:
+    name = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}[config.dataset]
+    root = Path(config.data_path)
+    prefix = {"train": "train", "test": "t10k"}
+    wanted = [f"{prefix[part]}-{kind}-ubyte" for part in parts for kind in ("images-idx3", "labels-idx1")]
+
+    def find() -> dict[str, Path] | None:
+        for folder in (root / name / "raw", root):
+            paths = [path for file in wanted for path in (folder / file, folder / f"{file}.gz") if path.is_file()]
+            paths = {path.name.removesuffix(".gz"): path for path in reversed(paths)}  # the plain file, where both are
+            if len(paths) == len(wanted):
+                return paths
+        return None
+
+    paths = _find(config, find, f"{', '.join(wanted)} (or .gz) there or in {root / name / 'raw'}", name)
+    read = {}
+    for part in parts:
+        pixels = read_idx(paths[f"{prefix[part]}-images-idx3-ubyte"], (28, 28))
+        path = paths[f"{prefix[part]}-labels-idx1-ubyte"]
+        read[part] = Images(pixels[:, None], _checked(path, read_idx(path, ()), 10, len(pixels)))
+    return Source(read, FASHION_NAMES if name == "FashionMNIST" else DIGIT_NAMES)
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """`_codecs.encode` for the one codec with which Python 2 pickles carry bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"codec {encoding}")
+    return text.encode("latin1")
+
+
+# The functions by which NumPy's arrays are pickled, taken from arrays: their modules are private and have moved.
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_FROM_BUFFER = np.empty(1).__reduce_ex__(5)[0]
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads NumPy arrays and plain values, and nothing that could run code.
+
+    A pickle names the functions that it calls; `find_class` is where names become functions.
+    """
+
+    ALLOWED = {  # noqa: RUF012
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+        ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+        ("numpy.core.numeric", "_frombuffer"): _FROM_BUFFER,
+        ("numpy._core.numeric", "_frombuffer"): _FROM_BUFFER,
+        ("_codecs", "encode"): _encode,
+    }
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a file of images")
+        return self.ALLOWED[module, name]
+
+
+def _read_cifar_batch(path: Path, key: str, classes: int) -> Images:
+    try:
+        with path.open("rb") as file:
+            batch = _ArrayUnpickler(file, encoding="latin1").load()
+        batch = {name.decode("latin1") if isinstance(name, bytes) else name: value for name, value in batch.items()}
+        pixels, labels = batch["data"], batch[key]
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise DataError(f"{path}: is not a batch of CIFAR images ({type(error).__name__}: {error})") from None
+    if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (len(pixels), 3072)):
+        raise DataError(f"{path}: is not a batch of CIFAR images (data must be n x 3072 bytes)")
+    return Images(pixels.reshape(-1, 3, 32, 32), _checked(path, labels, classes, len(pixels)))
+
+
+def _read_cifar(config: DataConfig, parts: tuple[str, ...]) -> Source:
+    if config.dataset == "cifar10":
+        name, key, folder = "CIFAR10", "labels", "cifar-10-batches-py"
+        files = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+    else:
+        name, key, folder = "CIFAR100", "fine_labels", "cifar-100-python"
+        files = {"train": ["train"], "test": ["test"]}
+    paths = {part: [Path(config.data_path) / folder / file for file in files[part]] for part in parts}
+
+    def find() -> dict[str, list[Path]] | None:
+        return paths if all(path.is_file() for part in parts for path in paths[part]) else None
+
+    _find(config, find, f"{folder}/ with {', '.join(file for part in parts for file in files[part])}", name)
+    class_names = CIFAR10_NAMES if name == "CIFAR10" else CIFAR100_NAMES
+    read = {}
+    for part in parts:
+        batches = [_read_cifar_batch(path, key, len(class_names)) for path in paths[part]]
+        read[part] = Images(*(np.concatenate(arrays) for arrays in zip(*batches, strict=True)))
+    return Source(read, class_names)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders of images
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def decode_image(path: str):
+    """The image in a file as PIL's RGB, transparency dropped, not composited. Raises DataError that names the file."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith("I"):  # 16 bits of grey, which PIL would clip to white
+                file = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
+            return file.convert("RGB")
+    except Exception as error:  # decoders raise nearly anything on a damaged file
+        raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from None
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+
+
+def _fail(error: OSError) -> None:
+    raise error  # os.walk would pass over a folder that may not be read
+
+
+def _scan(folder: Path, classes: list[str], *, may_be_empty: bool) -> Images:
+    """The image files below one folder per class, sorted. Raises DataError for a class without any, unless it may."""
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        before = len(files)
+        walk = os.walk(folder / name, onerror=_fail, followlinks=True) if (folder / name).is_dir() else ()
+        for path, folders, names in walk:
+            folders.sort()  # in place: the order in which os.walk goes on
+            files += [os.fsencode(os.path.join(path, n)) for n in sorted(names) if n.lower().endswith(IMAGE_SUFFIXES)]
+        if len(files) == before and not may_be_empty:
+            raise DataError(f"{folder / name}: a class folder without images ({' '.join(IMAGE_SUFFIXES)})")
+        labels += [label] * (len(files) - before)
+    if not files:
+        raise DataError(f"{folder}: has no images ({' '.join(IMAGE_SUFFIXES)}) in its class folders")
+    # An array of bytes, which workers share: lists are copied into each as soon as their references are counted.
+    return Images(np.array(files), np.array(labels, dtype=np.int64))
+
+
+def _read_folders(config: DataConfig, parts: tuple[str, ...]) -> Source:
+    """`train/` and `val/` with one folder per class; the test images are those of `val/`."""
+    root = Path(config.data_path)
+    folders = [root, root / config.dataset] + [root / "imagenette2"] * (config.dataset == "imagenette")
+    needed = [{"train": "train", "test": "val"}[part] for part in parts]
+
+    def find() -> Path | None:
+        return next((folder for folder in folders if all((folder / name).is_dir() for name in needed)), None)
+
+    expected = f"{'/ and '.join(needed)}/ with one folder per class there or in {' or '.join(map(str, folders[1:]))}"
+    folder = _find(config, find, expected, "Imagenette" if config.dataset == "imagenette" else None)
+    # A label is the index of its training class. To test, a copy without train/ will do if it has every class.
+    listed = folder / ("train" if (folder / "train").is_dir() else "val")
+    classes = _class_folders(listed)
+    count = DATASETS[config.dataset].classes
+    if not classes or len(classes) != (count or len(classes)):
+        raise DataError(f"{listed}: has {len(classes)} class folders; --dataset {config.dataset} has {count or 'at least 1'}")
+    for name in _class_folders(folder / "val"):
+        if name not in classes:
+            raise DataError(f"{folder / 'val' / name}: a class folder that {folder / 'train'} lacks")
+    read = {"test": _scan(folder / "val", classes, may_be_empty=True)}
+    if "train" in parts:
+        read["train"] = _scan(folder / "train", classes, may_be_empty=False)
+    return Source(read, classes)
+
+
+READERS = {"digits": _read_digits, "mnist": _read_mnist, "fashion_mnist": _read_mnist}
+READERS |= {"cifar10": _read_cifar, "cifar100": _read_cifar}
+READERS |= {name: _read_folders for name, info in DATASETS.items() if info.streamed}

@@ -1,0 +1,1 @@
+"""Sweeps, their reports, and the benchmark's targets."""

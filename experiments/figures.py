@@ -1,0 +1,329 @@
+"""The figures of a sweep: accuracy against each cost, against every option that was swept through numbers, and by epoch.
+
+Rows are those of the summary: dicts of the swept options and of the measures. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+COSTS = {
+    "latency_ms_per_image": "latency (ms per image)",
+    "mflops_per_image": "MFLOPs per image",
+    "parameters": "parameters",
+    "peak_memory_mb": "peak memory (MB)",
+}
+MARKERS = "os^vDPX*<>ph"
+LINE_STYLES = ("-", "--", ":", "-.")
+COLORS = 20  # of matplotlib's tab20
+LONGEST_LABEL = 60  # letters; a legend of longer ones would leave no room for the curves
+MOST_LINES = 20  # in one panel, where there is an option to split the lines by
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Colors, markers, legends
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Mark(NamedTuple):
+    color: tuple
+    marker: str
+
+
+class Section(NamedTuple):
+    """A part of a legend: a title (or none) and its entries."""
+
+    title: str
+    entries: dict[str, Mark]
+
+
+def color_of(number: int) -> tuple:
+    """The colors of tab20, which come in pairs of a dark and a light one: first the ten dark ones."""
+    from matplotlib import colormaps
+
+    return colormaps["tab20"]((2 * number + number // 10 % 2) % COLORS)
+
+
+def mark_of(number: int) -> Mark:
+    return Mark(color_of(number), MARKERS[number // COLORS % len(MARKERS)])
+
+
+def label_of(row: dict, names: list[str]) -> str:
+    plain = ("program", "layer")
+    return ", ".join(str(row[name]) if name in plain else f"{name} {row[name]}" for name in names if row[name] != "") or "all"
+
+
+def numbered(values) -> dict:
+    """Each different value, in order, and its number."""
+    return {value: number for number, value in enumerate(dict.fromkeys(values))}
+
+
+def mark_rows(rows: list[dict], swept: list[str]) -> tuple[list[Mark], list[Section]]:
+    """A mark for each row, and the legend that explains them.
+
+    Rows of several programs have a marker per program and a section each. Otherwise, if one option can be told by color and
+    the combinations of the others by marker, the legend names those, which are fewer than the rows.
+    """
+    if "program" in swept:
+        return _mark_programs(rows, [name for name in swept if name != "program"])
+    for name in swept:
+        rest = [other for other in swept if other != name]
+        colors = numbered(row[name] for row in rows)
+        markers = numbered(label_of(row, rest) for row in rows)
+        if 1 < len(markers) <= len(MARKERS) and len(colors) <= COLORS and len(colors) + len(markers) < len(rows):
+            marks = [Mark(color_of(colors[row[name]]), MARKERS[markers[label_of(row, rest)]]) for row in rows]
+            by_color = {"none" if value == "" else str(value): Mark(color_of(n), "o") for value, n in colors.items()}
+            by_marker = {label: Mark("dimgray", MARKERS[n]) for label, n in markers.items()}
+            return marks, [Section(name, by_color), Section(", ".join(rest), by_marker)]
+    marks = [mark_of(number) for number in range(len(rows))]
+    return marks, [Section("", {label_of(row, swept): mark for row, mark in zip(rows, marks, strict=True)})]
+
+
+def _mark_programs(rows: list[dict], rest: list[str]) -> tuple[list[Mark], list[Section]]:
+    sections = {row["program"]: Section(str(row["program"]), {}) for row in rows}
+    marks = []
+    for row in rows:
+        section = sections[row["program"]]
+        marker = MARKERS[list(sections).index(row["program"]) % len(MARKERS)]
+        marks.append(Mark(color_of(len(section.entries)), marker))
+        section.entries[label_of(row, rest)] = marks[-1]
+    return marks, list(sections.values())
+
+
+def label_groups(kinds: list[dict], folders: list[list[Path]]) -> list[str]:
+    """What each group of runs is called: the options in which the groups differ or, if those are too many, its folder.
+
+    kinds: the options of each group; folders: those of its runs, one per seed.
+    """
+    if len({"patch_size" in kind for kind in kinds}) > 1:  # runs of both programs, which share some options only
+        kinds = [{"program": "ViT" if "patch_size" in kind else "AllConvNet"} | kind for kind in kinds]
+    names = dict.fromkeys(name for kind in kinds for name in kind)
+    differing = [name for name in names if len({str(kind[name]) for kind in kinds if name in kind}) > 1]
+    labels = []
+    for kind in kinds:
+        own = [name for name in differing if name in kind]
+        labels.append(label_of(kind, own) if own else str(kind.get("layer", "run")))
+    if max(map(len, labels)) > LONGEST_LABEL or len(set(labels)) < len(labels):
+        parent = os.path.commonpath([group[0].resolve() for group in folders])
+        labels = [re.sub(r"[_-]?seed-?\d+$", "", os.path.relpath(group[0].resolve(), parent)) for group in folders]
+    seeds = [f" ({len(group)} seeds)" if len(group) > 1 else "" for group in folders]
+    return [label + note for label, note in zip(labels, seeds, strict=True)]
+
+
+def legend_beside(figure, handles: list, labels: list[str], titles: tuple[int, ...] = ()):
+    """A legend on the right, in as many columns as its height asks for; the figure becomes wider by it.
+
+    titles: entries that head a section.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()  # measures texts
+    for columns in range(1, len(labels) + 1):
+        legend = figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False, ncols=columns)
+        for number in titles:
+            legend.get_texts()[number].set_fontweight("bold")
+        box = legend.get_window_extent(renderer)
+        if box.height < 0.97 * figure.bbox.height or columns == len(labels):
+            break
+        legend.remove()
+    figure.set_figwidth(figure.get_figwidth() + box.width / figure.dpi)
+    return legend
+
+
+def legend_of_sections(figure, sections: list[Section]):
+    from matplotlib.lines import Line2D
+
+    handles, labels, titles = [], [], []
+    for title, entries in sections:
+        if title:
+            titles.append(len(labels))
+            handles.append(Line2D([], [], alpha=0))
+            labels.append(title)
+        handles += [Line2D([], [], color=mark.color, marker=mark.marker, ls="", ms=6) for mark in entries.values()]
+        labels += entries
+    return legend_beside(figure, handles, labels, tuple(titles))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Accuracy against a cost, and against an option
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def swept_options(rows: list[dict]) -> list[str]:
+    """The options in which the rows differ; they stand before the measures."""
+    options = itertools.takewhile(lambda name: name != "runs", rows[0])
+    return [name for name in options if len({row[name] for row in rows}) > 1]
+
+
+def spread_of(row: dict) -> float:
+    """Standard deviation of top-1 over the seeds, 0 where there is one seed."""
+    return 0 if math.isnan(row["top1_std"]) else row["top1_std"]
+
+
+def draw(rows: list[dict]) -> dict:
+    """Figures by name: accuracy against each cost, and against every option that was swept through numbers."""
+    swept = swept_options(rows)
+    figures = {"tradeoff": draw_tradeoff(rows, swept)}
+    for option in swept:
+        values = [row[option] for row in rows if row[option] != ""]
+        if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+            figures[f"top1_by_{option}"] = draw_option(rows, option, [name for name in swept if name != option])
+    return figures
+
+
+def draw_tradeoff(rows: list[dict], swept: list[str]):
+    """Top-1 against latency, FLOPs, parameters and memory: a panel each, a point per row."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
+
+    marks, sections = mark_rows(rows, swept)
+    figure = Figure(figsize=(9, 7.5), layout="constrained")
+    for axis, (cost, label) in zip(figure.subplots(2, 2).flatten(), COSTS.items(), strict=True):
+        for row, (color, marker) in zip(rows, marks, strict=True):
+            axis.errorbar(row[cost], row["top1"], spread_of(row), fmt=marker, color=color, ms=7, lw=1, capsize=2)
+        values = [row[cost] for row in rows]
+        if max(values) > 3 * min(values):
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.minorticks_off()
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axis.set_xlabel(label)
+        axis.set_ylabel("test top-1 (%)")
+        axis.grid(alpha=0.3)
+    legend_of_sections(figure, sections)
+    return figure
+
+
+def draw_option(rows: list[dict], option: str, others: list[str]):
+    """Accuracy against one option, a line for every combination of the others."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axis = figure.subplots()
+    lines: dict[str, list[dict]] = {}
+    for row in rows:
+        if row[option] != "":
+            lines.setdefault(label_of(row, others), []).append(row)
+    marks, sections = mark_rows([of_line[0] for of_line in lines.values()], others)
+    for (label, of_line), (color, marker) in zip(lines.items(), marks, strict=True):
+        of_line.sort(key=lambda row: row[option])
+        x, top1 = [row[option] for row in of_line], [row["top1"] for row in of_line]
+        spreads = [spread_of(row) for row in of_line]
+        axis.errorbar(x, top1, spreads, color=color, marker=marker, capsize=2, label=label)
+    axis.set_xlabel(option)
+    axis.set_ylabel("test top-1 (%)")
+    axis.set_xticks(sorted({row[option] for row in rows if row[option] != ""}))
+    axis.grid(alpha=0.3)
+    if others:
+        legend_of_sections(figure, sections)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Accuracy by epoch
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.csv, one per epoch. Raises ValueError if there is none, or if it is no such table."""
+    path = folder / "metrics.csv"
+    try:
+        with path.open(encoding="utf-8") as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no metrics.csv; its run has not ended its first epoch") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as the table of a run ({error})") from None
+    needed = [f"{part}_{measure}" for part in ("train", "test") for measure in ("loss", "top1")]
+    if not rows or not all(name in row for row in rows for name in needed):
+        raise ValueError(f"{path} is not the table of a run: it lacks {', '.join(needed)}")
+    return rows
+
+
+def plot_seeds(axis, runs: list[list[float]], band: float = 0.2, **style) -> float:
+    """The mean of several runs by epoch as a line, in a band of their range; returns where it ends.
+
+    Runs that ended early shorten the line: a mean over fewer seeds would jump there.
+    """
+    of_epochs = list(zip(*runs, strict=False))
+    epochs = range(1, len(of_epochs) + 1)
+    mean = [sum(values) / len(values) for values in of_epochs]
+    axis.plot(epochs, mean, **style)
+    if len(runs) > 1:
+        low, high = [min(values) for values in of_epochs], [max(values) for values in of_epochs]
+        axis.fill_between(epochs, low, high, color=style["color"], alpha=band, lw=0)
+    return mean[-1]
+
+
+def draw_curves(rows: list[dict], curves: list[list[list[float]]]):
+    """Test top-1 by epoch, one line per row and one panel per program; the best of the last epoch first in its legend.
+
+    curves: of each row its runs, of each run the test top-1 of its epochs. More lines than one panel can show are split by
+    an option, where there is one that splits them into few enough.
+    """
+    from matplotlib.figure import Figure
+
+    swept = swept_options(rows)
+    by = panel_option(rows, swept)
+    rest = [name for name in swept if name != by]
+    panels: dict = {}
+    for row, runs in zip(rows, curves, strict=True):
+        panels.setdefault(row[by] if by else "", {})[label_of(row, rest)] = runs
+    numbers = numbered(label for lines in panels.values() for label in lines)
+    if len(numbers) > COLORS:  # too many for a label to have its own color in all panels: colors are of one panel each
+        numbers = {}
+    columns = min(3, len(panels))
+    down = -(-len(panels) // columns)
+    of_legend = 1 if max(len(label) for lines in panels.values() for label in lines) > 26 else 2  # columns
+    below = 0 if len(panels) == 1 else 0.4 + 0.18 * max(map(len, panels.values())) / of_legend  # inches under each panel
+    figure = Figure(figsize=(max(7, 4.2 * columns), (4.2 + below) * down), layout="constrained")
+    axes = figure.subplots(down, columns, sharey=True, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    for number, (axis, (value, lines)) in enumerate(zip(axes, panels.items(), strict=False)):
+        handles, labels = draw_panel(axis, lines, numbers)
+        if number % columns == 0:
+            axis.set_ylabel("test top-1 (%)")
+        if len(panels) == 1:
+            legend_beside(figure, handles, labels)
+        else:
+            axis.set_title(label_of({by: value}, [by]) if value != "" else f"no {by}", fontsize=10)
+            where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5}  # under the axis and its label
+            axis.legend(handles, labels, **where, ncols=of_legend if len(labels) > 3 else 1, fontsize=8, frameon=False)
+    return figure
+
+
+def draw_panel(axis, lines: dict[str, list[list[float]]], numbers: dict[str, int]) -> tuple[list, list[str]]:
+    """A line per label, colored by its number (default: counted in the panel); handles and labels, the best first."""
+    entries = []
+    for count, (label, runs) in enumerate(lines.items()):
+        number = numbers.get(label, count)
+        style = {"color": color_of(number), "ls": LINE_STYLES[number // COLORS % len(LINE_STYLES)]}
+        end = plot_seeds(axis, runs, marker="." if min(map(len, runs)) < 3 else None, **style)
+        entries.append((end, axis.lines[-1], f"{label}  {end:.1f}"))
+    axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    entries.sort(key=lambda entry: entry[0], reverse=True)
+    return [handle for _, handle, _ in entries], [label for _, _, label in entries]
+
+
+def panel_option(rows: list[dict], swept: list[str]) -> str | None:
+    """The option whose values have a panel each, if there should be several."""
+    if "program" in swept:
+        return "program"
+    if len(rows) <= MOST_LINES:
+        return None
+    for name in swept:
+        values = [row[name] for row in rows]
+        if len(set(values)) <= 12 and max(map(values.count, values)) <= MOST_LINES:
+            return name
+    return None

@@ -1,0 +1,37 @@
+"""What the mixers cost when they are written down plainly, to measure against: `benchmark.py --against naive` and targets.
+
+As published: all scores at once and with a graph, `topk`, the values expanded K-fold before they are aggregated
+(`kernels/reference.py`). Attention by place is attention over all pairs under a mask.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kernels.backend import use
+from layers1d import MultiHeadKvtAttention
+from place_attention import PlacedPattern
+from selection import NeighborSelection
+
+
+class Naive(nn.Module):
+    """A layer computed by the plain form of everything, with the layer's own parameters."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        with use("reference"):
+            return self.layer(x)
+
+
+def has_naive_form(layer: nn.Module) -> bool:
+    """Whether its plain form computes the same in another way: it chooses pairs of tokens, and draws nothing at random."""
+    parts = list(layer.modules())
+    if any(getattr(part, "attention_dropout", 0) or (isinstance(part, nn.Dropout) and part.p) for part in parts):
+        return False
+    selections = [part for part in parts if isinstance(part, NeighborSelection)]
+    if any(selection.neighbors.sampling == "random" for selection in selections) or getattr(layer, "is_convolution", False):
+        return False
+    return bool(selections) or any(isinstance(part, (MultiHeadKvtAttention, PlacedPattern)) for part in parts)

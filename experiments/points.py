@@ -1,0 +1,194 @@
+"""The points of a sweep: which runs its YAML file asks for, what they are called, and whether their options fit."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from options import PROGRAMS, RESUME_MAY_CHANGE, Program, did_you_mean, parse_options, read_yaml
+
+ROOT = Path(__file__).resolve().parent.parent  # where the programs are
+KEYS = ("program", "options", "grid", "seed")
+SET_BY_THE_SWEEP = ("output_dir", "resume", "test_only", "checkpoint", "export")
+
+
+class Point(NamedTuple):
+    """One run of a sweep."""
+
+    name: str  # of its folder: what varies
+    program: str
+    values: dict  # options by name, as in the sweep
+    varying: dict  # those of them in which the points differ
+
+    def argv(self, folder: Path) -> list[str]:
+        """The command line after the program; it goes on where a run in this folder ended."""
+        words = []
+        for name, value in self.values.items():
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        return [*words, "--output_dir", str(folder / self.name), "--resume"]
+
+
+def combinations(axes: dict) -> Iterator[dict]:
+    """Every choice of one value per name; a value that is not a list is the only choice."""
+    choices = [value if isinstance(value, list) else [value] for value in axes.values()]
+    for values in itertools.product(*choices):
+        yield dict(zip(axes, values, strict=True))
+
+
+def read_sweep(path: str, changes: list[str]) -> tuple[list[tuple[str, dict]], list[str]]:
+    """Points (program, options by name) and axes of a sweep file, changed by `--set name=v1,v2`. Raises ValueError.
+
+    A mapping of the grid may have a program and options of its own; `program` is then an axis, and the first one.
+    """
+    try:
+        sweep = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("config=")) from None
+    for key in sweep:
+        if key not in KEYS:
+            raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(key, KEYS)}; a sweep has {', '.join(KEYS)}")
+    options, grid = sweep.get("options") or {}, sweep.get("grid") or {}
+    grids = [dict(one) if isinstance(one, dict) else one for one in (grid if isinstance(grid, list) else [grid])]
+    if not isinstance(options, dict) or not all(isinstance(one, dict) for one in grids):
+        raise ValueError(f"{path}: options is a mapping, and grid a mapping or a list of mappings, of option names to values")
+    programs = [one.pop("program", sweep.get("program")) for one in grids]
+    own = [one.pop("options", None) or {} for one in grids]
+    for program in programs:
+        find_program(program, path)
+    every = {"seed": sweep["seed"]} if "seed" in sweep else {}
+    axes = [name for one in [*grids, every] for name in one]
+    for name, values in map(parse_change, changes):
+        grids, own = ([{key: value for key, value in one.items() if key != name} for one in ones] for ones in (grids, own))
+        options = {key: value for key, value in options.items() if key != name}
+        every[name] = values
+        axes.append(name)
+    for one in [options, every, *grids, *own]:
+        if not isinstance(one, dict):
+            raise ValueError(f"{path}: options is a mapping of option names to values")
+        check_values(path, one)
+    points = [
+        (program, options | constants | point)
+        for program, constants, one in zip(programs, own, grids, strict=True)
+        for point in combinations(one | every)
+    ]
+    distinct = []
+    for point in points:  # what --set removed may leave twins
+        if point not in distinct:
+            distinct.append(point)
+    axes = sorted(dict.fromkeys(axes), key="seed".__eq__)  # the seed last
+    return distinct, ["program", *axes] if len(set(programs)) > 1 else axes
+
+
+def program_path(name: str) -> Path:
+    return ROOT / name
+
+
+def find_program(name: str, path: str) -> Program:
+    """A command line of ours, or a Python file of another one that has its `PROGRAM`. Raises ValueError, naming the sweep."""
+    if isinstance(name, str) and name in PROGRAMS:
+        return PROGRAMS[name]
+    file = program_path(str(name))
+    if file.suffix != ".py" or not file.is_file():
+        raise ValueError(f"{path}: program is {name!r}; give {', '.join(PROGRAMS)} or a Python file that has a PROGRAM")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # where dataclasses look for their module
+    spec.loader.exec_module(module)
+    if not isinstance(getattr(module, "PROGRAM", None), Program):
+        raise ValueError(f"{path}: program {name} has no PROGRAM, as examples/compare_with_timm.py has it")
+    return module.PROGRAM
+
+
+def parse_change(change: str) -> tuple[str, list]:
+    """name=v1,v2 -> name and values, which are written as in YAML."""
+    name, equals, text = change.partition("=")
+    try:
+        values = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError:
+        values = None
+    if not name or not equals or not values:
+        raise ValueError(f"--set {change!r} is not name=value or name=value1,value2")
+    return name, values
+
+
+def check_values(path: str, options: dict) -> None:
+    for name, value in options.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: {name!r} is not the name of an option")
+        if value == []:
+            raise ValueError(f"{path}: {name} has no values")
+        values = value if isinstance(value, list) else [value]
+        flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+        for one in flat:
+            if one is not None and not isinstance(one, (str, int, float)):
+                raise ValueError(f"{path}: {name} has the value {one}, which is neither a number nor a text")
+
+
+def name_points(points: list[tuple[str, dict]], axes: list[str]) -> list[Point]:
+    """Points with a name each: their values on the axes. So a part of a sweep has the names that the whole has."""
+    named = []
+    for program, values in points:
+        of_axis = {"program": find_program(program, program).family} | values
+        varying = {name: of_axis[name] for name in axes if name in of_axis}
+        plain = ("program", "layer")
+        parts = [as_word(value) if name in plain else f"{name}-{as_word(value)}" for name, value in varying.items()]
+        named.append(Point("_".join(parts) or as_word(values.get("layer", "run")), program, values, varying))
+    return named
+
+
+def as_word(value) -> str:
+    """A value as part of a folder's name."""
+    text = "x".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in text)
+
+
+def check_points(points: list[Point], folder: Path) -> None:
+    """Raise ValueError for the first point whose options do not fit, or whose folder holds a run with others."""
+    names, runs = [point.name for point in points], {}
+    for point in points:
+        for name in SET_BY_THE_SWEEP:
+            if name in point.values:
+                raise ValueError(f"{point.name}: {name} is set by the sweep; leave it out")
+        if names.count(point.name) > 1:
+            raise ValueError(f"two points would be named {point.name}; make their values differ in letters or digits")
+        options = resolved(point, folder)
+        same = runs.setdefault(json.dumps(options | {"output_dir": ""}), point.name)
+        if same != point.name:
+            raise ValueError(f"{same} and {point.name} are the same run; drop one of them")
+        check_folder(point, options, folder / point.name)
+
+
+def check_folder(point: Point, options: dict, folder: Path) -> None:
+    """Raise ValueError if the folder holds a run with other options; one without a schedule may be made longer."""
+    path = folder / "config.yaml"
+    for name, value in (read_yaml(str(path)) if path.exists() else {}).items():
+        may_change = name in RESUME_MAY_CHANGE
+        if name == "num_epochs" and value != options[name]:
+            may_change = value < options[name] and options["scheduler"] == "none" and not options["early_stopping"]
+        elif name == "early_stopping":
+            may_change = False
+        if name in options and options[name] != value and not may_change:
+            raise ValueError(
+                f"{point.name}: {folder} holds a run with {name}={value}, not {options[name]}; "
+                "remove it, or use another --output_dir"
+            )
+
+
+def resolved(point: Point, folder: Path) -> dict:
+    """Every option of the point's run by name. Raises ValueError with the message that its program would end with."""
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            options, _ = parse_options(find_program(point.program, point.name), "", point.argv(folder), prog=point.program)
+    except SystemExit:
+        raise ValueError(f"{point.name}: {message.getvalue().split('error: ', 1)[-1].strip()}") from None
+    return options.as_dict()

@@ -1,0 +1,151 @@
+"""What a sweep found: a row for all runs that differ in their seed only, as tables and as figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+from experiments.figures import draw, draw_curves, read_metrics
+from experiments.points import Point, as_word, resolved
+
+MEASURES = {  # column -> where it stands in summary.json, and what it is divided by
+    "top1": (("final", "test_top1"), 1),
+    "top5": (("final", "test_top5"), 1),
+    "best_top1": (("best", "test_top1"), 1),
+    "parameters": (("parameters",), 1),
+    "mflops_per_image": (("flops_per_image",), 1e6),
+    "epoch_seconds": (("average_epoch_seconds",), 1),
+    "latency_ms_per_image": (("latency_ms_per_image",), 1),
+    "peak_memory_mb": (("peak_memory_bytes",), 1e6),
+}
+
+
+def read_summary(folder: Path) -> dict | None:
+    try:
+        return json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def finished_summary(point: Point, folder: Path) -> dict | None:
+    """The summary of the point's run if it has ended: by early stopping, or after as many epochs as are asked for now."""
+    summary = read_summary(folder / point.name)
+    if not summary or not summary["finished"]:
+        return None
+    options = resolved(point, folder)
+    return summary if options["early_stopping"] or summary["epochs"] == options["num_epochs"] else None
+
+
+def is_finished(point: Point, folder: Path) -> bool:
+    return finished_summary(point, folder) is not None
+
+
+def with_earlier(points: list[Point], folder: Path) -> list[Point]:
+    """These points, and those that other sweeps started in the same folder."""
+    names = {point.name for point in points}
+    earlier = []
+    for path in sorted(folder.glob("*/point.json")):
+        if path.parent.name not in names:
+            earlier.append(Point(**json.loads(path.read_text())))
+    return [*points, *earlier]
+
+
+def group_points(points: list[Point]) -> list[list[Point]]:
+    """The points that differ in their seed only, together."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(json.dumps(point.varying | {"seed": None}, sort_keys=True), []).append(point)
+    return list(groups.values())
+
+
+def summarize(points: list[Point], folder: Path) -> list[dict]:
+    """A row for all points that differ in their seed only: means of what ended, and standard deviations over the seeds."""
+    columns = list(dict.fromkeys(name for point in points for name in point.varying if name != "seed"))
+    rows = []
+    for group in group_points(points):
+        summaries = [summary for point in group if (summary := finished_summary(point, folder))]
+        row = {name: as_cell(group[0].varying.get(name, "")) for name in columns}
+        row |= {"runs": len(summaries), "of": len(group)}
+        for measure, (path, unit) in MEASURES.items():
+            values = []
+            for summary in summaries:
+                for key in path:
+                    summary = summary[key]
+                values.append(summary / unit)
+            row[measure] = statistics.fmean(values) if values else math.nan
+            row[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else math.nan
+        rows.append(row)
+    return rows
+
+
+def as_cell(value):
+    """A value of the grid as a number where it is one (YAML reads 1e-3 as a text), lists in a word."""
+    if isinstance(value, list):
+        return as_word(value)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def write_summary(points: list[Point], folder: Path, draw_plots: bool = True) -> None:
+    """summary.csv, summary.md and the plots, from whatever has ended so far."""
+    from runs.files import as_csv, as_png, write_atomically
+
+    points = with_earlier(points, folder)
+    rows = summarize(points, folder)
+    cells = [{name: "" if is_nan(value) else value for name, value in row.items()} for row in rows]
+    write_atomically(folder / "summary.csv", as_csv(cells))
+    write_atomically(folder / "summary.md", as_markdown(rows))
+    done = [row for row in rows if row["runs"]]
+    if not done or not draw_plots:
+        return
+    figures = draw(done)
+    curves = [curves_of(group, folder) for group in group_points(points)]
+    drawn = [(row, runs) for row, runs in zip(rows, curves, strict=True) if runs]
+    if drawn:
+        figures["curves"] = draw_curves(*map(list, zip(*drawn, strict=True)))
+    for name, figure in figures.items():
+        write_atomically(folder / f"{name}.png", as_png(figure))
+
+
+def curves_of(group: list[Point], folder: Path) -> list[list[float]]:
+    """Test top-1 by epoch of the points that have ended. One whose table cannot be read is left out, with a warning."""
+    curves = []
+    for point in group:
+        if is_finished(point, folder):
+            try:
+                curves.append([row["test_top1"] for row in read_metrics(folder / point.name)])
+            except ValueError as error:
+                print(f"warning: {error}; the curves are drawn without it", file=sys.stderr)
+    return curves
+
+
+def is_nan(value) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def as_markdown(rows: list[dict]) -> str:
+    """Means, with standard deviations over seeds where they are of interest."""
+    columns = [name for name in rows[0] if not name.endswith("_std")]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = []
+        for name in columns:
+            value, spread = row[name], row.get(f"{name}_std", math.nan)
+            if is_nan(value):
+                cells.append("")
+            elif name == "parameters":
+                cells.append(f"{value:,.0f}")
+            elif name in MEASURES:
+                cells.append(f"{value:.4g}" + ("" if is_nan(spread) or name == "mflops_per_image" else f" ± {spread:.2g}"))
+            else:
+                cells.append(str(value))
+        lines.append("| " + " | ".join(cells) + " |")
+    note = (
+        "top1 and top5 are of the last epoch, on the test set, in percent; means of the runs that ended, ± standard deviation."
+    )
+    return "\n".join(lines) + f"\n\n{note}\n"

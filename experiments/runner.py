@@ -1,0 +1,187 @@
+"""Running the points of a sweep, on this machine or a cluster. A lock on its folder keeps a run from being started twice."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiments.points import ROOT, Point, program_path
+from experiments.report import finished_summary, is_finished, write_summary
+from runs.machine import cpu_cores as cores
+
+PLOTS_EVERY = 30  # seconds: drawing takes one or two
+
+
+def lock(folder: Path) -> int | None:
+    """A descriptor that holds the lock of a run's folder as long as any process has it open; None if another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@dataclass
+class Running:
+    """A run in its own process, which holds the lock of its folder as well: if we are killed, it stays locked."""
+
+    point: Point
+    process: subprocess.Popen
+    slot: int
+    descriptor: int
+
+
+@dataclass
+class Sweep:
+    """Points on this machine, one per slot at a time."""
+
+    points: list[Point]
+    folder: Path
+    slots: int
+    gpus: bool = False  # each slot has GPUs of its own
+    gpus_per_run: int = 1  # with more than one, torchrun starts as many processes
+    failed: list[str] = field(default_factory=list)
+
+    def start(self, point: Point, slot: int, descriptor: int) -> Running:
+        """Start a point, whose lock we hold."""
+        folder = self.folder / point.name
+        (folder / "point.json").write_text(json.dumps(point._asdict()))  # the summary of later sweeps in this folder has it too
+        environment = dict(os.environ)
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[slot * self.gpus_per_run :][: self.gpus_per_run])
+        else:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // (self.slots * self.gpus_per_run))))
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus_per_run}"]
+        command = [sys.executable, *(launcher if self.gpus_per_run > 1 else []), str(program_path(point.program))]
+        command += point.argv(self.folder)
+        with open(folder / "log.txt", "ab") as log:
+            log.write(f"\n$ {shlex.join(command)}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                pass_fds=(descriptor,),
+                start_new_session=True,  # Ctrl-C reaches it through us, once
+            )
+        return Running(point, process, slot, descriptor)
+
+    def start_some(self, waiting: list[Point], running: list[Running], progress) -> None:
+        """Start points while slots are free. What is finished is done; what another process runs waits for that."""
+        for point in list(waiting):
+            free = set(range(self.slots)) - {run.slot for run in running}
+            descriptor = lock(self.folder / point.name) if free else None
+            if descriptor is None:
+                continue
+            waiting.remove(point)
+            if is_finished(point, self.folder):  # looked at under the lock, so that nobody else is about to run it
+                os.close(descriptor)
+                progress.update()
+            else:
+                running.append(self.start(point, min(free), descriptor))
+
+    def run(self, progress) -> None:
+        """Run all points; the summary is kept current. Runs are ended with the sweep, to be resumed by the next one."""
+        waiting, running, draw_again = list(self.points), [], time.monotonic() + PLOTS_EVERY
+        try:
+            while waiting or running:
+                self.start_some(waiting, running, progress)
+                for run in [run for run in running if run.process.poll() is not None]:
+                    running.remove(run)
+                    progress.write(self.outcome(run))
+                    os.close(run.descriptor)
+                    progress.update()
+                    is_due = time.monotonic() > draw_again
+                    write_summary(self.points, self.folder, draw_plots=is_due)
+                    draw_again = time.monotonic() + PLOTS_EVERY if is_due else draw_again
+                elsewhere = len(waiting) if len(running) < self.slots else 0
+                note = f", {elsewhere} run by another process" if elsewhere else ""
+                progress.set_postfix_str(f"{len(running)} running, {len(self.failed)} failed{note}")
+                time.sleep(0.1)
+        finally:
+            for run in running:
+                run.process.terminate()  # not SIGINT, which runs started in the background ignore
+            for run in running:
+                run.process.wait()
+                os.close(run.descriptor)
+
+    def outcome(self, run: Running) -> str:
+        """How a run ended, in a line; a failure is noted."""
+        folder = self.folder / run.point.name
+        summary = finished_summary(run.point, self.folder)
+        if run.process.returncode == 0 and summary:
+            return f"{run.point.name}: test top-1 {summary['final']['test_top1']:.2f} %"
+        self.failed.append(run.point.name)
+        return f"{run.point.name} failed: {last_line(folder / 'log.txt')} (see {folder / 'log.txt'})"
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that we may use, as CUDA_VISIBLE_DEVICES names them."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
+    import torch  # only to count
+
+    return [str(gpu) for gpu in range(torch.cuda.device_count())]
+
+
+class ClusterRun:
+    """A point as a job of submitit: it runs the same code, and when its job is requeued it is submitted again and resumes."""
+
+    process: subprocess.Popen | None = None
+
+    def __call__(self, point: Point, points: list[Point], folder: Path, gpus_per_run: int) -> str:
+        descriptor = lock(folder / point.name)
+        if descriptor is not None and not is_finished(point, folder):
+            sweep = Sweep([point], folder, slots=1, gpus_per_run=gpus_per_run)
+            run = sweep.start(point, 0, descriptor)
+            self.process = run.process
+            run.process.wait()
+            message = sweep.outcome(run)
+            if sweep.failed:
+                os.close(descriptor)
+                raise RuntimeError(message)
+        if descriptor is not None:
+            os.close(descriptor)
+        write_summary(points, folder)
+        return point.name
+
+    def checkpoint(self, *arguments):
+        from submitit.helpers import DelayedSubmission
+
+        if self.process is not None:  # it saves and ends; a signal has interrupted `wait`, which would not let in another
+            self.process.terminate()
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.process.pid, 0)
+        return DelayedSubmission(ClusterRun(), *arguments)
+
+
+def submit(points: list[Point], folder: Path, parameters: dict, gpus_per_run: int) -> list:
+    """One job per point that is not finished, as an array; returns submitit's jobs."""
+    from submitit import AutoExecutor
+
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # jobs inherit it
+    points_left = [point for point in points if not is_finished(point, folder)]
+    if not points_left:
+        return []
+    executor = AutoExecutor(folder=folder / "jobs", cluster="slurm")
+    executor.update_parameters(name=folder.name, **parameters)
+    with executor.batch():
+        return [executor.submit(ClusterRun(), point, points, folder, gpus_per_run) for point in points_left]
+
+
+def last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""

@@ -1,0 +1,273 @@
+"""The speed that the project promises: ratios of time and memory to plain forms, run in the same process.
+
+python benchmark.py targets
+
+Ratios of times are medians over pairs of measurements, one right after the other, and are shown with their quartiles. The exit
+status is 1 where a median misses its target.
+"""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.tables import as_markdown
+from options import NeighborConfig, OneLineParser
+from runs import RunError
+from runs.files import as_csv, check_writable, write_atomically
+from runs.machine import cpu_cores
+from runs.measure import Case, device_name, median_ms, peak_memory, spread, take_turns, training_flops, versions
+
+
+class Target(NamedTuple):
+    """A layer, what it is compared with (None: its naive form), and the largest allowed ratios of time and memory to that.
+
+    Forward and backward, gradients of the input and of all parameters; set on two AVX-512 cores.
+    """
+
+    name: str
+    layer: object
+    x: object
+    time: float
+    memory: float | None
+    against: object = None
+    precision: str = "fp32"
+
+
+def make_targets() -> list[Target]:
+    """What the project promises, one target per kind of layer."""
+    import torch
+    from torch import nn
+
+    from layers1d import MultiHeadAttention, MultiHeadConvNNAttention, MultiHeadKvtAttention, TokenLayout
+    from layers2d import ConvNN2d
+    from place_attention import MultiHeadLocalAttention, NeighborhoodAttention
+
+    # Feature maps of CIFAR images, ViT-Tiny at 224 / 16, and 4,096 tokens for attention by location: it grows with N, not N^2.
+    torch.manual_seed(0)
+    images, patches, many = torch.randn(32, 64, 32, 32), torch.randn(64, 197, 192), torch.randn(1, 4096, 192)
+    shuffled = ConvNN2d(64, 128, NeighborConfig(K=9), shuffle_pattern="BA")
+    windows = ConvNN2d(64, 128, NeighborConfig(K=9, similarity_type="Loc"), padding=1)
+    neighbors = NeighborConfig(K=9, magnitude_type="matmul")
+    attention = MultiHeadConvNNAttention(192, 3, neighbors, layout=TokenLayout(14, 14, 1))
+    wide = TokenLayout(64, 64)
+    local = MultiHeadLocalAttention(192, 3, layout=wide, window_size=24)
+    near = NeighborhoodAttention(192, 3, layout=wide, kernel_size=7)
+    small = ConvNN2d(16, 32, NeighborConfig(K=9))
+    return [
+        Target("ConvNN2d, BA 2, 64 -> 128, 32 x 32, B = 32", shuffled, images, 1 / 2.2, 1 / 3),
+        Target("the same in bfloat16, against float32", shuffled, images, 1 / 4.5, 1 / 4, precision="bf16"),
+        Target("ConvNN2d, NA, 16 -> 32, 32 x 32, B = 16", small, torch.randn(16, 16, 32, 32), 1 / 2, 1 / 4),
+        Target("ConvNN2d Loc, against the Conv2d it equals", windows, images, 1.5, None, nn.Conv2d(64, 128, 3, padding=1)),
+        Target("MultiHeadConvNNAttention, B = 64, N = 197, 3 x 64, K = 9", attention, patches, 1 / 3.5, 1 / 4),
+        Target("the same, against MultiHeadAttention", attention, patches, 2, None, MultiHeadAttention(192, 3)),
+        Target("MultiHeadKvtAttention, B = 64, N = 197", MultiHeadKvtAttention(192, 3, 9), patches, 1 / 1.2, 1 / 1.5),
+        Target("MultiHeadLocalAttention, N = 4096, 49 tokens", local, many, 1 / 5, 1 / 10),
+        Target("NeighborhoodAttention, N = 4096, 7 x 7", near, many, 1 / 5, 1 / 10),
+    ]
+
+
+def measure_target(target: Target, repeats: int, device, limits: dict[str, Limit]) -> dict:
+    """A row of the table: the layer, what it is compared with, and the limits of the machine, measured in turns."""
+    from experiments.naive import Naive
+
+    layer, x = target.layer.to(device), target.x.to(device)
+    other = Naive(layer) if target.against is None else target.against.to(device)
+    cases = [Case(layer, x.clone(), precision=target.precision, compiled=False)]
+    cases.append(Case(other, x.clone(), precision="fp32", compiled=False))
+    # What the machine can do is measured in the same rounds: clock rate and neighbors on the machine change by the minute.
+    functions = [case.training for case in cases] + [limit.run for limit in limits.values()]
+    ours, theirs, *columns = take_turns(functions, repeats, device)
+    rates = [
+        {name: limit.work / seconds for (name, limit), seconds in zip(limits.items(), times, strict=True)}
+        for times in zip(*columns, strict=True)
+    ]
+    floor = floor_of(target, rates)
+    memory = [peak_memory(case.training, device) for case in cases]
+    row = {"case": target.name, "ms": median_ms(ours), "against_ms": median_ms(theirs)}
+    row |= spread("time_ratio", ours, theirs) | {"time_target": target.time}
+    row |= {"mb": memory[0] / 1e6, "against_mb": memory[1] / 1e6, "memory_ratio": memory[0] / memory[1]}
+    row |= {"memory_target": target.memory, "gflops": floor.gflops, "least_mb": floor.mb}
+    row |= {"floor_ms": median_ms(floor.seconds)} | spread("times_the_floor", ours, floor.seconds)
+    if target.precision == "bf16" and not has_fast_bfloat16(rates):
+        row["time_target"] = None  # still shown: without fast bfloat16 products no implementation meets it
+    misses = [f"{name} ratio" for name in ("time", "memory") if is_missed(row[f"{name}_ratio"], row[f"{name}_target"])]
+    return row | {"missed": ", ".join(misses)}
+
+
+def is_missed(ratio: float, target: float | None) -> bool:
+    return target is not None and ratio > target
+
+
+def measure_search(repeats: int, device) -> dict:
+    """Neighbors of 1,024 tokens in chunks, which take little memory, against all scores at once and `topk`."""
+    import torch
+
+    from neighbors import find_neighbors
+
+    x = torch.randn(16, 1024, 64, device=device)
+    functions = [lambda: find_neighbors(x, x, 9, "matmul"), lambda: torch.bmm(x, x.mT).topk(9).indices]
+    ours, theirs = take_turns(functions, repeats, device)
+    row = {"case": "find_neighbors, B = 16, N = 1024, C = 64, K = 9, against bmm and topk"}
+    row |= {"ms": median_ms(ours), "against_ms": median_ms(theirs)}
+    row |= spread("time_ratio", ours, theirs) | {"time_target": 1.0}
+    return row | {"missed": "time ratio" if is_missed(row["time_ratio"], 1.0) else ""}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data: batches on the device against torchvision's way, image by image with PIL in worker processes
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class PerImage:
+    """A data set of torchvision's kind: an image as PIL, cropped, flipped, resized and normalized by itself."""
+
+    def __init__(self, images, labels, size: int, resize: int):
+        from torchvision import transforms
+
+        self.images, self.labels = images.transpose(0, 2, 3, 1), labels
+        steps = [transforms.RandomCrop(size, padding=4), transforms.RandomHorizontalFlip()]
+        steps += [transforms.Resize(resize)] * (resize != size)
+        steps += [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
+        self.transform = transforms.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+def whole_pass(batches: Callable[[], Iterable]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in batches():
+            pass
+
+    return run
+
+
+def measure_data(resize: int, least: float, images: int, repeats: int, device, batch_size: int = 256) -> dict:
+    """Images per second with crop and flip of CIFAR-like images, ours and those of a DataLoader with its best workers.
+
+    At least `least` times as many is the target.
+    """
+    import numpy as np
+    from torch.utils.data import DataLoader
+
+    from dataset import DeviceBatches, Recipe
+
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (images, 3, 32, 32)).astype(np.uint8), np.zeros(images, dtype=np.int64)
+    ours = DeviceBatches(pixels, labels, np.arange(images), Recipe("cifar10", "train", batch_size, 0, resize, device, True))
+
+    def per_image(workers: int) -> Callable[[], None]:
+        # As torchvision's users load images: transforms in worker processes, which live through the epochs.
+        data = PerImage(pixels, labels, 32, resize)
+        loader = DataLoader(data, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+        return whole_pass(lambda: ((images.to(device), labels.to(device)) for images, labels in loader))
+
+    found = {}
+    for workers in sorted({0, 1, 2, min(4, cpu_cores()), cpu_cores()}):
+        found[workers] = take_turns([per_image(workers)], 1, device)[0][0]
+    best = min(found, key=found.get)
+    seconds, theirs = take_turns([whole_pass(lambda: ours.epoch(0)), per_image(best)], repeats, device)
+    row = {"case": f"images of {resize} x {resize}", "images_per_s": images / statistics.median(seconds)}
+    row |= {"per_image_images_per_s": images / statistics.median(theirs), "workers": best}
+    row |= spread("rate_ratio", theirs, seconds) | {"rate_target": least}
+    return row | {"missed": "rate ratio" if row["rate_ratio"] < least else ""}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the machine can do at most
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Limit(NamedTuple):
+    """Work of one kind that a machine can hardly do faster, and how much of it: GFLOP or GB."""
+
+    run: Callable[[], object]
+    work: float
+
+
+def make_limits(device) -> dict[str, Limit]:
+    """Large matrix products (GFLOP) and copies (GB), which bound every layer from below."""
+    import torch
+
+    limits = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+        limits[f"matmul_{name}_gflops"] = Limit(lambda a=a, b=b: a @ b, 2 * 2048**3 / 1e9)
+    source = torch.randn(2**26, device=device)  # 256 MB: more than any cache holds
+    target = torch.empty_like(source)
+    limits["copy_gb_per_s"] = Limit(lambda: target.copy_(source), 2 * source.nbytes / 1e9)
+    return limits
+
+
+def has_fast_bfloat16(rates: Sequence[dict[str, float]]) -> bool:
+    """Whether its products are at least twice as fast as those of float32: elsewhere nothing in it can be."""
+    return statistics.median(rate["matmul_bf16_gflops"] / rate["matmul_fp32_gflops"] for rate in rates) >= 2
+
+
+class Floor(NamedTuple):
+    """GFLOP of forward and backward, MB that must be read or written for them, and the seconds of the slower of the two."""
+
+    gflops: float
+    mb: float
+    seconds: list[float]
+
+
+def floor_of(target: Target, rates: Sequence[dict[str, float]]) -> Floor:
+    """By each measurement of what the machine can do."""
+    x = target.x.to(next(target.layer.parameters()).device)
+    gflops = training_flops(target.layer, x.clone()) / 1e9
+    tensors = (x, target.layer(x), *target.layer.parameters())  # and the gradient of each
+    mb = 2 * sum(tensor.nbytes for tensor in tensors) / 1e6
+    # No implementation can be faster than its products at full speed, or than reading and writing its tensors once.
+    product = f"matmul_{target.precision}_gflops"
+    return Floor(gflops, mb, [max(gflops / rate[product], mb / 1e3 / rate["copy_gb_per_s"]) for rate in rates])
+
+
+def main(argv: list[str]) -> int:
+    parser = OneLineParser(prog="benchmark.py targets", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--repeats", type=int, default=7, help="pairs of measurements of each; medians count (default: 7)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    parser.add_argument("--images", type=int, default=5000, help="images of the comparison of data (default: 5000)")
+    parser.add_argument("--output_dir", default="./Output/targets", help="folder for tables as .csv, and targets.md")
+    args = parser.parse_args(argv)
+    if args.repeats < 1 or args.images < 1:
+        parser.error("--repeats and --images must be at least 1")
+    from tqdm import tqdm
+
+    from utils import pick_device
+
+    folder = Path(args.output_dir)
+    try:
+        device = pick_device(args.device)
+        check_writable(folder, "--output_dir")
+    except RunError as error:
+        parser.error(str(error))
+    folder.mkdir(parents=True, exist_ok=True)
+    limits = make_limits(device)
+    seconds = take_turns([limit.run for limit in limits.values()], args.repeats, device)
+    rates = {name: limit.work / statistics.median(times) for (name, limit), times in zip(limits.items(), seconds, strict=True)}
+    targets = tqdm(make_targets(), unit=" targets", disable=None)
+    rows = [measure_target(target, args.repeats, device, limits) for target in targets]
+    search = [measure_search(args.repeats, device)]
+    data = [measure_data(resize, least, args.images, args.repeats, device) for resize, least in ((32, 10), (224, 1))]
+    about = f"{device_name(device)}, torch {versions()['torch']}; " + ", ".join(f"{k} {v:,.0f}" for k, v in rates.items())
+    command = shlex.join(["python", "benchmark.py", "targets", *argv])
+    tables = "\n\n".join(as_markdown(table) for table in (rows, search, data))
+    text = f"```\n{command}\n```\n\n{about}\n\n{tables}\n"
+    for name, table in (("targets", rows), ("search", search), ("data", data)):
+        write_atomically(folder / f"{name}.csv", as_csv(table))
+    write_atomically(folder / "targets.md", text)
+    print(text + f"\nresults are in {folder}")
+    missed = [f"{row['case']}: {row['missed']}" for row in (*rows, *search, *data) if row["missed"]]
+    for line in missed:
+        print(f"missed: {line}")
+    return 1 if missed else 0

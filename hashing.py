@@ -1,0 +1,58 @@
+"""Random numbers that are functions of (seed, epoch, index) instead of a generator's state.
+
+So an image is augmented alike whatever the batch size, the number of workers, or where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def mix(x: Tensor) -> Tensor:
+    """The finalizer of MurmurHash3, in place on int32: a bijection after which every bit depends on every bit."""
+    # Shifts of int32 are arithmetic: the masks clear the copies of the sign. Products wrap around, as the hash wants it; the
+    # factors are unsigned there, hence less 2^32 here.
+    x ^= (x >> 16) & 0xFFFF
+    x *= 0x85EBCA6B - 2**32
+    x ^= (x >> 13) & 0x7FFFF
+    x *= 0xC2B2AE35 - 2**32
+    x ^= (x >> 16) & 0xFFFF
+    return x
+
+
+def keys(seed: int, epoch: int, index: Tensor, stream: int, salt: int = 0) -> Tensor:
+    """One int32 per index; different indices never share one within the same (seed, epoch, stream)."""
+    x = index.to(torch.int32, copy=True)
+    for word in (stream, epoch, seed):
+        word = (word * 0x9E3779B9 + salt + 1) % 2**32
+        x = mix(x.add_(word - 2**32 if word >= 2**31 else word))
+    return x
+
+
+def uniform(seed: int, epoch: int, index: Tensor, n: int, stream: int = 0) -> Tensor:
+    """`n` numbers in [0, 1) for each image: index (B,) -> float32 (B, n), in steps of 2^-24.
+
+    Row b depends on (seed, epoch, index[b], stream) only.
+    """
+    # Counter-based: number n of an image is a hash of start + n * stride, so any row can be had without those before it.
+    start = keys(seed, epoch, index, stream)[:, None]
+    # A stride of its own for every image: otherwise two images could share a stretch of their sequences.
+    stride = keys(seed, epoch, index, stream, salt=1)[:, None] | 1
+    # Counters are hashed first: multiples of one stride differ by a constant, which a single hash would let through.
+    columns = mix(torch.arange(1, n + 1, dtype=torch.int32, device=index.device))
+    x = mix(stride * columns + start)
+    # The upper 24 bits, as many as float32 holds exactly: every value is below 1.
+    return ((x >> 8) & 0xFFFFFF).float().mul_(2**-24)
+
+
+def gaussian(seed: int, epoch: int, index: Tensor, n: int, stream: int = 0) -> Tensor:
+    """`n` standard normal numbers for each image: index (B,) -> float32 (B, n), by Box and Muller's method."""
+    half = (n + 1) // 2
+    first, second = uniform(seed, epoch, index, 2 * half, stream).split(half, dim=1)
+    # log(1 - u) instead of log(u): u can be 0, and is never 1.
+    radius = torch.log1p(-first).mul_(-2).sqrt_()
+    angle = second * (2 * math.pi)
+    return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)[:, :n]

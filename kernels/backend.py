@@ -1,0 +1,86 @@
+"""Which backend computes: by the device (`auto`), or one that is chosen by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+BACKENDS = ("auto", "chunked", "triton", "reference")
+
+_chosen = os.environ.get("CONVNN_KERNELS", "auto")
+if _chosen not in BACKENDS:
+    raise ValueError(f"CONVNN_KERNELS={_chosen!r} is not one of {', '.join(BACKENDS)}")
+
+
+def chosen() -> str:
+    """The backend in use: `auto`, or the one that was chosen."""
+    return _chosen
+
+
+def choose(name: str) -> None:
+    """Compute by this backend from now on. Raises ValueError for an unknown name."""
+    global _chosen
+    if name not in BACKENDS:
+        raise ValueError(f"kernels={name!r} is not one of {', '.join(BACKENDS)}")
+    _chosen = name
+
+
+@functools.cache
+def triton_kernels():
+    """The module of Triton kernels, or None where there is no Triton: it comes with PyTorch for CUDA on Linux."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from kernels import cuda
+
+    return cuda
+
+
+_failure: str | None = None  # why Triton could not compile, once it could not
+
+
+def note_failure(error: Exception) -> None:
+    """Go on without Triton, with one warning."""
+    global _failure
+    _failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    warnings.warn(f"Triton kernels are not used: {_failure[:300]}", stacklevel=2)
+
+
+def may_use_triton() -> bool:
+    return _chosen in ("auto", "triton") and _failure is None and triton_kernels() is not None
+
+
+def running_on(device: torch.device) -> str:
+    """What computes on this device: `triton`, `cpu`, `chunked` or `reference`."""
+    if _chosen in ("chunked", "reference"):
+        return _chosen
+    return "cpu" if device.type == "cpu" else "triton" if device.type == "cuda" and may_use_triton() else "chunked"
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Compute by this backend within the context."""
+    before = _chosen
+    choose(name)
+    try:
+        yield
+    finally:
+        choose(before)
+
+
+def is_plain() -> bool:
+    """Whether the plain form is to run, which is made of PyTorch's own operators.
+
+    Where it was chosen, where the graph must not hold operators of ours (`torch.export`, ONNX, `torch.jit.trace`), and under
+    the transforms of `torch.func`, which cannot see into them.
+    """
+    if _chosen == "reference" or torch.compiler.is_exporting():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None

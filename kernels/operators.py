@@ -1,0 +1,319 @@
+"""Every operator, declared once: schema, result of fake tensors, gradient, FLOPs, and who computes it on which device.
+
+They are operators because `torch.compile` would unroll the loops over chunks inside them, and because a backward pass of
+their own gathers neighbors again instead of keeping them K-fold. An index (B, N, K) counts rows of key or values; scores
+and sums over channels are in float32 at least. FLOPs count a multiply-add as two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels import backend, chunked, cpu, reference
+from kernels.reference import accumulator
+
+
+def _plain_gradients(function: Callable, tensors: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of `function(*tensors)` by autograd through the plain form, which can be differentiated again."""
+    with torch.enable_grad():
+        views = [tensor.view_as(tensor) for tensor in tensors]  # one each, where query and key are the same tensor
+        return torch.autograd.grad(function(*views), views, grad, create_graph=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Select
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@custom_op("convnn::find_neighbors", mutates_args=())
+def find_neighbors(
+    query: Tensor, key: Tensor, K: int, metric: str, candidates: Tensor | None, self_index: Tensor | None
+) -> Tensor:
+    """index (B, N, K): for query (B, N, C) the K nearest of key (B, M, C), nearest first.
+
+    candidates (S,): only these keys count. self_index (N,): the key that is the query's own token, then slot 0.
+    """
+    return chunked.find_neighbors(query, key, K, metric, candidates, self_index)
+
+
+@find_neighbors.register_fake
+def _(query, key, K, metric, candidates, self_index):
+    return query.new_empty((*query.shape[:2], K), dtype=torch.long)
+
+
+def _search_flops(query, key, K, candidates, self_index) -> int:
+    B, N, C = query
+    return 0 if K == (self_index is not None) else 2 * B * N * (candidates or key[1:])[0] * C
+
+
+@register_flop_formula(torch.ops.convnn.find_neighbors)
+def _(query, key, K, metric, candidates, self_index, **_kwargs) -> int:
+    return _search_flops(query, key, K, candidates, self_index)
+
+
+@custom_op("convnn::find_scored_neighbors", mutates_args=())
+def find_scored_neighbors(
+    query: Tensor, key: Tensor, K: int, candidates: Tensor | None, self_index: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`find_neighbors` by dot product, and the differentiable products of the chosen pairs: (B, N, K) each."""
+    return chunked.find_scored_neighbors(query, key, K, candidates, self_index)
+
+
+@find_scored_neighbors.register_fake
+def _(query, key, K, candidates, self_index):
+    shape = *query.shape[:2], K
+    return query.new_empty(shape, dtype=torch.long), query.new_empty(shape, dtype=accumulator(query.dtype))
+
+
+def _save_search(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], output[0])
+    ctx.mark_non_differentiable(output[0])
+
+
+def _search_gradient(ctx, _, grad):
+    return *_pair_gradients(*ctx.saved_tensors, False, grad), None, None, None
+
+
+find_scored_neighbors.register_autograd(_search_gradient, setup_context=_save_search)
+
+
+@register_flop_formula(torch.ops.convnn.find_scored_neighbors)
+def _(query, key, K, candidates, self_index, **_kwargs) -> int:
+    return _search_flops(query, key, K, candidates, self_index)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Score
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@custom_op("convnn::pair_scores", mutates_args=())
+def pair_scores(query: Tensor, key: Tensor, index: Tensor, squared_distance: bool) -> Tensor:
+    """q_i . k_j(i,k), or the squared distance of the two: query (B, N, C), key (B, M, C) -> (B, N, K)."""
+    return chunked.pair_scores(query, key, index, squared_distance)
+
+
+@pair_scores.register_fake
+def _(query, key, index, squared_distance):
+    return query.new_empty(index.shape, dtype=accumulator(query.dtype))
+
+
+@custom_op("convnn::pair_scores_backward", mutates_args=())
+def pair_scores_backward(
+    grad: Tensor, query: Tensor, key: Tensor, index: Tensor, squared_distance: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query and key."""
+    return chunked.pair_scores_backward(grad, query, key, index, squared_distance)
+
+
+@pair_scores_backward.register_fake
+def _(grad, query, key, index, squared_distance):
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+def _save_pair(ctx, inputs, output):
+    query, key, index, ctx.squared_distance = inputs
+    ctx.save_for_backward(query, key, index)
+
+
+def _pair_gradients(query, key, index, squared_distance, grad):
+    if torch.is_grad_enabled():  # the gradient will be differentiated
+        return _plain_gradients(lambda q, k: reference.pair_scores(q, k, index, squared_distance), (query, key), grad)
+    return torch.ops.convnn.pair_scores_backward(grad, query, key, index, squared_distance)
+
+
+def _pair_gradient(ctx, grad):
+    return *_pair_gradients(*ctx.saved_tensors, ctx.squared_distance, grad), None, None
+
+
+pair_scores.register_autograd(_pair_gradient, setup_context=_save_pair)
+
+
+@register_flop_formula(torch.ops.convnn.pair_scores)
+def _(query, key, index, squared_distance, **_kwargs) -> int:
+    return 2 * math.prod(index) * query[2]
+
+
+@register_flop_formula(torch.ops.convnn.pair_scores_backward)
+def _(grad, query, key, index, squared_distance, **_kwargs) -> int:
+    return 4 * math.prod(index) * query[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Aggregate
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@custom_op("convnn::aggregate", mutates_args=())
+def aggregate(values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None, depthwise: bool) -> Tensor:
+    """Sum over k of W_k (score_ik value_j(i,k)): values (B, M, C), weight (D, K * C) -> (B, N, D).
+
+    The slots of a gathered row lie one after the other in a row of `weight`. depthwise: weight (K, C), D = C.
+    """
+    return chunked.aggregate(values, index, weight, scores, depthwise)
+
+
+@aggregate.register_fake
+def _(values, index, weight, scores, depthwise):
+    return values.new_empty((*index.shape[:2], weight.shape[1 if depthwise else 0]))
+
+
+@custom_op("convnn::aggregate_backward", mutates_args=())
+def aggregate_backward(
+    grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None, depthwise: bool, need_values: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the values (empty unless needed), of the weight, and of the scores (empty if there are none)."""
+    return chunked.aggregate_backward(grad, values, index, weight, scores, depthwise, need_values)
+
+
+@aggregate_backward.register_fake
+def _(grad, values, index, weight, scores, depthwise, need_values):
+    return (
+        values.new_empty(values.shape if need_values else 0),
+        weight.new_empty(weight.shape),
+        values.new_empty(0 if scores is None else scores.shape, dtype=accumulator(values.dtype)),
+    )
+
+
+def _save_aggregate(ctx, inputs, output):
+    values, index, weight, scores, ctx.depthwise = inputs
+    ctx.save_for_backward(values, index, weight, scores)
+
+
+def _aggregate_gradient(ctx, grad):
+    need_values = ctx.needs_input_grad[0]
+    values, index, weight, scores = ctx.saved_tensors  # read once: activation checkpointing allows no more
+    if torch.is_grad_enabled():  # the gradient will be differentiated
+        given = (values, weight) if scores is None else (values, weight, scores)
+        found = _plain_gradients(lambda v, w, s=None: reference.aggregate(v, index, w, s, ctx.depthwise), given, grad)
+        to_values, to_weight, to_scores = found if len(found) == 3 else (*found, None)
+    else:
+        to_values, to_weight, to_scores = torch.ops.convnn.aggregate_backward(
+            grad, values, index, weight, scores, ctx.depthwise, need_values
+        )
+        to_scores = None if scores is None else to_scores.to(scores.dtype)
+    return to_values if need_values else None, None, to_weight, to_scores, None
+
+
+aggregate.register_autograd(_aggregate_gradient, setup_context=_save_aggregate)
+
+
+@register_flop_formula(torch.ops.convnn.aggregate)
+def _(values, index, weight, scores, depthwise, **_kwargs) -> int:
+    return 2 * index[0] * index[1] * math.prod(weight)
+
+
+@register_flop_formula(torch.ops.convnn.aggregate_backward)
+def _(grad, values, index, weight, scores, depthwise, need_values, **_kwargs) -> int:
+    return 2 * index[0] * index[1] * math.prod(weight) * (1 + (need_values or scores is not None))
+
+
+@custom_op("convnn::weighted_sum", mutates_args=())
+def weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Sum over k of weight_ik value_j(i,k): values (B, M, C), index and weights (B, N, K) -> (B, N, C)."""
+    return chunked.weighted_sum(values, index, weights)
+
+
+@weighted_sum.register_fake
+def _(values, index, weights):
+    return values.new_empty((*index.shape[:2], values.shape[2]))
+
+
+@custom_op("convnn::weighted_sum_backward", mutates_args=())
+def weighted_sum_backward(grad: Tensor, values: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of values and weights."""
+    return chunked.weighted_sum_backward(grad, values, index, weights)
+
+
+@weighted_sum_backward.register_fake
+def _(grad, values, index, weights):
+    return values.new_empty(values.shape), weights.new_empty(weights.shape)
+
+
+def _save_weighted_sum(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _weighted_sum_gradient(ctx, grad):
+    values, index, weights = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the gradient will be differentiated
+        to_values, to_weights = _plain_gradients(lambda v, w: reference.weighted_sum(v, index, w), (values, weights), grad)
+    else:
+        to_values, to_weights = torch.ops.convnn.weighted_sum_backward(grad, values, index, weights)
+    return to_values, None, to_weights
+
+
+weighted_sum.register_autograd(_weighted_sum_gradient, setup_context=_save_weighted_sum)
+
+
+@register_flop_formula(torch.ops.convnn.weighted_sum)
+def _(values, index, weights, **_kwargs) -> int:
+    return 2 * math.prod(index) * values[2]
+
+
+@register_flop_formula(torch.ops.convnn.weighted_sum_backward)
+def _(grad, values, index, weights, **_kwargs) -> int:
+    return 4 * math.prod(index) * values[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Who computes
+# ---------------------------------------------------------------------------------------------------------------
+
+OPERATORS = (
+    find_neighbors,
+    find_scored_neighbors,
+    pair_scores,
+    pair_scores_backward,
+    aggregate,
+    aggregate_backward,
+    weighted_sum,
+    weighted_sum_backward,
+)
+
+
+# What the Triton kernels ask of the arguments of each operator; what they do not cover goes through `chunked.py`.
+COVERED = {
+    "find_neighbors": lambda kernels, query, key, K, *_: kernels.covers_search(query, key, K),
+    "find_scored_neighbors": lambda kernels, query, key, K, *_: kernels.covers_search(query, key, K),
+    "pair_scores": lambda kernels, query, key, index, _: kernels.covers_pairs(query, key, index),
+    "pair_scores_backward": lambda kernels, _, query, key, index, __: kernels.covers_pairs(query, key, index),
+    "aggregate": lambda kernels, *given: kernels.covers_aggregate(*given[:4]),
+    "aggregate_backward": lambda kernels, _, *given: kernels.covers_aggregate(*given[:4]),
+    "weighted_sum": lambda kernels, *given: kernels.covers_weighted_sum(*given),
+    "weighted_sum_backward": lambda kernels, _, *given: kernels.covers_weighted_sum(*given),
+}
+
+
+def _on_cpu(name: str) -> Callable:
+    fast, any_device = getattr(cpu, name), getattr(chunked, name)
+    return lambda *given: (any_device if backend.chosen() == "chunked" else fast)(*given)
+
+
+def _on_cuda(name: str) -> Callable:
+    any_device, covers = getattr(chunked, name), COVERED[name]
+
+    def compute(*given):
+        if backend.may_use_triton():
+            kernels = backend.triton_kernels()
+            if covers(kernels, *given):
+                try:
+                    return getattr(kernels, name)(*given)
+                except (torch.OutOfMemoryError, torch.AcceleratorError):
+                    raise  # nothing that another kernel would not meet
+                except Exception as error:  # no ptxas, an old driver, a tile that is too large for the device
+                    backend.note_failure(error)
+        return any_device(*given)
+
+    return compute
+
+
+for _operator in OPERATORS:
+    _operator.register_kernel("cpu")(_on_cpu(_operator._name))
+    _operator.register_kernel("cuda")(_on_cuda(_operator._name))

@@ -1,0 +1,83 @@
+"""The plain form of every operator: the full matrix of scores, topk, gather. Slow, large, and easy to believe.
+
+Signatures and results are those of `operators.py`. Made of PyTorch's differentiable operators only, so autograd goes through
+them any number of times: tests compare with it, benchmarks measure against it, and it is what runs where a graph of plain
+operators is asked for (export, `torch.func`, gradients of gradients).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums are in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def all_scores(query: Tensor, key: Tensor, metric: str) -> Tensor:
+    """(B, N, C), (B, M, C) -> (B, N, M): cosine, minus the Euclidean distance, or the dot product; larger is nearer."""
+    dtype = accumulator(query.dtype)
+    query, key = query.to(dtype), key.to(dtype)
+    if metric == "cosine":
+        return F.normalize(query, dim=2, eps=1e-12) @ F.normalize(key, dim=2, eps=1e-12).mT
+    if metric == "euclidean":
+        if torch.compiler.is_exporting():  # ONNX has no cdist
+            return -(query[:, :, None] - key[:, None]).square().sum(dim=3).sqrt()
+        return -torch.cdist(query, key, compute_mode="donot_use_mm_for_euclid_dist")
+    return query @ key.mT
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x (B, M, C) by index (B, N, K): (B, N, K, C). As published, from K copies of x."""
+    copies = x[:, :, None].expand(-1, -1, index.shape[2], -1).contiguous()  # (B, M, K, C)
+    return copies.gather(1, index[..., None].expand(-1, -1, -1, x.shape[2]))
+
+
+def _nearest(scores: Tensor, K: int, candidates: Tensor | None, self_index: Tensor | None) -> Tensor:
+    """index (B, N, K) of the K best of scores (B, N, M) among the candidates; the token itself, if asked for, first."""
+    N, M = scores.shape[1:]
+    if candidates is not None:
+        allowed = torch.zeros(M, dtype=torch.bool, device=scores.device).index_fill(0, candidates, True)
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    if self_index is None:
+        return scores.topk(K, dim=2).indices
+    own = self_index[:, None] == torch.arange(M, device=scores.device)  # (N, M)
+    others = scores.masked_fill(own, -torch.inf).topk(K - 1, dim=2).indices
+    return torch.cat([self_index.view(1, N, 1).expand(scores.shape[0], -1, -1), others], dim=2)
+
+
+def find_neighbors(
+    query: Tensor, key: Tensor, K: int, metric: str, candidates: Tensor | None, self_index: Tensor | None
+) -> Tensor:
+    with torch.autocast(query.device.type, enabled=False):
+        return _nearest(all_scores(query, key, metric), K, candidates, self_index)
+
+
+def find_scored_neighbors(
+    query: Tensor, key: Tensor, K: int, candidates: Tensor | None, self_index: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(query.device.type, enabled=False):
+        products = all_scores(query, key, "matmul")
+        index = _nearest(products.detach(), K, candidates, self_index)
+        return index, products.gather(2, index)
+
+
+def pair_scores(query: Tensor, key: Tensor, index: Tensor, squared_distance: bool) -> Tensor:
+    dtype = accumulator(query.dtype)
+    own, other = query.to(dtype)[:, :, None], gather(key.to(dtype), index)
+    return (own - other).square().sum(dim=3) if squared_distance else (own * other).sum(dim=3)
+
+
+def aggregate(values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None, depthwise: bool) -> Tensor:
+    slots = gather(values, index)  # (B, N, K, C)
+    if scores is not None:
+        slots = (slots * scores[..., None]).to(values.dtype)
+    return (slots * weight).sum(dim=2) if depthwise else F.linear(slots.flatten(2), weight)
+
+
+def weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    dtype = accumulator(values.dtype)
+    return (gather(values.to(dtype), index) * weights.to(dtype)[..., None]).sum(dim=2).to(values.dtype)

@@ -1,0 +1,182 @@
+"""The output folder of a run: options, model, checkpoints, tables, curves and summary."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from runs.checkpoints import save_checkpoint
+from runs.files import as_csv, as_png, remove_temporaries, write_atomically
+from runs.measure import count_parameters, device_name, measure_latency, process_peak_memory, versions
+from runs.progress import epoch_line
+from runs.training import Training
+
+COLUMNS = (
+    "epoch lr train_loss train_top1 train_top5 test_loss test_top1 test_top5 seconds images_per_s".split()
+)  # and, where a validation set is held out, val_loss val_top1 val_top5
+
+
+def describe_model(model: nn.Module) -> str:
+    """The text of model.txt: module tree and parameter table."""
+    rows = [(name, "x".join(map(str, p.shape)) or "1", f"{p.numel():,}") for name, p in model.named_parameters()]
+    rows.append(("total", "", f"{count_parameters(model):,}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    table = [f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {count:>{widths[2]}}".rstrip() for name, shape, count in rows]
+    return f"{model}\n\n" + "\n".join(table) + "\n"
+
+
+class RunFolder:
+    """Writes the outputs of one run into its folder, as the run goes.
+
+    Tables are rewritten whole from the history after every epoch, so that a resumed run has no gap or double line.
+    """
+
+    CURVES_EVERY = 30  # seconds between drawings of curves.png: a drawing can take as long as a short epoch
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._drawn = 0.0
+
+    @property
+    def last(self) -> Path:
+        return self.path / "last.pt"
+
+    @property
+    def previous(self) -> Path:
+        """The last.pt before the present one, until the run is finished."""
+        return self.path / "previous.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.pt"
+
+    def save(self, state: dict, *others: Path) -> None:
+        """Write last.pt, after `others`: a run killed between them writes those once more when it is resumed."""
+        for path in others:
+            save_checkpoint(state, path)
+        self._link(self.last, self.previous)
+        save_checkpoint(state, self.last)
+
+    def restore(self, path: Path) -> None:
+        """Make the checkpoint that a run resumes from its last.pt, in place of a damaged one."""
+        if path != self.last:
+            self._link(path, self.last)
+
+    def _link(self, path: Path, name: Path) -> None:
+        """Give a file a second name. Without hard links, or without the file, there is none: best.pt is the fallback."""
+        with contextlib.suppress(OSError):
+            # Linked under a temporary name and renamed: os.link does not replace, and `name` must never be missing.
+            link = self.path / f".{name.name}.{os.getpid()}.tmp"
+            os.link(path, link)
+            os.replace(link, name)
+            link.unlink(missing_ok=True)  # still there if both were names of one file already
+
+    def start(self, options: dict, model: nn.Module, resumed: bool) -> None:
+        """Create the folder and write what is known before training; warn if it holds another run."""
+        if not resumed and any((self.path / name).exists() for name in ("args.txt", "metrics.csv", "last.pt", "best.pt")):
+            print(
+                f"warning: {self.path} holds another run, which is written over; its weights stay as *.pt.old", file=sys.stderr
+            )
+            # Weights may have taken days: they are renamed, where tables are deleted.
+            for path in self.path.glob("*.pt"):
+                path.replace(path.with_name(path.name + ".old"))
+            for name in ("train_eval_results.txt", "metrics.csv", "summary.json", "curves.png", "test_results.json"):
+                (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(self.path)  # left by a process that was killed while it wrote
+        shown = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in options.items()}
+        self._write("args.txt", "".join(f"{name}: {value}\n" for name, value in shown.items()))
+        self._write("config.yaml", yaml.safe_dump(options, sort_keys=False))
+        self._write("model.txt", describe_model(model))
+
+    def is_behind(self, epochs: int, ended: bool) -> bool:
+        """Whether the results lack some of so many epochs, or do not say that the run has ended though it has."""
+        try:
+            summary = json.loads((self.path / "summary.json").read_text())
+            return summary["epochs"] < epochs or ended > summary["finished"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return True
+
+    def epoch_done(self, history: list[dict], best: dict, summary: dict, last: bool) -> None:
+        """Write the results so far; `best` is the row of the best epoch, `last` says that no epoch follows."""
+        self._write("train_eval_results.txt", results_text(history, best))
+        extra = [name for name in best if name not in COLUMNS]
+        self._write("metrics.csv", as_csv(history, COLUMNS + extra))
+        if last or time.monotonic() - self._drawn > self.CURVES_EVERY:
+            draw_curves(history, self.path / "curves.png")
+            self._drawn = time.monotonic()
+        if last:
+            self.previous.unlink(missing_ok=True)
+        # summary.json comes last: once it says that the run has ended, nothing else remains to be written.
+        self._write("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+    def tensorboard(self, epochs: int):
+        """A writer that hides events after these epochs, which an interrupted run may have left."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self.path / "tensorboard", purge_step=epochs + 1)
+
+    def _write(self, name: str, text: str) -> None:
+        write_atomically(self.path / name, text)
+
+
+def summarize(training: Training, selection_split: str, facts: dict, ended: bool) -> dict:
+    """What summary.json holds; facts: of the model and the data."""
+    chosen = {"val": "validation set", "test": "test set"}[selection_split]
+    note = "The best epoch was chosen on the test set; --val_fraction chooses it on held-out images."
+    seconds = [row["seconds"] for row in training.history]
+    image = torch.zeros(1, *facts["image_shape"], device=training.device)
+    return {
+        "finished": ended,
+        "epochs": len(training.history),
+        "best_epoch_chosen_on": chosen,
+        "note": "" if selection_split == "val" else note,
+        "final": training.history[-1],
+        "best": training.best,
+        "average_epoch_seconds": sum(seconds) / len(seconds),
+        **facts,
+        **process_peak_memory(training.device),
+        "latency_ms_per_image": measure_latency(training.model, image) if ended else None,  # it takes a second
+        "device": device_name(training.device),
+        "versions": versions(),
+    }
+
+
+def results_text(history: list[dict], best: dict) -> str:
+    """The text of train_eval_results.txt: a line for each epoch, average epoch time, the best epoch."""
+    average = statistics.fmean(row["seconds"] for row in history)
+    split = "val" if "val_top1" in best else "test"
+    text = "".join(epoch_line(row) + "\n" for row in history)
+    text += f"\naverage epoch time {average:.2f} s\n"
+    text += f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}"
+    return text + (f", where test top-1 is {best['test_top1']:.2f} %\n" if split == "val" else ", chosen on the test set\n")
+
+
+def draw_curves(history: list[dict], path: Path) -> None:
+    """Loss and top-1 accuracy by epoch, as PNG."""
+    from matplotlib.figure import Figure  # imported late: it takes most of a second
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    for axis, key, label in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1 accuracy (%)"), strict=True):
+        for name in ("train", "val", "test"):
+            if f"{name}_{key}" in history[0]:
+                values = [row[f"{name}_{key}"] for row in history]
+                axis.plot(epochs, values, label=name, marker="." if len(epochs) < 30 else None)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    write_atomically(path, as_png(figure, dpi=120))

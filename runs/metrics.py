@@ -1,0 +1,52 @@
+"""Loss and accuracy as sums over images, and the row that an epoch leaves in the history."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Metrics(NamedTuple):
+    """Means over images; accuracies in percent."""
+
+    loss: float
+    top1: float
+    top5: float
+
+
+class Meter:
+    """Sums over images, on the device: loss, top-1 and top-5 correct, seen. Top-5 of n < 5 classes is top-n."""
+
+    def __init__(self, device: torch.device):
+        # In float64, which MPS does not have: float32 stops counting single images at 2^24.
+        self.sums = torch.zeros(4, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """loss: mean over these images; logits (B, classes); targets (B,), or (B, classes): the largest share counts."""
+        self.sums += self.tally(loss, logits, targets)
+
+    def tally(self, loss: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        """The sums over these images alone (4,)."""
+        labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
+        hits = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
+        count = torch.full_like(self.sums[0], len(labels))
+        return torch.stack([loss.detach() * count, hits[:, 0].sum(), hits.sum(), count])
+
+    def read(self, sums: Tensor | None = None) -> Metrics:
+        """Means, of other sums than its own if given. Synchronizes with the device."""
+        loss, top1, top5, seen = (self.sums if sums is None else sums).tolist()
+        seen = max(seen, 1)
+        return Metrics(loss / seen, 100 * top1 / seen, 100 * top5 / seen)
+
+
+def history_row(epoch: int, lr: float, metrics: dict[str, Metrics], images: int, seconds: float) -> dict:
+    """One epoch of the history: metrics "train", "test" and perhaps "val", and how long training on `images` took."""
+    row = {"epoch": epoch, "lr": lr}
+    for name in ("train", "test"):
+        row |= {f"{name}_{key}": value for key, value in metrics[name]._asdict().items()}
+    row |= {"seconds": seconds, "images_per_s": images / max(seconds, 1e-9)}
+    if "val" in metrics:  # last, as its columns are in metrics.csv
+        row |= {f"val_{key}": value for key, value in metrics["val"]._asdict().items()}
+    return row

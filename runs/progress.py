@@ -1,0 +1,61 @@
+"""What a run says on the terminal while it goes on."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A context: a tqdm bar if stderr is a terminal, otherwise a line there at most every 30 seconds. Counts images."""
+
+    LINE_EVERY = 30
+
+    def __init__(self, title: str, total: int, done: int = 0, quiet: bool = False):
+        self.title, self.total, self.done, self.quiet = title, total, done, quiet
+        self.start, self.first, self.printed = time.monotonic(), done, time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty() and not quiet:
+            self.bar = tqdm(desc=title, total=total, initial=done, unit=" images", unit_scale=True, leave=False)
+
+    @property
+    def due(self) -> bool:
+        """Whether `show` should be called: reading the numbers it shows synchronizes with the device."""
+        return not self.quiet and (self.bar is not None or time.monotonic() - self.printed > self.LINE_EVERY)
+
+    def advance(self, images: int) -> None:
+        self.done += images
+        if self.bar is not None:
+            self.bar.update(images)
+
+    def show(self, loss: float, top1: float) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, top-1 {top1:.2f} %", refresh=False)
+            return
+        self.printed = time.monotonic()
+        # Images that an interrupted run had done before were not done in this time.
+        rate = (self.done - self.first) / (self.printed - self.start)
+        left = tqdm.format_interval((self.total - self.done) / max(rate, 1e-9))
+        print(
+            f"{self.title}: {self.done:,}/{self.total:,} images, {rate:,.0f} images/s, ETA {left}, "
+            f"loss {loss:.4f}, top-1 {top1:.2f} %",
+            file=sys.stderr,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def epoch_line(row: dict) -> str:
+    """One epoch of the history as text; losses per image, accuracies in percent."""
+    line = f"epoch {row['epoch']:3d}  time {row['seconds']:7.2f} s"
+    for name in ("train", "val", "test"):
+        if f"{name}_loss" in row:
+            line += f"  {name} loss {row[f'{name}_loss']:.4f} top-1 {row[f'{name}_top1']:6.2f} top-5 {row[f'{name}_top5']:6.2f}"
+    return line

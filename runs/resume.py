@@ -1,0 +1,69 @@
+"""Resuming an interrupted run: which state to continue from, and continuing from it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from options import RESUME_MAY_CHANGE
+from runs import RunError
+from runs.checkpoints import DamagedError, load_run_state
+from runs.folder import RunFolder
+from runs.processes import ProcessError, Processes
+from runs.training import Training
+
+
+def resumable_state(folder: RunFolder, options: dict, quiet: bool = False) -> tuple[dict, Path] | None:
+    """The state to resume from and its file, or None if there is none: last.pt or, where that is damaged, an earlier one.
+
+    Raises RunError if it belongs to a run with other options, or if no file can be read.
+    """
+    if not folder.last.exists() and not folder.previous.exists():
+        return None
+    problems = []
+    for path in (folder.last, folder.previous, folder.best):
+        if not path.exists():
+            continue
+        try:
+            state = load_run_state(path)
+        except DamagedError as error:
+            problems.append(str(error))
+            continue
+        for name, value in options.items():
+            if name not in RESUME_MAY_CHANGE and state["config"].get(name) != value:
+                raise RunError(f"--resume: {path} was trained with --{name} {state['config'].get(name)}, not {value}")
+        if problems and not quiet:
+            print(f"warning: {'; '.join(problems)}; going on from {path}", file=sys.stderr)
+        return state, path
+    raise RunError(f"--resume: {'; '.join(problems)}; there is nothing to go on from, leave --resume out to start anew")
+
+
+def check_same_state(processes: Processes, folder: RunFolder, found: tuple[dict, Path] | None) -> None:
+    """Raise ProcessError if not all processes found the same state: they would train apart, or wait for each other forever."""
+    seen = processes.gather(None if found is None else [found[1].name, found[0]["epoch"], found[0]["step"]])
+    if any(one != seen[0] for one in seen):
+        raise ProcessError(
+            f"--resume: the processes find different states in --output_dir {folder.path}: {seen}; all must see it"
+        )
+
+
+def resume(training: Training, folder: RunFolder, state: dict, path: Path) -> None:
+    """Continue from the state that was in this file of the folder. Raises RunError if it is not that of such a training."""
+    processes = training.processes
+    try:
+        training.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise RunError(f"--resume: {path} is damaged ({type(error).__name__})") from None
+    if processes.first:
+        print(f"resumed {path}: {training.epoch} epochs and {training.step} steps are done")
+        if len(state["rng"]) != processes.world:
+            print(
+                f"warning: {len(state['rng'])} processes trained so far, now there are {processes.world}: "
+                "the numbers will not be exactly those of a run that was not interrupted",
+                file=sys.stderr,
+            )
+    processes.wait()  # before the first one replaces files that others still read
+    if processes.first:
+        folder.restore(path)
+        if training.best and not folder.best.exists():
+            print(f"warning: {folder.best} of epoch {training.best['epoch']} is gone", file=sys.stderr)

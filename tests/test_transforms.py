@@ -1,0 +1,188 @@
+"""Models under PyTorch's transforms: export, ONNX, torch.func, gradients of gradients, the meta device, checkpointing."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from allconvnet import AllConvNet, AllConvNetConfig
+from convit import ConViTConfig, ConViTWithLinearClassifier
+from layers2d import ConvNN2d
+from neighbors import NeighborConfig, aggregate, find_neighbors, find_scored_neighbors, neighbor_scores, weighted_sum
+from options import LAYERS1D_NAMES, LAYERS2D_NAMES
+from vit import ViT, ViTConfig
+
+SMALL = {
+    "image_size": 16,
+    "in_channels": 1,
+    "patch_size": 4,
+    "num_layers": 1,
+    "num_heads": 2,
+    "d_model": 8,
+    "d_mlp": 8,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "kernel_size": 3,
+    "hybrid_dilations": (1,),
+    "K": 4,
+    "linformer_k": 4,
+    "nystrom_landmarks": 4,
+    "performer_features": 8,
+}
+NEIGHBORS = (
+    {"sampling_type": "random", "num_samples": 6},
+    {"sampling_type": "spatial", "num_samples": 3},
+    {"similarity_type": "Loc_Col", "magnitude_type": "euclidean"},
+    {"similarity_type": "Loc"},
+)
+
+
+def make(kind, **options):
+    if kind is ViT:
+        return ViT(ViTConfig(**SMALL | options))
+    return AllConvNet(AllConvNetConfig(channels=(8,), K=4, image_size=16, in_channels=1, **options))
+
+
+MODELS = [
+    *((ViT, {"layer": layer}) for layer in LAYERS1D_NAMES),
+    *((AllConvNet, {"layer": layer}) for layer in (*LAYERS2D_NAMES, "Conv2d/ConvNN")),
+    (ViT, {"layer": "GPSA", "num_local_layers": 0}),
+    *((ViT, {"layer": "ConvNNAttention", **options}) for options in NEIGHBORS),
+    *((AllConvNet, {"layer": "ConvNN", **options}) for options in NEIGHBORS),
+]
+models = pytest.mark.parametrize(
+    ("kind", "options"), MODELS, ids=[f"{kind.__name__}-{'-'.join(map(str, o.values()))}" for kind, o in MODELS]
+)
+
+
+def batch(images=3):
+    return torch.randn(images, 1, 16, 16), torch.randint(0, 10, (images,))
+
+
+@models
+def test_gradients_per_sample_by_torch_func(kind, options):
+    """torch.func.grad under vmap over images gives the gradients that autograd gives."""
+    model = make(kind, **options).eval()
+    images, labels = batch()
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, image, label):
+        return F.cross_entropy(torch.func.functional_call(model, parameters, (image[None],)), label[None])
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")(parameters, images, labels)
+    F.cross_entropy(model(images), labels).backward()
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name].mean(dim=0), parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_of_gradients():
+    """Every operator, differentiated twice, against finite differences of its gradient."""
+    query, key, values = (torch.randn(2, n, 3, dtype=torch.float64, requires_grad=True) for n in (4, 5, 5))
+    weight, depthwise = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 2), (3, 1, 2)))
+    index = find_neighbors(query, key, 2, "matmul")
+    for metric in ("matmul", "cosine", "euclidean"):
+        assert torch.autograd.gradgradcheck(lambda q, k, m=metric: neighbor_scores(q, k, index, m), (query, key))
+        assert torch.autograd.gradgradcheck(lambda q, k, m=metric: find_scored_neighbors(q, k, 2, m)[1], (query, key))
+    scores = torch.rand(2, 4, 2, dtype=torch.float64, requires_grad=True)
+    for given in ((values, weight, scores), (values, weight)):
+        assert torch.autograd.gradgradcheck(lambda v, w, s=None: aggregate(v, index, w, s), given)
+    assert torch.autograd.gradgradcheck(lambda v, w, s: aggregate(v, index, w, s, depthwise=True), (values, depthwise, scores))
+    assert torch.autograd.gradgradcheck(lambda v, s: weighted_sum(v, index, s), (values, scores))
+    same = torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True)  # query and key are one tensor
+    own = find_neighbors(same, same, 2, "matmul")
+    assert torch.autograd.gradgradcheck(lambda x: neighbor_scores(x, x, own, "matmul"), (same,))
+
+
+@models
+def test_constant_tables_survive_the_meta_device(kind, options):
+    """A model made on the meta device, given memory and loaded is the model, as FSDP and large models are made."""
+    model = make(kind, **options).eval()
+    with torch.device("meta"):
+        other = make(kind, **options).eval()
+    other.to_empty(device="cpu")
+    other.load_state_dict(model.state_dict())
+    images, _ = batch()
+    assert torch.equal(other(images), model(images))
+    model.to_empty(device="cpu").load_state_dict(other.state_dict())  # also where there was nothing on the meta device
+    assert torch.equal(other(images), model(images))
+    for parameter in other.double().parameters():
+        assert parameter.dtype == torch.float64
+    assert other(images.double()).dtype == torch.float64
+
+
+LOADED_ELSEWHERE = """
+import sys, torch
+assert not any(name in sys.modules for name in ("vit", "neighbors", "kernels"))
+images, logits = torch.load("tensors.pt")
+found = torch.export.load("model.pt2").module()(images)
+torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-4)
+"""
+
+
+def test_an_exported_program_needs_none_of_our_modules(tmp_path):
+    model = make(ViT, layer="ConvNNAttention").eval()
+    images, _ = batch(5)
+    program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, tmp_path / "model.pt2")
+    torch.save((images, model(images).detach()), tmp_path / "tensors.pt")
+    subprocess.run([sys.executable, "-c", LOADED_ELSEWHERE], cwd=tmp_path, check=True)
+
+
+@models
+def test_onnx(kind, options, tmp_path):
+    """`--export FILE.onnx` for another number of images, as onnxruntime computes it."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from runs.checkpoints import export_onnx
+
+    model = make(kind, **options).eval()
+    export_onnx(tmp_path / "model.onnx", model, (1, 16, 16))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for size in (1, 5):  # it was traced with two images
+        images, _ = batch(size)
+        (found,) = session.run(["logits"], {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(images).detach(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("similarity_type", ["Col", "Loc"])
+def test_a_compiled_layer_of_unknown_size_under_checkpointing(similarity_type):
+    """Tables that are made in the graph: nothing is stored in the module while a graph is recomputed."""
+    layer = ConvNN2d(3, 4, NeighborConfig(K=4, similarity_type=similarity_type))
+    images = torch.randn(2, 3, 6, 6)
+    compiled = torch.compile(lambda x: checkpoint(layer, x, use_reentrant=False), fullgraph=True, backend="aot_eager")
+    compiled(images).square().sum().backward()
+    found = [parameter.grad for parameter in layer.parameters()]
+    layer.zero_grad()
+    layer(images).square().sum().backward()
+    for ours, theirs in zip(found, (parameter.grad for parameter in layer.parameters()), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_zero_scores_keep_their_columns_where_denormals_are_flushed():
+    """Tokens of zeros, as after a ReLU, have scores of exactly zero."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormal numbers")
+    try:
+        found = find_neighbors(torch.zeros(1, 64, 4), torch.zeros(1, 64, 4), 4, "cosine")
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(len(set(row)) == 4 for row in found[0].tolist())
+
+
+def test_a_convit_exports_with_a_dynamic_batch():
+    config = ConViTConfig(16, 1, 4, num_local_layers=1, num_nonlocal_layers=1, dim=8, num_classes=5, heads=2)
+    model, images = ConViTWithLinearClassifier(config).eval(), torch.randn(5, 1, 16, 16)
+    program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(program.module()(images), model(images))
+
+
+def test_modules_that_are_no_models_export_as_well():
+    layer = nn.Sequential(ConvNN2d(2, 3, NeighborConfig(K=3), image_size=5), nn.ReLU())
+    images = torch.randn(4, 2, 5, 5)
+    program = torch.export.export(layer, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert not any("convnn" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(images), layer(images))
