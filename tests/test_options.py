@@ -843,6 +843,22 @@ def test_flags_beside_a_convit_override_it():
     assert parse_vit("--config c.yaml") == first
 
 
+def test_what_a_model_decides_is_what_may_be_left_to_it():
+    """In a dataclass that inherits the options too; there an option with a default of its own is not left to the model."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Other(ViTConfig):
+        d_mlp: int = options.option(64, "hidden features")
+
+    fields = ViTConfig.__dataclass_fields__
+    left = {name for name, spec in options.specs(ViTConfig).items() if fields[name].default is not spec.default}
+    assert all(set(values) in (left, set()) for values in options.VIT_MODELS.values())
+    one, two = Other(model="convit_ti", num_heads=2), Other(num_heads=2, dropout=0.1)
+    assert (one.layer, one.num_layers, one.dropout, one.num_heads, one.d_mlp) == ("GPSA", 12, 0.0, 2, 64)
+    assert (two.layer, two.num_layers, two.dropout, two.num_heads, two.d_mlp) == ("Attention", 8, 0.1, 2, 64)
+    assert dataclasses.replace(one, model="vit").num_layers == 12  # a replacement gives all that there is
+
+
 def test_vit_options_survive_yaml():
     line = (
         "--layer BranchConv --d_hidden 96 --num_heads 4 --num_local_layers 3 --no-attention_bias --hybrid_dilations 1 3 "
