@@ -19,7 +19,18 @@ from kernels import backend
 from layers1d import MultiHeadMixer, TokenLayout, attend
 from options import MASK_TYPES, check_window
 from selection import ConstantTables
-from tilings import NONE, Tiling, mask_tilings, neighborhood_tiling, strided_tiling, window_tiling
+from tilings import (  # noqa: F401  (some are only offered from here, as before)
+    NONE,
+    Tiling,
+    mask_tilings,
+    neighborhood_tiling,
+    pad_tiles,
+    product,
+    strided_tiling,
+    tile_size,
+    window_tiling,
+    windows,
+)
 
 TILES_PAY = 6  # times fewer scores than a dense attention computes: then gathering for tiles pays off (measured on a CPU)
 LONG = 1000  # patches, from which on no mask of all pairs is made
