@@ -31,7 +31,7 @@ from cli import (
     redefault,
     specs,
 )
-from runs.machine import cpu_cores
+from machine import cpu_cores
 
 __all__ = [
     "CONVIT_SIZES",
