@@ -33,7 +33,7 @@ from cli import (
     shown,
     specs,
 )
-from runs.machine import cpu_cores
+from machine import cpu_cores
 
 __all__ = [
     "CONVIT_SIZES",

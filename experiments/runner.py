@@ -16,7 +16,7 @@ from pathlib import Path
 
 from experiments.points import ROOT, Point, program_path
 from experiments.report import FAILURE, finished_summary, is_finished, update_summary
-from runs.machine import cpu_cores as cores
+from machine import cpu_cores as cores
 
 PLOTS_EVERY = 30  # seconds: drawing takes one or two
 

@@ -89,6 +89,7 @@ DEFAULTS = {
     "early_stopping": 0,
     # system and output
     "device": "auto",
+    "kernels": "auto",
     "seed": 0,
     "deterministic": False,
     "output_dir": "./Output/AllConvNet/ConvNN",
@@ -116,6 +117,7 @@ CHOICES = {
     "optimizer": ("adam", "sgd", "adamw"),
     "scheduler": ("step", "cosine", "plateau", "none"),
     "device": ("auto", "cpu", "cuda", "mps"),
+    "kernels": ("auto", "chunked", "triton"),
 }
 
 
