@@ -84,6 +84,7 @@ __all__ = [
     "sequence_grid",
     "shuffle_factors",
     "specs",
+    "warn_oversized",
     "warn_without_effect",
 ]
 
@@ -970,3 +971,13 @@ def warn_without_effect(model: ModelConfig, parser: OneLineParser) -> None:
     for name, other in model.without_effect().items():
         if name in parser.given:
             parser.warn(f"{name}={as_words(getattr(model, name))} is not used by {other}={as_words(getattr(model, other))}")
+
+
+def warn_oversized(model: AllConvNetConfig, parser: OneLineParser) -> None:
+    """A line on stderr where the default network, made for 32 x 32 pixels, meets images of at most 8 x 8."""
+    spec = specs(AllConvNetConfig)["channels"]
+    if max(model.image_size) <= 8 and model.channels == spec.default and "channels" not in parser.given:
+        parser.warn(
+            f"the default channels={as_words(spec.default)} are for images of 32 x 32 and learn {_sides(model.image_size)} "
+            "slowly and badly; channels=16 32 64, as in configs/demo.yaml, would fit"
+        )

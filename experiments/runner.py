@@ -214,5 +214,5 @@ def submit(points: list[Point], folder: Path, parameters: dict, gpus_per_run: in
 
 
 def last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1] if lines else ""

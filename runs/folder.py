@@ -103,7 +103,7 @@ class RunFolder:
     def is_behind(self, epochs: int, ended: bool) -> bool:
         """Whether the results lack some of so many epochs, or do not say that the run has ended though it has."""
         try:
-            summary = json.loads((self.path / "summary.json").read_text())
+            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
             return summary["epochs"] < epochs or ended > summary["finished"]
         except (OSError, ValueError, KeyError, TypeError):
             return True
