@@ -87,6 +87,7 @@ DEFAULTS = {
     "export": None,
     "test_only": False,
     "tensorboard": False,
+    "kernels": "auto",
 }
 CHOICES = {
     "shuffle_pattern": ("BA", "NA", "B", "A"),
@@ -104,6 +105,7 @@ CHOICES = {
     "optimizer": ("adam", "sgd", "adamw"),
     "scheduler": ("step", "cosine", "plateau", "none"),
     "device": ("auto", "cpu", "cuda", "mps"),
+    "kernels": ("auto", "chunked", "triton"),
 }
 
 
