@@ -88,6 +88,7 @@ DEFAULTS = {
     "export": None,
     "test_only": False,
     "tensorboard": False,
+    "kernels": "auto",
 }
 CHOICES = {
     "shuffle_pattern": ("BA", "NA", "B", "A"),
