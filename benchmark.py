@@ -237,11 +237,12 @@ def main(argv: list[str] | None = None) -> int:
     from runs import RunError
     from runs.files import check_writable
     from runs.measure import device_name, versions
-    from utils import pick_device
+    from utils import choose_kernels, pick_device
 
     folder = Path(bench.output_dir)
     try:
         device = pick_device(bench.device)
+        choose_kernels(bench.kernels, device)
         check_writable(folder, "--output_dir")
     except RunError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)

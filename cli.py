@@ -51,13 +51,20 @@ NOT_GIVEN = NotGiven()
 def option(default, help: str, *, kind: type | None = None, many: bool = False, decided: bool = False, **accepts) -> Field:
     """A dataclass field that is a flag as well; its type is that of the default, or (many) `kind` where that is None.
 
-    With `decided` the field starts as `NOT_GIVEN`, for the config's `__post_init__` to tell a default from the same value
-    given: it must put a value there, and `default` is what `--help` shows.
+    With `decided` the field starts as `NOT_GIVEN`, so that the config can tell a default from the same value given: its
+    `__post_init__` must `decide`. `--help` shows the default.
     """
     many = many or isinstance(default, tuple)
     kind = kind or type(default[0] if many else default)
     spec = Spec(kind, help, default, many=many, optional=default is None, **accepts)
     return field(default=NOT_GIVEN if decided else default, metadata={"option": spec})
+
+
+def decide(config, values: dict) -> None:
+    """In a (frozen) config, put these values where a `decided` option was not given, and the default where there is none."""
+    for name, spec in specs(type(config)).items():
+        if getattr(config, name) is NOT_GIVEN:
+            object.__setattr__(config, name, values.get(name, spec.default))
 
 
 def redefault(config: type, name: str, default) -> Field:

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from layers1d import MultiHeadMixer, TokenLayout, attend
 from options import PERFORMER_KERNELS, check_window
-from place_attention import PlacedPattern, neighborhood_tiling
+from place_attention import PlacedPattern
+from tilings import neighborhood_tiling
 
 
 class LinearMixer(MultiHeadMixer):

@@ -66,6 +66,14 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
+def _searched(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    """What the search compares: on CUDA what autocast would multiply, with float32 sums, as flash attention does.
+
+    Elsewhere autocast changes nothing, and float32 keeps its order: bfloat16 ties often.
+    """
+    return _autocast(query, key) if query.is_cuda else (query, key)
+
+
 def _check_candidates(key: Tensor, K: int, candidates: Tensor | None) -> None:
     available = key.shape[1] if candidates is None else candidates.shape[0]
     if not 1 <= K <= available:
@@ -97,7 +105,8 @@ def find_neighbors(
     """
     metric = canonical_metric(metric)
     _check_candidates(key, K, candidates)
-    return _kernels().find_neighbors(query.detach(), key.detach(), K, metric, candidates, self_index)
+    query, key = _searched(query.detach(), key.detach())
+    return _kernels().find_neighbors(query, key, K, metric, candidates, self_index)
 
 
 def find_scored_neighbors(
@@ -121,6 +130,7 @@ def find_scored_neighbors(
     _check_candidates(key, K, candidates)
     if metric == "cosine":
         query, key = _unit(query), _unit(key)
+    query, key = _searched(query, key)
     index, scores = _kernels().find_scored_neighbors(query, key, K, candidates, self_index)
     return index, scores / math.sqrt(query.shape[-1]) if metric == "matmul" else scores
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from cli import (
-    NOT_GIVEN,
     OneLineParser,
     Spec,
     as_words,
     build,
     check_fields,
+    decide,
     did_you_mean,
     make_parser,
     option,
@@ -31,7 +31,7 @@ from cli import (
     redefault,
     specs,
 )
-from runs.machine import cpu_cores
+from machine import cpu_cores
 
 __all__ = [
     "CONVIT_SIZES",
@@ -91,7 +91,7 @@ METRIC_ALIASES = {
     "distance": "euclidean",
     "matmul": "matmul",
 }
-METRICS = METRIC_ALIASES  # its first name
+METRICS = METRIC_ALIASES  # its former name
 SHUFFLE_PATTERNS = ("BA", "NA", "B", "A")
 MASK_TYPES = ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors")
 PERFORMER_KERNELS = ("softmax", "relu")
@@ -141,11 +141,11 @@ class Row(NamedTuple):
     """
 
     target: str  # "module:Class"
-    # Names of options, argument=option where the constructor says otherwise. `neighbors` is a NeighborConfig, `layout` what
+    # Names of options, argument=option where the constructor calls it otherwise. `neighbors` is a NeighborConfig, `layout` what
     # the tokens are, and `image_size` the sides of the map.
     takes: str
-    fixed: tuple[tuple[str, object], ...] = ()  # arguments that are no options
-    branches: tuple[str, ...] = ()  # the layers side by side: the one of branch_ratio, alone at 1, and the other, alone at 0
+    fixed: tuple[tuple[str, object], ...] = ()  # arguments that are not options
+    branches: tuple[str, ...] = ()  # of two layers side by side: what is built at branch_ratio 1, and at 0
 
     @property
     def arguments(self) -> dict[str, str]:
@@ -425,7 +425,7 @@ class AllConvNetConfig(ModelConfig):
         if "/" not in self.layer:
             found["branch_ratio"] = "layer"
         if self.similarity_type == "Loc" and "ConvNN_Attn" not in self.layers_in_use():
-            found.setdefault("magnitude_type", "similarity_type")  # ConvNN ranks by distance then, and weighs nothing
+            found.setdefault("magnitude_type", "similarity_type")  # ConvNN ranks by distance then and has no scores
         return found
 
     def branches(self, out_channels: int) -> list[tuple[str, int]]:
@@ -444,11 +444,12 @@ class AllConvNetConfig(ModelConfig):
         """Height and width of the feature map that enters each layer; patterns A and B change it on the way."""
         height, width = self.image_size
         names = self.layers_in_use()
-        if names == ["Conv2d"] or self.shuffle_pattern in ("BA", "NA"):
+        keeping = [name for name in names if "shuffle_pattern" not in self.rows[name].arguments]
+        if keeping == names or self.shuffle_pattern in ("BA", "NA"):
             return [(height, width)] * self.num_layers
-        if "Conv2d" in names:
+        if keeping:
             raise ValueError(
-                f"shuffle_pattern={self.shuffle_pattern} changes the size of the map and Conv2d keeps it; use BA or NA"
+                f"shuffle_pattern={self.shuffle_pattern} changes the size of the map and {keeping[0]} keeps it; use BA or NA"
             )
         result = []
         for _ in self.channels:
@@ -469,17 +470,17 @@ class AllConvNetConfig(ModelConfig):
 
     def _check_layer(self, name: str, out_channels: int, grid: tuple[int, int]) -> None:
         """Relations between options that only matter for the layers in use."""
-        if name == "Conv2d":
-            return
-        if self.shuffle_pattern in ("B", "BA"):
+        options = self.rows[name].arguments
+        pattern = self.shuffle_pattern if "shuffle_pattern" in options else "NA"
+        if pattern in ("B", "BA"):
             self._check_divides(grid)
             grid = tuple(side // self.shuffle_scale for side in grid)
-        if name == "Attention":
-            width = out_channels * shuffle_factors(self.shuffle_pattern, self.shuffle_scale, 2)[1]
+        if "num_heads" in options:
+            width = out_channels * shuffle_factors(pattern, self.shuffle_scale, 2)[1]
             if width % self.num_heads:
                 raise ValueError(f"num_heads={self.num_heads} does not divide the {width} channels that attention runs on")
-        else:
-            ring = 2 * self.padding if name == "ConvNN" else 0
+        if "neighbors" in options:
+            ring = 2 * self.padding if "padding" in options else 0
             self.neighbors.check_candidates(tuple(side + ring for side in grid))
 
 
@@ -569,10 +570,7 @@ class ViTConfig(ModelConfig):
     image_size: int | tuple[int, int] = 224
 
     def __post_init__(self):
-        decided = VIT_MODELS.get(str(self.model), {})
-        for name, spec in specs(type(self)).items():
-            if getattr(self, name) is NOT_GIVEN:
-                object.__setattr__(self, name, decided.get(name, spec.default))
+        decide(self, VIT_MODELS.get(str(self.model), {}))
         self._check_ranges()
         if any(side % self.patch_size for side in self.image_size):
             raise ValueError(
@@ -720,12 +718,14 @@ class DataConfig:
         check_fields(self)
 
 
+KERNELS = ("auto", "chunked", "triton")
+KERNELS_HELP = "what searches and aggregates: the fastest for the device, PyTorch in chunks, or Triton (CUDA)"
 SYSTEM = {"group": "system and output"}
 # What may differ when a run is resumed: how long and where it runs, and what it writes; device and compilation change
 # its numbers by rounding only. All else would make it another run.
 RESUME_MAY_CHANGE = set(
     "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
-    "tensorboard early_stopping use_compiled compile_mode".split()
+    "tensorboard early_stopping use_compiled compile_mode kernels".split()
 )
 
 
@@ -751,6 +751,7 @@ class BenchmarkConfig:
     )
     repeats: int = option(7, "measurements of each row, in turns; medians count", low=1)
     device: str = option("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cpu", "cuda", "mps"))
+    kernels: str = option("auto", KERNELS_HELP, choices=KERNELS)
     seed: int = option(0, "of weights and inputs", low=0, below=2**31)
     output_dir: str = option("./Output/benchmark", "folder for the table and the plot")
 
@@ -809,6 +810,7 @@ class TrainConfig:
     early_stopping: int = option(0, "stop after n epochs without a better test (or validation) loss; 0: never", low=0)
 
     device: str = option("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cpu", "cuda", "mps"), **SYSTEM)
+    kernels: str = option("auto", KERNELS_HELP, choices=KERNELS, **SYSTEM)
     seed: int = option(0, "of weights, order and augmentation", low=0, below=2**31, **SYSTEM)
     deterministic: bool = option(False, "use deterministic algorithms only", **SYSTEM)
     output_dir: str | None = option(None, "where results go (default: ./Output/<model>/<layer>)", kind=str, **SYSTEM)

@@ -9,55 +9,31 @@ are attended by all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from kernels import backend
 from layers1d import MultiHeadMixer, TokenLayout, attend
-from masks import in_column, in_neighborhood, in_row, in_square, is_near, is_strided, window_reach, window_start
 from options import MASK_TYPES, check_window
 from selection import ConstantTables
+from tilings import (  # noqa: F401  (some are only offered from here, as before)
+    NONE,
+    Tiling,
+    mask_tilings,
+    neighborhood_tiling,
+    pad_tiles,
+    product,
+    strided_tiling,
+    tile_size,
+    window_tiling,
+    windows,
+)
 
-NONE = -1  # fills up tiles that are shorter than others
 TILES_PAY = 6  # times fewer scores than a dense attention computes: then gathering for tiles pays off (measured on a CPU)
 LONG = 1000  # patches, from which on no mask of all pairs is made
-
-
-class Tiling(NamedTuple):
-    """Patches cut into T tiles of at most q; the patches of a tile see no others than its at most k keys."""
-
-    queries: Tensor  # (T, q) patches, every one in one place; NONE fills up
-    keys: Tensor  # (T, k) patches; NONE fills up
-    sees: Callable[[Tensor, Tensor], Tensor]  # (i, j): whether patch i attends to patch j, element by element
-
-
-def pad_tiles(tiles: Iterable[Iterable[int]]) -> Tensor:
-    return pad_sequence([torch.tensor(list(tile), device="cpu") for tile in tiles], batch_first=True, padding_value=NONE)
-
-
-def windows(length: int, reach: int, size: int) -> tuple[Tensor, Tensor]:
-    """Blocks of `size` positions (T, q), and what is at most `reach` away from any of them (T, k)."""
-    queries = [range(start, min(start + size, length)) for start in range(0, length, size)]
-    keys = [range(max(block[0] - reach, 0), min(block[-1] + reach + 1, length)) for block in queries]
-    return pad_tiles(queries), pad_tiles(keys)
-
-
-def window_tiling(length: int, reach: int) -> Tiling:
-    """Blocks of a sequence, whose patches see what is at most `reach` away."""
-    return Tiling(*windows(length, reach, max(reach, 16)), partial(is_near, reach=reach))
-
-
-def product(rows: Tensor, columns: Tensor, width: int) -> Tensor:
-    """Positions along both sides, (Ty, ny) and (Tx, nx), -> patches of the grid, (Ty * Tx, ny * nx)."""
-    rows, columns = rows[:, None, :, None], columns[None, :, None, :]
-    patches = torch.where((rows == NONE) | (columns == NONE), NONE, rows * width + columns)
-    return patches.flatten(2).flatten(0, 1)
 
 
 class Tiles(ConstantTables):
@@ -259,9 +235,7 @@ class MultiHeadSparseAttention(PlacedAttention):
             raise ValueError(f"context={context} must be at least 1")
         P = layout.num_patches
         local = window_tiling(P, context // 2)
-        classes = pad_tiles(range(start, P, context) for start in range(min(context, P)))
-        strided = Tiling(classes, classes, partial(is_strided, context=context))
-        tilings = {"all": [], "local": [local], "strided": [local, strided]}[mode]
+        tilings = {"all": [], "local": [local], "strided": [local, strided_tiling(P, context)]}[mode]
         super().__init__(d_model, num_heads, tilings, layout=layout, attention_dropout=attention_dropout, bias=bias)
 
 
@@ -294,25 +268,6 @@ class MultiHeadMaskedAttention(PlacedAttention):
         super().__init__(d_model, num_heads, tilings, layout=layout, attention_dropout=attention_dropout, bias=bias)
 
 
-def mask_tilings(mask_type: str, reach: int, height: int, width: int) -> list[Tiling]:
-    """The pairs that a mask of this type and expansion step allows."""
-    if mask_type == "1d_cardinal":
-        return [window_tiling(height * width, window_reach(1 + 4 * reach))]
-    if mask_type == "1d_all_neighbors":
-        return [window_tiling(height * width, window_reach((2 * reach + 1) ** 2))]
-    rule = {"width": width, "reach": reach}
-    size = max(reach, 16) if mask_type == "2d_cardinal" else max(reach, 4)
-    rows, columns = windows(height, reach, size), windows(width, reach, size)
-    if mask_type == "2d_all_neighbors":
-        queries, keys = (product(*sides, width) for sides in zip(rows, columns, strict=True))
-        return [Tiling(queries, keys, partial(in_square, **rule))]
-    each_row, each_column = (torch.arange(side, device="cpu")[:, None] for side in (height, width))
-    return [
-        Tiling(*(product(each_row, part, width) for part in columns), partial(in_row, **rule)),
-        Tiling(*(product(part, each_column, width) for part in rows), partial(in_column, **rule)),
-    ]
-
-
 class NeighborhoodAttention(PlacedAttention):
     """Neighborhood attention (Hassani et al., CVPR 2023; dilated: arXiv 2209.15001), without relative position biases.
 
@@ -336,34 +291,6 @@ class NeighborhoodAttention(PlacedAttention):
         check_window(kernel_size, dilation, (layout.height, layout.width))
         tiling = neighborhood_tiling(layout.height, layout.width, kernel_size, dilation)
         super().__init__(d_model, num_heads, [tiling], layout=layout, attention_dropout=attention_dropout, bias=bias)
-
-
-def tile_size(length: int, kernel_size: int) -> int:
-    """Positions of a tile along a side: about a kernel, tiles as equal as can be, with the fewest scores."""
-    counts = max(1, length // kernel_size), math.ceil(length / kernel_size)
-    sizes = [math.ceil(length / count) for count in counts]
-    return min(sizes, key=lambda size: math.ceil(length / size) * size * (size + kernel_size - 1))
-
-
-def neighborhood_tiling(height: int, width: int, kernel_size: int, dilation: int) -> Tiling:
-    """Rectangles of patches `dilation` apart; each patch sees kernel_size^2 that are as far apart from it."""
-
-    def along(side: int) -> tuple[Tensor, Tensor]:
-        """(T, q) and (T, k) positions along one side."""
-        starts = window_start(torch.arange(side, device="cpu"), side, kernel_size, dilation).tolist()
-        queries, keys = [], []
-        for offset in range(dilation):
-            positions = range(offset, side, dilation)
-            size = tile_size(len(positions), kernel_size)
-            for start in range(0, len(positions), size):
-                tile = positions[start : start + size]
-                queries.append(tile)
-                keys.append(positions[starts[tile[0]] : starts[tile[-1]] + kernel_size])
-        return pad_tiles(queries), pad_tiles(keys)
-
-    queries, keys = (product(*sides, width) for sides in zip(along(height), along(width), strict=True))
-    sees = partial(in_neighborhood, grid=(height, width), kernel_size=kernel_size, dilation=dilation)
-    return Tiling(queries, keys, sees)
 
 
 class GatedPositionalSelfAttention(MultiHeadMixer):

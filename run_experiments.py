@@ -11,6 +11,7 @@ import contextlib
 import shlex
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import yaml
@@ -26,6 +27,7 @@ from experiments.points import (  # noqa: F401  some only offered from here as w
     check_points,
     check_values,
     combinations,
+    find_config,
     find_program,
     name_points,
     parse_change,
@@ -41,6 +43,7 @@ from experiments.report import (  # noqa: F401
     is_nan,
     read_summary,
     summarize,
+    update_summary,
     with_earlier,
     write_summary,
 )
@@ -52,6 +55,7 @@ from experiments.runner import (  # noqa: F401
     cores,
     last_line,
     lock,
+    say,
     submit,
     visible_gpus,
 )
@@ -103,8 +107,8 @@ def show_points(points: list[Point], folder: Path) -> None:
     width = max(len(point.name) for point in points)
     for point in points:
         state = "finished" if is_finished(point, folder) else "begun" if (folder / point.name / "last.pt").exists() else ""
-        print(f"{point.name:<{width}}  {state:<8}  {point.program} {shlex.join(point.argv(folder)[:-3])}".rstrip())
-    print(f"{len(points)} runs in {folder}")
+        say(f"{point.name:<{width}}  {state:<8}  {point.program} {shlex.join(point.argv(folder)[:-3])}".rstrip())
+    say(f"{len(points)} runs in {folder}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--gpus_per_run {args.gpus_per_run} goes with --gpus or --slurm")
         if args.gpus and args.gpus < args.gpus_per_run:
             raise ValueError(f"--gpus_per_run {args.gpus_per_run} is more than --gpus {args.gpus}")
-        points = name_points(*read_sweep(args.sweep, args.set))
+        points = find_config(name_points(*read_sweep(args.sweep, args.set)), args.sweep)
         check_points(points, folder)
         parameters = None if args.slurm is None else slurm_parameters(args.slurm)
         if args.gpus and not args.dry_run and args.gpus > len(visible_gpus()):
@@ -130,6 +134,8 @@ def main(argv: list[str] | None = None) -> int:
             show_points(points, folder)
             return 0
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder):  # a folder that cannot be written to is said before anything runs
+            pass
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
@@ -147,12 +153,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    write_summary(points, folder)
-    print((folder / "summary.md").read_text())
+    is_written = update_summary(points, folder)
+    if is_written:
+        say((folder / "summary.md").read_text(encoding="utf-8"))
     if sweep.failed:
         print(f"{len(sweep.failed)} of {len(points)} failed: {', '.join(sweep.failed)}", file=sys.stderr)
-    print(f"results are in {folder}")
-    return 1 if sweep.failed else 0
+    say(f"results are in {folder}")
+    return 1 if sweep.failed or not is_written else 0
 
 
 def run_on_cluster(
@@ -167,7 +174,7 @@ def run_on_cluster(
             with contextlib.suppress(OSError):  # it holds something
                 made.rmdir()
         parser.error(f"--slurm: {error}")
-    print(f"submitted {len(jobs)} jobs; their logs are in {folder / 'jobs'}, and the summary in {folder} grows as they end")
+    say(f"submitted {len(jobs)} jobs; their logs are in {folder / 'jobs'}, and the summary in {folder} grows as they end")
     return 0
 
 

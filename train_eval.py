@@ -22,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dataset import Data, DataError, import_torchvision, load_data
+from kernels import backend
 from options import Options, TrainConfig  # noqa: F401  like the unused names below, only offered from here as well
 from runs import RunError
 from runs.checkpoints import evaluated_weights, export_onnx, export_weights, load_state, load_weights
@@ -44,7 +45,7 @@ from runs.processes import Interrupted, ProcessError, Processes, Signals, seed_p
 from runs.progress import Progress, epoch_line
 from runs.resume import check_same_state, resumable_state, resume
 from runs.training import Training
-from utils import pick_device, seed_everything
+from utils import choose_kernels, pick_device, seed_everything
 
 READ_EVERY, READ_SECONDS = 20, 5  # steps, or seconds, between two synchronizations with the device
 
@@ -315,6 +316,7 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
         )
         raise RunError(f"--batch_size {train.batch_size} is the total, and fewer images than {what}")
     device = pick_device(train.device, processes)
+    choose_kernels(train.kernels, device)
     autocast_for(train, device)  # raises for a dtype that the device does not have
     folder = RunFolder(train.output_dir)
     check_writable(folder.path, "--output_dir")
@@ -428,4 +430,5 @@ def _facts(run: _Run, model: nn.Module, data: Data, device: torch.device) -> dic
         "train_images": data.train.num_samples,
         "test_images": data.test.num_samples,
         "processes": run.processes.world,
+        "kernels": backend.running_on(device),
     }

@@ -1,4 +1,4 @@
-"""Seeds and devices.
+"""Seeds, devices, and what computes on them.
 
 What a run needs besides (files, checkpoints, the output folder, measurements) is in the package `runs` and can be imported from
 here too.
@@ -10,6 +10,7 @@ import os
 
 import torch
 
+from kernels import backend
 from runs import RunError
 
 # What could be imported from here before is offered from here still.
@@ -61,6 +62,16 @@ def pick_device(name: str, processes: Processes | None = None) -> torch.device:
             f"--device cuda: more processes than GPUs on a machine; use torchrun --nproc_per_node={count}, or --device cpu"
         )
     return torch.device(name, processes.local_rank) if name == "cuda" else torch.device(name)
+
+
+def choose_kernels(name: str, device: torch.device) -> None:
+    """Compute by the backend that --kernels names; `auto` leaves it to CONVNN_KERNELS. Raises RunError if it is not there."""
+    if name == "triton" and device.type != "cuda":
+        raise RunError(f"--kernels triton needs CUDA, the device is {device.type}; use --kernels auto")
+    if name == "triton" and backend.triton_kernels() is None:
+        raise RunError("--kernels triton: Triton is not installed; it comes with PyTorch for CUDA on Linux")
+    if name != "auto":
+        backend.choose(name)
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

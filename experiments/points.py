@@ -7,7 +7,10 @@ import importlib.util
 import io
 import itertools
 import json
+import math
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +21,8 @@ from options import PROGRAMS, RESUME_MAY_CHANGE, Program, did_you_mean, parse_op
 
 ROOT = Path(__file__).resolve().parent.parent  # where the programs are
 KEYS = ("program", "options", "grid", "seed")
+MOST_POINTS = 100_000
+LONGEST_NAME = 255  # bytes, of a folder in most file systems
 SET_BY_THE_SWEEP = ("output_dir", "resume", "test_only", "checkpoint", "export")
 
 
@@ -75,17 +80,39 @@ def read_sweep(path: str, changes: list[str]) -> tuple[list[tuple[str, dict]], l
         if not isinstance(one, dict):
             raise ValueError(f"{path}: options is a mapping of option names to values")
         check_values(path, one)
+    refuse_too_many(path, [one | every for one in grids])
     points = [
         (program, options | constants | point)
         for program, constants, one in zip(programs, own, grids, strict=True)
         for point in combinations(one | every)
     ]
-    distinct = []
-    for point in points:  # what --set removed may leave twins
-        if point not in distinct:
-            distinct.append(point)
+    # What --set removed may leave twins. A dict of texts finds them in one pass.
+    distinct = list({json.dumps(point, sort_keys=True): point for point in points}.values())
     axes = sorted(dict.fromkeys(axes), key="seed".__eq__)  # the seed last
     return distinct, ["program", *axes] if len(set(programs)) > 1 else axes
+
+
+def refuse_too_many(path: str, grids: list[dict]) -> None:
+    """Raise ValueError with the number of points of these grids, if there are too many; none of them is made."""
+    sizes = [math.prod(len(values) for values in grid.values() if isinstance(values, list)) for grid in grids]
+    if (count := sum(sizes)) > MOST_POINTS:
+        raise ValueError(f"{path}: asks for {count:,} runs, more than the {MOST_POINTS:,} of a sweep; drop values or axes")
+
+
+def find_config(points: list[Point], sweep: str) -> list[Point]:
+    """The points with `config:` as a file that is there: seen from here, else beside the sweep's file, else among the programs.
+
+    Names of points stay, whatever folder the sweep is started from.
+    """
+    found = []
+    for point in points:
+        config = point.values.get("config")
+        if isinstance(config, str):
+            candidates = [Path(config), Path(sweep).parent / config, ROOT / config]
+            config = next((str(path) for path in candidates if path.is_file()), config)
+            point = point._replace(values=point.values | {"config": config})
+        found.append(point)
+    return found
 
 
 def program_path(name: str) -> Path:
@@ -153,13 +180,18 @@ def as_word(value) -> str:
 
 def check_points(points: list[Point], folder: Path) -> None:
     """Raise ValueError for the first point whose options do not fit, or whose folder holds a run with others."""
-    names, runs = [point.name for point in points], {}
+    counts, runs = Counter(point.name for point in points), {}
     for point in points:
         for name in SET_BY_THE_SWEEP:
             if name in point.values:
                 raise ValueError(f"{point.name}: {name} is set by the sweep; leave it out")
-        if names.count(point.name) > 1:
+        if counts[point.name] > 1:
             raise ValueError(f"two points would be named {point.name}; make their values differ in letters or digits")
+        if (length := len(os.fsencode(point.name))) > LONGEST_NAME:
+            raise ValueError(
+                f"{point.name[:40]}...: the folder's name would have {length} bytes, of which {LONGEST_NAME} are allowed; "
+                "put what does not vary into options instead of grid, and long values into files that config: names"
+            )
         options = resolved(point, folder)
         same = runs.setdefault(json.dumps(options | {"output_dir": ""}), point.name)
         if same != point.name:
@@ -169,6 +201,8 @@ def check_points(points: list[Point], folder: Path) -> None:
 
 def check_folder(point: Point, options: dict, folder: Path) -> None:
     """Raise ValueError if the folder holds a run with other options; one without a schedule may be made longer."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{point.name}: {folder} is a file, not a folder; remove it, or use another --output_dir")
     path = folder / "config.yaml"
     for name, value in (read_yaml(str(path)) if path.exists() else {}).items():
         may_change = name in RESUME_MAY_CHANGE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
@@ -10,7 +11,9 @@ from pathlib import Path
 
 from experiments.figures import draw, draw_curves, read_metrics
 from experiments.points import Point, as_word, resolved
+from options import read_yaml
 
+FAILURE = "failure.txt"  # in the folder of a point whose last run failed
 MEASURES = {  # column -> where it stands in summary.json, and what it is divided by
     "top1": (("final", "test_top1"), 1),
     "top5": (("final", "test_top5"), 1),
@@ -23,11 +26,27 @@ MEASURES = {  # column -> where it stands in summary.json, and what it is divide
 }
 
 
+@functools.cache
+def warn_once(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def read_summary(folder: Path) -> dict | None:
+    """The summary.json of a run, None if there is none or if it lacks what a summary has."""
     try:
-        return json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        numbers = [measure_in(summary, name) for name in MEASURES] + [summary["epochs"]]
+        return summary if isinstance(summary["finished"], bool) and all(map(math.isfinite, numbers)) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def measure_in(summary: dict, name: str) -> float:
+    """A measure of the table in a run's summary. Raises KeyError or TypeError where the summary is not one."""
+    path, unit = MEASURES[name]
+    for key in path:
+        summary = summary[key]
+    return summary / unit
 
 
 def finished_summary(point: Point, folder: Path) -> dict | None:
@@ -35,7 +54,14 @@ def finished_summary(point: Point, folder: Path) -> dict | None:
     summary = read_summary(folder / point.name)
     if not summary or not summary["finished"]:
         return None
-    options = resolved(point, folder)
+    try:
+        options = resolved(point, folder)
+    except ValueError:  # of another sweep, whose `config:` or program is gone: what the run itself wrote down counts
+        try:
+            options = read_yaml(str(folder / point.name / "config.yaml"))
+            return summary if summary["epochs"] == options["num_epochs"] or options["early_stopping"] else None
+        except (ValueError, KeyError):
+            return None
     return summary if options["early_stopping"] or summary["epochs"] == options["num_epochs"] else None
 
 
@@ -44,12 +70,19 @@ def is_finished(point: Point, folder: Path) -> bool:
 
 
 def with_earlier(points: list[Point], folder: Path) -> list[Point]:
-    """These points, and those that other sweeps started in the same folder."""
+    """These points, and those that other sweeps started in the same folder. A damaged note of one is a warning."""
     names = {point.name for point in points}
     earlier = []
     for path in sorted(folder.glob("*/point.json")):
-        if path.parent.name not in names:
-            earlier.append(Point(**json.loads(path.read_text())))
+        if path.parent.name in names:
+            continue
+        try:
+            point = Point(**json.loads(path.read_text(encoding="utf-8")))
+            if not (point.name == path.parent.name and isinstance(point.values, dict) and isinstance(point.varying, dict)):
+                raise ValueError("values that do not fit")
+            earlier.append(point)
+        except (OSError, ValueError, TypeError) as error:
+            warn_once(f"{path} is not the note of a point ({error}); the summary is made without it")
     return [*points, *earlier]
 
 
@@ -66,18 +99,19 @@ def summarize(points: list[Point], folder: Path) -> list[dict]:
     columns = list(dict.fromkeys(name for point in points for name in point.varying if name != "seed"))
     rows = []
     for group in group_points(points):
-        summaries = [summary for point in group if (summary := finished_summary(point, folder))]
+        found = [finished_summary(point, folder) for point in group]
+        summaries = [summary for summary in found if summary]
+        failed = [point for point, summary in zip(group, found, strict=True) if not summary and failure_of(point, folder)]
         row = {name: as_cell(group[0].varying.get(name, "")) for name in columns}
-        row |= {"runs": len(summaries), "of": len(group)}
-        for measure, (path, unit) in MEASURES.items():
-            values = []
-            for summary in summaries:
-                for key in path:
-                    summary = summary[key]
-                values.append(summary / unit)
+        row |= {"runs": len(summaries), "of": len(group), "failed": len(failed)}
+        for measure in MEASURES:
+            values = [measure_in(summary, measure) for summary in summaries]
             row[measure] = statistics.fmean(values) if values else math.nan
             row[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else math.nan
         rows.append(row)
+    if not any(row["failed"] for row in rows):  # the rule: no column of zeros
+        for row in rows:
+            del row["failed"]
     return rows
 
 
@@ -91,6 +125,26 @@ def as_cell(value):
         return value
 
 
+def failure_of(point: Point, folder: Path) -> str:
+    """Why the last run of a point failed, in a line; empty if it did not, or has not been started."""
+    try:
+        return (folder / point.name / FAILURE).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def update_summary(points: list[Point], folder: Path, draw_plots: bool = True) -> bool:
+    """`write_summary`; where it cannot be written, a warning instead, as runs are worth more than tables of them."""
+    from utils import WriteError
+
+    try:
+        write_summary(points, folder, draw_plots)
+    except WriteError as error:
+        print(f"warning: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def write_summary(points: list[Point], folder: Path, draw_plots: bool = True) -> None:
     """summary.csv, summary.md and the plots, from whatever has ended so far."""
     from runs.files import as_csv, as_png, write_atomically
@@ -99,7 +153,8 @@ def write_summary(points: list[Point], folder: Path, draw_plots: bool = True) ->
     rows = summarize(points, folder)
     cells = [{name: "" if is_nan(value) else value for name, value in row.items()} for row in rows]
     write_atomically(folder / "summary.csv", as_csv(cells))
-    write_atomically(folder / "summary.md", as_markdown(rows))
+    failures = {point.name: failure_of(point, folder) for point in points if not is_finished(point, folder)}
+    write_atomically(folder / "summary.md", as_markdown(rows, {name: line for name, line in failures.items() if line}))
     done = [row for row in rows if row["runs"]]
     if not done or not draw_plots:
         return
@@ -120,7 +175,7 @@ def curves_of(group: list[Point], folder: Path) -> list[list[float]]:
             try:
                 curves.append([row["test_top1"] for row in read_metrics(folder / point.name)])
             except ValueError as error:
-                print(f"warning: {error}; the curves are drawn without it", file=sys.stderr)
+                warn_once(f"{error}; the curves are drawn without it")
     return curves
 
 
@@ -128,8 +183,8 @@ def is_nan(value) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def as_markdown(rows: list[dict]) -> str:
-    """Means, with standard deviations over seeds where they are of interest."""
+def as_markdown(rows: list[dict], failures: dict[str, str] | None = None) -> str:
+    """Means, with standard deviations over seeds where they are of interest, and why points failed, by name."""
     columns = [name for name in rows[0] if not name.endswith("_std")]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
@@ -148,4 +203,8 @@ def as_markdown(rows: list[dict]) -> str:
     note = (
         "top1 and top5 are of the last epoch, on the test set, in percent; means of the runs that ended, ± standard deviation."
     )
-    return "\n".join(lines) + f"\n\n{note}\n"
+    lines += ["", note]
+    if failures:
+        lines += ["", "Failed, and tried again by the next call of the sweep:", ""]
+        lines += [f"- {name}: {why}" for name, why in failures.items()]
+    return "\n".join(lines) + "\n"

@@ -10,12 +10,13 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.points import ROOT, Point, program_path
-from experiments.report import finished_summary, is_finished, write_summary
-from runs.machine import cpu_cores as cores
+from experiments.report import FAILURE, finished_summary, is_finished, update_summary
+from machine import cpu_cores as cores
 
 PLOTS_EVERY = 30  # seconds: drawing takes one or two
 
@@ -54,9 +55,12 @@ class Sweep:
     failed: list[str] = field(default_factory=list)
 
     def start(self, point: Point, slot: int, descriptor: int) -> Running:
-        """Start a point, whose lock we hold."""
+        """Start a point, whose lock we hold. Raises OSError or WriteError if its folder cannot be written to."""
+        from utils import write_atomically
+
         folder = self.folder / point.name
-        (folder / "point.json").write_text(json.dumps(point._asdict()))  # the summary of later sweeps in this folder has it too
+        write_atomically(folder / "point.json", json.dumps(point._asdict()))  # for the summary of later sweeps in this folder
+        (folder / FAILURE).unlink(missing_ok=True)
         environment = dict(os.environ)
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[slot * self.gpus_per_run :][: self.gpus_per_run])
@@ -81,17 +85,26 @@ class Sweep:
 
     def start_some(self, waiting: list[Point], running: list[Running], progress) -> None:
         """Start points while slots are free. What is finished is done; what another process runs waits for that."""
+        from utils import WriteError
+
         for point in list(waiting):
             free = set(range(self.slots)) - {run.slot for run in running}
-            descriptor = lock(self.folder / point.name) if free else None
-            if descriptor is None:
-                continue
-            waiting.remove(point)
-            if is_finished(point, self.folder):  # looked at under the lock, so that nobody else is about to run it
+            descriptor = None
+            try:
+                descriptor = lock(self.folder / point.name) if free else None
+                if descriptor is None:
+                    continue
+                waiting.remove(point)
+                if not is_finished(point, self.folder):  # looked at under the lock, so that nobody else is about to run it
+                    running.append(self.start(point, min(free), descriptor))
+                    continue
+            except (OSError, WriteError) as error:  # a full disk, a folder that may not be written to: the others go on
+                if point in waiting:
+                    waiting.remove(point)
+                say(self.failure(point, f"cannot be started: {error}"), progress.write)
+            if descriptor is not None:
                 os.close(descriptor)
-                progress.update()
-            else:
-                running.append(self.start(point, min(free), descriptor))
+            progress.update()
 
     def run(self, progress) -> None:
         """Run all points; the summary is kept current. Runs are ended with the sweep, to be resumed by the next one."""
@@ -101,11 +114,11 @@ class Sweep:
                 self.start_some(waiting, running, progress)
                 for run in [run for run in running if run.process.poll() is not None]:
                     running.remove(run)
-                    progress.write(self.outcome(run))
+                    say(self.outcome(run), progress.write)
                     os.close(run.descriptor)
                     progress.update()
                     is_due = time.monotonic() > draw_again
-                    write_summary(self.points, self.folder, draw_plots=is_due)
+                    update_summary(self.points, self.folder, draw_plots=is_due)
                     draw_again = time.monotonic() + PLOTS_EVERY if is_due else draw_again
                 elsewhere = len(waiting) if len(running) < self.slots else 0
                 note = f", {elsewhere} run by another process" if elsewhere else ""
@@ -124,8 +137,26 @@ class Sweep:
         summary = finished_summary(run.point, self.folder)
         if run.process.returncode == 0 and summary:
             return f"{run.point.name}: test top-1 {summary['final']['test_top1']:.2f} %"
-        self.failed.append(run.point.name)
-        return f"{run.point.name} failed: {last_line(folder / 'log.txt')} (see {folder / 'log.txt'})"
+        line = last_line(folder / "log.txt")
+        # The program's advice may be to leave out --resume, which a sweep always gives.
+        advice = f"; to start it anew, remove {folder}" if "--resume" in line else ""
+        return self.failure(run.point, f"{line}{advice} (see {folder / 'log.txt'})")
+
+    def failure(self, point: Point, why: str) -> str:
+        """Note that a point failed, for the end and for the summary; a line that says so."""
+        self.failed.append(point.name)
+        with contextlib.suppress(OSError):  # on a full disk the line is all there is
+            (self.folder / point.name / FAILURE).write_text(f"{why}\n", encoding="utf-8")
+        return f"{point.name} failed: {why}"
+
+
+def say(text: str, write: Callable[[str], None] = print) -> None:
+    """Write to stdout. Where nobody reads it any more (`| head -1`), this and what follows goes nowhere, and the runs go on."""
+    try:
+        write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def visible_gpus() -> list[str]:
@@ -155,7 +186,7 @@ class ClusterRun:
                 raise RuntimeError(message)
         if descriptor is not None:
             os.close(descriptor)
-        write_summary(points, folder)
+        update_summary(points, folder)
         return point.name
 
     def checkpoint(self, *arguments):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -26,6 +29,37 @@ def choose(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"kernels={name!r} is not one of {', '.join(BACKENDS)}")
     _chosen = name
+
+
+@functools.cache
+def triton_kernels():
+    """The module of Triton kernels, or None where there is no Triton: it comes with PyTorch for CUDA on Linux."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from kernels import cuda
+
+    return cuda
+
+
+_failure: str | None = None  # why Triton could not compile, once it could not
+
+
+def note_failure(error: Exception) -> None:
+    """Go on without Triton, with one warning."""
+    global _failure
+    _failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    warnings.warn(f"Triton kernels are not used: {_failure[:300]}", stacklevel=2)
+
+
+def may_use_triton() -> bool:
+    return _chosen in ("auto", "triton") and _failure is None and triton_kernels() is not None
+
+
+def running_on(device: torch.device) -> str:
+    """What computes on this device: `triton`, `cpu`, `chunked` or `reference`."""
+    if _chosen in ("chunked", "reference"):
+        return _chosen
+    return "cpu" if device.type == "cpu" else "triton" if device.type == "cuda" and may_use_triton() else "chunked"
 
 
 @contextlib.contextmanager

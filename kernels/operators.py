@@ -278,10 +278,42 @@ OPERATORS = (
 )
 
 
+# What the Triton kernels ask of the arguments of each operator; what they do not cover goes through `chunked.py`.
+COVERED = {
+    "find_neighbors": lambda kernels, query, key, K, *_: kernels.covers_search(query, key, K),
+    "find_scored_neighbors": lambda kernels, query, key, K, *_: kernels.covers_search(query, key, K),
+    "pair_scores": lambda kernels, query, key, index, _: kernels.covers_pairs(query, key, index),
+    "pair_scores_backward": lambda kernels, _, query, key, index, __: kernels.covers_pairs(query, key, index),
+    "aggregate": lambda kernels, *given: kernels.covers_aggregate(*given[:4]),
+    "aggregate_backward": lambda kernels, _, *given: kernels.covers_aggregate(*given[:4]),
+    "weighted_sum": lambda kernels, *given: kernels.covers_weighted_sum(*given),
+    "weighted_sum_backward": lambda kernels, _, *given: kernels.covers_weighted_sum(*given),
+}
+
+
 def _on_cpu(name: str) -> Callable:
     fast, any_device = getattr(cpu, name), getattr(chunked, name)
-    return lambda *args: (any_device if backend.chosen() == "chunked" else fast)(*args)
+    return lambda *given: (any_device if backend.chosen() == "chunked" else fast)(*given)
+
+
+def _on_cuda(name: str) -> Callable:
+    any_device, covers = getattr(chunked, name), COVERED[name]
+
+    def compute(*given):
+        if backend.may_use_triton():
+            kernels = backend.triton_kernels()
+            if covers(kernels, *given):
+                try:
+                    return getattr(kernels, name)(*given)
+                except (torch.OutOfMemoryError, torch.AcceleratorError):
+                    raise  # nothing that another kernel would not meet
+                except Exception as error:  # no ptxas, an old driver, a tile that is too large for the device
+                    backend.note_failure(error)
+        return any_device(*given)
+
+    return compute
 
 
 for _operator in OPERATORS:
     _operator.register_kernel("cpu")(_on_cpu(_operator._name))
+    _operator.register_kernel("cuda")(_on_cuda(_operator._name))

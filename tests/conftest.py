@@ -1,3 +1,4 @@
+import math
 import os
 
 # Small models are as fast on one core, and the tests, with the programs they start, run side by side.
@@ -33,7 +34,8 @@ def backend(request, monkeypatch):
 
 @pytest.fixture
 def quick_results():
-    """Runs of both programs without what takes most of a short one: its picture, and the latency of its model.
+    """Runs of both programs without what takes most of a short one, its picture and the latency of its model, and on any
+    machine without a line of progress.
 
     Both have tests of their own, and so have runs that make them.
     """
@@ -42,4 +44,5 @@ def quick_results():
     with pytest.MonkeyPatch.context() as patch:  # which outlasts a test's own monkeypatch.undo()
         patch.setattr("runs.folder.draw_curves", lambda history, path: write_atomically(path, b"a picture"))
         patch.setattr("runs.folder.measure_latency", lambda model, image: 1.0)
+        patch.setattr("runs.progress.Progress.LINE_EVERY", math.inf)  # no line on stderr where a machine is slow
         yield

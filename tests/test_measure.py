@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from machine import cpu_cores
 from runs import measure
-from runs.machine import cpu_cores
 from runs.measure import count_flops, measure_latency, median_ms, spread, take_turns
 
 CPU = torch.device("cpu")

@@ -77,6 +77,7 @@ DEFAULTS = {
     "early_stopping": 0,
     # system and output
     "device": "auto",
+    "kernels": "auto",
     "seed": 0,
     "deterministic": False,
     "output_dir": "./Output/AllConvNet/ConvNN",
@@ -104,6 +105,7 @@ CHOICES = {
     "optimizer": ("adam", "sgd", "adamw"),
     "scheduler": ("step", "cosine", "plateau", "none"),
     "device": ("auto", "cpu", "cuda", "mps"),
+    "kernels": ("auto", "chunked", "triton"),
 }
 
 
@@ -841,6 +843,22 @@ def test_flags_beside_a_convit_override_it():
     first = parse_vit("--model convit_ti --num_heads 8 --d_model 512")
     Path("c.yaml").write_text(yaml.safe_dump(first.as_dict(), sort_keys=False))
     assert parse_vit("--config c.yaml") == first
+
+
+def test_what_a_model_decides_is_what_may_be_left_to_it():
+    """In a dataclass that inherits the options too; there an option with a default of its own is not left to the model."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Other(ViTConfig):
+        d_mlp: int = options.option(64, "hidden features")
+
+    fields = ViTConfig.__dataclass_fields__
+    left = {name for name, spec in options.specs(ViTConfig).items() if fields[name].default is not spec.default}
+    assert all(set(values) in (left, set()) for values in options.VIT_MODELS.values())
+    one, two = Other(model="convit_ti", num_heads=2), Other(num_heads=2, dropout=0.1)
+    assert (one.layer, one.num_layers, one.dropout, one.num_heads, one.d_mlp) == ("GPSA", 12, 0.0, 2, 64)
+    assert (two.layer, two.num_layers, two.dropout, two.num_heads, two.d_mlp) == ("Attention", 8, 0.1, 2, 64)
+    assert dataclasses.replace(one, model="vit").num_layers == 12  # a replacement gives all that there is
 
 
 def test_vit_options_survive_yaml():

@@ -418,7 +418,7 @@ def test_errors(build, message):
 
 
 def test_tiles_of_a_side_are_about_equal():
-    from place_attention import tile_size
+    from tilings import tile_size
 
     assert [tile_size(length, 7) for length in (64, 41, 14, 7, 6)] == [8, 7, 7, 7, 6]
     assert tile_size(64, 3) in (3, 4) and tile_size(5, 1) == 1

@@ -40,13 +40,16 @@ HANG = 900  # seconds after which a test gives up: far more than anything takes 
 
 
 def finish(processes):
-    """(exit status, stdout, stderr) of each."""
+    """(exit status, stdout, stderr without the lines of progress that there are on a slow machine) of each."""
     try:
         outputs = [process.communicate(timeout=HANG) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+    return [
+        (p.returncode, out, re.sub(r"(?m)^epoch .* ETA .*\n", "", err))
+        for p, (out, err) in zip(processes, outputs, strict=True)
+    ]
 
 
 # --- signals --------------------------------------------------------------------------------------------------------

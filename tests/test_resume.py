@@ -567,7 +567,8 @@ def test_our_code_warns_of_nothing(tmp_path):
     command = [sys.executable, "-c", script, *lines[0], *lines[1]]
     environment = os.environ | {"PYTHONWARNINGS": "error"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    unforeseen = [line for line in done.stderr.splitlines() if "ETA" not in line]  # progress, where a machine is slow
+    assert done.returncode == 0 and not unforeseen, done.stderr
     for name in ("conv", "vit"):
         assert (tmp_path / name / "curves.png").read_bytes().startswith(b"\x89PNG")
         assert json.loads((tmp_path / name / "summary.json").read_text())["finished"]

@@ -292,7 +292,8 @@ def test_a_loss_that_is_not_finite_stops_a_float16_run_too(monkeypatch):
     training.update(*batches[0], loss_function)
     before = weights(training.model)
     training.update(*batches[1], lambda *parts: loss_function(*parts) * math.nan)
-    training.update(*batches[2], loss_function)
+    for batch in batches[2:]:  # more than one: the second must remember the first
+        training.update(*batch, loss_function)
     assert torch.equal(weights(training.model), before)
     with pytest.raises(NonFiniteLoss, match=r"epoch 1, step 2, .*--amp_dtype bfloat16"):
         training.check_finite()
