@@ -16,7 +16,8 @@ from kernels import cuda, triton_convolution
 
 METRICS = ("cosine", "euclidean", "matmul")
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-# B, N, M, C, K, type, with scores: N ragged, rows in one part and in several, more queries than keys and fewer, channels in one block and in several.
+# B, N, M, C, K, type, with scores: N ragged, rows in one part and in several, more queries than keys and fewer, channels in one
+# block and in several.
 CASES = pytest.mark.parametrize(
     "size, dtype, scored",
     [

@@ -89,7 +89,6 @@ DEFAULTS = {
     "early_stopping": 0,
     # system and output
     "device": "auto",
-    "kernels": "auto",
     "seed": 0,
     "deterministic": False,
     "output_dir": "./Output/AllConvNet/ConvNN",
