@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 .PHONY: demo test bench gpu lint
 
 demo: $(VENV)/.installed
-	$(BIN)/python allconvnet_main.py --config configs/demo.yaml
+	$(BIN)/python allconvnet_main.py --config configs/demo.yaml --overwrite
 	@echo
 	@echo "What it did: trained three layers, each a convolution and a ConvNN side by side, on 1,437 handwritten digits,"
 	@echo "and tested them after every epoch on the other 360."

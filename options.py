@@ -749,7 +749,7 @@ SYSTEM = {"group": "system and output"}
 # its numbers by rounding only. All else would make it another run.
 RESUME_MAY_CHANGE = set(
     "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
-    "tensorboard early_stopping use_compiled compile_mode kernels".split()
+    "tensorboard early_stopping use_compiled compile_mode kernels overwrite override".split()
 )
 
 
@@ -845,6 +845,11 @@ class TrainConfig:
     deterministic: bool = option(False, "use deterministic algorithms only", **SYSTEM)
     output_dir: str | None = option(None, "where results go (default: ./Output/<model>/<layer>)", kind=str, **SYSTEM)
     resume: bool = option(False, "resume from last.pt in the output directory; start if there is none", **SYSTEM)
+    overwrite: bool = option(
+        False,
+        "write over a run in the output directory (its weights stay as *.pt.old), or over the file of --export",
+        **SYSTEM,
+    )
     checkpoint: str | None = option(
         None, "weights to start from, or to evaluate with --test_only: FILE.pt or FILE.safetensors", kind=str, **SYSTEM
     )

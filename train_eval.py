@@ -7,12 +7,14 @@ Losses and counts stay on the device; the CPU synchronizes with it every 20 step
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +28,9 @@ from kernels import backend
 from options import Options, TrainConfig  # noqa: F401  like the unused names below, only offered from here as well
 from runs import RunError
 from runs.checkpoints import evaluated_weights, export_onnx, export_weights, load_state, load_weights
-from runs.files import WriteError, check_writable, write_atomically
+from runs.files import WriteError, check_writable, is_same_file, write_atomically
 from runs.folder import RunFolder, summarize
+from runs.lock import locked
 from runs.measure import count_flops, count_parameters, device_name
 from runs.metrics import Meter, Metrics, history_row
 from runs.optimization import (  # noqa: F401
@@ -261,7 +264,12 @@ def run(
     try:
         processes = Processes.from_environment()
         with signals, processes:
-            (_test if options.train.test_only else _train)(_Run(options, make_model, load, processes, signals))
+            run = _Run(options, make_model, load, processes, signals)
+            if options.train.test_only:
+                _test(run)
+            else:
+                with _claimed_folder(run):
+                    _train(run)
     except (RunError, DataError, ProcessError) as error:
         if isinstance(error, DataError) and processes.local_rank:
             print(error, file=sys.stderr)  # of this process alone: `fail` leaves what concerns all to the first one
@@ -307,6 +315,19 @@ class _Run(NamedTuple):
     signals: Signals
 
 
+@contextlib.contextmanager
+def _claimed_folder(run: _Run) -> Iterator[None]:
+    """A context in which the output folder is this run's: nobody else writes there, and it holds nothing that would be lost."""
+    train, folder = run.options.train, RunFolder(run.options.train.output_dir)
+    if not run.processes.first:
+        yield
+        return
+    check_writable(folder.path, "--output_dir")
+    with locked(folder.path):
+        folder.check(train.resume, train.overwrite)
+        yield
+
+
 def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
     """Everything that can fail before data is read or a file is written."""
     train, processes = run.options.train, run.processes
@@ -324,6 +345,9 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
         check_writable(Path(train.export).parent, "--export")
         if Path(train.export).is_dir():
             raise RunError(f"--export {train.export} is a folder; name a file")
+        if os.path.lexists(train.export) and not train.overwrite:
+            own = " and is the --checkpoint" * is_same_file(train.export, train.checkpoint)
+            raise RunError(f"--export {train.export} exists{own}; name another file, or write over it with --overwrite")
         if train.export.endswith(".onnx") and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
             raise RunError(f"--export {train.export} needs the packages onnx and onnxscript: pip install onnx onnxscript")
     if train.mixup or train.cutmix:

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from runs.lock import VARIABLE
+
 
 class Interrupted(KeyboardInterrupt):
     """The signal `number` tells the run to stop. Not an `Exception`: no handler of failures catches it."""
@@ -131,6 +133,22 @@ def _ranks() -> list[int]:
     return list(map(int, values))
 
 
+def _check_tasks() -> None:
+    """Raise ProcessError where a scheduler has started several tasks that know nothing of each other.
+
+    A run that a sweep has started is one of its own, whatever the job of the sweep was given.
+    """
+    if "WORLD_SIZE" in os.environ or VARIABLE in os.environ:
+        return
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        value = os.environ.get(name, "")
+        if value.isdecimal() and int(value) > 1:
+            raise ProcessError(
+                f"{name}={value} tasks without torchrun would each train the whole run; start them with torchrun "
+                "(scripts/slurm_train.sh does), or start one task"
+            )
+
+
 class Processes:
     """The processes that train one model: `world` of them, of which this is number `rank`. With one, nothing is sent.
 
@@ -146,6 +164,7 @@ class Processes:
     @classmethod
     def from_environment(cls) -> Processes:
         """From torchrun's variables, else one process. Raises ProcessError if they are incomplete or inconsistent."""
+        _check_tasks()
         return cls(*_ranks()) if os.environ.get("WORLD_SIZE", "1") != "1" else cls()
 
     @property

@@ -18,9 +18,9 @@ def resumable_state(folder: RunFolder, options: dict, quiet: bool = False) -> tu
 
     Raises RunError if it belongs to a run with other options, or if no file can be read.
     """
-    if not folder.last.exists() and not folder.previous.exists():
+    if not any(path.exists() for path in (folder.last, folder.previous, folder.best)):
         return None
-    problems = []
+    problems = [] if folder.last.exists() else [f"{folder.last} is gone"]
     for path in (folder.last, folder.previous, folder.best):
         if not path.exists():
             continue
@@ -35,7 +35,9 @@ def resumable_state(folder: RunFolder, options: dict, quiet: bool = False) -> tu
         if problems and not quiet:
             print(f"warning: {'; '.join(problems)}; going on from {path}", file=sys.stderr)
         return state, path
-    raise RunError(f"--resume: {'; '.join(problems)}; there is nothing to go on from, leave --resume out to start anew")
+    raise RunError(
+        f"--resume: {'; '.join(problems)}; there is nothing to go on from, --overwrite instead of --resume starts anew"
+    )
 
 
 def check_same_state(processes: Processes, folder: RunFolder, found: tuple[dict, Path] | None) -> None:

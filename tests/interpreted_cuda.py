@@ -6,6 +6,7 @@ among the types, as the interpreter computes it wrongly.
 
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from naive import gather, scores
 
 from kernels import cuda, triton_convolution
 
+torch.set_default_device(os.environ.get("CONVNN_TEST_DEVICE", "cpu"))  # cuda: not interpreted, where there is a GPU
 METRICS = ("cosine", "euclidean", "matmul")
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-# B, N, M, C, K, type, with scores: N ragged, rows in one part and in several, more queries than keys and fewer, channels in one
-# block and in several.
+# B, N, M, C, K, type, with scores: N ragged, rows in one part and in several, more queries than keys and fewer, channels in
+# one block and in several.
 CASES = pytest.mark.parametrize(
     "size, dtype, scored",
     [
@@ -152,6 +154,13 @@ def test_of_equal_scores_the_smallest_index_wins(metric):
         assert torch.equal(found, ranked(full, 7, candidates))
     own = torch.arange(20) * 3
     assert torch.equal(cuda.find_neighbors(query, key, 7, metric, None, own), ranked(full, 7, None, own))
+
+
+def test_zeros_of_both_signs_are_equal():
+    """A cosine that is too small for float32 and below zero, before one that is zero."""
+    key = torch.tensor([[[1.0, 100.0], [0.0, 100.0]]])
+    query = torch.tensor([[[-1e-45, 0.0]]])
+    assert cuda.find_neighbors(query, key, 2, "cosine", None, None).flatten().tolist() == [0, 1]
 
 
 def test_infinities_and_nan_keep_their_place():

@@ -117,12 +117,12 @@ def test_output_goes_to_a_folder_named_after_the_layer(tmp_path, monkeypatch):
     assert (tmp_path / "Output" / "AllConvNet" / "Conv2d-ConvNN" / "best.pt").exists()
 
 
-def test_another_run_in_the_folder_is_written_over_with_a_warning(tmp_path, capsys):
+def test_another_run_in_the_folder_is_written_over_when_told_with_a_warning(tmp_path, capsys):
     run("", tmp_path / "run")
     run("--test_only", tmp_path / "run")
     weights = (tmp_path / "run" / "best.pt").read_bytes()
     capsys.readouterr()
-    run("--seed 1", tmp_path / "run", epochs=1)
+    run("--seed 1 --overwrite", tmp_path / "run", epochs=1)
     assert "warning" in capsys.readouterr().err
     assert len(rows(tmp_path / "run")) == 1 and (tmp_path / "run" / "best.pt.old").read_bytes() == weights
     assert not (tmp_path / "run" / "test_results.json").exists()
@@ -192,7 +192,7 @@ def test_save_every_and_export_and_checkpoint(tmp_path):
     for path in (exported, tmp_path / "run" / "best.pt"):
         weights = utils.evaluated_weights(path)
         assert all(torch.equal(weights[name], value) for name, value in best.items())
-        run(f"--checkpoint '{path}' --lr 0 --weight_decay 0", tmp_path / "from", epochs=1)
+        run(f"--checkpoint '{path}' --lr 0 --weight_decay 0 --overwrite", tmp_path / "from", epochs=1)
         started = torch.load(tmp_path / "from" / "last.pt", weights_only=True)["model"]
         assert all(
             torch.equal(started[name], value) for name, value in best.items() if "running" not in name and "num" not in name
