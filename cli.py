@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import numbers
 import os
 import re
+import reprlib
 import sys
 from dataclasses import Field, field, fields
 from pathlib import Path
@@ -23,7 +25,11 @@ import yaml
 
 
 class Spec(NamedTuple):
-    """What an option accepts. `low` and `high` are allowed themselves, `below` is not."""
+    """What an option accepts. `low` and `high` are allowed themselves, `below` is not; `least` is the smallest next to 0.
+
+    Every number has a `high` or `below` that no honest run reaches, so that a slip of the hand is one line instead of a crash
+    in whatever the number is multiplied with.
+    """
 
     kind: type
     help: str
@@ -34,6 +40,7 @@ class Spec(NamedTuple):
     low: float | None = None
     high: float | None = None
     below: float | None = None
+    least: float | None = None
     aliases: tuple[str, ...] = ()
     group: str = ""  # heading in --help; empty: that of the config
 
@@ -92,18 +99,46 @@ def as_words(value) -> str:
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 
 
+class _Short(reprlib.Repr):
+    """repr of at most a few hundred characters, which never visits more of a value than it shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxother, self.maxstring = 2, 200, 200
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 12
+
+    def repr_int(self, x, level):
+        return str(x) if abs(x) < 10**60 else f"a number of {x.bit_length()} bits"  # Python refuses to print very long ones
+
+
+shown = _Short().repr
+
+
+def _as_kind(value, kind: type):
+    """Numbers of other types, as NumPy's, as Python's own; everything else as it is."""
+    if isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, numbers.Integral):
+        return int(value)
+    if kind is float and isinstance(value, numbers.Real):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
+    return value
+
+
 def _check_one(name: str, value, spec: Spec):
-    """`value` if the option accepts it (a whole number becomes a float where a float is asked for)."""
-    if spec.kind is float and type(value) is int:
-        value = float(str(value))  # of the text, as 10**400 is inf then instead of an OverflowError
+    """`value` as the option holds it (a whole number becomes a float where a float is asked for). Raises ValueError."""
+    value = _as_kind(value, spec.kind)
     if type(value) is not spec.kind:
-        raise ValueError(f"{name}={value!r} is not {KINDS[spec.kind]}")
-    if value == "":
-        raise ValueError(f"{name}='' is empty; give a value or leave {name} out")
+        raise ValueError(f"{name}={shown(value)} is not {KINDS[spec.kind]}")
+    if spec.kind is str:
+        _check_text(name, value)
     if spec.kind is float and not math.isfinite(value):
         raise ValueError(f"{name}={value} is not a finite number")
     if spec.choices and value not in spec.choices:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(spec.choices)}{did_you_mean(value, spec.choices)}")
+        raise ValueError(f"{name}={shown(value)} is not one of {', '.join(spec.choices)}{did_you_mean(value, spec.choices)}")
     bounds = [f"at least {spec.low}"] * (spec.low is not None) + [f"at most {spec.high}"] * (spec.high is not None)
     bounds += [f"below {spec.below}"] * (spec.below is not None)
     if (
@@ -111,8 +146,30 @@ def _check_one(name: str, value, spec: Spec):
         or (spec.high is not None and value > spec.high)
         or (spec.below is not None and value >= spec.below)
     ):
-        raise ValueError(f"{name}={value} must be {' and '.join(bounds)}")
+        raise ValueError(f"{name}={shown(value)} must be {' and '.join(bounds)}")
+    if spec.least is not None and 0 < value < spec.least:
+        raise ValueError(f"{name}={value} must be 0 or at least {spec.least}")
     return value
+
+
+def check_value(name: str, value, kind: type, low: float, high: float):
+    """`value` as a Python number. Raises ValueError unless it is one of that kind within the range."""
+    return _check_one(name, value, Spec(kind, "", low=low, high=high))
+
+
+def _check_text(name: str, value: str) -> None:
+    """Raise ValueError for what no file, table or terminal can carry on."""
+    if value == "":
+        raise ValueError(f"{name}='' is empty; give a value or leave {name} out")
+    if any(ord(character) < 32 or character == "\x7f" for character in value):
+        raise ValueError(f"{name}={shown(value)} holds a control character; use letters that can be printed")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{name}={shown(value)} is not UTF-8, as config.yaml has it; use another name, or a locale of UTF-8 "
+            "(PYTHONUTF8=1) if it is"
+        ) from None
 
 
 def check_fields(config) -> None:
@@ -123,7 +180,9 @@ def check_fields(config) -> None:
             continue
         if spec.many:
             if not isinstance(value, (list, tuple)) or not value:
-                raise ValueError(f"{name}={value!r} is not a list of at least one value; in a file it is written as [1, 2]")
+                raise ValueError(
+                    f"{name}={shown(value)} is not a list of at least one value; in a file it is written as [1, 2]"
+                )
             value = tuple(_check_one(name, item, spec) for item in value)
         else:
             value = _check_one(name, value, spec)
@@ -143,6 +202,7 @@ def build(config: type, values: dict, **more):
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors and warnings are one line each; `given` names the options that the command line itself gave."""
 
+    LONGEST = 2000  # characters of a message, whatever it quotes
     given: frozenset[str] = frozenset()
     stated: dict = {}  # noqa: RUF012  what the command line and its file give, by name, once it is known
 
@@ -156,6 +216,8 @@ class OneLineParser(argparse.ArgumentParser):
     def _line(self, what: str, message: str) -> str:
         names = "|".join(action.dest for action in self._actions)
         message = re.sub(rf"(?<!\S)({names})=", r"--\1 ", " ".join(message.split()))
+        if len(message) > self.LONGEST:
+            message = f"{message[: self.LONGEST // 2]} ... {message[-self.LONGEST // 2 :]}"
         # Of the processes that torchrun starts on a machine, which all read the same options, one speaks.
         silent = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0"
         return "" if silent else f"{self.prog}: {what}: {message}\n"
@@ -209,12 +271,12 @@ def convert(name: str, value, spec: Spec):
     if spec.kind is bool:
         booleans = {"true": True, "false": False}
         if value.lower() not in booleans:
-            raise ValueError(f"{name}={value!r} is not True or False")
+            raise ValueError(f"{name}={shown(value)} is not True or False")
         return booleans[value.lower()]
     try:
         return spec.kind(value)
     except ValueError:
-        raise ValueError(f"{name}={value!r} is not {KINDS[spec.kind]}") from None
+        raise ValueError(f"{name}={shown(value)} is not {KINDS[spec.kind]}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from cli import (
     as_words,
     build,
     check_fields,
+    check_value,
     decide,
     did_you_mean,
     make_parser,
@@ -29,9 +30,10 @@ from cli import (
     read_values,
     read_yaml,
     redefault,
+    shown,
     specs,
 )
-from runs.machine import cpu_cores
+from machine import cpu_cores
 
 __all__ = [
     "CONVIT_SIZES",
@@ -104,6 +106,17 @@ def canonical_metric(name: str) -> str:
     if name not in METRIC_ALIASES:
         raise ValueError(f"metric={name!r} is not one of {', '.join(METRIC_ALIASES)}")
     return METRIC_ALIASES[name]
+
+
+# The most that an option accepts, where nothing smaller is in its nature: far above what any run needs.
+SIDE = 2**14  # of an image, a map or a window
+TOKENS = 2**24
+WIDTH = 2**20  # channels or features
+LAYERS = 10**4
+BATCH = 10**7  # images
+IMAGES = 10**10
+EPOCHS = 10**7
+LARGEST = 1e38  # of a number that float32 holds
 
 
 class DatasetInfo(NamedTuple):
@@ -218,15 +231,17 @@ NEIGHBORS = {"group": "neighbors"}
 class NeighborConfig:
     """Which K tokens a token is mixed with, and what is compared to find them."""
 
-    K: int = option(9, "neighbors per token, counting itself where it is always one of them", low=1, **NEIGHBORS)
+    K: int = option(9, "neighbors per token, counting itself where it is always one of them", low=1, high=TOKENS, **NEIGHBORS)
     sampling_type: str = option(
         "all",
         "candidates: all tokens, a random set drawn anew each step, or a spatial grid",
         choices=("all", "random", "spatial"),
         **NEIGHBORS,
     )
-    num_samples: int = option(-1, "random: candidates; spatial: side of their grid; -1: all tokens", low=-1, **NEIGHBORS)
-    sample_padding: int = option(0, "spatial: margin left free at the border, in tokens", low=0, **NEIGHBORS)
+    num_samples: int = option(
+        -1, "random: candidates; spatial: side of their grid; -1: all tokens", low=-1, high=TOKENS, **NEIGHBORS
+    )
+    sample_padding: int = option(0, "spatial: margin left free at the border, in tokens", low=0, high=SIDE, **NEIGHBORS)
     magnitude_type: str = option(
         "cosine",
         "measure of similarity; similarity is cosine, distance is euclidean",
@@ -336,7 +351,12 @@ class ModelConfig(NeighborConfig):
     def _check_ranges(self) -> None:
         super()._check_ranges()
         size = self.image_size
-        object.__setattr__(self, "image_size", (size, size) if isinstance(size, int) else tuple(size))
+        sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+        if len(sides) != 2:
+            raise ValueError(f"image_size={shown(size)} is neither a side nor height and width")
+        object.__setattr__(self, "image_size", tuple(check_value("image_size", side, int, 1, SIDE) for side in sides))
+        for name in ("in_channels", "num_classes"):
+            object.__setattr__(self, name, check_value(name, getattr(self, name), int, 1, WIDTH))
 
     @property
     def neighbors(self) -> NeighborConfig:
@@ -380,15 +400,15 @@ class AllConvNetConfig(ModelConfig):
     rows: ClassVar[dict[str, Row]] = LAYERS2D_ROWS
 
     layer: str = option("ConvNN", f"{', '.join(LAYERS2D_NAMES)}, or A/B of two different ones side by side")
-    num_layers: int | None = option(None, "must match the length of --channels if given", kind=int, low=1)
-    channels: tuple[int, ...] = option((32, 64, 128, 256, 512), "output channels of each layer", low=1)
-    kernel_size: int = option(3, "Conv2d: side of the window", low=1)
-    num_heads: int = option(4, "Attention: heads", low=1)
+    num_layers: int | None = option(None, "must match the length of --channels if given", kind=int, low=1, high=LAYERS)
+    channels: tuple[int, ...] = option((32, 64, 128, 256, 512), "output channels of each layer", low=1, high=WIDTH)
+    kernel_size: int = option(3, "Conv2d: side of the window", low=1, high=SIDE)
+    num_heads: int = option(4, "Attention: heads", low=1, high=WIDTH)
     shuffle_pattern: str = option(
         "BA", "pixel-unshuffle before (B), shuffle after (A), both (BA) or neither (NA)", choices=SHUFFLE_PATTERNS
     )
-    shuffle_scale: int = option(2, "side of the block that a shuffle moves into channels", low=1)
-    padding: int = option(0, "ConvNN: zero ring around the image that takes part in the search", low=0)
+    shuffle_scale: int = option(2, "side of the block that a shuffle moves into channels", low=1, high=SIDE)
+    padding: int = option(0, "ConvNN: zero ring around the image that takes part in the search", low=0, high=SIDE)
     branch_ratio: float = option(0.5, "A/B: share of the output channels of B; 0 and 1 build the single layer", low=0, high=1)
     magnitude_type: str = redefault(NeighborConfig, "magnitude_type", "similarity")
 
@@ -519,11 +539,11 @@ class ViTConfig(ModelConfig):
 
     model: str = option("vit", "ViT, or the flags of a ConViT; others given beside it win", choices=tuple(VIT_MODELS))
     layer: str = of_model("Attention", "token mixer of the blocks", choices=LAYERS1D_NAMES)
-    patch_size: int = option(16, "side of a patch in pixels", low=1)
-    num_layers: int = of_model(8, "blocks", low=1)
-    num_heads: int = of_model(8, "heads; 1 gives ConvNN attention without head splitting", low=1)
-    d_model: int = of_model(512, "features per token", low=1, aliases=("d_hidden",))
-    d_mlp: int = of_model(2048, "hidden features of the MLP", low=1)
+    patch_size: int = option(16, "side of a patch in pixels", low=1, high=SIDE)
+    num_layers: int = of_model(8, "blocks", low=1, high=LAYERS)
+    num_heads: int = of_model(8, "heads; 1 gives ConvNN attention without head splitting", low=1, high=WIDTH)
+    d_model: int = of_model(512, "features per token", low=1, high=WIDTH, aliases=("d_hidden",))
+    d_mlp: int = of_model(2048, "hidden features of the MLP", low=1, high=WIDTH)
     dropout: float = of_model(0.1, "probability of dropping what a mixer or MLP adds", low=0, below=1)
     attention_dropout: float = of_model(0.1, "probability of dropping a weight of a pair of tokens", low=0, below=1)
     attention_bias: bool = of_model(True, "biases of the q, k, v and output projections")
@@ -532,10 +552,10 @@ class ViTConfig(ModelConfig):
     final_norm: bool = of_model(False, "LayerNorm after the last block")
     pool: str = option("cls", "classify by a class token, or by the mean of the patches", choices=("cls", "mean"))
     num_local_layers: int | None = of_model(
-        None, "the first n blocks use --layer, the rest Attention and the class token", kind=int, low=0
+        None, "the first n blocks use --layer, the rest Attention and the class token", kind=int, low=0, high=LAYERS
     )
     initializer_range: float | None = of_model(
-        None, "standard deviation of a truncated normal initialization; none: Xavier uniform", kind=float, low=0
+        None, "standard deviation of a truncated normal initialization; none: Xavier uniform", kind=float, low=0, high=100
     )
     convolution_type: str | None = option(
         None,
@@ -549,23 +569,25 @@ class ViTConfig(ModelConfig):
     )
     coordinate_encoding: bool = option(False, "short for --similarity_type Loc_Col")
     kernel_size: int = option(
-        9, "Conv1d, Conv1dAttention, BranchConv: tokens; NeighborhoodAttention: side of the window, odd", low=1
+        9, "Conv1d, Conv1dAttention, BranchConv: tokens; NeighborhoodAttention: side of the window, odd", low=1, high=SIDE
     )
-    window_size: int = option(16, "LocalAttention: |i - j| <= window_size", low=0)
+    window_size: int = option(16, "LocalAttention: |i - j| <= window_size", low=0, high=TOKENS)
     sparse_mode: str = option("strided", "SparseAttention: which tokens attend to which", choices=("all", "local", "strided"))
-    sparse_context_window: int = option(14, "SparseAttention: stride, and twice the reach to either side", low=1)
-    dilation: int = option(1, "NeighborhoodAttention: step between the patches of a window", low=1)
+    sparse_context_window: int = option(14, "SparseAttention: stride, and twice the reach to either side", low=1, high=TOKENS)
+    dilation: int = option(1, "NeighborhoodAttention: step between the patches of a window", low=1, high=SIDE)
     branch_ratio: float = option(0.5, "BranchConv, BranchAttention: share of the ConvNN branch", low=0, high=1)
     mask_type: str = option("2d_all_neighbors", "MaskedAttention: which patches are near", choices=MASK_TYPES)
-    expansion_step: int = option(1, "MaskedAttention: how far near patches are", low=0)
-    linformer_k: int = option(64, "Linformer: learned mixtures of the keys and of the values", low=1)
-    performer_features: int = option(64, "Performer, Hybrid: random features", low=1)
+    expansion_step: int = option(1, "MaskedAttention: how far near patches are", low=0, high=SIDE)
+    linformer_k: int = option(64, "Linformer: learned mixtures of the keys and of the values", low=1, high=TOKENS)
+    performer_features: int = option(64, "Performer, Hybrid: random features", low=1, high=TOKENS)
     performer_kernel: str = option("softmax", "Performer, Hybrid: kernel of the random features", choices=PERFORMER_KERNELS)
-    nystrom_landmarks: int = option(32, "Nystromformer: landmarks; as many as tokens is attention", low=1)
-    nystrom_conv_kernel: int = option(0, "Nystromformer: kernel of the depthwise value convolution; 0: off", low=0)
-    hybrid_window: int = option(3, "Hybrid: side of the windows, odd", low=1)
-    hybrid_dilations: tuple[int, ...] = option((1, 2), "Hybrid: step between the patches of a window, one for each", low=1)
-    locality_strength: float = option(1.0, "GPSA: how sharply heads attend around their offsets at first", low=0)
+    nystrom_landmarks: int = option(32, "Nystromformer: landmarks; as many as tokens is attention", low=1, high=TOKENS)
+    nystrom_conv_kernel: int = option(0, "Nystromformer: kernel of the depthwise value convolution; 0: off", low=0, high=TOKENS)
+    hybrid_window: int = option(3, "Hybrid: side of the windows, odd", low=1, high=SIDE)
+    hybrid_dilations: tuple[int, ...] = option(
+        (1, 2), "Hybrid: step between the patches of a window, one for each", low=1, high=SIDE
+    )
+    locality_strength: float = option(1.0, "GPSA: how sharply heads attend around their offsets at first", low=0, high=1000)
     magnitude_type: str = redefault(NeighborConfig, "magnitude_type", "matmul")
     image_size: int | tuple[int, int] = 224
 
@@ -701,18 +723,20 @@ class DataConfig:
 
     dataset: str = option("cifar10", "data set; digits is embedded, folder has train/ and val/", choices=tuple(DATASETS))
     data_path: str = option("./Data", "folder that holds the data sets")
-    resize: int | None = option(None, "side the images are resized to", kind=int, low=1)
+    resize: int | None = option(None, "side the images are resized to", kind=int, low=1, high=SIDE)
     val_fraction: float = option(
         0.0, "share of the training set held out; the best epoch then goes by it, not by the test set", low=0, below=1
     )
     augment: bool = option(False, "random crop, and horizontal flip where the class survives it")
     noise: float = option(
-        0.0, "standard deviation of Gaussian noise on training and test images, whose values run from 0 to 1", low=0
+        0.0, "standard deviation of Gaussian noise on training and test images, whose values run from 0 to 1", low=0, high=1000
     )
     download: bool = option(True, "download the data set if it is not there")
-    num_workers: int | None = option(None, "processes that read images (default: one per core, at most 8)", kind=int, low=0)
-    train_limit: int | None = option(None, "train on the first n images, balanced by class", kind=int, low=1)
-    test_limit: int | None = option(None, "test on the first n images, balanced by class", kind=int, low=1)
+    num_workers: int | None = option(
+        None, "processes that read images (default: one per core, at most 8)", kind=int, low=0, high=1024
+    )
+    train_limit: int | None = option(None, "train on the first n images, balanced by class", kind=int, low=1, high=IMAGES)
+    test_limit: int | None = option(None, "test on the first n images, balanced by class", kind=int, low=1, high=IMAGES)
 
     def __post_init__(self):
         check_fields(self)
@@ -737,10 +761,12 @@ class BenchmarkConfig:
 
     layer: tuple[str, ...] | None = option(None, "layers, one row each (default: all)", kind=str, many=True)
     resolution: tuple[int, ...] | None = option(
-        None, "sides of the grid of tokens (default: 16 32)", kind=int, many=True, low=1
+        None, "sides of the grid of tokens (default: 16 32)", kind=int, many=True, low=1, high=SIDE
     )
-    tokens: tuple[int, ...] | None = option(None, "the same by the number of tokens: squares", kind=int, many=True, low=1)
-    batch_size: int = option(8, "images at once, for everything but latency", low=1)
+    tokens: tuple[int, ...] | None = option(
+        None, "the same by the number of tokens: squares", kind=int, many=True, low=1, high=SIDE**2
+    )
+    batch_size: int = option(8, "images at once, for everything but latency", low=1, high=BATCH)
     precision: tuple[str, ...] = option(("fp32",), "fp32, or autocast to one of the others", choices=("fp32", "bf16", "fp16"))
     execution: tuple[str, ...] = option(("eager",), "as it is, or by torch.compile", choices=("eager", "compiled"))
     against: str | None = option(
@@ -749,7 +775,7 @@ class BenchmarkConfig:
         kind=str,
         choices=("naive",),
     )
-    repeats: int = option(7, "measurements of each row, in turns; medians count", low=1)
+    repeats: int = option(7, "measurements of each row, in turns; medians count", low=1, high=10**6)
     device: str = option("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cpu", "cuda", "mps"))
     kernels: str = option("auto", KERNELS_HELP, choices=KERNELS)
     seed: int = option(0, "of weights and inputs", low=0, below=2**31)
@@ -777,8 +803,8 @@ class TrainConfig:
 
     heading = "training"
 
-    batch_size: int = option(256, "images per optimizer step, over all accumulated micro-batches", low=1)
-    num_epochs: int = option(150, "epochs", low=1)
+    batch_size: int = option(256, "images per optimizer step, over all accumulated micro-batches", low=1, high=BATCH)
+    num_epochs: int = option(150, "epochs", low=1, high=EPOCHS)
     use_amp: bool = option(False, "automatic mixed precision")
     amp_dtype: str = option("bfloat16", "precision under --use_amp; float16 needs CUDA", choices=("bfloat16", "float16"))
     use_compiled: bool = option(False, "torch.compile the model")
@@ -787,13 +813,13 @@ class TrainConfig:
         "torch.compile mode; reduce-memory is default with activations recomputed",
         choices=("default", "reduce-overhead", "reduce-memory", "max-autotune"),
     )
-    clip_grad_norm: float = option(1.0, "largest norm of the gradient; 0: no clipping", low=0)
-    accumulate_steps: int = option(1, "micro-batches per optimizer step", low=1)
+    clip_grad_norm: float = option(1.0, "largest norm of the gradient; 0: no clipping", low=0, high=LARGEST)
+    accumulate_steps: int = option(1, "micro-batches per optimizer step", low=1, high=BATCH)
     criterion: str = option("CrossEntropy", "loss; MSE is on one-hot targets", choices=("CrossEntropy", "MSE"))
     label_smoothing: float = option(0.0, "share of the target spread over all classes", low=0, below=1)
     optimizer: str = option("adamw", "optimizer", choices=("adam", "sgd", "adamw"))
-    lr: float = option(1e-3, "learning rate", low=0)
-    weight_decay: float = option(1e-6, "weight decay", low=0)
+    lr: float = option(1e-3, "learning rate", low=0, high=LARGEST)
+    weight_decay: float = option(1e-6, "weight decay", low=0, high=1e6)
     momentum: float = option(0.9, "sgd: momentum", low=0, below=1)
     scheduler: str = option(
         "none",
@@ -801,13 +827,17 @@ class TrainConfig:
         "epochs without a better loss",
         choices=("step", "cosine", "plateau", "none"),
     )
-    lr_step: int = option(20, "step, plateau: epochs", low=1)
+    lr_step: int = option(20, "step, plateau: epochs", low=1, high=EPOCHS)
     lr_gamma: float = option(0.1, "step, plateau: factor", low=0, below=1)
-    warmup_epochs: int = option(0, "epochs over which the learning rate rises linearly from 0", low=0)
-    mixup: float = option(0.0, "alpha of mixup; 0: off. With cutmix, each batch takes one of them", low=0)
-    cutmix: float = option(0.0, "alpha of cutmix; 0: off", low=0)
+    warmup_epochs: int = option(0, "epochs over which the learning rate rises linearly from 0", low=0, high=EPOCHS)
+    mixup: float = option(
+        0.0, "alpha of mixup; 0: off. With cutmix, each batch takes one of them", low=0, high=1000, least=1e-3
+    )
+    cutmix: float = option(0.0, "alpha of cutmix; 0: off", low=0, high=1000, least=1e-3)
     ema_decay: float = option(0.0, "decay of the averaged weights that are then evaluated; 0: off", low=0, below=1)
-    early_stopping: int = option(0, "stop after n epochs without a better test (or validation) loss; 0: never", low=0)
+    early_stopping: int = option(
+        0, "stop after n epochs without a better test (or validation) loss; 0: never", low=0, high=EPOCHS
+    )
 
     device: str = option("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cpu", "cuda", "mps"), **SYSTEM)
     kernels: str = option("auto", KERNELS_HELP, choices=KERNELS, **SYSTEM)
@@ -823,8 +853,10 @@ class TrainConfig:
     checkpoint: str | None = option(
         None, "weights to start from, or to evaluate with --test_only: FILE.pt or FILE.safetensors", kind=str, **SYSTEM
     )
-    save_minutes: float = option(10.0, "write last.pt this often within an epoch too; 0: only at its end", low=0, **SYSTEM)
-    save_every: int = option(0, "keep epoch_<n>.pt every n epochs; 0: none", low=0, **SYSTEM)
+    save_minutes: float = option(
+        10.0, "write last.pt this often within an epoch too; 0: only at its end", low=0, high=10**7, **SYSTEM
+    )
+    save_every: int = option(0, "keep epoch_<n>.pt every n epochs; 0: none", low=0, high=EPOCHS, **SYSTEM)
     export: str | None = option(
         None, "write the best weights to FILE.safetensors, or the model with them to FILE.onnx", kind=str, **SYSTEM
     )

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from experiments.points import ROOT, Point, program_path
 from experiments.report import FAILURE, finished_summary, is_finished, update_summary
+from machine import cpu_cores as cores
 from runs.lock import VARIABLE, LockedError, identity, release, take
-from runs.machine import cpu_cores as cores
 
 PLOTS_EVERY = 30  # seconds: drawing takes one or two
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.tables import as_markdown
+from machine import cpu_cores
 from options import NeighborConfig, OneLineParser
 from runs import RunError
 from runs.files import as_csv, check_writable, write_atomically
-from runs.machine import cpu_cores
 from runs.measure import Case, device_name, median_ms, peak_memory, spread, take_turns, training_flops, versions
 
 

@@ -8,13 +8,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 import options
-from options import PROGRAMS, AllConvNetConfig, DataConfig, NeighborConfig, Options, TrainConfig, ViTConfig, parse_options
+from options import (
+    PROGRAMS,
+    AllConvNetConfig,
+    BenchmarkConfig,
+    DataConfig,
+    NeighborConfig,
+    Options,
+    TrainConfig,
+    ViTConfig,
+    parse_options,
+    specs,
+)
 
 ROOT = Path(__file__).parent.parent
 BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "resume", "test_only", "tensorboard")
@@ -87,6 +99,7 @@ DEFAULTS = {
     "export": None,
     "test_only": False,
     "tensorboard": False,
+    "kernels": "auto",
 }
 CHOICES = {
     "shuffle_pattern": ("BA", "NA", "B", "A"),
@@ -104,6 +117,7 @@ CHOICES = {
     "optimizer": ("adam", "sgd", "adamw"),
     "scheduler": ("step", "cosine", "plateau", "none"),
     "device": ("auto", "cpu", "cuda", "mps"),
+    "kernels": ("auto", "chunked", "triton"),
 }
 
 
@@ -364,6 +378,17 @@ BAD = [
     ("--num_workers -1", "--num_workers -1; at least 0"),
     ("--seed -1", "--seed -1; at least 0"),
     ("--seed 2147483648", "--seed 2147483648; below 2147483648"),
+    # no run reaches these
+    ("--lr 1e300", "--lr 1e+300; at least 0; at most 1e+38"),
+    ("--noise 1e300", "--noise 1e+300; at most 1000"),
+    ("--mixup 1e-300", "--mixup 1e-300; 0; at least 0.001"),
+    ("--cutmix 1001", "--cutmix 1001.0; at most 1000"),
+    (f"--batch_size 1{30 * '0'}", f"--batch_size 1{30 * '0'}; at most 10000000"),
+    (f"--batch_size {5000 * '9'}", "--batch_size; whole number"),
+    (f"--batch_size {4000 * '9'}", "--batch_size a number of 13288 bits; at most 10000000"),
+    ("--num_layers 1000000000", "--num_layers 1000000000; at most 10000"),
+    ("--num_workers 100000", "--num_workers 100000; at most 1024"),
+    ("--resize 100000", "--resize 100000; at most 16384"),
     # neighbors: the default is 32 x 32 with BA and scale 2, so 16 x 16 tokens
     ("--K 257", "--K 257; 256 tokens; 1 to 256"),
     ("--K 325 --padding 1", "--K 325; 1 to 324"),
@@ -559,6 +584,57 @@ def test_configs_raise_value_error_and_name_the_option():
             config(**bad)
 
 
+@pytest.mark.parametrize("config", [AllConvNetConfig, ViTConfig, DataConfig, TrainConfig, BenchmarkConfig])
+def test_every_number_has_an_upper_bound(config):
+    for name, spec in specs(config).items():
+        bounds = (spec.high, spec.below)
+        assert spec.kind in (str, bool) or any(bound is not None and math.isfinite(bound) for bound in bounds), name
+        if spec.kind is float and spec.high is not None:
+            assert spec.high <= 1e38, name  # float32 holds it
+
+
+@pytest.mark.parametrize("model", [AllConvNetConfig, ViTConfig])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"num_classes": -3},
+        {"num_classes": 0},
+        {"num_classes": 2.0},
+        {"in_channels": 0},
+        {"in_channels": True},
+        {"image_size": 0},
+        {"image_size": (32, -1)},
+        {"image_size": "32"},
+        {"image_size": (32, 32, 32)},
+        {"image_size": 10**6},
+    ],
+)
+def test_what_the_data_set_decides_is_checked_too(model, bad):
+    (name,) = bad
+    with pytest.raises(ValueError, match=rf"^{name}="):
+        model(**bad)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = AllConvNetConfig(K=np.int64(4), lambda_param=np.float32(0.25), num_classes=np.int8(3), image_size=np.int32(16))
+    assert (model.K, model.lambda_param, model.num_classes, model.image_size) == (4, 0.25, 3, (16, 16))
+    assert {type(value) for value in (model.K, model.num_classes, *model.image_size)} == {int}
+    assert type(model.lambda_param) is float and type(TrainConfig(lr=np.int64(1)).lr) is float
+    for bad in (np.float64(4), np.bool_(True), np.array([4]), "4", None):
+        with pytest.raises(ValueError, match="K="):
+            AllConvNetConfig(K=bad)
+
+
+def test_a_message_never_visits_a_value_that_is_larger_than_what_it_shows():
+    bomb = ["x" * 1000]
+    for _ in range(60):
+        bomb = [bomb] * 10
+    for bad in ({"K": bomb}, {"layer": bomb}, {"channels": (bomb,)}, {"channels": {"a": bomb}}, {"K": 10**10000}):
+        with pytest.raises(ValueError) as error:
+            AllConvNetConfig(**bad)
+        assert len(str(error.value)) < 2000
+
+
 # --- YAML and back --------------------------------------------------------------------------------------------------
 
 
@@ -571,7 +647,8 @@ def settings_of_a_run(draw):
     sampling = draw(st.sampled_from(CHOICES["sampling_type"]))
     samples = {"all": st.just(-1), "random": st.integers(9, 64), "spatial": st.integers(3, 4)}[sampling]
     fractions = st.floats(0, 1, exclude_max=True)
-    positive = st.floats(0, allow_infinity=False)
+    positive = st.floats(0, 1e6)
+    text = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1)
     given = {
         "layer": st.just(layer),
         "channels": st.lists(st.integers(1, 9).map(lambda n: 32 * n), min_size=1, max_size=2),
@@ -585,19 +662,20 @@ def settings_of_a_run(draw):
         "num_samples": samples,
         "sample_padding": st.integers(0, 2),
         "resize": st.sampled_from([32, 48]),
-        "batch_size": st.integers(8, 10**12),
+        "batch_size": st.integers(8, 10**7),
         "accumulate_steps": st.integers(1, 8),
         "num_epochs": st.integers(5, 10**6),
         "warmup_epochs": st.integers(0, 5),
         "seed": st.integers(0, 2**31 - 1),
         "num_workers": st.none() | st.integers(0, 9),
         "train_limit": st.none() | st.integers(1, 10**9),
-        "data_path": st.text(min_size=1),
-        "output_dir": st.text(min_size=1).filter(lambda text: text not in ("none", "None")),
-        "export": st.none() | st.text().map(lambda text: text + ".safetensors"),
+        "data_path": text,
+        "output_dir": text.filter(lambda text: text not in ("none", "None")),
+        "export": st.none() | text.map(lambda text: text + ".safetensors"),
         **{name: st.booleans() for name in BOOLEANS if name != "test_only"},
         **dict.fromkeys(("val_fraction", "label_smoothing", "momentum", "lr_gamma", "ema_decay"), fractions),
-        **dict.fromkeys(("lr", "weight_decay", "clip_grad_norm", "mixup", "cutmix", "save_minutes"), positive),
+        **dict.fromkeys(("lr", "weight_decay", "clip_grad_norm", "save_minutes"), positive),
+        **dict.fromkeys(("mixup", "cutmix"), st.just(0.0) | st.floats(1e-3, 1e3)),
         **{
             name: st.sampled_from(choices)
             for name, choices in CHOICES.items()
