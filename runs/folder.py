@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -208,6 +209,24 @@ class RunFolder:
             self.previous.unlink(missing_ok=True)
         # summary.json comes last: once it says that the run has ended, nothing else remains to be written.
         self._write("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+    def write_test_results(self, results: dict) -> Path:
+        """Write test_results.json, or beside one of other options or another checkpoint test_results-2.json, and so on."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        results = json.loads(json.dumps(results, allow_nan=False))
+        names = (f"test_results{f'-{number}' * (number > 1)}.json" for number in itertools.count(1))
+        path = next(path for name in names if not (path := self.path / name).exists() or self._is_of_same(path, results))
+        write_atomically(path, json.dumps(results, indent=2) + "\n")
+        return path
+
+    @staticmethod
+    def _is_of_same(path: Path, results: dict) -> bool:
+        """Whether the file holds a result of the same options and checkpoint."""
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+            return all(there[name] == results[name] for name in ("options", "checkpoint"))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False
 
     def tensorboard(self, epochs: int):
         """A writer that hides events after these epochs, which an interrupted run may have left."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from options import RESUME_MAY_CHANGE
+from options import RESUME_MAY_CHANGE, program_of
 from runs import RunError
 from runs.checkpoints import DamagedError, load_run_state
 from runs.folder import RunFolder
@@ -29,6 +29,9 @@ def resumable_state(folder: RunFolder, options: dict, quiet: bool = False) -> tu
         except DamagedError as error:
             problems.append(str(error))
             continue
+        other = program_of(state["config"])
+        if other and program_of(options) not in (None, other):
+            raise RunError(f"--resume: {path} is of a run of {other}; resume it with that, or use another --output_dir")
         for name, value in options.items():
             if name not in RESUME_MAY_CHANGE and state["config"].get(name) != value:
                 raise RunError(f"--resume: {path} was trained with --{name} {state['config'].get(name)}, not {value}")
