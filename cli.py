@@ -14,10 +14,11 @@ import re
 import reprlib
 import sys
 from dataclasses import Field, field, fields
-from pathlib import Path
 from typing import NamedTuple
 
 import yaml
+
+from reading import read_text
 
 # ---------------------------------------------------------------------------------------------------------------
 # Fields that are options
@@ -87,7 +88,7 @@ def specs(config: type) -> dict[str, Spec]:
 
 def did_you_mean(name: str, valid) -> str:
     names = {one.lower(): one for one in valid}
-    close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name)[:100].lower(), names, n=1, cutoff=0.5)
     return f"; did you mean {names[close[0]]}?" if close else ""
 
 
@@ -284,22 +285,36 @@ def convert(name: str, value, spec: Spec):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error instead of the last one winning."""
+MOST_BYTES = 1_000_000  # of a YAML file; those of a thousand options have twenty thousand
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error instead of the last one winning, and in which nothing is an alias.
+
+    Aliases of aliases make a few hundred bytes stand for billions of values.
+    """
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise ValueError(f"line {event.start_mark.line + 1}: an alias (*{event.anchor}); write the value out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
-        seen = []  # a key that is a list or mapping cannot be hashed
+        seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # a list or mapping as a key: the constructor says what is wrong with it
             if key.value in seen:
-                raise ValueError(f"the key {key.value!r} is given twice")
-            seen.append(key.value)
+                raise ValueError(f"the key {shown(key.value)} is given twice")
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: str) -> dict:
     """The mapping in a YAML file; ValueError in one line for whatever is wrong with it."""
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        values = yaml.load(read_text(path, MOST_BYTES), Loader=_PlainLoader)
     except OSError as error:
         raise ValueError(f"config={path!r}: {error.strerror or error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -321,7 +336,7 @@ def _read_options(path: str, known: dict[str, Spec]) -> dict:
         values[aliases[alias]] = values.pop(alias)
     for name in values:
         if name not in known:
-            raise ValueError(f"config={path!r}: unknown key {name!r}{did_you_mean(name, known)}")
+            raise ValueError(f"config={path!r}: unknown key {shown(name)}{did_you_mean(name, known)}")
     return values
 
 

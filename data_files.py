@@ -13,16 +13,22 @@ import pickle
 import socket
 import sys
 import tempfile
+import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from options import DATASETS, DataConfig
+from reading import open_regular, read_at_most
+from runs.progress import Progress
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jfif", ".jpe")
+UNREAD_SUFFIXES = tuple(".arw .avif .cr2 .cr3 .dng .heic .heif .j2k .jp2 .jxl .nef .orf .rw2 .svg".split())
 DIGIT_NAMES = [str(digit) for digit in range(10)]
 FASHION_NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -76,6 +82,7 @@ class Images(NamedTuple):
 class Source(NamedTuple):
     parts: dict[str, Images]  # train and test, or test alone
     class_names: list[str]
+    warnings: tuple[str, ...] = ()  # a line each
 
 
 def _find(config: DataConfig, find: Callable, expected: str, download: str | None = None):
@@ -119,10 +126,10 @@ def _download(config: DataConfig, name: str, missing: str) -> None:
 
 def _checked(path: Path, labels, classes: int, images: int) -> np.ndarray:
     """The labels as int64. Raises DataError unless there is one for each image, from 0 to classes - 1."""
-    try:
-        labels = np.asarray(labels)
-    except ValueError:  # lists of unequal lengths
-        labels = np.empty(0)
+    if not isinstance(labels, np.ndarray):
+        # A list of lists is not looked into: a pickle can hold one list a billion times over.
+        plain = isinstance(labels, list) and len(labels) == images and all(type(label) is int for label in labels)
+        labels = np.array(labels if plain else [])
     if images == 0:
         raise DataError(f"{path}: holds no images")
     if labels.shape != (images,) or labels.dtype.kind not in "iu":
@@ -148,20 +155,51 @@ def _digits_part(arrays, part: str) -> Images:
     return Images(pixels, arrays[f"{part}_labels"].astype(np.int64))
 
 
+MOST_IMAGES = 10**7  # in an idx file: beyond it, its header is wrong
+
+
 def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """An idx file of bytes, gzipped or not -> uint8 (n, *shape). Raises DataError if it is anything else."""
+    """An idx file of bytes, gzipped or not -> uint8 (n, *shape). Raises DataError if it is anything else.
+
+    No more is read, or unpacked, than the header says that there is, and one byte.
+    """
+    # Two zeros, the type (8: bytes), the number of axes; then the sizes, big-endian.
+    length = 4 + 4 * (1 + len(shape))
     try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        with open_regular(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+            header = file.read(length)
+            sizes = tuple(np.frombuffer(header[4:], ">u4").tolist()) if len(header) == length else ()
+            if header[:4] != bytes((0, 0, 8, 1 + len(shape))) or sizes[1:] != shape:
+                raise DataError(f"{path}: is not an idx file of {'x'.join(map(str, ('n', *shape)))} bytes")
+            if sizes[0] > MOST_IMAGES:
+                raise DataError(f"{path}: its header says {sizes[0]} images; {MOST_IMAGES} is the most that is read")
+            data = read_at_most(file, math.prod(sizes) + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
-    header = 4 + 4 * (1 + len(shape))  # two zeros, the type (8: bytes), the number of axes; then the sizes, big-endian
-    sizes = tuple(np.frombuffer(raw[4:header], ">u4").tolist()) if len(raw) >= header else ()
-    if raw[:4] != bytes((0, 0, 8, 1 + len(shape))) or sizes[1:] != shape:
-        raise DataError(f"{path}: is not an idx file of {'x'.join(map(str, ('n', *shape)))} bytes")
-    if len(raw) - header != math.prod(sizes):
-        raise DataError(f"{path}: has {len(raw) - header} bytes of data where its header says {math.prod(sizes)}")
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(sizes)
+    if len(data) != math.prod(sizes):
+        more = " or more" if len(data) > math.prod(sizes) else ""
+        raise DataError(f"{path}: has {len(data)} bytes{more} of data where its header says {math.prod(sizes)}")
+    return np.frombuffer(data, np.uint8).reshape(sizes)
+
+
+# The first labels of the data sets whose files have the same names: those of one are often taken for the other's.
+FIRST_LABELS = {
+    ("mnist", "train"): [5, 0, 4, 1, 9, 2, 1, 3, 1, 4],
+    ("mnist", "test"): [7, 2, 1, 0, 4, 1, 4, 9, 5, 9],
+    ("fashion_mnist", "train"): [9, 0, 0, 3, 0, 2, 7, 2, 5, 5],
+    ("fashion_mnist", "test"): [9, 2, 1, 1, 6, 1, 4, 6, 5, 7],
+}
+
+
+def _mistaken(path: Path, labels: np.ndarray, dataset: str, part: str) -> list[str]:
+    """A warning if these labels are those of another data set than the one asked for."""
+    first = labels[:10].tolist()
+    return [
+        f"{path} begins as that of --dataset {name} does, not that of {dataset}: the names of the classes, and mean and "
+        "standard deviation, would be wrong"
+        for (name, of), expected in FIRST_LABELS.items()
+        if name != dataset and of == part and first == expected
+    ]
 
 
 def _read_mnist(config: DataConfig, parts: tuple[str, ...]) -> Source:
@@ -179,12 +217,13 @@ def _read_mnist(config: DataConfig, parts: tuple[str, ...]) -> Source:
         return None
 
     paths = _find(config, find, f"{', '.join(wanted)} (or .gz) there or in {root / name / 'raw'}", name)
-    read = {}
+    read, notes = {}, []
     for part in parts:
         pixels = read_idx(paths[f"{prefix[part]}-images-idx3-ubyte"], (28, 28))
         path = paths[f"{prefix[part]}-labels-idx1-ubyte"]
         read[part] = Images(pixels[:, None], _checked(path, read_idx(path, ()), 10, len(pixels)))
-    return Source(read, FASHION_NAMES if name == "FashionMNIST" else DIGIT_NAMES)
+        notes += _mistaken(path, read[part].labels, config.dataset, part)
+    return Source(read, FASHION_NAMES if name == "FashionMNIST" else DIGIT_NAMES, tuple(notes))
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -223,13 +262,13 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _read_cifar_batch(path: Path, key: str, classes: int) -> Images:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             batch = _ArrayUnpickler(file, encoding="latin1").load()
         batch = {name.decode("latin1") if isinstance(name, bytes) else name: value for name, value in batch.items()}
         pixels, labels = batch["data"], batch[key]
     except Exception as error:  # a damaged pickle raises nearly anything
         raise DataError(f"{path}: is not a batch of CIFAR images ({type(error).__name__}: {error})") from None
-    if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (len(pixels), 3072)):
+    if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 2 and pixels.shape[1] == 3072):
         raise DataError(f"{path}: is not a batch of CIFAR images (data must be n x 3072 bytes)")
     return Images(pixels.reshape(-1, 3, 32, 32), _checked(path, labels, classes, len(pixels)))
 
@@ -260,43 +299,174 @@ def _read_cifar(config: DataConfig, parts: tuple[str, ...]) -> Source:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def decode_image(path: str):
-    """The image in a file as PIL's RGB, transparency dropped, not composited. Raises DataError that names the file."""
+# Of what PIL reads. Left out is what cameras do not write, such as EPS, for which it would start another program.
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+PIXELS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+LONGEST = 100  # times the short side: beyond it, resizing the short side makes an image that no memory holds
+TRANSPOSED = {  # by the number in EXIF's tag Orientation, the image as the camera was held (1: as it is)
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
+
+@contextlib.contextmanager
+def _opened(path: str):
+    """A PIL image whose header has been read. Raises DataError, also for what the block raises."""
     from PIL import Image
 
     try:
-        with Image.open(path) as file:
-            if file.mode.startswith("I"):  # 16 bits of grey, which PIL would clip to white
-                file = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
-            return file.convert("RGB")
+        with open_regular(path) as raw, Image.open(raw, formats=FORMATS) as file:
+            short, long = sorted(file.size)
+            if long > LONGEST * short:
+                raise ValueError(f"{file.width} x {file.height} pixels are a strip, not an image")
+            if file.format != "MPO" and getattr(file, "n_frames", 1) > 1:  # MPO: a photograph and its previews
+                raise ValueError(f"{file.n_frames} images in one file")
+            # PIL opens 16 bits of grey as I, or as I;16; in a TIFF, I is 32 bits, of which nobody knows which are white.
+            if not (
+                file.mode in PIXELS or file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM"))
+            ):
+                raise ValueError(f"pixels of mode {file.mode}, whose range is not known; 8 or 16 bits are read")
+            yield file, raw
     except Exception as error:  # decoders raise nearly anything on a damaged file
-        raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from None
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {why})") from None
+
+
+def decode_image(path: str):
+    """The image in a file as PIL's RGB, as the camera was held; transparency dropped, not composited.
+
+    Raises DataError that names the file.
+    """
+    from PIL import Image
+
+    with _opened(path) as (file, _):
+        image = file
+        if file.mode.startswith("I"):  # 16 bits of grey, which PIL would clip to white
+            image = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                turned = TRANSPOSED.get(file.getexif().get(0x0112))
+        except Exception:  # EXIF that is damaged, in an image that is sound
+            turned = None
+        image = image.convert("RGB")
+        return image.transpose(Image.Transpose[turned]) if turned else image
+
+
+def check_image(path: str) -> None:
+    """Raise DataError if the image cannot be read: by its header and its end, or by decoding it where they do not tell."""
+    with _opened(path) as (file, raw):
+        raw.seek(max(os.fstat(raw.fileno()).st_size - 12, 0))
+        end = raw.read(12)
+        whole = {
+            "JPEG": end.endswith(b"\xff\xd9"),
+            "MPO": end.endswith(b"\xff\xd9"),
+            "PNG": end[4:8] == b"IEND",
+            "GIF": end.endswith(b";"),
+        }.get(file.format, False)
+    if not whole:
+        decode_image(path)
+
+
+def check_images(files: np.ndarray, *, threads: int, quiet: bool) -> None:
+    """Check image files (byte strings) side by side and with progress. Raises DataError for the first that is broken."""
+    from PIL import Image
+
+    Image.init()  # which imports the decoders: once, not by several threads
+
+    def check(some: np.ndarray) -> None:
+        for file in some:
+            check_image(os.fsdecode(file))
+
+    with Progress("checking images", len(files), quiet=quiet) as progress, ThreadPoolExecutor(threads) as pool:
+        # By hundreds: a task for every file would take longer than the file.
+        parts = [files[start : start + 100] for start in range(0, len(files), 100)]
+        tasks = [pool.submit(check, part) for part in parts]
+        try:
+            for part, task in zip(parts, tasks, strict=True):
+                task.result()
+                progress.advance(len(part))
+                if progress.due:
+                    progress.show()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _identity(path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    """Names of the folders of classes, sorted. Raises DataError for two names of one folder, as links can be."""
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    known = {_identity(folder): folder}
+    for name in names:
+        same = known.setdefault(_identity(folder / name), folder / name)
+        if same != folder / name:
+            raise DataError(f"{folder / name}: is a link to {same}; a class needs images of its own")
+    return names
 
 
-def _fail(error: OSError) -> None:
-    raise error  # os.walk would pass over a folder that may not be read
+def _files_below(top: str, above: frozenset, unread: Counter) -> list[str]:
+    """The image files in a folder, then below it, sorted; counts, by suffix, images of formats that are not read."""
+    found, pending = [], [(top, above)]
+    while pending:
+        folder, above = pending.pop()
+        above |= {_identity(folder)}
+        below = []
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if entry.is_dir():
+                if entry.is_symlink() and _identity(entry.path) in above:
+                    raise DataError(f"{entry.path}: is a link to a folder that it lies in; remove it")
+                below.append((entry.path, above))
+            elif suffix in IMAGE_SUFFIXES:
+                if not entry.is_file():
+                    raise DataError(
+                        f"{entry.path}: is not a regular file, but a link to nothing, a pipe or a device; remove it"
+                    )
+                found.append(entry.path)
+            elif suffix in UNREAD_SUFFIXES:
+                unread[suffix] += 1
+        pending += reversed(below)
+    return found
 
 
-def _scan(folder: Path, classes: list[str], *, may_be_empty: bool) -> Images:
-    """The image files below one folder per class, sorted. Raises DataError for a class without any, unless it may."""
-    files, labels = [], []
+def _scan(folder: Path, classes: list[str], *, may_be_empty: bool) -> tuple[Images, list[str]]:
+    """The image files below one folder per class, sorted, and warnings.
+
+    Raises DataError for a class without any, unless it may, and for links that lead back.
+    """
+    files, labels, empty, unread = [], [], [], Counter()
+    resolved = Path(os.path.realpath(folder))
+    above = frozenset(map(_identity, (resolved, *resolved.parents)))
     for label, name in enumerate(classes):
         before = len(files)
-        walk = os.walk(folder / name, onerror=_fail, followlinks=True) if (folder / name).is_dir() else ()
-        for path, folders, names in walk:
-            folders.sort()  # in place: the order in which os.walk goes on
-            files += [os.fsencode(os.path.join(path, n)) for n in sorted(names) if n.lower().endswith(IMAGE_SUFFIXES)]
-        if len(files) == before and not may_be_empty:
-            raise DataError(f"{folder / name}: a class folder without images ({' '.join(IMAGE_SUFFIXES)})")
+        if (folder / name).is_dir():
+            if _identity(folder / name) in above:
+                raise DataError(f"{folder / name}: is a link to a folder that it lies in; remove it")
+            files += _files_below(str(folder / name), above, unread)
+        if len(files) == before:
+            empty.append(name)
+            if not may_be_empty:
+                raise DataError(f"{folder / name}: a class folder without images ({' '.join(IMAGE_SUFFIXES)})")
         labels += [label] * (len(files) - before)
     if not files:
         raise DataError(f"{folder}: has no images ({' '.join(IMAGE_SUFFIXES)}) in its class folders")
+    notes = []
+    if empty:
+        named = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        notes.append(f"{folder} has no images of {len(empty)} of the {len(classes)} classes ({named}): they are not tested")
+    if unread:
+        what = ", ".join(f"{count} of {suffix}" for suffix, count in sorted(unread.items()))
+        notes.append(f"images below {folder} are left out, as their formats are not read: {what}")
     # An array of bytes, which workers share: lists are copied into each as soon as their references are counted.
-    return Images(np.array(files), np.array(labels, dtype=np.int64))
+    return Images(np.array([os.fsencode(file) for file in files]), np.array(labels, dtype=np.int64)), notes
 
 
 def _read_folders(config: DataConfig, parts: tuple[str, ...]) -> Source:
@@ -319,10 +489,13 @@ def _read_folders(config: DataConfig, parts: tuple[str, ...]) -> Source:
     for name in _class_folders(folder / "val"):
         if name not in classes:
             raise DataError(f"{folder / 'val' / name}: a class folder that {folder / 'train'} lacks")
-    read = {"test": _scan(folder / "val", classes, may_be_empty=True)}
-    if "train" in parts:
-        read["train"] = _scan(folder / "train", classes, may_be_empty=False)
-    return Source(read, classes)
+    read, notes = {}, []
+    for part in parts:
+        read[part], more = _scan(folder / {"train": "train", "test": "val"}[part], classes, may_be_empty=part == "test")
+        notes += more
+    if "train" in parts and _identity(folder / "train") == _identity(folder / "val"):
+        notes.append(f"{folder / 'val'} is {folder / 'train'} under another name: tests are on the training images")
+    return Source(read, classes, tuple(notes))
 
 
 READERS = {"digits": _read_digits, "mnist": _read_mnist, "fashion_mnist": _read_mnist}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from data_files import (  # noqa: F401  some only offered from here as well
     DataError,
     Images,
     Source,
+    check_images,
     decode_image,
     import_torchvision,
     read_idx,
@@ -378,12 +380,16 @@ def load_data(
         source = READERS[config.dataset](config, ("test",) if test_only else ("train", "test"))
     except OSError as error:
         raise DataError(f"--data_path {config.data_path}: {error}") from None
+    for warning in source.warnings if rank == 0 else ():
+        print(f"warning: {warning}", file=sys.stderr)
 
     def batches(images: Images, index: np.ndarray, part: str) -> Batches:
         augment = config.augment and part == "train"
         recipe = Recipe(config.dataset, part, batch_size, seed, config.resize, device, augment, config.noise, rank, world)
         data, labels = images.data[index], images.labels[index]
         if DATASETS[config.dataset].streamed:
+            # Now, not in the middle of the first epoch or at its end. Each process checks its share.
+            check_images(data[rank::world], threads=max(config.num_workers, 1), quiet=rank > 0)
             return StreamedBatches(data, labels, index, recipe, config.num_workers)
         return DeviceBatches(data, labels, index, recipe)
 

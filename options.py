@@ -34,6 +34,7 @@ from cli import (
     specs,
 )
 from machine import cpu_cores
+from reading import what_is_wrong_with
 
 __all__ = [
     "CONVIT_SIZES",
@@ -913,11 +914,22 @@ class Options(NamedTuple):
         return values
 
 
+def _check_paths(data: DataConfig, train: TrainConfig) -> None:
+    """Raise ValueError for a path that can neither be read nor made; permissions and free space show when it is used."""
+    for name, path in (("data_path", data.data_path), ("output_dir", train.output_dir), ("export", train.export)):
+        wrong = path and what_is_wrong_with(path)
+        if wrong:
+            raise ValueError(f"{name}={path!r}: {wrong}")
+
+
 def _count_classes(data_path: str) -> int:
     train = Path(data_path) / "train"
     if not all(os.path.isdir(os.path.join(data_path, part)) for part in ("train", "val")):
         raise ValueError(f"data_path={data_path!r} must hold train/ and val/ with one folder per class for dataset=folder")
-    classes = sum(entry.is_dir() for entry in train.iterdir())
+    try:
+        classes = sum(entry.is_dir() for entry in train.iterdir())
+    except OSError as error:
+        raise ValueError(f"data_path={data_path!r}: {error.filename} cannot be read ({error.strerror})") from None
     if classes < 2:
         raise ValueError(f"data_path={data_path!r} has {classes} class folders in train/; it needs at least 2")
     return classes
@@ -939,6 +951,7 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
         is_preset = getattr(model, "model", "vit") != "vit"
         name = model.model if is_preset else model.layer.replace("/", "-")
         train = dataclasses.replace(train, output_dir=f"./Output/{family}/{name}")
+    _check_paths(data, train)
     return Options(model, data, train)
 
 

@@ -30,17 +30,17 @@ class Progress:
         if self.bar is not None:
             self.bar.update(images)
 
-    def show(self, loss: float, top1: float) -> None:
+    def show(self, loss: float | None = None, top1: float | None = None) -> None:
+        so_far = "" if loss is None else f"loss {loss:.4f}, top-1 {top1:.2f} %"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, top-1 {top1:.2f} %", refresh=False)
+            self.bar.set_postfix_str(so_far, refresh=False)
             return
         self.printed = time.monotonic()
         # Images that an interrupted run had done before were not done in this time.
         rate = (self.done - self.first) / (self.printed - self.start)
         left = tqdm.format_interval((self.total - self.done) / max(rate, 1e-9))
         print(
-            f"{self.title}: {self.done:,}/{self.total:,} images, {rate:,.0f} images/s, ETA {left}, "
-            f"loss {loss:.4f}, top-1 {top1:.2f} %",
+            f"{self.title}: {self.done:,}/{self.total:,} images, {rate:,.0f} images/s, ETA {left}" + (so_far and f", {so_far}"),
             file=sys.stderr,
         )
 

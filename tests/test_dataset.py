@@ -3,10 +3,12 @@
 import builtins
 import collections
 import contextlib
+import functools
 import gzip
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +18,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 import dataset
 import hashing
-from dataset import DATASETS, DataConfig, DataError, DeviceBatches, Recipe, load_data
+from dataset import DATASETS, DataConfig, DataError, DeviceBatches, Recipe, decode_image, load_data
 
 CPU = torch.device("cpu")
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -463,6 +465,35 @@ def test_damaged_idx_files_are_named(tmp_path, file, damage, complaint):
     assert complaint in message
 
 
+def test_no_more_of_a_gzip_file_is_unpacked_than_its_header_says(tmp_path, monkeypatch):
+    write_mnist(tmp_path, gz=True)
+    file = tmp_path / "train-images-idx3-ubyte.gz"
+    unpacked = []
+    read = gzip.GzipFile.read
+    monkeypatch.setattr(gzip.GzipFile, "read", lambda self, size=-1: (unpacked.append(size), read(self, size))[1])
+    for images in (20, 10**7 + 1):
+        header = bytes((0, 0, 8, 3)) + np.array([images, 28, 28], ">u4").tobytes()
+        file.write_bytes(gzip.compress(header + bytes(10**7)))
+        message = fails("mnist", tmp_path)
+        assert str(file) in message and ("15681 bytes or more" in message or "10000001 images" in message)
+    assert max(unpacked) == 20 * 28 * 28 + 1 and min(unpacked) > 0
+
+
+@pytest.mark.parametrize("asked, holds", [("mnist", "fashion_mnist"), ("fashion_mnist", "mnist")])
+def test_files_of_another_data_set_are_noticed_by_their_first_labels(tmp_path, capsys, asked, holds):
+    write_mnist(tmp_path)
+    load(asked, tmp_path)
+    assert capsys.readouterr().err == ""
+    first = {"mnist": [5, 0, 4, 1, 9, 2, 1, 3, 1, 4], "fashion_mnist": [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]}
+    file = tmp_path / "train-labels-idx1-ubyte"
+    file.write_bytes(idx(np.array(first[holds] * 2)))
+    load(asked, tmp_path)
+    err = capsys.readouterr().err
+    assert err.startswith("warning: ") and err.count("\n") == 1 and str(file) in err and f"--dataset {holds}" in err
+    load(holds, tmp_path)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("damage", [lambda raw: raw[:-20], lambda raw: b"no gzip", lambda raw: raw[:40] + b"x" * 40])
 def test_damaged_gzip_files_are_named(tmp_path, damage):
     write_mnist(tmp_path, gz=True)
@@ -620,6 +651,11 @@ def test_malicious_pickles_run_nothing(tmp_path):
         pickle.dumps({"data": np.zeros((1, 3071), np.uint8), "labels": [0]}),
         pickle.dumps({"data": np.zeros((0, 3072), np.uint8), "labels": []}),
         pickle.dumps({"data": np.zeros(3072, np.uint8), "labels": [0]}),
+        pickle.dumps({"data": np.array(7, np.uint8), "labels": [0]}),  # without axes
+        pickle.dumps({"data": np.zeros((1, 1, 3072), np.uint8), "labels": [0]}),
+        pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [True]}),
+        pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [10**30]}),
+        pickle.dumps({"data": np.zeros((10, 3072), np.uint8), "labels": functools.reduce(lambda x, _: [x] * 10, range(40), 0)}),
         pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [0, 1]}),
         pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [10]}),
         pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [-1]}),
@@ -759,8 +795,98 @@ def test_resuming_does_not_decode_what_is_skipped(tmp_path, monkeypatch):
     train = load("folder", tmp_path, resize=16, batch_size=4).train
     opened = []
     original = Image.open
-    monkeypatch.setattr(Image, "open", lambda path: (opened.append(path), original(path))[1])
+    monkeypatch.setattr(Image, "open", lambda path, **kwargs: (opened.append(path), original(path, **kwargs))[1])
     assert len(list(train.epoch(0, start=2))) == 2 and len(opened) == 15 - 8
+
+
+def test_images_are_turned_as_the_camera_was_held(tmp_path):
+    upright = np.zeros((20, 20, 3), np.uint8)
+    upright[:10, :10], upright[:10, 10:], upright[10:, :10] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    for number in range(1, 9):
+        # Stored so that turning by the tag gives `upright`: by PIL's own function, which is not used in the code.
+        stored = next(
+            image
+            for image in (np.rot90(mirrored, k) for mirrored in (upright, upright[:, ::-1]) for k in range(4))
+            if np.array_equal(np.asarray(ImageOps.exif_transpose(tagged(image, number, tmp_path / "try.png"))), upright)
+        )
+        tagged(stored, number, tmp_path / f"{number}.png").close()
+        assert np.array_equal(np.asarray(decode_image(str(tmp_path / f"{number}.png"))), upright)
+    tagged(upright, 200, tmp_path / "odd.png").close()
+    assert np.array_equal(np.asarray(decode_image(str(tmp_path / "odd.png"))), upright)
+    Image.fromarray(upright).save(tmp_path / "damaged.png", exif=b"Exif\0\0II*\0\xff\xff\xff\x7fnothing")
+    assert np.array_equal(np.asarray(decode_image(str(tmp_path / "damaged.png"))), upright)
+
+
+def tagged(image, orientation, path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(image)).save(path, exif=exif)
+    return Image.open(path)
+
+
+def test_images_that_cannot_be_right_are_refused_before_training(tmp_path):
+    write_folder(tmp_path, classes=("a", "b"), train=2)
+    image, val = Image.fromarray(random_images(1)[0].transpose(1, 2, 0)), tmp_path / "val" / "b"
+    image.save(tmp_path / "whole.jpg")
+    image.save(tmp_path / "whole.png")
+    image.save(tmp_path / "whole.webp")
+    whole = {suffix: (tmp_path / f"whole.{suffix}").read_bytes() for suffix in ("jpg", "png", "webp")}
+
+    def check(name, write, says):
+        file = val / name
+        write(file)
+        message = fails_to_load(tmp_path)
+        assert str(file) in message and says in message, message
+        file.unlink()
+
+    for suffix, raw in whole.items():
+        check(f"half.{suffix}", lambda file, raw=raw: file.write_bytes(raw[: len(raw) // 2]), "cannot be read as an image")
+    check("long.tif", Image.fromarray(np.full((8, 8), 70000, np.int32)).save, "mode I")
+    check("real.tif", Image.fromarray(np.full((8, 8), 0.5, np.float32)).save, "mode F")
+    check("moves.gif", lambda file: image.save(file, save_all=True, append_images=[image.rotate(90)]), "2 images in one file")
+    check("strip.png", Image.new("L", (1000, 2)).save, "1000 x 2")
+    check("program.png", lambda file: image.save(file, format="EPS"), "UnidentifiedImageError")
+    check("pipe.png", os.mkfifo, "not a regular file")
+    check("gone.png", lambda file: file.symlink_to("nowhere.png"), "not a regular file")
+    check("folder", lambda file: file.symlink_to(tmp_path / "val"), "a folder that it lies in")
+    check("root", lambda file: file.symlink_to("/"), "a folder that it lies in")
+    load("folder", tmp_path)
+    image.quantize().save(val / "still.gif")
+    image.save(val / "photo.jfif", format="JPEG")
+    # Bytes that a camera appends are no reason to refuse an image.
+    (val / "appended.jpg").write_bytes(whole["jpg"] + b"more")
+    assert load("folder", tmp_path).test.num_samples == 4 + 3
+
+
+def fails_to_load(path) -> str:
+    with pytest.raises(DataError) as caught:
+        load("folder", path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "target, says", [(".", "images of its own"), ("ant", "images of its own"), ("..", "a folder that it lies in")]
+)
+def test_a_class_that_is_a_link_to_another_folder_of_the_set(tmp_path, target, says):
+    write_folder(tmp_path, train=1, val=1)
+    (tmp_path / "train" / "dog").symlink_to(target)
+    message = fails_to_load(tmp_path)
+    assert str(tmp_path / "train" / "dog") in message and says in message
+
+
+def test_warnings_of_folders_are_a_line_each_of_the_first_process(tmp_path, capsys):
+    write_folder(tmp_path, train=1, val=1)
+    (tmp_path / "val" / "ant" / "0.png").rename(tmp_path / "val" / "ant" / "0.heic")
+    config = DataConfig(dataset="folder", data_path=str(tmp_path), resize=8, num_workers=0)
+    for rank in (0, 1):
+        load_data(config, batch_size=2, seed=0, device=CPU, rank=rank, world=2)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("warning: ") for line in lines)
+    assert "1 of the 3 classes (ant)" in lines[0] and "1 of .heic" in lines[1]
+    shutil.rmtree(tmp_path / "val")
+    (tmp_path / "val").symlink_to("train")
+    load("folder", tmp_path)
+    assert "under another name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -476,7 +477,11 @@ BAD_YAML = [
     ("K: true", "--K True; whole number"),
     ("K: null", "--K None; whole number"),
     ("K: [3]", "--K [3]; whole number"),
-    ("K: &again [*again]", "--K; whole number"),
+    ("K: &again [*again]", "--config 'c.yaml'; line 1; an alias; again"),
+    ("".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9)), "--config 'c.yaml'; an alias; a0"),
+    ("base: &base {K: 3}\n<<: *base\n", "--config 'c.yaml'; line 2; an alias"),
+    ("# " + 10**6 * "x", "--config 'c.yaml'; larger than 1,000,000 bytes"),
+    (f"{5000 * 'x'}: 1", "--config 'c.yaml'; unknown key"),
     ("K: 0", "--K 0; at least 1"),
     ("seed: none", "--seed 'none'; whole number"),
     ("lr: true", "--lr True; number"),
@@ -633,6 +638,17 @@ def test_a_message_never_visits_a_value_that_is_larger_than_what_it_shows():
         with pytest.raises(ValueError) as error:
             AllConvNetConfig(**bad)
         assert len(str(error.value)) < 2000
+
+
+def test_a_pipe_a_device_and_a_link_to_itself_as_config(capsys):
+    os.mkfifo("pipe.yaml")
+    os.symlink("loop.yaml", "loop.yaml")
+    for name, says in [
+        ("pipe.yaml", "not a regular file"),
+        ("/dev/zero", "not a regular file"),
+        ("loop.yaml", "Too many levels of symbolic links"),
+    ]:
+        assert_says(error_of(parse, "--config", name, capsys=capsys), f"--config {name!r}; {says}")
 
 
 # --- YAML and back --------------------------------------------------------------------------------------------------
