@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench lint
+.PHONY: demo test bench gpu lint
 
 demo: $(VENV)/.installed
-	$(BIN)/python allconvnet_main.py --config configs/demo.yaml
+	$(BIN)/python allconvnet_main.py --config configs/demo.yaml --overwrite
 	@echo
 	@echo "What it did: trained three layers, each a convolution and a ConvNN side by side, on 1,437 handwritten digits,"
 	@echo "and tested them after every epoch on the other 360."
@@ -24,6 +24,10 @@ test: $(VENV)/.installed-dev lint
 # Times against what is promised, on a machine that does nothing else; fails where a target is missed.
 bench: $(VENV)/.installed
 	$(BIN)/python benchmark.py targets
+
+# What only a GPU can show: tests, targets, epochs, profiles; says what it skips where there is none.
+gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m experiments.gpu
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import signal
-import sys
 
-from options import PROGRAMS, parse_options, warn_oversized, warn_without_effect
+if __name__ == "__main__":  # before other imports: no traceback of one that is interrupted; `run` takes signals over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import sys
+from functools import partial
+
+from options import PROGRAMS, as_trained, parse_options, warn_oversized, warn_without_effect
+from runs.streams import run_program
 
 
 def main(argv: list[str] | None = None) -> int:
-    options, parser = parse_options(PROGRAMS["allconvnet_main.py"], __doc__, argv)
-    warn_without_effect(options.model, parser)
-    warn_oversized(options.model, parser)
+    program = PROGRAMS["allconvnet_main.py"]
+    options, parser = parse_options(program, __doc__, argv)
+    if not options.train.test_only:  # whose model is that of the checkpoint
+        warn_without_effect(options.model, parser)
+        warn_oversized(options.model, parser)
     # torch takes seconds to import: only once the options are known to be right.
     from allconvnet import AllConvNet
     from train_eval import run
 
-    return run(options, lambda: AllConvNet(options.model), parser.error)
+    return run(options, AllConvNet, parser.error, as_trained=partial(as_trained, program, parser.stated))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an interrupted import; `run` takes signals over
-    sys.exit(main())
+    sys.exit(run_program(main))

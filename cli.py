@@ -205,6 +205,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     LONGEST = 2000  # characters of a message, whatever it quotes
     given: frozenset[str] = frozenset()
+    stated: dict = {}  # noqa: RUF012  what the command line and its file give, by name, once it is known
 
     def error(self, message: str):
         """One line, exit status 2; `name=value` in a message becomes the flag a user would type."""
@@ -339,6 +340,14 @@ def _read_options(path: str, known: dict[str, Spec]) -> dict:
     return values
 
 
+def _did_you_mean_flag(word: str, flags: list[str]) -> str:
+    """A suggestion of a flag; for one letter (`-b`) those that begin with it, as there are no short flags but -h."""
+    if re.fullmatch(r"-\w", word):
+        close = sorted({flag for flag in flags if flag.startswith(f"-{word}") and not flag.startswith("--no-")})
+        return f"; did you mean one of {', '.join(close)}?" if close else ""
+    return did_you_mean(word, [flag for flag in flags if flag.startswith("--")])
+
+
 def read_values(
     model_type: type,
     others: tuple[type, ...],
@@ -358,7 +367,7 @@ def read_values(
     if rest:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         what = f"unknown option {rest[0]}" if rest[0].startswith("-") else f"a value without an option: {rest[0]!r}"
-        parser.error(f"{what}{did_you_mean(rest[0].split('=')[0], flags)}")
+        parser.error(f"{what}{_did_you_mean_flag(rest[0].split('=')[0], flags)}")
     path = given.pop("config")
     parser.given = frozenset(given)
     try:

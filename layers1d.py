@@ -209,7 +209,7 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
     heads, convolves over the slots. With K = N, matmul and depthwise weights of one it is `MultiHeadAttention`.
 
     Args:
-        neighbors: which tokens are neighbors; class tokens are always candidates, and their place is the center.
+        neighbors: which tokens are neighbors; class tokens are always candidates, at the center of the grid.
         convolution_type: over the slots, standard, depthwise or depthwise-separable, without bias.
         softmax_topk_val: weigh values by the softmax of the scores; False: by the raw scores.
 

@@ -1,4 +1,4 @@
-"""Which token attends to which by place: rules for pairs of tokens, and masks (N, N) made of them.
+"""Which token attends to which by location: rules for pairs of tokens, and masks (N, N) made of them.
 
 Tokens are numbered along the sequence, those of a grid in raster order. A rule takes numbers i and j, tensors that
 broadcast, and says of every pair whether i attends to j; so it serves a whole mask as well as a few rows of one.

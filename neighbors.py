@@ -42,7 +42,7 @@ __all__ = [
     "weighted_sum",
 ]
 
-DISTANCES = 2**20  # of places, computed at a time
+DISTANCES = 2**20  # between positions, computed at a time
 
 
 def canonical_metric(name: str) -> str:
@@ -136,7 +136,7 @@ def find_scored_neighbors(
 
 
 def gather_neighbors(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (B, M, C) by index (B, N, K): (B, N, K, C), K times as large as x; `aggregate` does without it."""
+    """Rows of x (B, M, C) by index (B, N, K): (B, N, K, C). `aggregate` never materializes them."""
     B, N, K = index.shape
     return x.gather(1, index.reshape(B, N * K, 1).expand(-1, -1, x.shape[2])).view(B, N, K, -1)
 
@@ -206,7 +206,7 @@ def weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Places and candidates. A grid is a tuple of sides: (height, width), or (length,) for a sequence without a grid;
-# its tokens are numbered in raster order, after `class_tokens` tokens that have no place.
+# its tokens are numbered in raster order, after `class_tokens` tokens that have no coordinates.
 # ---------------------------------------------------------------------------------------------------------------
 
 

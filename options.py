@@ -751,7 +751,7 @@ SYSTEM = {"group": "system and output"}
 # its numbers by rounding only. All else would make it another run.
 RESUME_MAY_CHANGE = set(
     "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
-    "tensorboard early_stopping use_compiled compile_mode kernels".split()
+    "tensorboard early_stopping use_compiled compile_mode kernels overwrite override".split()
 )
 
 
@@ -847,6 +847,11 @@ class TrainConfig:
     deterministic: bool = option(False, "use deterministic algorithms only", **SYSTEM)
     output_dir: str | None = option(None, "where results go (default: ./Output/<model>/<layer>)", kind=str, **SYSTEM)
     resume: bool = option(False, "resume from last.pt in the output directory; start if there is none", **SYSTEM)
+    overwrite: bool = option(
+        False,
+        "write over a run in the output directory (its weights stay as *.pt.old), or over the file of --export",
+        **SYSTEM,
+    )
     checkpoint: str | None = option(
         None, "weights to start from, or to evaluate with --test_only: FILE.pt or FILE.safetensors", kind=str, **SYSTEM
     )
@@ -858,7 +863,13 @@ class TrainConfig:
         None, "write the best weights to FILE.safetensors, or the model with them to FILE.onnx", kind=str, **SYSTEM
     )
     test_only: bool = option(
-        False, "evaluate --checkpoint, else best.pt in the output directory, and write test_results.json", **SYSTEM
+        False,
+        "evaluate --checkpoint, else best.pt in the output directory, as the model it was trained as, and write "
+        "test_results.json (test_results-2.json and so on beside a result of other options)",
+        **SYSTEM,
+    )
+    override: bool = option(
+        False, "test_only: model options that are given win over those that the checkpoint was trained with", **SYSTEM
     )
     tensorboard: bool = option(False, "write event files for TensorBoard too", **SYSTEM)
 
@@ -870,10 +881,14 @@ class TrainConfig:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} is more than num_epochs={self.num_epochs}")
         if self.export and not self.export.endswith((".safetensors", ".onnx")):
             raise ValueError(f"export={self.export!r} must end in .safetensors or .onnx")
+        if self.override and not self.test_only:
+            raise ValueError("override=True is of test_only=True: training takes all options as they are given")
         if self.export and self.test_only:
             raise ValueError(f"export={self.export!r} writes weights and test_only=True writes only its results; drop one")
         if self.checkpoint and not self.checkpoint.endswith((".pt", ".pth", ".safetensors")):
             raise ValueError(f"checkpoint={self.checkpoint!r} must end in .pt, .pth or .safetensors")
+        if self.checkpoint and os.path.isdir(self.checkpoint):
+            raise ValueError(f"checkpoint={self.checkpoint!r} is a folder; name a file in it")
         if self.checkpoint and not os.path.isfile(self.checkpoint):
             raise ValueError(f"checkpoint={self.checkpoint!r} does not exist")
 
@@ -961,9 +976,72 @@ def parse_options(
     """Flags over YAML over defaults -> checked options of a run, and the parser, whose `error` ends it in one line."""
     values, parser = read_values(program.model, (DataConfig, TrainConfig), description, argv, program.defaults, prog)
     try:
-        return resolve(program.model, program.family, program.defaults | values), parser
+        options = resolve(program.model, program.family, program.defaults | values)
+        parser.stated = values
+        return options, parser
     except ValueError as error:
         parser.error(str(error))
+
+
+# Options of a model that change neither its weights nor what it computes when it is evaluated.
+ONLY_IN_TRAINING = {"dropout", "attention_dropout", "initializer_range"}
+# Those that the shapes of its weights show; `model` stands for others.
+SHOWN_BY_SHAPES = set(
+    "model num_layers channels patch_size d_model d_mlp kernel_size attention_bias patch_norm final_norm pos_embedding pool "
+    "linformer_k convolution_type branch_ratio shuffle_pattern shuffle_scale".split()
+)
+
+
+def program_of(options: dict) -> str | None:
+    """The program whose run wrote these options, if they are those of one of ours."""
+    found = [name for name, program in PROGRAMS.items() if specs(program.model).keys() <= options.keys()]
+    return found[0] if len(found) == 1 else None
+
+
+def evaluation_options(options: Options) -> dict:
+    """What decides the result of an evaluation, by name, as plain values."""
+    names = "dataset data_path resize noise test_limit criterion use_amp amp_dtype seed".split()
+    values = options.as_dict()
+    return {name: values[name] for name in (*specs(type(options.model)), *names)}
+
+
+class AsTrained(NamedTuple):
+    """How to evaluate a checkpoint of ours."""
+
+    options: Options  # the model's as it was trained, but for those that were stated
+    changes: dict[str, tuple]  # stated options of the model that were others in training: (trained, stated)
+
+
+def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
+    """From the options that the command line and its file state, and those in the checkpoint. Raises ValueError."""
+    other = program_of(trained)
+    if other and program in PROGRAMS.values() and PROGRAMS[other] is not program:
+        raise ValueError(f"it was trained by {other}; evaluate it with that")
+    model = [name for name in specs(program.model) if name in trained]
+    own = {name: trained[name] for name in (*model, "dataset", "data_path", "resize", "criterion") if name in trained}
+    if "dataset" in stated:
+        own.pop("data_path", None)
+    values = program.defaults | program.model.values_that_hold(own, stated) | stated
+    options = resolve(program.model, program.family, values)
+    now, unused = options.as_dict(), options.model.without_effect().keys() | ONLY_IN_TRAINING
+    both = {name: (own[name], now[name]) for name in (*model, "resize") if name in own and name not in unused}
+    return AsTrained(options, {name: pair for name, pair in both.items() if len({_plain(name, one) for one in pair}) > 1})
+
+
+def _plain(name: str, value):
+    """A value in the one form, of several, that means the same."""
+    if name == "resize" and isinstance(value, int):
+        return (value, value)
+    if name == "magnitude_type":
+        return canonical_metric(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def assumed_options(model: ModelConfig) -> dict:
+    """Options that decide what a model computes and that the shapes of its weights do not show, by name."""
+    names = specs(type(model)).keys() - SHOWN_BY_SHAPES - ONLY_IN_TRAINING - model.without_effect().keys()
+    values = {name: getattr(model, name) for name in specs(type(model)) if name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def warn_without_effect(model: ModelConfig, parser: OneLineParser) -> None:

@@ -1,4 +1,4 @@
-"""Attention chosen or biased by place, on (B, N, d_model): local, sparse, masked, neighborhood, gated positional.
+"""Attention chosen or biased by location, on (B, N, d_model): local, sparse, masked, neighborhood, gated positional.
 
 A mixer that chooses says which patches see which, as tilings: tiles of patches whose queries share a short list of keys.
 A tile is a small dense attention under a mask, so time and memory grow with N x window. On short sequences, where tiles

@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         with tqdm(total=len(points), unit="run", disable=None) as progress:
             sweep.run(progress)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command resumes", file=sys.stderr)
         return 130
     is_written = update_summary(points, folder)
     if is_written:

@@ -63,7 +63,7 @@ class NeighborSelection(ConstantTables):
         axes: sides of a grid, 1 or 2.
         self_first: slot 0 is the token itself in `all` mode too (it always is among samples).
         padding: width of the ring around the tokens that are asked for.
-        class_tokens: tokens before those of the grid; they are always candidates, and their place is its center.
+        class_tokens: tokens before those of the grid; they are always candidates, at its center.
         grid: sides of the grid, ring included.
     """
 

@@ -1,6 +1,6 @@
 """Tilings: which patches see which, as tiles whose queries share a short list of keys.
 
-A tile is a small dense attention under a mask, so attention by place costs N x window instead of N x N. The tables are made
+A tile is a small dense attention under a mask, so attention by location costs N x window instead of N x N. The tables are made
 on the CPU whatever the default device is.
 """
 

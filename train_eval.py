@@ -7,13 +7,16 @@ Losses and counts stay on the device; the CPU synchronizes with it every 20 step
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import json
+import math
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +24,32 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from cli import as_words
 from dataset import Data, DataError, import_torchvision, load_data
 from kernels import backend
-from options import Options, TrainConfig  # noqa: F401  like the unused names below, only offered from here as well
+from options import (  # noqa: F401  like the unused names below, TrainConfig is only offered from here as well
+    AsTrained,
+    ModelConfig,
+    Options,
+    TrainConfig,
+    assumed_options,
+    evaluation_options,
+)
 from runs import RunError
-from runs.checkpoints import evaluated_weights, export_onnx, export_weights, load_state, load_weights
-from runs.files import WriteError, check_writable, write_atomically
+from runs.checkpoints import (
+    NonFiniteWeights,
+    evaluated_weights,
+    export_onnx,
+    export_weights,
+    load_checkpoint,
+    load_state,
+    load_weights,
+)
+from runs.files import WriteError, check_writable, is_same_file
 from runs.folder import RunFolder, summarize
+from runs.lock import locked
 from runs.measure import count_flops, count_parameters, device_name
+from runs.memory import OutOfMemory, making
 from runs.metrics import Meter, Metrics, history_row
 from runs.optimization import (  # noqa: F401
     Average,
@@ -47,6 +68,7 @@ from runs.resume import check_same_state, resumable_state, resume
 from runs.training import Training
 from utils import choose_kernels, pick_device, seed_everything
 
+MEMORY_ADVICE = "a smaller --batch_size, --accumulate_steps, --use_amp or --use_compiled --compile_mode reduce-memory need less"
 READ_EVERY, READ_SECONDS = 20, 5  # steps, or seconds, between two synchronizations with the device
 
 
@@ -201,8 +223,11 @@ def fit(
     try:
         with training.signals.deferred():  # from here on there is something to save: a signal waits for the end of a step
             while not ended():
-                metrics = {"train": train_one_epoch(training, data.train, loss_function, mix, save)}
-                metrics |= _evaluate_splits(training, data, plain_loss)
+                with making(f"a step of --batch_size {config.batch_size} images", MEMORY_ADVICE):
+                    metrics = {"train": train_one_epoch(training, data.train, loss_function, mix, save)}
+                trained = time.monotonic()
+                with making(f"an evaluation of --batch_size {config.batch_size} images", MEMORY_ADVICE):
+                    metrics |= _evaluate_splits(training, data, plain_loss)
                 images = data.train.num_samples
                 training.epoch_done(history_row(training.epoch + 1, training.lr, metrics, images, training.seconds), split)
                 row, epoch = training.history[-1], training.epoch
@@ -212,7 +237,7 @@ def fit(
                 save(*kept)
                 publish()
                 if processes.first:
-                    left = (config.num_epochs - epoch) * row["seconds"]
+                    left = (config.num_epochs - epoch) * (row["seconds"] + time.monotonic() - trained)
                     eta = "" if ended() else f"  ETA {tqdm.format_interval(left)}"
                     print(epoch_line(row) + eta, flush=True)
                 if board is not None:
@@ -247,28 +272,37 @@ def _stalled(history: list[dict], split: str, patience: int) -> bool:
 
 def run(
     options: Options,
-    make_model: Callable[[], nn.Module],
+    make_model: Callable[[ModelConfig], nn.Module],
     fail: Callable[[str], None],
     load: Callable[[nn.Module, dict], None] = load_state,
+    as_trained: Callable[[dict], AsTrained] | None = None,
 ) -> int:
     """Train, or evaluate under --test_only, as the options say; returns the exit status.
 
     `fail` ends the program with one line and status 2 for what the user can correct; `load` puts the state dict of a
-    --checkpoint into the model.
+    --checkpoint into the model; `as_trained` says, from the options in a checkpoint of ours, how to evaluate it.
     """
     signals, processes = Signals(), None
     # Exit status: 2 (`fail`) for the user's mistakes, 1 for what happens on the way, 128 + number for signals.
     try:
         processes = Processes.from_environment()
         with signals, processes:
-            (_test if options.train.test_only else _train)(_Run(options, make_model, load, processes, signals))
+            job = _Run(options, make_model, load, as_trained, processes, signals)
+            with making("what this run needs", MEMORY_ADVICE):
+                if options.train.test_only:
+                    _test(job)
+                else:
+                    with _claimed_folder(job):
+                        _train(job)
     except (RunError, DataError, ProcessError) as error:
         if isinstance(error, DataError) and processes.local_rank:
             print(error, file=sys.stderr)  # of this process alone: `fail` leaves what concerns all to the first one
         fail(str(error))
-    except (NonFiniteLoss, WriteError, OSError) as error:
+    except (NonFiniteLoss, NonFiniteWeights, OutOfMemory, WriteError, OSError) as error:
         if processes.first:
-            print(f"stopped: {error}", file=sys.stderr)
+            last = RunFolder(options.train.output_dir).last
+            is_kept = isinstance(error, OutOfMemory) and not options.train.test_only and last.exists()
+            print(f"stopped: {error}" + f"; --resume goes on from {last}" * is_kept, file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         number = getattr(error, "number", signal.SIGINT)
@@ -301,10 +335,24 @@ def run(
 
 class _Run(NamedTuple):
     options: Options
-    make_model: Callable[[], nn.Module]
+    make_model: Callable[[ModelConfig], nn.Module]
     load: Callable[[nn.Module, dict], None]
+    as_trained: Callable[[dict], AsTrained] | None
     processes: Processes
     signals: Signals
+
+
+@contextlib.contextmanager
+def _claimed_folder(run: _Run) -> Iterator[None]:
+    """A context in which the output folder is this run's: nobody else writes there, and it holds nothing that would be lost."""
+    train, folder = run.options.train, RunFolder(run.options.train.output_dir)
+    if not run.processes.first:
+        yield
+        return
+    check_writable(folder.path, "--output_dir")
+    with locked(folder.path):
+        folder.check(train.resume, train.overwrite)
+        yield
 
 
 def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
@@ -324,6 +372,9 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
         check_writable(Path(train.export).parent, "--export")
         if Path(train.export).is_dir():
             raise RunError(f"--export {train.export} is a folder; name a file")
+        if os.path.lexists(train.export) and not train.overwrite:
+            own = " and is the --checkpoint" * is_same_file(train.export, train.checkpoint)
+            raise RunError(f"--export {train.export} exists{own}; name another file, or write over it with --overwrite")
         if train.export.endswith(".onnx") and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
             raise RunError(f"--export {train.export} needs the packages onnx and onnxscript: pip install onnx onnxscript")
     if train.mixup or train.cutmix:
@@ -331,12 +382,17 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
     if train.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard")
     seed_everything(train.seed, train.deterministic)  # before the model: all processes initialize the same weights
-    return run.make_model(), folder, device
+    with making(f"the model of --layer {run.options.model.layer}"):
+        return run.make_model(run.options.model), folder, device
 
 
 def _load_data(run: _Run, device: torch.device) -> Data:
     options, processes = run.options, run.processes
-    with processes.first_of_machine_first():  # which may download it
+    # The first may download it.
+    with (
+        processes.first_of_machine_first(),
+        making("the data set", "--train_limit and --test_limit take less"),
+    ):
         return load_data(
             options.data,
             batch_size=options.train.batch_size,
@@ -350,30 +406,84 @@ def _load_data(run: _Run, device: torch.device) -> Data:
 
 def _test(run: _Run) -> None:
     """Evaluate --checkpoint, else best.pt of the output folder; print and write test_results.json, nothing else."""
-    model, folder, device = _prepare(run)
-    train, processes = run.options.train, run.processes
-    path = Path(train.checkpoint) if train.checkpoint else folder.best
+    options, processes = run.options, run.processes
+    path = Path(options.train.checkpoint) if options.train.checkpoint else RunFolder(options.train.output_dir).best
     if not path.exists():
         raise RunError(f"--test_only: there is no {path}; train first, or name the weights with --checkpoint FILE")
-    load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only")
+    state = load_checkpoint(path)
+    options, changes = _as_trained(run, state, path)
+    run = run._replace(options=options)
+    model, folder, device = _prepare(run)
+    train = options.train
+    load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only", state)
+    if changes and not train.override:  # they fit, and would give another number than that of the model that was trained
+        name, (trained, stated) = next(iter(changes.items()))
+        raise RunError(
+            f"--test_only: {path} was trained with --{name} {as_words(trained)}, not {as_words(stated)}; leave --{name} out, "
+            "or evaluate its weights in another model than theirs with --override"
+        )
+    if processes.first:
+        _say_what_is_assumed(options, state, path, changes)
     processes.connect(device)
     data = _load_data(run, device)
     model.to(device)
-    metrics = evaluate(
-        model,
-        data.test,
-        make_loss(train.criterion),
-        device=device,
-        compiled=compile_for(train, model),
-        autocast=autocast_for(train, device),
-        processes=processes,
-    )
+    with making(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE):
+        metrics = evaluate(
+            model,
+            data.test,
+            make_loss(train.criterion),
+            device=device,
+            compiled=compile_for(train, model),
+            autocast=autocast_for(train, device),
+            processes=processes,
+        )
     if not processes.first:
         return
+    if not math.isfinite(metrics.loss):
+        raise NonFiniteLoss(f"the test loss of {path} is not finite: its weights overflow in this model")
     print(f"test top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  ({path})")
     results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": str(path)}
-    folder.path.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder.path / "test_results.json", json.dumps(results, indent=2) + "\n")
+    results["options"] = evaluation_options(options)
+    results["override"] = {name: {"trained": before, "here": after} for name, (before, after) in changes.items()}
+    written = folder.write_test_results(results)
+    if written.name != "test_results.json":
+        print(f"results are in {written}: test_results.json is of other options")
+
+
+def _as_trained(run: _Run, state: dict, path: Path) -> tuple[Options, dict]:
+    """The options to evaluate a checkpoint with, and how they differ from those it was trained with. Raises RunError."""
+    options, trained = run.options, state.get("config")
+    if not isinstance(trained, dict) or run.as_trained is None:
+        return options, {}
+    try:
+        found, changes = run.as_trained(trained)
+    except (ValueError, TypeError) as error:
+        raise RunError(f"--test_only: with the options of {path}, {error}") from None
+    if not options.train.checkpoint:  # results stay in the folder that the weights are from
+        found = found._replace(train=replace(found.train, output_dir=options.train.output_dir))
+    return found, changes
+
+
+def _say_what_is_assumed(options: Options, state: dict, path: Path, changes: dict) -> None:
+    if not isinstance(state.get("config"), dict):
+        words = " ".join(f"--{name} {as_words(value)}" for name, value in assumed_options(options.model).items())
+        print(f"assumed of {path}, which does not say: {words}")
+    elif changes:
+        words = ", ".join(f"--{name} {as_words(before)}, here {as_words(after)}" for name, (before, after) in changes.items())
+        print(f"warning: --override: {path} was trained with {words}", file=sys.stderr)
+
+
+def _say_what_differs(run: _Run, state: dict, path: Path) -> None:
+    """A warning where training goes on from weights that another model than this one was trained to, though they fit."""
+    trained = state.get("config")
+    if isinstance(trained, dict):
+        differences = [
+            f"--{name} {as_words(trained[name])}, here {as_words(value)}"
+            for name, value in assumed_options(run.options.model).items()
+            if name in trained and as_words(trained[name]) != as_words(value)
+        ]
+        if differences:
+            print(f"warning: {path} was trained with {'; '.join(differences)}", file=sys.stderr)
 
 
 def _train(run: _Run) -> None:
@@ -385,7 +495,13 @@ def _train(run: _Run) -> None:
     if train.export and found is not None and found[0]["best"] and not folder.best.exists():
         raise RunError(f"--export: {folder.best} of epoch {found[0]['best']['epoch']} is gone; leave --export out")
     if train.checkpoint and found is None:
-        load_weights(model, Path(train.checkpoint), run.load)
+        path = Path(train.checkpoint)
+        state = load_checkpoint(path)
+        load_weights(model, path, run.load, state=state)
+        if processes.first:
+            _say_what_differs(run, state, path)
+    elif train.checkpoint and processes.first:
+        print(f"warning: --checkpoint {train.checkpoint} is not read: --resume goes on from {found[1]}", file=sys.stderr)
     processes.connect(device)
     check_same_state(processes, folder, found)
     data = _load_data(run, device)

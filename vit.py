@@ -206,5 +206,13 @@ def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     try:
         load_state(model, {ours(name): value for name, value in state_dict.items()})
     except ValueError as error:
-        advice = "; those of torchvision and timm need --no-patch_norm --final_norm --pos_embedding learned" if names else ""
+        given = {"--no-patch_norm": not model.config.patch_norm, "--final_norm": model.config.final_norm}
+        given |= {"--pos_embedding learned": model.config.pos_embedding == "learned"}
+        needed = " ".join(flag for flag, is_given in given.items() if not is_given)
+        advice = f"; those of torchvision and timm need {needed}" if names and needed else ""
+        first = next((name for name in ("conv_proj.weight", "patch_embed.proj.weight") if name in state_dict), None)
+        if first and state_dict[first].ndim == 4 and state_dict[first].shape[1] != model.config.in_channels:
+            advice += (
+                f"; they are for images of {state_dict[first].shape[1]} channels, and these have {model.config.in_channels}"
+            )
         raise ValueError(f"{error}{advice}") from None

@@ -11,11 +11,12 @@ from __future__ import annotations
 import signal
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from options import Program, ViTConfig, option, parse_options
+from options import Program, ViTConfig, as_trained, option, parse_options
 
 PEERS = ("timm", "vit-pytorch", "vit-pytorch-simple")
 
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     options, parser = parse_options(PROGRAM, __doc__.splitlines()[0], argv)
     from train_eval import run
 
-    return run(options, lambda: make_peer(options.model), parser.error)
+    return run(options, make_peer, parser.error, as_trained=partial(as_trained, PROGRAM, parser.stated))
 
 
 if __name__ == "__main__":

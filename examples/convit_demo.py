@@ -37,7 +37,7 @@ def main() -> None:
     for head, weights in enumerate(matrix[0, :, patch]):
         row, column = divmod(int(weights.argmax()), 6)
         print(f"head {head} looks {row - 1:+d} down, {column - 2:+d} right of its patch: weight {weights.max():.2f}")
-    print(f"gates: {attention.gate.sigmoid().detach().mean():.2f} by place, the rest by content")
+    print(f"gates: {attention.gate.sigmoid().detach().mean():.2f} by location, the rest by content")
     print(f"logits of a batch: {tuple(model(torch.randn(8, 1, 16, 24)).shape)}")
 
 

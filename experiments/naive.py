@@ -1,7 +1,7 @@
 """What the mixers cost when they are written down plainly, to measure against: `benchmark.py --against naive` and targets.
 
 As published: all scores at once and with a graph, `topk`, the values expanded K-fold before they are aggregated
-(`kernels/reference.py`). Attention by place is attention over all pairs under a mask.
+(`kernels/reference.py`). Attention by location is attention over all pairs under a mask.
 """
 
 from __future__ import annotations

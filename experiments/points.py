@@ -35,7 +35,7 @@ class Point(NamedTuple):
     varying: dict  # those of them in which the points differ
 
     def argv(self, folder: Path) -> list[str]:
-        """The command line after the program; it goes on where a run in this folder ended."""
+        """The command line after the program; it resumes a run in this folder."""
         words = []
         for name, value in self.values.items():
             words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]

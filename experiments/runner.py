@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shlex
@@ -17,6 +16,7 @@ from pathlib import Path
 from experiments.points import ROOT, Point, program_path
 from experiments.report import FAILURE, finished_summary, is_finished, update_summary
 from machine import cpu_cores as cores
+from runs.lock import VARIABLE, LockedError, identity, release, take
 
 PLOTS_EVERY = 30  # seconds: drawing takes one or two
 
@@ -24,13 +24,10 @@ PLOTS_EVERY = 30  # seconds: drawing takes one or two
 def lock(folder: Path) -> int | None:
     """A descriptor that holds the lock of a run's folder as long as any process has it open; None if another has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
+        return take(folder)
+    except LockedError:
         return None
-    return descriptor
 
 
 @dataclass
@@ -61,7 +58,7 @@ class Sweep:
         folder = self.folder / point.name
         write_atomically(folder / "point.json", json.dumps(point._asdict()))  # for the summary of later sweeps in this folder
         (folder / FAILURE).unlink(missing_ok=True)
-        environment = dict(os.environ)
+        environment = os.environ | {VARIABLE: identity(descriptor)}  # the run is not to wait for our lock
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[slot * self.gpus_per_run :][: self.gpus_per_run])
         else:
@@ -103,7 +100,7 @@ class Sweep:
                     waiting.remove(point)
                 say(self.failure(point, f"cannot be started: {error}"), progress.write)
             if descriptor is not None:
-                os.close(descriptor)
+                release(self.folder / point.name, descriptor)
             progress.update()
 
     def run(self, progress) -> None:
@@ -115,7 +112,7 @@ class Sweep:
                 for run in [run for run in running if run.process.poll() is not None]:
                     running.remove(run)
                     say(self.outcome(run), progress.write)
-                    os.close(run.descriptor)
+                    release(self.folder / run.point.name, run.descriptor)
                     progress.update()
                     is_due = time.monotonic() > draw_again
                     update_summary(self.points, self.folder, draw_plots=is_due)
@@ -129,7 +126,7 @@ class Sweep:
                 run.process.terminate()  # not SIGINT, which runs started in the background ignore
             for run in running:
                 run.process.wait()
-                os.close(run.descriptor)
+                release(self.folder / run.point.name, run.descriptor)
 
     def outcome(self, run: Running) -> str:
         """How a run ended, in a line; a failure is noted."""
@@ -182,10 +179,10 @@ class ClusterRun:
             run.process.wait()
             message = sweep.outcome(run)
             if sweep.failed:
-                os.close(descriptor)
+                release(folder / point.name, descriptor)
                 raise RuntimeError(message)
         if descriptor is not None:
-            os.close(descriptor)
+            release(folder / point.name, descriptor)
         update_summary(points, folder)
         return point.name
 

@@ -12,13 +12,23 @@ from torch import nn
 
 from runs import RunError
 from runs.files import atomic_file, remove_temporaries, write_atomically
+from runs.memory import is_out_of_memory
 
 # The keys of a checkpoint that a run can resume from.
 STATE = tuple("model optimizer scheduler scaler ema sampler rng epoch step best history config".split())
 
 
+# Where other projects' files hold the weights, and what they put before their names.
+WRAPPERS = ("model", "state_dict", "model_state_dict")
+PREFIXES = ("module.", "_orig_mod.")
+
+
 class DamagedError(RunError):
     """A checkpoint that is not whole."""
+
+
+class NonFiniteWeights(Exception):
+    """Weights that are not numbers, in one line."""
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
@@ -30,8 +40,10 @@ def save_checkpoint(state: dict, path: Path) -> None:
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint without running code in it. Raises DamagedError for anything that is not a whole checkpoint.
 
-    Other projects' files hold the weights under "state_dict" or alone; here they are always under "model".
+    Other projects' files hold the weights under one of `WRAPPERS` or alone; here they are always under "model".
     """
+    if not path.is_file():
+        raise DamagedError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, not a checkpoint")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -42,15 +54,19 @@ def load_checkpoint(path: Path) -> dict:
             raise ValueError(f"checksum of {part}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost anything
-        reason = (
-            "it holds more than tensors and plain values" if "Unsupported" in str(error) else "damaged, or another kind of file"
-        )
+        code = "it is a pickle with code, which is not run: it holds more than tensors and plain values"
+        reason = code if _names_code(error) else "damaged, or another kind of file"
+        reason = "it needs more memory than there is, or is damaged" if is_out_of_memory(error) else reason
         raise DamagedError(f"{path} is not a checkpoint that can be read: {reason}") from None
     if not isinstance(state, dict):
         raise DamagedError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
-    if "model" in state:
-        return state
-    return {"model": state.get("state_dict", state)}
+    return state | {"model": next((state[name] for name in WRAPPERS if isinstance(state.get(name), dict)), state)}
+
+
+def _names_code(error: Exception) -> bool:
+    """Whether torch.load refused a file because it would call or import something."""
+    words = ("Unsupported", "unsupported", "GLOBAL", "not an allowed", "unrecognized function")
+    return any(word in str(error) for word in words)
 
 
 def load_run_state(path: Path) -> dict:
@@ -64,12 +80,41 @@ def load_run_state(path: Path) -> dict:
 
 def evaluated_weights(source: Path) -> dict:
     """The weights that a checkpoint's metrics belong to: the averaged ones if there are any. Raises RunError."""
-    state = load_checkpoint(source)
-    weights = state.get("ema") or state["model"]
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    return weights_in(load_checkpoint(source), source)
+
+
+def weights_in(state: dict, source: Path) -> dict:
+    """Of what `load_checkpoint` has read from this file. Raises RunError."""
+    average = state.get("ema")
+    weights = average if isinstance(average, dict) and average else state["model"]
+    if average is not None and not isinstance(average, dict):
+        raise RunError(f"{source} is not a checkpoint: its ema is a {type(average).__name__}, not tensors by name")
+    if not all(isinstance(name, str) for name in weights):
+        raise RunError(f"{source} is not a checkpoint: its tensors have no names but {next(iter(weights))!r}")
+    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise RunError(f"{source} is not a checkpoint: its model is not tensors by name")
-    # Prefixes that DistributedDataParallel and torch.compile add in files of other projects.
-    return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in weights.items()}
+    for name, value in weights.items():
+        kinds = {"quantized": value.is_quantized, "without data (meta)": value.is_meta}
+        kinds |= {"sparse": value.layout != torch.strided, "of complex numbers": value.is_complex()}
+        for kind, holds in kinds.items():
+            if holds:
+                raise RunError(f"{source} cannot be used: {name} is {kind}; save it as a dense tensor of real numbers")
+    return {_plain_name(name): value for name, value in weights.items()}
+
+
+def _plain_name(name: str) -> str:
+    """Without the prefixes that DistributedDataParallel and torch.compile add in files of other projects, in any order."""
+    while name.startswith(PREFIXES):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def check_finite_weights(weights: dict, source: Path) -> None:
+    """Raise NonFiniteWeights, which names the first tensor, if there is a NaN or an infinity among them."""
+    names = [name for name, value in weights.items() if value.is_floating_point() and not value.float().isfinite().all()]
+    if names:
+        more = f" and {len(names) - 1} other tensors" * (len(names) > 1)
+        raise NonFiniteWeights(f"{source} holds numbers that are not finite (NaN or infinity) in {names[0]}{more}")
 
 
 def load_state(model: nn.Module, weights: dict) -> None:
@@ -81,6 +126,9 @@ def load_state(model: nn.Module, weights: dict) -> None:
         if weights[name].shape != value.shape:
             shapes = f"{tuple(weights[name].shape)} there, {tuple(value.shape)} here"
             raise ValueError(f"of another architecture or number of classes: {name} is {shapes}")
+        if value.is_floating_point() and not weights[name].is_floating_point():
+            kind = str(weights[name].dtype).removeprefix("torch.")
+            raise ValueError(f"not of floating-point numbers: {name} is {kind}, whose scale is not known here")
     for name in weights:
         if name not in own:
             raise ValueError(f"of another architecture: this model has no {name}")
@@ -88,17 +136,23 @@ def load_state(model: nn.Module, weights: dict) -> None:
 
 
 def load_weights(
-    model: nn.Module, source: Path, load: Callable[[nn.Module, dict], None] = load_state, flag: str = "--checkpoint"
+    model: nn.Module,
+    source: Path,
+    load: Callable[[nn.Module, dict], None] = load_state,
+    flag: str = "--checkpoint",
+    state: dict | None = None,
 ) -> None:
     """Load the weights of the checkpoint that `flag` names; `load` puts a state dict into the model or raises ValueError.
 
-    Raises RunError if the file cannot be read or the weights do not fit.
+    state: what `load_checkpoint` has read from it, if it has. Raises RunError if the file cannot be read or the weights do not
+    fit, and NonFiniteWeights.
     """
-    weights = evaluated_weights(source)
+    weights = weights_in(load_checkpoint(source) if state is None else state, source)
     try:
         load(model, weights)
     except ValueError as error:
         raise RunError(f"{flag}: {source} is {error}") from None
+    check_finite_weights(weights, source)
 
 
 def export_weights(path: Path, weights: dict) -> None:

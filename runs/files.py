@@ -81,6 +81,14 @@ def as_png(figure, dpi: int = 110) -> bytes:
     return buffer.getvalue()
 
 
+def is_same_file(one: str | None, other: str | None) -> bool:
+    """Whether both names are given and are of one file that exists."""
+    try:
+        return one is not None and other is not None and os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
 def check_writable(folder: Path, flag: str) -> None:
     """Raise RunError, which names `flag`, if a folder cannot be created or written to. Leaves nothing behind."""
     existing = folder

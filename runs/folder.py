@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
-import shutil
+import re
 import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
 from torch import nn
 
+from runs import RunError
 from runs.checkpoints import save_checkpoint
 from runs.files import as_csv, as_png, remove_temporaries, write_atomically
 from runs.measure import count_parameters, device_name, measure_latency, process_peak_memory, versions
@@ -24,6 +27,23 @@ from runs.training import Training
 COLUMNS = (
     "epoch lr train_loss train_top1 train_top5 test_loss test_top1 test_top5 seconds images_per_s".split()
 )  # and, where a validation set is held out, val_loss val_top1 val_top5
+
+
+TEXTS = "args.txt config.yaml model.txt train_eval_results.txt metrics.csv summary.json curves.png".split()
+CHECKPOINTS = "last.pt previous.pt best.pt".split()
+# Options that every config.yaml of a run holds; a file of options that somebody wrote seldom holds them all.
+ALWAYS = {"layer", "dataset", "num_epochs", "seed", "output_dir", "batch_size", "lr", "save_every", "tensorboard"}
+
+
+class Found(NamedTuple):
+    """What an output folder holds: a run of ours, told by its config.yaml, or none."""
+
+    options: dict | None  # of the run
+    weights: list[Path]  # its checkpoints; without any there is nothing that could be lost
+    others: list[Path]  # its other outputs, but for those that every run of the folder writes anew
+    foreign: list[str]  # names of outputs that are there though no run of ours is
+    epochs: int  # that it has written down
+    finished: bool
 
 
 def describe_model(model: nn.Module) -> str:
@@ -36,7 +56,7 @@ def describe_model(model: nn.Module) -> str:
 
 
 class RunFolder:
-    """Writes the outputs of one run into its folder, as the run goes.
+    """Tells what the folder of a run holds, and writes its outputs there as the run goes.
 
     Tables are rewritten whole from the history after every epoch, so that a resumed run has no gap or double line.
     """
@@ -81,31 +101,100 @@ class RunFolder:
             os.replace(link, name)
             link.unlink(missing_ok=True)  # still there if both were names of one file already
 
-    def start(self, options: dict, model: nn.Module, resumed: bool) -> None:
-        """Create the folder and write what is known before training; warn if it holds another run."""
-        if not resumed and any((self.path / name).exists() for name in ("args.txt", "metrics.csv", "last.pt", "best.pt")):
-            print(
-                f"warning: {self.path} holds another run, which is written over; its weights stay as *.pt.old", file=sys.stderr
+    def look(self) -> Found:
+        """What is there, without changing anything."""
+        options = self._options()
+        checkpoints, texts = ([path for name in names if (path := self.path / name).exists()] for names in (CHECKPOINTS, TEXTS))
+        if options is None:
+            return Found(None, [], [], [path.name for path in texts + checkpoints], 0, False)
+        others = texts + self._matching(self.path, r"test_results(-\d+)?\.json")
+        if options["save_every"]:
+            checkpoints += self._matching(self.path, r"epoch_\d+\.pt")
+        if options["tensorboard"]:
+            others += self._matching(self.path / "tensorboard", r"events\.out\.tfevents\..*")
+        summary = self._summary()
+        return Found(options, checkpoints, others, [], summary.get("epochs", 0), summary.get("finished") is True)
+
+    @staticmethod
+    def _matching(folder: Path, pattern: str) -> list[Path]:
+        return [path for path in sorted(folder.glob("*")) if re.fullmatch(pattern, path.name) and path.is_file()]
+
+    def _options(self) -> dict | None:
+        """Of the run that is there, from its config.yaml."""
+        try:
+            options = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            return None
+        return options if isinstance(options, dict) and options.keys() >= ALWAYS else None
+
+    def _summary(self) -> dict:
+        try:
+            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return summary if isinstance(summary, dict) else {}
+
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """Raise RunError, with what to do, if a run that starts here would write over what it must not.
+
+        A run of ours is written over only under --overwrite, and what no run of ours made never.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"--output_dir {self.path} is a file, not a folder")
+        found, where = self.look(), f"--output_dir {self.path}"
+        goes_on = resume and any((self.path / name).exists() for name in CHECKPOINTS)
+        if goes_on:
+            return  # `resumable_state` looks at the checkpoints themselves
+        if found.foreign:
+            names = ", ".join(found.foreign)
+            raise RunError(
+                f"{where} holds {names} without the config.yaml of a run of this program, and a run would write over them; "
+                "use another --output_dir"
             )
-            # Weights may have taken days: they are renamed, where tables are deleted.
-            for path in self.path.glob("*.pt"):
-                path.replace(path.with_name(path.name + ".old"))
-            for name in ("train_eval_results.txt", "metrics.csv", "summary.json", "curves.png", "test_results.json"):
-                (self.path / name).unlink(missing_ok=True)
-            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        if overwrite or found.options is None or not (found.weights or found.finished):
+            return
+        epochs = f"{found.epochs} of {found.options['num_epochs']} epochs"
+        what = f"a finished run ({found.epochs} epochs)" if found.finished else f"an unfinished run ({epochs})"
+        if resume:
+            raise RunError(
+                f"{where} holds {what} without a checkpoint to resume from; use another --output_dir, or --overwrite to "
+                "start anew in its place"
+            )
+        keep = "keep it" if found.finished else "go on with it"
+        raise RunError(f"{where} holds {what}; use --resume to {keep}, another --output_dir, or --overwrite to write over it")
+
+    def start(self, options: dict, model: nn.Module, resumed: bool) -> None:
+        """Create the folder and write what is known before training. Another run that is there is written over."""
+        if not resumed:
+            self._clear()
         self.path.mkdir(parents=True, exist_ok=True)
         remove_temporaries(self.path)  # left by a process that was killed while it wrote
         shown = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in options.items()}
         self._write("args.txt", "".join(f"{name}: {value}\n" for name, value in shown.items()))
-        self._write("config.yaml", yaml.safe_dump(options, sort_keys=False))
+        # Whoever runs this file again has not said that a run may be written over.
+        self._write("config.yaml", yaml.safe_dump(options | {"overwrite": False}, sort_keys=False))
         self._write("model.txt", describe_model(model))
+
+    def _clear(self) -> None:
+        """Take away the outputs of the run that is there, and nothing else."""
+        found = self.look()
+        if found.weights:
+            print(
+                f"warning: {self.path} holds another run, which is written over; its weights stay as *.pt.old", file=sys.stderr
+            )
+        for path in found.weights:  # they may have taken days: they are renamed, where tables are deleted
+            path.replace(path.with_name(path.name + ".old"))
+        for path in found.others:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of somebody else's events, or none at all
+            (self.path / "tensorboard").rmdir()
 
     def is_behind(self, epochs: int, ended: bool) -> bool:
         """Whether the results lack some of so many epochs, or do not say that the run has ended though it has."""
+        summary = self._summary()
         try:
-            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
             return summary["epochs"] < epochs or ended > summary["finished"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             return True
 
     def epoch_done(self, history: list[dict], best: dict, summary: dict, last: bool) -> None:
@@ -120,6 +209,24 @@ class RunFolder:
             self.previous.unlink(missing_ok=True)
         # summary.json comes last: once it says that the run has ended, nothing else remains to be written.
         self._write("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+    def write_test_results(self, results: dict) -> Path:
+        """Write test_results.json, or beside one of other options or another checkpoint test_results-2.json, and so on."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        results = json.loads(json.dumps(results, allow_nan=False))
+        names = (f"test_results{f'-{number}' * (number > 1)}.json" for number in itertools.count(1))
+        path = next(path for name in names if not (path := self.path / name).exists() or self._is_of_same(path, results))
+        write_atomically(path, json.dumps(results, indent=2) + "\n")
+        return path
+
+    @staticmethod
+    def _is_of_same(path: Path, results: dict) -> bool:
+        """Whether the file holds a result of the same options and checkpoint."""
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+            return all(there[name] == results[name] for name in ("options", "checkpoint"))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False
 
     def tensorboard(self, epochs: int):
         """A writer that hides events after these epochs, which an interrupted run may have left."""

@@ -20,6 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from runs.lock import VARIABLE
+
+HANGUP = getattr(signal, "SIGHUP", None)
+
+
+def _is_ignored_hangup(number: int) -> bool:
+    return number == HANGUP and signal.getsignal(number) is signal.SIG_IGN
+
 
 class Interrupted(KeyboardInterrupt):
     """The signal `number` tells the run to stop. Not an `Exception`: no handler of failures catches it."""
@@ -31,13 +39,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Handles SIGTERM, SIGINT and SIGUSR1 while a run lasts: a context.
+    """Handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP (unless nohup has it ignored) while a run lasts: a context.
 
     A signal raises Interrupted at once, except within `deferred()`: there its number is kept in `received` (else 0), and the
     loop stops at the end of a step. A second signal ends the process immediately, with exit status 128 + its number.
     """
 
-    NUMBERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+    NUMBERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
     SAME = 2.0  # seconds in which a signal from torchrun may be one that its processes have already received
     STUCK = 5.0  # seconds after which a first signal that the main thread has not handled ends the process
 
@@ -54,7 +62,8 @@ class Signals:
             os.set_blocking(write, False)
             self._before_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False), write
             threading.Thread(target=self._watch, args=(pipe,), daemon=True).start()
-            self._before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
+            handled = [number for number in self.NUMBERS if not _is_ignored_hangup(number)]
+            self._before = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(self, *_exception) -> None:
@@ -98,6 +107,8 @@ class Signals:
                     continue
                 if not first:
                     first, since = number, time.monotonic()
+                elif number == first == HANGUP:
+                    pass  # a terminal that is closed sends it, and its shell too
                 # torchrun forwards a signal that its processes, one group with it on a terminal, may have received themselves.
                 elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - since > self.SAME:
                     os._exit(128 + number)
@@ -131,6 +142,22 @@ def _ranks() -> list[int]:
     return list(map(int, values))
 
 
+def _check_tasks() -> None:
+    """Raise ProcessError where a scheduler has started several tasks that know nothing of each other.
+
+    A run that a sweep has started is one of its own, whatever the job of the sweep was given.
+    """
+    if "WORLD_SIZE" in os.environ or VARIABLE in os.environ:
+        return
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        value = os.environ.get(name, "")
+        if value.isdecimal() and int(value) > 1:
+            raise ProcessError(
+                f"{name}={value} tasks without torchrun would each train the whole run; start them with torchrun "
+                "(scripts/slurm_train.sh does), or start one task"
+            )
+
+
 class Processes:
     """The processes that train one model: `world` of them, of which this is number `rank`. With one, nothing is sent.
 
@@ -146,6 +173,7 @@ class Processes:
     @classmethod
     def from_environment(cls) -> Processes:
         """From torchrun's variables, else one process. Raises ProcessError if they are incomplete or inconsistent."""
+        _check_tasks()
         return cls(*_ranks()) if os.environ.get("WORLD_SIZE", "1") != "1" else cls()
 
     @property

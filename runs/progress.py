@@ -1,4 +1,4 @@
-"""What a run says on the terminal while it goes on."""
+"""What a run says on the terminal while it trains."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from options import RESUME_MAY_CHANGE
+from options import RESUME_MAY_CHANGE, program_of
 from runs import RunError
 from runs.checkpoints import DamagedError, load_run_state
 from runs.folder import RunFolder
@@ -18,9 +18,9 @@ def resumable_state(folder: RunFolder, options: dict, quiet: bool = False) -> tu
 
     Raises RunError if it belongs to a run with other options, or if no file can be read.
     """
-    if not folder.last.exists() and not folder.previous.exists():
+    if not any(path.exists() for path in (folder.last, folder.previous, folder.best)):
         return None
-    problems = []
+    problems = [] if folder.last.exists() else [f"{folder.last} is gone"]
     for path in (folder.last, folder.previous, folder.best):
         if not path.exists():
             continue
@@ -29,13 +29,18 @@ def resumable_state(folder: RunFolder, options: dict, quiet: bool = False) -> tu
         except DamagedError as error:
             problems.append(str(error))
             continue
+        other = program_of(state["config"])
+        if other and program_of(options) not in (None, other):
+            raise RunError(f"--resume: {path} is of a run of {other}; resume it with that, or use another --output_dir")
         for name, value in options.items():
             if name not in RESUME_MAY_CHANGE and state["config"].get(name) != value:
                 raise RunError(f"--resume: {path} was trained with --{name} {state['config'].get(name)}, not {value}")
         if problems and not quiet:
             print(f"warning: {'; '.join(problems)}; going on from {path}", file=sys.stderr)
         return state, path
-    raise RunError(f"--resume: {'; '.join(problems)}; there is nothing to go on from, leave --resume out to start anew")
+    raise RunError(
+        f"--resume: {'; '.join(problems)}; there is nothing to go on from, --overwrite instead of --resume starts anew"
+    )
 
 
 def check_same_state(processes: Processes, folder: RunFolder, found: tuple[dict, Path] | None) -> None:

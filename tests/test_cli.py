@@ -117,12 +117,12 @@ def test_output_goes_to_a_folder_named_after_the_layer(tmp_path, monkeypatch):
     assert (tmp_path / "Output" / "AllConvNet" / "Conv2d-ConvNN" / "best.pt").exists()
 
 
-def test_another_run_in_the_folder_is_written_over_with_a_warning(tmp_path, capsys):
+def test_another_run_in_the_folder_is_written_over_when_told_with_a_warning(tmp_path, capsys):
     run("", tmp_path / "run")
     run("--test_only", tmp_path / "run")
     weights = (tmp_path / "run" / "best.pt").read_bytes()
     capsys.readouterr()
-    run("--seed 1", tmp_path / "run", epochs=1)
+    run("--seed 1 --overwrite", tmp_path / "run", epochs=1)
     assert "warning" in capsys.readouterr().err
     assert len(rows(tmp_path / "run")) == 1 and (tmp_path / "run" / "best.pt.old").read_bytes() == weights
     assert not (tmp_path / "run" / "test_results.json").exists()
@@ -192,7 +192,7 @@ def test_save_every_and_export_and_checkpoint(tmp_path):
     for path in (exported, tmp_path / "run" / "best.pt"):
         weights = utils.evaluated_weights(path)
         assert all(torch.equal(weights[name], value) for name, value in best.items())
-        run(f"--checkpoint '{path}' --lr 0 --weight_decay 0", tmp_path / "from", epochs=1)
+        run(f"--checkpoint '{path}' --lr 0 --weight_decay 0 --overwrite", tmp_path / "from", epochs=1)
         started = torch.load(tmp_path / "from" / "last.pt", weights_only=True)["model"]
         assert all(
             torch.equal(started[name], value) for name, value in best.items() if "running" not in name and "num" not in name
@@ -427,7 +427,7 @@ def test_vit_outputs_and_evaluation(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_the_four_vit_commands_run_as_written(command, tmp_path):
-    assert any(command in " ".join(line.split()) for line in readme_commands())
+    assert any(command in " ".join(line.split()) for line in commands_of_the_pages())
     limits = "--dataset digits --num_epochs 1 --train_limit 4 --test_limit 2 --batch_size 4 --device cpu"
     assert vit_main.main([*shlex.split(f"{command} {limits}"), "--output_dir", str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -499,7 +499,7 @@ def test_vit_checkpoints_of_torchvision(tmp_path, capsys):
     assert "other.pt is of another architecture or number of classes" in error and "patch_embedding.weight" in error
 
 
-# --- progress, and the README ---------------------------------------------------------------------------------------
+# --- progress, README and docs ---------------------------------------------------------------------------------------
 
 
 def test_without_a_terminal_there_is_one_line_per_epoch(tmp_path):
@@ -515,17 +515,27 @@ def test_without_a_terminal_there_is_one_line_per_epoch(tmp_path):
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["Conv2d/ConvNN", "epoch", "epoch", "best"]
 
 
-def readme_commands():
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    text = re.sub(r"for layer in (\S+)", r"layer=\1", text)  # the first of each shell loop
-    lines, layer = [], ""
-    for line in text.splitlines():
-        layer = line.split("layer=")[1].split(";")[0].split()[0] if "layer=" in line else layer
-        for variable, value in (("${layer/\\//-}", "x"), ("$layer", layer), ("$seed", "1")):
-            line = line.replace(variable, value)
-        if found := re.match(r"\s*(?:\w+=\S+ )?(?:python|torchrun .*?|sbatch .*?) (\w+\.py.*)", line):
-            lines.append(f"python {found[1]}")
-    return lines
+# docs/extending.md is applied word by word by test_extending.py: its commands need the mixer that it adds.
+PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "extending.md")]
+
+
+def blocks(language):
+    """The blocks of code in this language ("": commands) of all pages, by page."""
+    found = [(page, *block) for page in PAGES for block in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.S | re.M)]
+    return [(page, code) for page, word, code in found if word == language]
+
+
+def commands_of_the_pages():
+    lines = [line for _, code in blocks("") for line in code.replace("\\\n", " ").splitlines()]
+    found = [re.match(r"(?:\w+=\S+ )?(?:python|torchrun .*?|sbatch .*?) ([\w/]+\.py.*)", line) for line in lines]
+    return list(dict.fromkeys(f"python {one[1]}" for one in found if one))
+
+
+def test_commands_are_found_on_every_page_that_has_some():
+    assert len(commands_of_the_pages()) > 35
+    for page, code in blocks(""):
+        for line in code.replace("\\\n", " ").splitlines():
+            assert re.match(r"(\w+=\S+ )?(python|torchrun|sbatch|pip install) ", line), f"{page.name}: {line}"
 
 
 def test_the_promises_name_tests_that_exist():
@@ -535,17 +545,39 @@ def test_the_promises_name_tests_that_exist():
         assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), name
 
 
-def test_python_of_the_readme_runs():
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S):
-        exec(code, {})
+def test_what_the_pages_link_and_name_exists():
+    for page in [*PAGES, ROOT / "docs" / "extending.md"]:
+        text = page.read_text()
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+    for page in PAGES:
+        # Page of differences: the files of the published code too.
+        files = set(re.findall(r"`([\w/]+\.py)`", page.read_text())) - {"main.py", "layers.py"}
+        for name in files:
+            assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), f"{page.name}: {name}"
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_commands_of_the_readme_parse(command, monkeypatch):
+@pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda value: getattr(value, "name", ""))
+def test_python_of_the_pages_runs(page, code):
+    exec(code, {})
+
+
+@pytest.mark.parametrize(("page", "sweep"), blocks("yaml"), ids=lambda value: getattr(value, "name", ""))
+def test_sweeps_of_the_pages_have_points(page, sweep, tmp_path, monkeypatch):
+    import run_experiments
+
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "sweep.yaml").write_text(sweep)
+    assert run_experiments.main([str(tmp_path / "sweep.yaml"), "--dry_run"]) == 0
+
+
+@pytest.mark.parametrize("command", commands_of_the_pages())
+def test_commands_of_the_pages_parse(command, monkeypatch):
     import benchmark
     import run_experiments
     import visualize
-    from options import PROGRAMS, parse_options
+    from experiments.points import find_program
+    from options import parse_options
 
     monkeypatch.chdir(ROOT)
     _, program, *argv = shlex.split(command, comments=True)
@@ -557,7 +589,7 @@ def test_commands_of_the_readme_parse(command, monkeypatch):
     elif program == "visualize.py":
         visualize.make_parser().parse_args(argv)
     else:
-        parse_options(PROGRAMS[program], "", argv)
+        parse_options(find_program(program, command), "", argv)
 
 
 @pytest.mark.parametrize(
@@ -567,7 +599,7 @@ def test_commands_of_the_readme_parse(command, monkeypatch):
         "--layer Attention/ConvNN_Attn --sampling_type random --num_samples 32 --channels 64 128 256 --num_layers 3",
     ],
 )
-def test_the_two_examples_of_the_readme_run(example, tmp_path):
-    assert any(example in " ".join(command.split()) for command in readme_commands())
+def test_the_two_examples_of_the_layers_page_run(example, tmp_path):
+    assert any(example in " ".join(command.split()) for command in commands_of_the_pages())
     small = "--dataset digits --resize 32 --num_epochs 1 --train_limit 4 --test_limit 2 --batch_size 4 --device cpu"
     assert main([*shlex.split(f"{example} {small}"), "--output_dir", str(tmp_path / "run")]) == 0

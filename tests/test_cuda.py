@@ -20,8 +20,18 @@ SHAPES = 3, 20, 30, 8, 12, 5  # B, N, M, C, D, K
 # Of each kernel the configurations with the most registers; tests/compiled_cuda.py prints those of all.
 HEAVIEST = [
     "search_kernel: search, bf16, C 64, K 16",
-    "search_kernel: search, bf16, C 64, K 32",
     "search_kernel: search, fp32, C 64, K 32",
+    "search_kernel: search, euclidean, own first, candidates, bf16, C 64, K 9",
+    "key_terms_kernel: search, cosine, own first, bf16, C 256, K 9",
+    "pair_kernel: depthwise backward, fp32, C 64, K 16",
+    "gather_sum_kernel: squared distances backward, fp32, C 64, K 16",
+    "spread_atomic_kernel: squared distances backward, fp32, C 64, K 16",
+    "spread_sorted_kernel: squared distances backward, fp32, C 64, K 16",
+    "weight_grad_kernel: depthwise backward, bf16, C 64, K 9",
+    "weight_grad_kernel: standard with scores backward, bf16, C 256, K 9, D 512",
+    "convolution_kernel: standard, bf16, C 256, K 9, D 512",
+    "rows_grad_kernel: standard with scores backward, bf16, C 64, K 9, D 64",
+    "rows_grad_kernel: standard with scores backward, fp32, C 256, K 9, D 512",
 ]
 
 

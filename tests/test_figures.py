@@ -220,6 +220,7 @@ def test_a_sweep_draws_the_curves_of_the_runs_that_have_ended(tmp_path, monkeypa
     finish(points[4], tmp_path, [1, 2, 3])
     for damage in ("epoch,test_top1\n1,", "", "\0", "epoch\n1\n"):
         (tmp_path / points[4].name / "metrics.csv").write_text(damage)
+        report.warn_once.cache_clear()
         write_summary(points, tmp_path)
         (rows, curves), *_ = drawn
         assert [row["layer"] for row in rows] == ["Conv2d", "ConvNN"]

@@ -90,7 +90,6 @@ DEFAULTS = {
     "early_stopping": 0,
     # system and output
     "device": "auto",
-    "kernels": "auto",
     "seed": 0,
     "deterministic": False,
     "output_dir": "./Output/AllConvNet/ConvNN",
@@ -101,6 +100,7 @@ DEFAULTS = {
     "export": None,
     "test_only": False,
     "tensorboard": False,
+    "kernels": "auto",
 }
 CHOICES = {
     "shuffle_pattern": ("BA", "NA", "B", "A"),

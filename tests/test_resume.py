@@ -261,7 +261,7 @@ def test_a_signal_before_anything_was_done(tmp_path, monkeypatch, capsys):
     run(CONVNET, tmp_path / "earlier", epochs=1)
     kill_at(monkeypatch, train_eval, "load_data", 1, signal.SIGINT)
     capsys.readouterr()
-    assert run(CONVNET, tmp_path / "earlier") == 130
+    assert run(f"{CONVNET} --overwrite", tmp_path / "earlier") == 130
     assert capsys.readouterr().err == "stopped by SIGINT\n"  # what is there is another run
     monkeypatch.undo()
     kill_at(monkeypatch, train_eval, "load_data", 1, signal.SIGINT)

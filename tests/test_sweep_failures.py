@@ -108,7 +108,7 @@ def test_a_run_with_an_odd_summary_has_not_ended(sweep):
         path.write_text(content)
         assert [row["runs"] for row in summarize(points, FOLDER)] == [2, 1], content
     assert run_experiments.main(["sweep.yaml"]) == 0  # which runs it again, and nothing else
-    assert [name for what, name, _ in notes() if what == "start"][4:] == ["ConvNN_seed-1"]
+    assert [note[1] for note in notes() if note[0] == "start"][4:] == ["ConvNN_seed-1"]
     assert [row["runs"] for row in summarize(points, FOLDER)] == [2, 2]
 
 
@@ -289,7 +289,7 @@ def test_a_shipped_sweep_starts_from_any_directory(tmp_path, monkeypatch, capsys
 
 def test_nobody_reads_the_output_any_more(sweep):
     """`| head -1`: the points go on, and end as they would."""
-    process = in_own_process(sweep, EPOCH="0.2")
+    process = in_own_process(sweep)
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(60) == 0 and "Traceback" not in err and "BrokenPipe" not in err

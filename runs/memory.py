@@ -1,0 +1,52 @@
+"""Memory that is not there: one line that says what was being made, how much of it, and what helps."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import torch
+
+# What NumPy, Python and torch's allocators of the CPU say; CUDA's has a class of its own.
+SAID = ("not enough memory", "can't allocate memory", "cannot allocate memory", "unable to allocate", "out of memory")
+
+
+class OutOfMemory(Exception):
+    """Something that did not fit into memory, in one line."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of the CPU or of a GPU, says that memory is short."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(words in str(error).lower() for words in SAID)
+
+
+def _amount(error: BaseException) -> str:
+    """How much was asked for, where the error says it: "2.00 GiB", or "123 bytes" in GiB as well."""
+    text = " ".join(str(error).split())
+    found = re.search(r"(?:allocate|allocated) ([\d.,]+) ?([KMGT]?i?B|bytes)", text)
+    if not found:
+        return ""
+    if found[2] != "bytes":
+        return f"{found[1]} {found[2]}"
+    size = int(found[1].replace(",", "").rstrip("."))
+    return f"{size / 2**30:,.2f} GiB"
+
+
+@contextlib.contextmanager
+def making(what: str, advice: str = "") -> Iterator[None]:
+    """A context in which `what` is made: errors that say that memory is short become OutOfMemory; advice: what helps."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        amount = _amount(error)
+        where = "of the GPU " * isinstance(error, torch.OutOfMemoryError)
+        raise OutOfMemory(
+            f"out of memory {where}while making {what}"
+            + f": {amount} more could not be had" * bool(amount)
+            + f"; {advice}" * bool(advice)
+        ) from None
