@@ -285,7 +285,7 @@ def convert(name: str, value, spec: Spec):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-MOST_BYTES = 1_000_000  # of a YAML file; those of a thousand options have twenty thousand
+MOST_BYTES = 100_000  # of a YAML file: fifty times config.yaml, and what is read within seconds
 
 
 class _PlainLoader(yaml.SafeLoader):

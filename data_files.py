@@ -317,7 +317,7 @@ TRANSPOSED = {  # by the number in EXIF's tag Orientation, the image as the came
 @contextlib.contextmanager
 def _opened(path: str):
     """A PIL image whose header has been read. Raises DataError, also for what the block raises."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with open_regular(path) as raw, Image.open(raw, formats=FORMATS) as file:
@@ -332,6 +332,8 @@ def _opened(path: str):
             ):
                 raise ValueError(f"pixels of mode {file.mode}, whose range is not known; 8 or 16 bits are read")
             yield file, raw
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: cannot be read as an image (it begins like none of {', '.join(FORMATS)})") from None
     except Exception as error:  # decoders raise nearly anything on a damaged file
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {why})") from None

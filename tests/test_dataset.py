@@ -845,7 +845,7 @@ def test_images_that_cannot_be_right_are_refused_before_training(tmp_path):
     check("real.tif", Image.fromarray(np.full((8, 8), 0.5, np.float32)).save, "mode F")
     check("moves.gif", lambda file: image.save(file, save_all=True, append_images=[image.rotate(90)]), "2 images in one file")
     check("strip.png", Image.new("L", (1000, 2)).save, "1000 x 2")
-    check("program.png", lambda file: image.save(file, format="EPS"), "UnidentifiedImageError")
+    check("program.png", lambda file: image.save(file, format="EPS"), "begins like none of")
     check("pipe.png", os.mkfifo, "not a regular file")
     check("gone.png", lambda file: file.symlink_to("nowhere.png"), "not a regular file")
     check("folder", lambda file: file.symlink_to(tmp_path / "val"), "a folder that it lies in")
