@@ -238,9 +238,10 @@ _RECONSTRUCT = np.empty(0).__reduce__()[0]
 _FROM_BUFFER = np.empty(1).__reduce_ex__(5)[0]
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+class _ArrayUnpickler(pickle._Unpickler):
     """Reads NumPy arrays and plain values, and nothing that could run code.
 
+    It is the one written in Python: to that in C, ten bytes can say that a table of 64 GB is to be made.
     A pickle names the functions that it calls; `find_class` is where names become functions.
     """
 

@@ -651,6 +651,7 @@ def test_malicious_pickles_run_nothing(tmp_path):
         pickle.dumps({"data": np.zeros((1, 3071), np.uint8), "labels": [0]}),
         pickle.dumps({"data": np.zeros((0, 3072), np.uint8), "labels": []}),
         pickle.dumps({"data": np.zeros(3072, np.uint8), "labels": [0]}),
+        b"\x80\x02}r\xff\xff\xff\x1f.",  # an entry of the memo far away: gigabytes in C
         pickle.dumps({"data": np.array(7, np.uint8), "labels": [0]}),  # without axes
         pickle.dumps({"data": np.zeros((1, 1, 3072), np.uint8), "labels": [0]}),
         pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [True]}),
