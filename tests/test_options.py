@@ -481,7 +481,7 @@ BAD_YAML = [
     ("".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9)), "--config 'c.yaml'; an alias; a0"),
     ("base: &base {K: 3}\n<<: *base\n", "--config 'c.yaml'; line 2; an alias"),
     ("# " + 10**5 * "x", "--config 'c.yaml'; larger than 100,000 bytes"),
-    (f"{5000 * 'x'}: 1", "--config 'c.yaml'; unknown key"),
+    (f"? {5000 * 'x'}\n: 1", "--config 'c.yaml'; unknown key"),
     ("K: 0", "--K 0; at least 1"),
     ("seed: none", "--seed 'none'; whole number"),
     ("lr: true", "--lr True; number"),
