@@ -262,4 +262,4 @@ def test_export_over_a_file_is_refused(finished, tmp_path, capsys):
     assert "exists and is the --checkpoint" in error
     with contextlib.suppress(FileNotFoundError):
         (tmp_path / "link.safetensors").symlink_to(tmp_path / "nowhere")
-    assert "exists" in refused(f"--export {tmp_path / 'link.safetensors'}", tmp_path / "other", capsys)
+    assert "nowhere, which does not exist" in refused(f"--export {tmp_path / 'link.safetensors'}", tmp_path / "other", capsys)
