@@ -344,7 +344,8 @@ def _did_you_mean_flag(word: str, flags: list[str]) -> str:
     """A suggestion of a flag; for one letter (`-b`) those that begin with it, as there are no short flags but -h."""
     if re.fullmatch(r"-\w", word):
         close = sorted({flag for flag in flags if flag.startswith(f"-{word}") and not flag.startswith("--no-")})
-        return f"; did you mean one of {', '.join(close)}?" if close else ""
+        one_of = "one of " if len(close) > 1 else ""
+        return f"; did you mean {one_of}{', '.join(close)}?" if close else ""
     return did_you_mean(word, [flag for flag in flags if flag.startswith("--")])
 
 

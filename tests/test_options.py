@@ -31,6 +31,7 @@ from options import (
 
 ROOT = Path(__file__).parent.parent
 BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "resume", "test_only", "tensorboard")
+BOOLEANS += ("overwrite", "override")
 LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention")
 
 # What `allconvnet_main.py` without a flag resolves to; num_workers depends on the machine.
@@ -101,6 +102,8 @@ DEFAULTS = {
     "test_only": False,
     "tensorboard": False,
     "kernels": "auto",
+    "overwrite": False,
+    "override": False,
 }
 CHOICES = {
     "shuffle_pattern": ("BA", "NA", "B", "A"),
