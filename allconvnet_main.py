@@ -17,14 +17,16 @@ from runs.streams import run_program
 def main(argv: list[str] | None = None) -> int:
     program = PROGRAMS["allconvnet_main.py"]
     options, parser = parse_options(program, __doc__, argv)
-    if not options.train.test_only:  # whose model is that of the checkpoint
-        warn_without_effect(options.model, parser)
-        warn_oversized(options.model, parser)
     # torch takes seconds to import: only once the options are known to be right.
     from allconvnet import AllConvNet
     from train_eval import run
 
-    return run(options, AllConvNet, parser.error, as_trained=partial(as_trained, program, parser.stated))
+    def announce() -> None:
+        warn_without_effect(options.model, parser)
+        warn_oversized(options.model, parser)
+
+    stated = partial(as_trained, program, parser.stated)
+    return run(options, AllConvNet, parser.error, as_trained=stated, announce=announce)
 
 
 if __name__ == "__main__":

@@ -276,18 +276,20 @@ def run(
     fail: Callable[[str], None],
     load: Callable[[nn.Module, dict], None] = load_state,
     as_trained: Callable[[dict], AsTrained] | None = None,
+    announce: Callable[[], None] = lambda: None,
 ) -> int:
     """Train, or evaluate under --test_only, as the options say; returns the exit status.
 
     `fail` ends the program with one line and status 2 for what the user can correct; `load` puts the state dict of a
-    --checkpoint into the model; `as_trained` says, from the options in a checkpoint of ours, how to evaluate it.
+    --checkpoint into the model; `as_trained` says, from the options in a checkpoint of ours, how to evaluate it; `announce`
+    prints what the user should know of a training that begins, once nothing can be wrong with it any more.
     """
     signals, processes = Signals(), None
     # Exit status: 2 (`fail`) for the user's mistakes, 1 for what happens on the way, 128 + number for signals.
     try:
         processes = Processes.from_environment()
         with signals, processes:
-            job = _Run(options, make_model, load, as_trained, processes, signals)
+            job = _Run(options, make_model, load, as_trained, announce, processes, signals)
             with making("what this run needs", MEMORY_ADVICE):
                 if options.train.test_only:
                     _test(job)
@@ -338,6 +340,7 @@ class _Run(NamedTuple):
     make_model: Callable[[ModelConfig], nn.Module]
     load: Callable[[nn.Module, dict], None]
     as_trained: Callable[[dict], AsTrained] | None
+    announce: Callable[[], None]
     processes: Processes
     signals: Signals
 
@@ -513,6 +516,7 @@ def _train(run: _Run) -> None:
         resume(training, folder, *found)
     facts = _facts(run, model, data, device)
     if processes.first:
+        run.announce()
         folder.start(plain, model, resumed=found is not None)
         print(
             f"{options.model.layer} on {options.data.dataset}: {facts['parameters']:,} parameters, "

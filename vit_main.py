@@ -17,13 +17,12 @@ from runs.streams import run_program
 def main(argv: list[str] | None = None) -> int:
     program = PROGRAMS["vit_main.py"]
     options, parser = parse_options(program, __doc__, argv)
-    if not options.train.test_only:  # whose model is that of the checkpoint
-        warn_without_effect(options.model, parser)
     # torch takes seconds to import: only once the options are known to be right.
     from train_eval import run
     from vit import ViT, load_vit_weights
 
-    return run(options, ViT, parser.error, load_vit_weights, partial(as_trained, program, parser.stated))
+    stated, announce = partial(as_trained, program, parser.stated), partial(warn_without_effect, options.model, parser)
+    return run(options, ViT, parser.error, load_vit_weights, stated, announce)
 
 
 if __name__ == "__main__":
