@@ -1,5 +1,6 @@
 import math
 import os
+import signal
 
 # Small models are as fast on one core, and the tests, with the programs they start, run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,8 @@ from hypothesis import settings
 import kernels.cpu
 from kernels.backend import use
 
+# Under nohup it is ignored, by the programs that the tests start too, and runs keep to that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("ci")
 
