@@ -91,8 +91,8 @@ def _weight_grad_kernel(
     out = tl.program_id(2) * BD + tl.arange(0, BD)
     begin = tl.program_id(0) * rows_per_part
     total = tl.zeros((BD, BC), tl.float32)
-    for first in range(begin, begin + rows_per_part, BN):
-        row = first + tl.arange(0, BN)
+    for first in range(0, rows_per_part, BN):
+        row = begin + first + tl.arange(0, BN)
         there = row < count
         chosen = chosen_offset(index, index_strides, row, k, there, N, values_strides)
         x = _load_scaled(values, chosen, scores, row, k, there, channels, K, C)

@@ -160,20 +160,21 @@ def _spread_sorted_kernel(
     """For one token the sum of what the pairs that chose it pass back, always in the same order."""
     token = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BC + tl.arange(0, BC)
-    end = tl.load(starts + token + 1)
+    first, end = tl.load(starts + token), tl.load(starts + token + 1)
     total = tl.zeros((BP, BC), tl.float32)
-    for first in range(tl.load(starts + token), end, BP):
+    while first < end:
         number = first + tl.arange(0, BP)
         there = number < end
         pair = tl.load(pairs + number, mask=there, other=0).to(tl.int32)
         total += _passed_back(
             rows, rows_strides, x, x_strides, index, index_strides, scale, weight, pair, there, channels, N, K, C
         )
+        first += BP
     tl.store(output + token * C + channels, tl.sum(total, axis=0), mask=channels < C)
 
 
 @triton.jit
-def _weight_grad_kernel(
+def _depthwise_weight_grad_kernel(
     grad,
     grad_strides,
     values,
@@ -195,8 +196,8 @@ def _weight_grad_kernel(
     channels = tl.program_id(2) * BC + tl.arange(0, BC)
     begin = tl.program_id(0) * rows_per_part
     total = tl.zeros((BN, BC), tl.float32)
-    for first in range(begin, begin + rows_per_part, BN):
-        row = first + tl.arange(0, BN)
+    for first in range(0, rows_per_part, BN):
+        row = begin + first + tl.arange(0, BN)
         there = row < count
         chosen = chosen_offset(index, index_strides, row, k, there, N, values_strides)
         product = load_rows(values, chosen, there, channels, C).to(tl.float32)
@@ -304,7 +305,7 @@ def depthwise_weight_grad(grad: Tensor, values: Tensor, index: Tensor, scores: T
     parts, rows_per_part = parts_of(G * N, blocks, BN)
     partial = values.new_empty((parts, K, C), dtype=torch.float32)
     common.launch(
-        _weight_grad_kernel,
+        _depthwise_weight_grad_kernel,
         (parts, *blocks),
         *(*rows_of(grad), *rows_of(values), *rows_of(index), scores, partial, G * N, N, rows_per_part),
         device=values.device,

@@ -27,7 +27,7 @@ HEAVIEST = [
     "gather_sum_kernel: squared distances backward, fp32, C 64, K 16",
     "spread_atomic_kernel: squared distances backward, fp32, C 64, K 16",
     "spread_sorted_kernel: squared distances backward, fp32, C 64, K 16",
-    "weight_grad_kernel: depthwise backward, bf16, C 64, K 9",
+    "depthwise_weight_grad_kernel: depthwise backward, bf16, C 64, K 9",
     "weight_grad_kernel: standard with scores backward, bf16, C 256, K 9, D 512",
     "convolution_kernel: standard, bf16, C 256, K 9, D 512",
     "rows_grad_kernel: standard with scores backward, bf16, C 64, K 9, D 64",
