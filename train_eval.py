@@ -10,13 +10,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,29 +24,16 @@ from tqdm import tqdm
 from cli import as_words
 from dataset import Data, DataError, import_torchvision, load_data
 from kernels import backend
-from options import (  # noqa: F401  like the unused names below, TrainConfig is only offered from here as well
-    AsTrained,
-    ModelConfig,
-    Options,
-    TrainConfig,
-    assumed_options,
-    evaluation_options,
-)
+from options import AsTrained, ModelConfig, Options, TrainConfig, evaluation_options  # noqa: F401  offered from here as well
 from runs import RunError
-from runs.checkpoints import (
-    NonFiniteWeights,
-    evaluated_weights,
-    export_onnx,
-    export_weights,
-    load_checkpoint,
-    load_state,
-    load_weights,
-)
-from runs.files import WriteError, check_writable, is_same_file
+from runs.checkpoints import load_checkpoint, load_state, load_weights
+from runs.endings import STOPPED, exit_status
+from runs.export import check_export, export
+from runs.files import WriteError, check_writable
 from runs.folder import RunFolder, summarize
 from runs.lock import locked
 from runs.measure import count_flops, count_parameters, device_name
-from runs.memory import OutOfMemory, making
+from runs.memory import making
 from runs.metrics import Meter, Metrics, history_row
 from runs.optimization import (  # noqa: F401
     Average,
@@ -64,6 +48,7 @@ from runs.optimization import (  # noqa: F401
 )
 from runs.processes import Interrupted, ProcessError, Processes, Signals, seed_process
 from runs.progress import Progress, epoch_line
+from runs.provenance import options_as_trained, say_what_differs, say_what_is_assumed
 from runs.resume import check_same_state, resumable_state, resume
 from runs.training import Training
 from utils import choose_kernels, pick_device, seed_everything
@@ -300,38 +285,8 @@ def run(
         if isinstance(error, DataError) and processes.local_rank:
             print(error, file=sys.stderr)  # of this process alone: `fail` leaves what concerns all to the first one
         fail(str(error))
-    except (NonFiniteLoss, NonFiniteWeights, OutOfMemory, WriteError, OSError) as error:
-        if processes.first:
-            last = RunFolder(options.train.output_dir).last
-            is_kept = isinstance(error, OutOfMemory) and not options.train.test_only and last.exists()
-            print(f"stopped: {error}" + f"; --resume goes on from {last}" * is_kept, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        number = getattr(error, "number", signal.SIGINT)
-        if processes is None or processes.first:
-            last = RunFolder(options.train.output_dir).last
-            hint = f"; --resume goes on from {last}" if getattr(error, "is_saved", False) else ""
-            print(f"stopped by {signal.Signals(number).name}{hint}", file=sys.stderr)
-        return 128 + number
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        fail(
-            f"--batch_size {options.train.batch_size} leaves a batch with one image, whose last map is one pixel: BatchNorm "
-            "has nothing to compare; use another --batch_size, --accumulate_steps or --resize"
-        )
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if options.train.deterministic and "deterministic" in text:
-            fail(f"--deterministic: --layer {options.model.layer} has a step without a deterministic form here ({text[:150]})")
-        if "DataLoader worker" in text:  # raised by torch's signal handler, wherever the run was
-            fail(f"a process that reads images died ({text[:150]}); try --num_workers 0")
-        lost = isinstance(error, torch.distributed.DistError) or "gloo" in text
-        if processes.world == 1 or not lost:
-            raise
-        if processes.first:  # the others may have said why
-            print(f"stopped: process 0 has lost another one of {processes.world}", file=sys.stderr)
-        return 1
+    except (KeyboardInterrupt, ValueError, RuntimeError, OSError, WriteError, *STOPPED) as error:
+        return exit_status(error, options, processes, fail)
     return 0
 
 
@@ -372,14 +327,7 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
     folder = RunFolder(train.output_dir)
     check_writable(folder.path, "--output_dir")
     if train.export:
-        check_writable(Path(train.export).parent, "--export")
-        if Path(train.export).is_dir():
-            raise RunError(f"--export {train.export} is a folder; name a file")
-        if os.path.lexists(train.export) and not train.overwrite:
-            own = " and is the --checkpoint" * is_same_file(train.export, train.checkpoint)
-            raise RunError(f"--export {train.export} exists{own}; name another file, or write over it with --overwrite")
-        if train.export.endswith(".onnx") and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
-            raise RunError(f"--export {train.export} needs the packages onnx and onnxscript: pip install onnx onnxscript")
+        check_export(train)
     if train.mixup or train.cutmix:
         import_torchvision()
     if train.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -414,7 +362,7 @@ def _test(run: _Run) -> None:
     if not path.exists():
         raise RunError(f"--test_only: there is no {path}; train first, or name the weights with --checkpoint FILE")
     state = load_checkpoint(path)
-    options, changes = _as_trained(run, state, path)
+    options, changes = options_as_trained(options, run.as_trained, state, path)
     run = run._replace(options=options)
     model, folder, device = _prepare(run)
     train = options.train
@@ -426,7 +374,7 @@ def _test(run: _Run) -> None:
             "or evaluate its weights in another model than theirs with --override"
         )
     if processes.first:
-        _say_what_is_assumed(options, state, path, changes)
+        say_what_is_assumed(options, state, path, changes)
     processes.connect(device)
     data = _load_data(run, device)
     model.to(device)
@@ -453,42 +401,6 @@ def _test(run: _Run) -> None:
         print(f"results are in {written}: test_results.json is of other options")
 
 
-def _as_trained(run: _Run, state: dict, path: Path) -> tuple[Options, dict]:
-    """The options to evaluate a checkpoint with, and how they differ from those it was trained with. Raises RunError."""
-    options, trained = run.options, state.get("config")
-    if not isinstance(trained, dict) or run.as_trained is None:
-        return options, {}
-    try:
-        found, changes = run.as_trained(trained)
-    except (ValueError, TypeError) as error:
-        raise RunError(f"--test_only: with the options of {path}, {error}") from None
-    if not options.train.checkpoint:  # results stay in the folder that the weights are from
-        found = found._replace(train=replace(found.train, output_dir=options.train.output_dir))
-    return found, changes
-
-
-def _say_what_is_assumed(options: Options, state: dict, path: Path, changes: dict) -> None:
-    if not isinstance(state.get("config"), dict):
-        words = " ".join(f"--{name} {as_words(value)}" for name, value in assumed_options(options.model).items())
-        print(f"assumed of {path}, which does not say: {words}")
-    elif changes:
-        words = ", ".join(f"--{name} {as_words(before)}, here {as_words(after)}" for name, (before, after) in changes.items())
-        print(f"warning: --override: {path} was trained with {words}", file=sys.stderr)
-
-
-def _say_what_differs(run: _Run, state: dict, path: Path) -> None:
-    """A warning where training goes on from weights that another model than this one was trained to, though they fit."""
-    trained = state.get("config")
-    if isinstance(trained, dict):
-        differences = [
-            f"--{name} {as_words(trained[name])}, here {as_words(value)}"
-            for name, value in assumed_options(run.options.model).items()
-            if name in trained and as_words(trained[name]) != as_words(value)
-        ]
-        if differences:
-            print(f"warning: {path} was trained with {'; '.join(differences)}", file=sys.stderr)
-
-
 def _train(run: _Run) -> None:
     """Train from the beginning, from --checkpoint's weights, or from where --resume finds the run; write all outputs."""
     model, folder, device = _prepare(run)
@@ -502,7 +414,7 @@ def _train(run: _Run) -> None:
         state = load_checkpoint(path)
         load_weights(model, path, run.load, state=state)
         if processes.first:
-            _say_what_differs(run, state, path)
+            say_what_differs(options.model, state, path)
     elif train.checkpoint and processes.first:
         print(f"warning: --checkpoint {train.checkpoint} is not read: --resume goes on from {found[1]}", file=sys.stderr)
     processes.connect(device)
@@ -529,12 +441,7 @@ def _train(run: _Run) -> None:
     if not processes.first:
         return
     if train.export:
-        weights = evaluated_weights(folder.best)
-        if train.export.endswith(".onnx"):
-            load_state(model, weights)
-            export_onnx(Path(train.export), model, facts["image_shape"])
-        else:
-            export_weights(Path(train.export), weights)
+        export(Path(train.export), model, folder.best, facts["image_shape"])
     split = selection_split(data)
     print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
 

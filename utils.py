@@ -18,7 +18,6 @@ from runs.checkpoints import (  # noqa: F401
     STATE,
     DamagedError,
     evaluated_weights,
-    export_weights,
     load_checkpoint,
     load_state,
     load_weights,
@@ -26,6 +25,7 @@ from runs.checkpoints import (  # noqa: F401
     save_checkpoint,
     set_random_state,
 )
+from runs.export import export_weights  # noqa: F401
 from runs.files import (  # noqa: F401
     WriteError,
     as_csv,

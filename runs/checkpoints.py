@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from runs import RunError
-from runs.files import atomic_file, remove_temporaries, write_atomically
+from runs.files import atomic_file
 from runs.memory import is_out_of_memory
 
 # The keys of a checkpoint that a run can resume from.
@@ -153,35 +152,6 @@ def load_weights(
     except ValueError as error:
         raise RunError(f"{flag}: {source} is {error}") from None
     check_finite_weights(weights, source)
-
-
-def export_weights(path: Path, weights: dict) -> None:
-    """Write a state dict as safetensors, for sharing. Raises WriteError."""
-    from safetensors.torch import save
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_temporaries(path.parent, path.name)
-    write_atomically(path, save({name: value.contiguous() for name, value in weights.items()}))
-
-
-def export_onnx(path: Path, model: nn.Module, image_shape: tuple[int, ...]) -> None:
-    """Write the model, in eval mode, as ONNX: input `images` (batch, channels, height, width), output `logits`.
-
-    Raises WriteError. A graph of plain operators: nothing of this project is needed to run it.
-    """
-    model = copy.deepcopy(model).cpu().eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_temporaries(path.parent, path.name)
-    program = torch.onnx.export(
-        model,
-        (torch.zeros(2, *image_shape),),  # one image would be taken for a constant
-        dynamo=True,
-        dynamic_shapes=({0: "batch"},),
-        input_names=["images"],
-        output_names=["logits"],
-        verbose=False,
-    )
-    write_atomically(path, program.model_proto.SerializeToString())
 
 
 # ---------------------------------------------------------------------------------------------------------------

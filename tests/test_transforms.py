@@ -137,7 +137,7 @@ def test_an_exported_program_needs_none_of_our_modules(tmp_path):
 def test_onnx(kind, options, tmp_path):
     """`--export FILE.onnx` for another number of images, as onnxruntime computes it."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    from runs.checkpoints import export_onnx
+    from runs.export import export_onnx
 
     model = make(kind, **options).eval()
     export_onnx(tmp_path / "model.onnx", model, (1, 16, 16))
