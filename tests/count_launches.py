@@ -1,6 +1,7 @@
-"""Kernels that one call of each operator launches, chunked and in Triton: `PYTHONPATH=. python tests/count_launches.py`.
+"""Kernels that the operators of one layer launch, and the bytes they move: `PYTHONPATH=. python tests/count_launches.py`.
 
-Counted on fake CUDA tensors: each operator of PyTorch that computes as one launch (a sort is several), each kernel as one.
+Counted on fake CUDA tensors: each operator of PyTorch that computes as one launch (a sort is several), each Triton kernel as
+one. Bytes are those of all tensors that a launch is given or returns, each once; what a kernel gathers again comes on top.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 from compiled_cuda import launches
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels import chunked, cuda
 
@@ -28,18 +30,26 @@ LAYERS = {
 
 
 class Counter(TorchDispatchMode):
-    """Counts operators that compute something."""
+    """Counts operators that compute something, and the bytes of their tensors."""
 
-    count = 0
+    def __init__(self):
+        super().__init__()
+        self.count = self.bytes = 0
+
+    def add(self, *tensors) -> None:
+        self.count += 1
+        self.bytes += sum(x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
         namespace, name = function._schema.name.split("::")
-        self.count += namespace == "aten" and not function.is_view and name not in QUIET
-        return function(*args, **(kwargs or {}))
+        if namespace == "aten" and not function.is_view and name not in QUIET:
+            self.add(*tree_leaves((args, kwargs, output)))
+        return output
 
 
-def count(backend, layer: tuple) -> tuple[int, int]:
-    """Launches of the operators of one layer, forward and backward."""
+def count(backend, layer: tuple) -> tuple[int, int, int]:
+    """Launches of the operators of one layer, forward and backward, and bytes of both together."""
     G, N, C, D, K, scored = layer
 
     def new(*shape, dtype=torch.bfloat16):
@@ -55,24 +65,29 @@ def count(backend, layer: tuple) -> tuple[int, int]:
     backward = [(backend.aggregate_backward, grad, x, index, weight, scores, not D, True)]
     if scored:
         backward.append((backend.pair_scores_backward, scores, x, x, index, False))
-    found = []
+    found, moved = [], 0
     for calls in (forward, backward):
         with Counter() as counter:
-            triton = sum(len(launches(*call)[1]) for call in calls)
-        found.append(counter.count + triton)
-    return tuple(found)
+            for call in calls:
+                for _, given, _ in launches(*call)[1]:
+                    counter.add(*given)
+        found.append(counter.count)
+        moved += counter.bytes
+    return *found, moved
 
 
 def main() -> None:
     torch._C._ensureCUDADeviceGuardSet()
-    print("| layer | chunked: forward | backward | Triton: forward | backward | in order |\n|---|---:|---:|---:|---:|---:|")
+    heads = [f"{name}: forward | backward | GB" for name in ("chunked", "Triton", "Triton in order")]
+    print(f"| layer | {' | '.join(heads)} |\n|---|{'---:|' * 9}")
     for name, layer in LAYERS.items():
-        found = []
+        cells = []
         for backend, in_order in ((chunked, False), (cuda, False), (cuda, True)):
             torch.use_deterministic_algorithms(in_order)
             with FakeTensorMode():
-                found += count(backend, layer)
-        print(f"| {name} | {' | '.join(f'{n:,}' for n in found[:4])} | {found[5]:,} |")
+                forward, backward, moved = count(backend, layer)
+            cells.append(f"{forward:,} | {backward:,} | {moved / 1e9:.2f}")
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
