@@ -7,12 +7,11 @@ Losses and counts stay on the device; the CPU synchronizes with it every 20 step
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +30,6 @@ from runs.endings import STOPPED, exit_status
 from runs.export import check_export, export
 from runs.files import WriteError, check_writable
 from runs.folder import RunFolder, summarize
-from runs.lock import locked
 from runs.measure import count_flops, count_parameters, device_name
 from runs.memory import making
 from runs.metrics import Meter, Metrics, history_row
@@ -279,7 +277,7 @@ def run(
                 if options.train.test_only:
                     _test(job)
                 else:
-                    with _claimed_folder(job):
+                    with RunFolder(options.train.output_dir).claimed(options.train) if processes.first else nullcontext():
                         _train(job)
     except (RunError, DataError, ProcessError) as error:
         if isinstance(error, DataError) and processes.local_rank:
@@ -298,19 +296,6 @@ class _Run(NamedTuple):
     announce: Callable[[], None]
     processes: Processes
     signals: Signals
-
-
-@contextlib.contextmanager
-def _claimed_folder(run: _Run) -> Iterator[None]:
-    """A context in which the output folder is this run's: nobody else writes there, and it holds nothing that would be lost."""
-    train, folder = run.options.train, RunFolder(run.options.train.output_dir)
-    if not run.processes.first:
-        yield
-        return
-    check_writable(folder.path, "--output_dir")
-    with locked(folder.path):
-        folder.check(train.resume, train.overwrite)
-        yield
 
 
 def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:

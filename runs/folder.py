@@ -10,6 +10,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +18,11 @@ import torch
 import yaml
 from torch import nn
 
+from options import TrainConfig
 from runs import RunError
 from runs.checkpoints import save_checkpoint
-from runs.files import as_csv, as_png, remove_temporaries, write_atomically
+from runs.files import as_csv, as_png, check_writable, remove_temporaries, write_atomically
+from runs.lock import locked
 from runs.measure import count_parameters, device_name, measure_latency, process_peak_memory, versions
 from runs.progress import epoch_line
 from runs.training import Training
@@ -133,6 +136,14 @@ class RunFolder:
         except (OSError, ValueError, RecursionError):
             return {}
         return summary if isinstance(summary, dict) else {}
+
+    @contextlib.contextmanager
+    def claimed(self, train: TrainConfig) -> Iterator[None]:
+        """A context in which the folder is this run's: nobody else writes there, and it holds nothing that would be lost."""
+        check_writable(self.path, "--output_dir")
+        with locked(self.path):
+            self.check(train.resume, train.overwrite)
+            yield
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """Raise RunError, with what to do, if a run that starts here would write over what it must not.
