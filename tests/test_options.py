@@ -275,11 +275,12 @@ def test_a_programs_own_defaults_lose_to_yaml_and_flags():
 
 @pytest.mark.parametrize("name", BOOLEANS)
 def test_booleans_in_all_forms(name):
+    beside = "--test_only " if name == "override" else ""  # without which it has no meaning
     for on in (f"--{name}", f"--{name} True", f"--{name} true", f"--{name}=True", f"--no-{name} --{name}"):
-        assert values(on)[name] is True
+        assert values(beside + on)[name] is True
     for off in (f"--no-{name}", f"--{name} False", f"--{name} false", f"--{name}=False", f"--{name} --no-{name}"):
         assert values(off)[name] is False
-    assert parse_yaml(f"{name}: true").as_dict()[name] is True
+    assert parse_yaml(f"{name}: true" + "\ntest_only: true" * bool(beside)).as_dict()[name] is True
     assert parse_yaml(f"{name}: 'False'").as_dict()[name] is False
 
 
@@ -691,7 +692,7 @@ def settings_of_a_run(draw):
         "data_path": text,
         "output_dir": text.filter(lambda text: text not in ("none", "None")),
         "export": st.none() | text.map(lambda text: text + ".safetensors"),
-        **{name: st.booleans() for name in BOOLEANS if name != "test_only"},
+        **{name: st.booleans() for name in BOOLEANS if name not in ("test_only", "override")},
         **dict.fromkeys(("val_fraction", "label_smoothing", "momentum", "lr_gamma", "ema_decay"), fractions),
         **dict.fromkeys(("lr", "weight_decay", "clip_grad_norm", "save_minutes"), positive),
         **dict.fromkeys(("mixup", "cutmix"), st.just(0.0) | st.floats(1e-3, 1e3)),
