@@ -70,7 +70,7 @@ HOLD = "import os, sys, time; from pathlib import Path; from runs.lock import ta
 
 def test_the_lock_of_a_killed_process_is_taken_over_with_a_word(tmp_path, capsys):
     """A fork of it, as the processes that read images are, lives on without the lock."""
-    code = f"{HOLD}; child = os.fork(); child and print(child, flush=True); time.sleep(600)"
+    code = f"{HOLD}; os.fork() or print(os.getpid(), flush=True); time.sleep(600)"  # the child, once it has let go of the lock
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     child = int(process.stdout.readline())
     try:
