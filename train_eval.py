@@ -28,7 +28,7 @@ from runs import RunError
 from runs.checkpoints import load_checkpoint, load_state, load_weights
 from runs.endings import STOPPED, exit_status
 from runs.export import check_export, export
-from runs.files import WriteError, check_writable
+from runs.files import WriteError, check_writable  # noqa: F401  WriteError is only offered from here
 from runs.folder import RunFolder, summarize
 from runs.measure import count_flops, count_parameters, device_name
 from runs.memory import making
@@ -283,7 +283,7 @@ def run(
         if isinstance(error, DataError) and processes.local_rank:
             print(error, file=sys.stderr)  # of this process alone: `fail` leaves what concerns all to the first one
         fail(str(error))
-    except (KeyboardInterrupt, ValueError, RuntimeError, OSError, WriteError, *STOPPED) as error:
+    except (KeyboardInterrupt, ValueError, RuntimeError, OSError, *STOPPED) as error:
         return exit_status(error, options, processes, fail)
     return 0
 

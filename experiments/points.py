@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import itertools
@@ -126,13 +127,20 @@ def find_program(name: str, path: str) -> Program:
     file = program_path(str(name))
     if file.suffix != ".py" or not file.is_file():
         raise ValueError(f"{path}: program is {name!r}; give {', '.join(PROGRAMS)} or a Python file that has a PROGRAM")
+    program = _program_in(file.resolve())
+    if not isinstance(program, Program):
+        raise ValueError(f"{path}: program {name} has no PROGRAM, as examples/compare_with_timm.py has it")
+    return program
+
+
+@functools.cache  # every point of a sweep asks for its program, several times
+def _program_in(file: Path) -> object:
+    """What the Python file calls PROGRAM, or None."""
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module  # where dataclasses look for their module
     spec.loader.exec_module(module)
-    if not isinstance(getattr(module, "PROGRAM", None), Program):
-        raise ValueError(f"{path}: program {name} has no PROGRAM, as examples/compare_with_timm.py has it")
-    return module.PROGRAM
+    return getattr(module, "PROGRAM", None)
 
 
 def parse_change(change: str) -> tuple[str, list]:

@@ -10,12 +10,13 @@ import torch
 
 from options import Options
 from runs.checkpoints import NonFiniteWeights
+from runs.files import WriteError
 from runs.folder import RunFolder
 from runs.memory import OutOfMemory
 from runs.optimization import NonFiniteLoss
 from runs.processes import Processes
 
-STOPPED = (NonFiniteLoss, NonFiniteWeights, OutOfMemory)  # what ends a run on its way
+STOPPED = (NonFiniteLoss, NonFiniteWeights, OutOfMemory, WriteError)  # what ends a run on its way
 
 
 def exit_status(error: BaseException, options: Options, processes: Processes | None, fail: Callable[[str], None]) -> int:
@@ -29,6 +30,9 @@ def exit_status(error: BaseException, options: Options, processes: Processes | N
         number = getattr(error, "number", signal.SIGINT)
         hint = f"; --resume goes on from {last}" if getattr(error, "is_saved", False) else ""
         return _say(f"stopped by {signal.Signals(number).name}{hint}", 128 + number, is_first)
+    if isinstance(error, (OSError, *STOPPED)):
+        is_kept = isinstance(error, OutOfMemory) and not train.test_only and last.exists()
+        return _say(f"stopped: {error}" + f"; --resume goes on from {last}" * is_kept, 1, is_first)
     text = " ".join(str(error).split())
     if isinstance(error, ValueError):
         if "more than 1 value per channel" not in text:
@@ -37,17 +41,14 @@ def exit_status(error: BaseException, options: Options, processes: Processes | N
             f"--batch_size {train.batch_size} leaves a batch with one image, whose last map is one pixel: BatchNorm "
             "has nothing to compare; use another --batch_size, --accumulate_steps or --resize"
         )
-    if isinstance(error, RuntimeError):
-        if train.deterministic and "deterministic" in text:
-            fail(f"--deterministic: --layer {options.model.layer} has a step without a deterministic form here ({text[:150]})")
-        if "DataLoader worker" in text:  # raised by torch's signal handler, wherever the run was
-            fail(f"a process that reads images died ({text[:150]}); try --num_workers 0")
-        is_lost = isinstance(error, torch.distributed.DistError) or "gloo" in text
-        if processes.world == 1 or not is_lost:
-            raise
-        return _say(f"stopped: process 0 has lost another one of {processes.world}", 1, is_first)
-    is_kept = isinstance(error, OutOfMemory) and not train.test_only and last.exists()
-    return _say(f"stopped: {error}" + f"; --resume goes on from {last}" * is_kept, 1, is_first)
+    if train.deterministic and "deterministic" in text:
+        fail(f"--deterministic: --layer {options.model.layer} has a step without a deterministic form here ({text[:150]})")
+    if "DataLoader worker" in text:  # raised by torch's signal handler, wherever the run was
+        fail(f"a process that reads images died ({text[:150]}); try --num_workers 0")
+    is_lost = isinstance(error, torch.distributed.DistError) or "gloo" in text
+    if processes.world == 1 or not is_lost:
+        raise
+    return _say(f"stopped: process 0 has lost another one of {processes.world}", 1, is_first)
 
 
 def _say(line: str, status: int, is_first: bool) -> int:
