@@ -157,7 +157,7 @@ class Row(NamedTuple):
 
     target: str  # "module:Class"
     # Names of options, argument=option where the constructor calls it otherwise. `neighbors` is a NeighborConfig, `layout` what
-    # the tokens are, and `image_size` the sides of the map.
+    # the tokens are, `image_size` the sides of the map, and `biases` whether the projections have any.
     takes: str
     fixed: tuple[tuple[str, object], ...] = ()  # arguments that are not options
     branches: tuple[str, ...] = ()  # of two layers side by side: what is built at branch_ratio 1, and at 0
@@ -172,13 +172,15 @@ class Row(NamedTuple):
     def options(self) -> set[str]:
         """Names of the options that the layer reads."""
         names = set(self.arguments.values())
-        return names - {"layout", "image_size", "neighbors"} | (NEIGHBOR_OPTIONS if "neighbors" in names else set())
+        several = {"neighbors": NEIGHBOR_OPTIONS, "biases": BIASES, "layout": set(), "image_size": set()}
+        return names - several.keys() | {option for name in names & several.keys() for option in several[name]}
 
 
 BY_PLACE = "place_attention"
-PAIRS = "attention_dropout bias=attention_bias"  # of layers that weigh pairs of tokens
+PAIRS = "attention_dropout bias=biases"  # of layers that weigh pairs of tokens
 CONVNN = f"neighbors layout convolution_type softmax_topk_val {PAIRS}"
-CONV1D = "kernel_size layout convolution_type bias=attention_bias"
+CONV1D = "kernel_size layout convolution_type bias=biases"
+BIASES = {"attention_bias", "qkv_bias", "proj_bias"}
 SHUFFLES = "shuffle_pattern shuffle_scale"
 
 LAYERS2D_ROWS = {
@@ -346,6 +348,12 @@ class ModelConfig(NeighborConfig):
     heading = "model and layer"
     rows: ClassVar[dict[str, Row]] = {}
 
+    drop_path: float = option(
+        0.0,
+        "ViT: probability of skipping a block's mixer or MLP for an image, rising linearly over the blocks to this",
+        low=0,
+        below=1,
+    )
     image_size: int | tuple[int, int] = 32
     in_channels: int = 3
     num_classes: int = 10
@@ -446,6 +454,7 @@ class AllConvNetConfig(ModelConfig):
         found = super().without_effect()
         if "/" not in self.layer:
             found["branch_ratio"] = "layer"
+        found["drop_path"] = "layer"  # a plain stack has no path beside its layers
         if self.similarity_type == "Loc" and "ConvNN_Attn" not in self.layers_in_use():
             found.setdefault("magnitude_type", "similarity_type")  # ConvNN ranks by distance then and has no scores
         return found
@@ -549,6 +558,8 @@ class ViTConfig(ModelConfig):
     dropout: float = of_model(0.1, "probability of dropping what a mixer or MLP adds", low=0, below=1)
     attention_dropout: float = of_model(0.1, "probability of dropping a weight of a pair of tokens", low=0, below=1)
     attention_bias: bool = of_model(True, "biases of the q, k, v and output projections")
+    qkv_bias: bool | None = option(None, "biases of the q, k, v projections; none: --attention_bias", kind=bool)
+    proj_bias: bool | None = option(None, "bias of the output projection; none: --attention_bias", kind=bool)
     pos_embedding: str = of_model("sinusoidal", "positions added to the tokens", choices=("sinusoidal", "learned", "none"))
     patch_norm: bool = of_model(True, "LayerNorm after the patch embedding")
     final_norm: bool = of_model(False, "LayerNorm after the last block")
@@ -634,6 +645,12 @@ class ViTConfig(ModelConfig):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def biases(self) -> bool | tuple[bool, bool]:
+        """Of all projections in a mixer, or of those before mixing and of the one after it where they differ."""
+        pair = tuple(self.attention_bias if one is None else one for one in (self.qkv_bias, self.proj_bias))
+        return pair[0] if pair[0] == pair[1] else pair
 
     @property
     def class_tokens(self) -> int:
@@ -751,7 +768,7 @@ SYSTEM = {"group": "system and output"}
 # its numbers by rounding only. All else would make it another run.
 RESUME_MAY_CHANGE = set(
     "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
-    "tensorboard early_stopping use_compiled compile_mode kernels overwrite override".split()
+    "tensorboard early_stopping use_compiled compile_mode kernels overwrite override strict".split()
 )
 
 
@@ -822,6 +839,11 @@ class TrainConfig:
     optimizer: str = option("adamw", "optimizer", choices=("adam", "sgd", "adamw"))
     lr: float = option(1e-3, "learning rate", low=0, high=LARGEST)
     weight_decay: float = option(1e-6, "weight decay", low=0, high=1e6)
+    decay_norms: bool = option(True, "weight decay of norms, biases, positions and the class token too")
+    layer_decay: float = option(
+        1.0, "each block learns at this times the learning rate of the one after it; embeddings slowest", low=0.01, high=1
+    )
+    freeze: str | None = option(None, "backbone: train the classifier only", kind=str, choices=("backbone",))
     momentum: float = option(0.9, "sgd: momentum", low=0, below=1)
     scheduler: str = option(
         "none",
@@ -855,6 +877,9 @@ class TrainConfig:
     checkpoint: str | None = option(
         None, "weights to start from, or to evaluate with --test_only: FILE.pt or FILE.safetensors", kind=str, **SYSTEM
     )
+    strict: bool = option(
+        False, "checkpoint: refuse one that does not hold every weight of this model in its shape, and no others", **SYSTEM
+    )
     save_minutes: float = option(
         10.0, "write last.pt this often within an epoch too; 0: only at its end", low=0, high=10**7, **SYSTEM
     )
@@ -883,6 +908,11 @@ class TrainConfig:
             raise ValueError(f"export={self.export!r} must end in .safetensors or .onnx")
         if self.override and not self.test_only:
             raise ValueError("override=True is of test_only=True: training takes all options as they are given")
+        if self.freeze and self.layer_decay != 1:
+            raise ValueError(
+                f"layer_decay={self.layer_decay} is of a backbone that learns, and freeze={self.freeze} keeps it as it is; "
+                "drop one of them"
+            )
         if self.export and self.test_only:
             raise ValueError(f"export={self.export!r} writes weights and test_only=True writes only its results; drop one")
         if self.checkpoint and not self.checkpoint.endswith((".pt", ".pth", ".safetensors")):
@@ -984,11 +1014,11 @@ def parse_options(
 
 
 # Options of a model that change neither its weights nor what it computes when it is evaluated.
-ONLY_IN_TRAINING = {"dropout", "attention_dropout", "initializer_range"}
+ONLY_IN_TRAINING = {"dropout", "attention_dropout", "drop_path", "initializer_range"}
 # Those that the shapes of its weights show; `model` stands for others.
 SHOWN_BY_SHAPES = set(
-    "model num_layers channels patch_size d_model d_mlp kernel_size attention_bias patch_norm final_norm pos_embedding pool "
-    "linformer_k convolution_type branch_ratio shuffle_pattern shuffle_scale".split()
+    "model num_layers channels patch_size d_model d_mlp kernel_size attention_bias qkv_bias proj_bias patch_norm final_norm "
+    "pos_embedding pool linformer_k convolution_type branch_ratio shuffle_pattern shuffle_scale".split()
 )
 
 
@@ -1035,6 +1065,16 @@ def _plain(name: str, value):
     if name == "magnitude_type":
         return canonical_metric(value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def grid_of(trained: dict | None) -> tuple[int, int] | None:
+    """Rows and columns of patches in the model that had these options, if they say so."""
+    if not isinstance(trained, dict):
+        return None
+    size, patch = trained.get("resize"), trained.get("patch_size")
+    sides = (size, size) if isinstance(size, int) else size
+    is_known = isinstance(patch, int) and isinstance(sides, (list, tuple)) and len(sides) == 2
+    return (sides[0] // patch, sides[1] // patch) if is_known and patch else None
 
 
 def assumed_options(model: ModelConfig) -> dict:

@@ -16,11 +16,18 @@ def build_layer(row: Row, config: ModelConfig, *sizes: int, **known) -> nn.Modul
         sizes: of the layer: channels in and out in 2-D, features and heads in 1-D.
         known: what a row may name and the config does not know, such as the layout of the tokens.
     """
+    return layer_class(row)(*sizes, **layer_arguments(row, config, **known))
+
+
+def layer_class(row: Row) -> type[nn.Module]:
     module, _, name = row.target.partition(":")
-    layer = getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(module), name)
+
+
+def layer_arguments(row: Row, config: ModelConfig, **known) -> dict:
+    """What the constructor gets by name, from the options of the config and from what is `known` besides."""
     values = {
         argument: known[option] if option in known else getattr(config, option) for argument, option in row.arguments.items()
     }
     # None leaves an option to the default of the class.
-    values = {argument: value for argument, value in values.items() if value is not None}
-    return layer(*sizes, **dict(row.fixed) | values)
+    return dict(row.fixed) | {argument: value for argument, value in values.items() if value is not None}

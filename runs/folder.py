@@ -50,11 +50,19 @@ class Found(NamedTuple):
 
 
 def describe_model(model: nn.Module) -> str:
-    """The text of model.txt: module tree and parameter table."""
-    rows = [(name, "x".join(map(str, p.shape)) or "1", f"{p.numel():,}") for name, p in model.named_parameters()]
-    rows.append(("total", "", f"{count_parameters(model):,}"))
+    """The text of model.txt: module tree and parameter table, which says what is frozen."""
+    named = list(model.named_parameters())
+    rows = [
+        (name, "x".join(map(str, p.shape)) or "1", f"{p.numel():,}", "" if p.requires_grad else "frozen") for name, p in named
+    ]
+    rows.append(("total", "", f"{count_parameters(model):,}", ""))
+    learning = [p.numel() for _, p in named if p.requires_grad]
+    if len(learning) < len(named):
+        rows.append(("trained", "", f"{sum(learning):,}", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    table = [f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {count:>{widths[2]}}".rstrip() for name, shape, count in rows]
+    table = [
+        f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {count:>{widths[2]}}  {note}".rstrip() for name, shape, count, note in rows
+    ]
     return f"{model}\n\n" + "\n".join(table) + "\n"
 
 
@@ -174,8 +182,11 @@ class RunFolder:
         keep = "keep it" if found.finished else "go on with it"
         raise RunError(f"{where} holds {what}; use --resume to {keep}, another --output_dir, or --overwrite to write over it")
 
-    def start(self, options: dict, model: nn.Module, resumed: bool) -> None:
-        """Create the folder and write what is known before training. Another run that is there is written over."""
+    def start(self, options: dict, model: nn.Module, resumed: bool, notes: str = "") -> None:
+        """Create the folder and write what is known before training. Another run that is there is written over.
+
+        notes: what else model.txt says of a run that begins. That of a run that is resumed stays.
+        """
         if not resumed:
             self._clear()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -184,7 +195,8 @@ class RunFolder:
         self._write("args.txt", "".join(f"{name}: {value}\n" for name, value in shown.items()))
         # Whoever runs this file again has not said that a run may be written over.
         self._write("config.yaml", yaml.safe_dump(options | {"overwrite": False}, sort_keys=False))
-        self._write("model.txt", describe_model(model))
+        if not resumed or not (self.path / "model.txt").exists():
+            self._write("model.txt", describe_model(model) + notes)
 
     def _clear(self) -> None:
         """Take away the outputs of the run that is there, and nothing else."""

@@ -31,7 +31,7 @@ from options import (
 
 ROOT = Path(__file__).parent.parent
 BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "resume", "test_only", "tensorboard")
-BOOLEANS += ("overwrite", "override")
+BOOLEANS += ("overwrite", "override", "strict", "decay_norms")
 LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention")
 
 # What `allconvnet_main.py` without a flag resolves to; num_workers depends on the machine.
@@ -104,6 +104,12 @@ DEFAULTS = {
     "kernels": "auto",
     "overwrite": False,
     "override": False,
+    # fine-tuning and regularization
+    "strict": False,
+    "freeze": None,
+    "layer_decay": 1.0,
+    "drop_path": 0.0,
+    "decay_norms": True,
 }
 CHOICES = {
     "shuffle_pattern": ("BA", "NA", "B", "A"),
@@ -802,6 +808,8 @@ VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in (
     "dropout": 0.1,
     "attention_dropout": 0.1,
     "attention_bias": True,
+    "qkv_bias": None,
+    "proj_bias": None,
     "pos_embedding": "sinusoidal",
     "patch_norm": True,
     "final_norm": False,
@@ -834,7 +842,16 @@ VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in (
 }
 for name in ("shuffle_pattern", "shuffle_scale"):
     del VIT_DEFAULTS[name]
-VIT_BOOLEANS = (*BOOLEANS, "attention_bias", "patch_norm", "final_norm", "softmax_topk_val", "coordinate_encoding")
+VIT_BOOLEANS = (
+    *BOOLEANS,
+    "attention_bias",
+    "qkv_bias",
+    "proj_bias",
+    "patch_norm",
+    "final_norm",
+    "softmax_topk_val",
+    "coordinate_encoding",
+)
 VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name != "shuffle_pattern"} | {
     "layer": (
         *("Attention", "ConvNN", "ConvNNAttention", "Conv1d", "Conv1dAttention", "KvtAttention", "LocalAttention"),
