@@ -32,7 +32,7 @@ from options import (  # noqa: F401  some are only offered from here as well
     grid_of,
 )
 from runs import RunError
-from runs.checkpoints import Fit, Loaded, load_checkpoint, load_state, load_weights
+from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_state, load_weights
 from runs.endings import STOPPED, exit_status
 from runs.export import check_export, export
 from runs.files import WriteError, check_writable  # noqa: F401  WriteError is only offered from here
@@ -265,7 +265,7 @@ def run(
     options: Options,
     make_model: Callable[[ModelConfig], nn.Module],
     fail: Callable[[str], None],
-    load: Callable[[nn.Module, dict, Fit], Loaded] = load_state,
+    load: Callable[[nn.Module, dict, Leeway], Loaded] = load_state,
     as_trained: Callable[[dict], AsTrained] | None = None,
     announce: Callable[[], None] = lambda: None,
 ) -> int:
@@ -299,7 +299,7 @@ def run(
 class _Run(NamedTuple):
     options: Options
     make_model: Callable[[ModelConfig], nn.Module]
-    load: Callable[[nn.Module, dict, Fit], Loaded]
+    load: Callable[[nn.Module, dict, Leeway], Loaded]
     as_trained: Callable[[dict], AsTrained] | None
     announce: Callable[[], None]
     processes: Processes
@@ -364,8 +364,8 @@ def _test(run: _Run) -> None:
     model, folder, device = _prepare(run)
     train = options.train
     # Without --override a model for other images than the checkpoint's is refused below; nothing else may differ.
-    fit = Fit(resample=not train.strict and (train.override or "config" not in state), grid=grid_of(state.get("config")))
-    loaded = load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only", state, fit)
+    leeway = Leeway(resample=not train.strict and (train.override or "config" not in state), grid=grid_of(state.get("config")))
+    loaded = load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only", state, leeway)
     if changes and not train.override:  # they fit, and would give another number than that of the model that was trained
         name, (trained, stated) = next(iter(changes.items()))
         raise RunError(
@@ -413,8 +413,8 @@ def _train(run: _Run) -> None:
     if train.checkpoint and found is None:
         path = Path(train.checkpoint)
         state = load_checkpoint(path)
-        fit = Fit(partial=not train.strict, resample=not train.strict, grid=grid_of(state.get("config")))
-        loaded = load_weights(model, path, run.load, state=state, fit=fit)
+        leeway = Leeway(partial=not train.strict, resample=not train.strict, grid=grid_of(state.get("config")))
+        loaded = load_weights(model, path, run.load, state=state, leeway=leeway)
         notes = list_of_loaded(loaded, path)
         if processes.first:
             say_what_differs(options.model, state, path)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from layers1d import MultiHeadMixer, TokenLayout
 from options import LAYERS1D_ROWS, ViTConfig, layer_row
 from registry import build_layer
-from runs.checkpoints import Fit, Loaded, load_state
+from runs.checkpoints import Leeway, Loaded, load_state
 from selection import ConstantTables
 
 __all__ = ["LAYERS1D", "TokenLayout", "ViT", "ViTConfig", "load_vit_weights", "make_layer1d"]
@@ -145,7 +145,7 @@ class ViT(ConstantTables):
     inputs of the blocks for the backward pass.
     """
 
-    replaceable = r"classifier\.|blocks\.\d+\.mixer\."  # what other weights need not have (`runs.checkpoints.Fit`)
+    replaceable = r"classifier\.|blocks\.\d+\.mixer\."  # what other weights need not have (`runs.checkpoints.Leeway`)
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -271,13 +271,13 @@ def joined_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
-def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], fit: Fit = Fit()) -> Loaded:  # noqa: B008  it is immutable
+def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], leeway: Leeway = Leeway()) -> Loaded:  # noqa: B008  it is immutable
     """Load a state dict of this model, or of the same architecture by torchvision or timm (`vit_b_16`, `vit_base_patch16_224`).
 
     Theirs have patch_norm=False, final_norm=True, pos_embedding="learned", and as many classes as the model must have; timm's
     ConViT (`convit_tiny`) is `model="convit_ti"` with proj_bias=True, and timm's with `fc_norm` are of another architecture.
 
-    fit: how far they may differ; by default not at all. Raises ValueError that names the first difference.
+    leeway: how far they may differ; by default not at all. Raises ValueError that names the first difference.
     """
     foreign = {"conv_proj.weight": TORCHVISION, "patch_embed.proj.weight": TIMM}
     names = next((table for name, table in foreign.items() if name in state_dict), {})
@@ -291,9 +291,9 @@ def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], fit: Fit =
     weights, resampled = joined_projections({ours(name): value for name, value in state_dict.items()}), ""
     try:
         table = weights.get("pos_embedding")
-        if fit.resample and table is not None and table.ndim == 3 and model.config.pos_embedding == "learned":
-            weights["pos_embedding"], resampled = fit_positions(model, table, fit.grid)
-        return load_state(model, weights, fit)._replace(resampled=resampled)
+        if leeway.resample and table is not None and table.ndim == 3 and model.config.pos_embedding == "learned":
+            weights["pos_embedding"], resampled = fit_positions(model, table, leeway.grid)
+        return load_state(model, weights, leeway)._replace(resampled=resampled)
     except ValueError as error:
         given = {"--no-patch_norm": not model.config.patch_norm, "--final_norm": model.config.final_norm}
         given |= {"--pos_embedding learned": model.config.pos_embedding == "learned"}

@@ -118,7 +118,7 @@ def check_finite_weights(weights: dict, source: Path) -> None:
         raise NonFiniteWeights(f"{source} holds numbers that are not finite (NaN or infinity) in {names[0]}{more}")
 
 
-class Fit(NamedTuple):
+class Leeway(NamedTuple):
     """How far weights may differ from those of the model that they are loaded into."""
 
     partial: bool = False  # what matches the model's `replaceable` need not be there, or not in that shape
@@ -135,14 +135,14 @@ class Loaded(NamedTuple):
     resampled: str = ""  # positions: from which grid to which
 
 
-def load_state(model: nn.Module, weights: dict, fit: Fit = Fit()) -> Loaded:  # noqa: B008  it is immutable
+def load_state(model: nn.Module, weights: dict, leeway: Leeway = Leeway()) -> Loaded:  # noqa: B008  it is immutable
     """Load a state dict, by default of exactly this architecture. Raises ValueError that names the first difference.
 
-    fit.partial: names that the regular expression `model.replaceable` matches, if there is one, are loaded where name and shape
-    are the same.
+    leeway.partial: what the regular expression `model.replaceable` matches, if there is one, is loaded where name and shape are
+    the same.
     """
     own = model.state_dict()
-    replaceable = getattr(model, "replaceable", None) if fit.partial else None
+    replaceable = getattr(model, "replaceable", None) if leeway.partial else None
 
     def check(name: str, why: str) -> None:
         if replaceable is None or not re.match(replaceable, name):
@@ -171,10 +171,10 @@ def load_state(model: nn.Module, weights: dict, fit: Fit = Fit()) -> Loaded:  # 
 def load_weights(
     model: nn.Module,
     source: Path,
-    load: Callable[[nn.Module, dict, Fit], Loaded] = load_state,
+    load: Callable[[nn.Module, dict, Leeway], Loaded] = load_state,
     flag: str = "--checkpoint",
     state: dict | None = None,
-    fit: Fit = Fit(),  # noqa: B008  it is immutable
+    leeway: Leeway = Leeway(),  # noqa: B008  it is immutable
 ) -> Loaded:
     """Load the weights of the checkpoint that `flag` names; `load` puts a state dict into the model or raises ValueError.
 
@@ -183,7 +183,7 @@ def load_weights(
     """
     weights = weights_in(load_checkpoint(source) if state is None else state, source)
     try:
-        loaded = load(model, weights, fit)
+        loaded = load(model, weights, leeway)
     except ValueError as error:
         raise RunError(f"{flag}: {source} is {error}") from None
     check_finite_weights(weights, source)
