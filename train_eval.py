@@ -36,7 +36,7 @@ from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_state, load_w
 from runs.endings import STOPPED, exit_status
 from runs.export import check_export, export
 from runs.files import WriteError, check_writable  # noqa: F401  WriteError is only offered from here
-from runs.folder import RunFolder, summarize
+from runs.folder import RunFolder, costs_of, summarize
 from runs.measure import count_flops, count_parameters, device_name
 from runs.memory import making
 from runs.metrics import Meter, Metrics, history_row
@@ -394,6 +394,10 @@ def _test(run: _Run) -> None:
         raise NonFiniteLoss(f"the test loss of {path} is not finite: its weights overflow in this model")
     print(f"test top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  ({path})")
     results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": str(path)}
+    shape = (options.model.in_channels, *options.model.image_size)
+    results["parameters"] = count_parameters(model)
+    results["flops_per_image"] = count_flops(model, torch.zeros(1, *shape, device=device))
+    results |= costs_of(model, shape, device)
     results["options"] = evaluation_options(options)
     results["override"] = {name: {"trained": before, "here": after} for name, (before, after) in changes.items()}
     written = folder.write_test_results(results)

@@ -261,12 +261,19 @@ class RunFolder:
         write_atomically(self.path / name, text)
 
 
+def costs_of(model: nn.Module, image_shape: tuple[int, ...], device: torch.device) -> dict:
+    """Latency of one image, which takes a second to measure, and the peak memory of this process so far."""
+    image = torch.zeros(1, *image_shape, device=device)
+    return {**process_peak_memory(device), "latency_ms_per_image": measure_latency(model, image)}
+
+
 def summarize(training: Training, selection_split: str, facts: dict, ended: bool) -> dict:
     """What summary.json holds; facts: of the model and the data."""
     chosen = {"val": "validation set", "test": "test set"}[selection_split]
     note = "The best epoch was chosen on the test set; --val_fraction chooses it on held-out images."
     seconds = [row["seconds"] for row in training.history]
-    image = torch.zeros(1, *facts["image_shape"], device=training.device)
+    device = training.device
+    costs = costs_of(training.model, facts["image_shape"], device) if ended else process_peak_memory(device)
     return {
         "finished": ended,
         "epochs": len(training.history),
@@ -276,9 +283,9 @@ def summarize(training: Training, selection_split: str, facts: dict, ended: bool
         "best": training.best,
         "average_epoch_seconds": sum(seconds) / len(seconds),
         **facts,
-        **process_peak_memory(training.device),
-        "latency_ms_per_image": measure_latency(training.model, image) if ended else None,  # it takes a second
-        "device": device_name(training.device),
+        "latency_ms_per_image": None,
+        **costs,
+        "device": device_name(device),
         "versions": versions(),
     }
 
