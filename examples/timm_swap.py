@@ -2,9 +2,9 @@
 
 python examples/timm_swap.py
 
-Needs timm (requirements-dev.txt) and nothing to download: a small model is first trained on the embedded digits with timm's own
-attention. With ConvNN attention over all tokens in its place the logits are the same; with K = 5 neighbors they are not, and two
-epochs of fine-tuning make up for it.
+Needs timm (requirements-dev.txt) and no download: a small model is first trained on the embedded digits with timm's own
+attention. With ConvNN attention over all tokens in its place the logits are the same. With K = 5 neighbors they are not, and
+two epochs of fine-tuning make up for it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """Training from weights of another model: what is loaded, what starts anew, and which parameters learn, how fast."""
 
+import csv
 import json
 import math
 import shlex
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import allconvnet_main
@@ -13,6 +15,8 @@ import train_eval
 import vit_main
 from allconvnet import AllConvNet, AllConvNetConfig
 from convit import ConViTConfig, ConViTLayer, ConViTWithLinearClassifier
+from experiments.points import check_points, name_points, read_sweep
+from experiments.report import is_finished, write_summary
 from options import TrainConfig
 from runs import RunError
 from runs.checkpoints import Leeway, load_state
@@ -222,6 +226,44 @@ def test_another_size_is_evaluated_by_interpolated_positions_when_asked_for(atte
     out, error = capsys.readouterr()
     assert "was trained with --resize 8, here 12" in error and "positions from 4 x 4 to 6 x 6 patches" in out
     assert "pos_embedding" in refused(f"{evaluate} --override --strict", tmp_path / "not", capsys)
+
+
+def test_a_sweep_evaluates_one_checkpoint_as_many_models(attention, tmp_path, capsys):
+    options = {"test_only": True, "override": True, "checkpoint": str(attention), "layer": "KvtAttention"}
+    options |= {"device": "cpu", "test_limit": 20}
+    sweep, folder = tmp_path / "sweep.yaml", tmp_path / "sweep"
+
+    def points(*changes):
+        sweep.write_text(yaml.safe_dump({"program": "vit_main.py", "options": options, "grid": {"K": [1, 4, 17]}}))
+        found = name_points(*read_sweep(str(sweep), list(changes)))
+        check_points(found, folder)
+        return found
+
+    for point in points():
+        assert not is_finished(point, folder) and "--resume" not in point.argv(folder)
+        assert vit_main.main(point.argv(folder)) == 0
+        assert is_finished(point, folder)
+    write_summary(points(), folder)
+    rows = list(csv.DictReader((folder / "summary.csv").open()))
+    results = [json.loads((folder / f"K-{K}" / "test_results.json").read_text()) for K in (1, 4, 17)]
+    for row, result in zip(rows, results, strict=True):
+        assert [row[name] for name in ("K", "runs", "epoch_seconds")] == [str(result["options"]["K"]), "1", ""]
+        assert float(row["top1"]) == result["top1"] and float(row["parameters"]) == result["parameters"] == 1218
+        assert float(row["mflops_per_image"]) == result["flops_per_image"] / 1e6 > 0
+    assert results[0]["flops_per_image"] < results[2]["flops_per_image"]
+    assert (folder / "top1_by_K.png").exists() and not (folder / "curves.png").exists()
+    options["test_limit"] = 30  # another evaluation, which the one that is there does not answer
+    assert not any(is_finished(point, folder) for point in points())
+    capsys.readouterr()
+
+
+def test_a_sweep_must_know_that_its_points_are_evaluated(attention, tmp_path):
+    (tmp_path / "o.yaml").write_text(f"test_only: true\ncheckpoint: {attention}\n")
+    (tmp_path / "s.yaml").write_text(
+        f"program: vit_main.py\noptions: {{config: {tmp_path / 'o.yaml'}}}\ngrid: {{seed: [0, 1]}}\n"
+    )
+    with pytest.raises(ValueError, match="test_only is set by a file of options; set it in the sweep"):
+        check_points(name_points(*read_sweep(str(tmp_path / "s.yaml"), [])), tmp_path)
 
 
 # --- what learns ----------------------------------------------------------------------------------------------------
