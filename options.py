@@ -1073,8 +1073,9 @@ def grid_of(trained: dict | None) -> tuple[int, int] | None:
         return None
     size, patch = trained.get("resize"), trained.get("patch_size")
     sides = (size, size) if isinstance(size, int) else size
-    is_known = isinstance(patch, int) and isinstance(sides, (list, tuple)) and len(sides) == 2
-    return (sides[0] // patch, sides[1] // patch) if is_known and patch else None
+    numbers = (*sides, patch) if isinstance(sides, (list, tuple)) else ()
+    is_known = len(numbers) == 3 and all(type(one) is int and one > 0 for one in numbers)
+    return (sides[0] // patch, sides[1] // patch) if is_known else None
 
 
 def assumed_options(model: ModelConfig) -> dict:
