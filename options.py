@@ -638,6 +638,8 @@ class ViTConfig(ModelConfig):
 
     def without_effect(self) -> dict[str, str]:
         found = super().without_effect()
+        if self.num_layers == 1:
+            found["drop_path"] = "num_layers"  # it rises from 0 in the first block
         no_layer = self.num_local_layers == 0  # which is why the options of `layer` are not read
         return {name: "num_local_layers" if no_layer and other == "layer" else other for name, other in found.items()}
 
