@@ -90,13 +90,15 @@ class GraphMixer(MultiHeadMixer):
             dilate(neighbors, dilation), axes=len(grid), self_first=True, class_tokens=layout.class_tokens, grid=grid
         )
         self.dilation = dilation
+        coordinates = len(grid) * (neighbors.aggregation_type == "Loc_Col")
+        self.input = nn.Linear(d_model + coordinates, d_model, bias=bias)
         self.graph = GraphAggregation(d_model, d_model, num_heads, aggregation, bias)
 
     def make_projection(self, d_model: int, bias: bool) -> None:
-        self.input = nn.Linear(d_model, d_model, bias=bias)
+        """`input`, once the grid is known, whose coordinates may join the features."""
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (self.input(x),)
+        return (self.input(self.select.append_coordinates(x, self.layout.grid)),)
 
     def mix(self, x: Tensor, output_matrix: bool) -> tuple[Tensor, None]:
         grid = self.layout.grid
@@ -194,13 +196,13 @@ class GraphConv2d(ImageMixer):
         grid = self.token_grid(image_size)
         self.select = NeighborSelection(neighbors, axes=self.axes, self_first=True, grid=grid)
         inputs, D = self.token_channels
-        self.input = nn.Linear(inputs, D)
+        self.input = nn.Linear(inputs + self.axes * (neighbors.aggregation_type == "Loc_Col"), D)
         self.graph = GraphAggregation(D, D, num_heads, aggregation)
         self.proj = nn.Linear(D, D)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens, grid = self.fold(x)  # (B, N, C)
-        tokens = self.input(tokens)  # (B, N, D)
+        tokens = self.input(self.select.append_coordinates(tokens, grid))  # (B, N, D)
         features = self.select.search_features(tokens.detach(), grid)
         index = self.select(features, features, grid)  # (B, N, K)
         return self.unfold(self.proj(F.gelu(self.graph(tokens, index))), grid)

@@ -399,6 +399,7 @@ class BranchingAttention(Branching1d):
         branch_ratio: float = 0.5,
         convolution_type: str = "depthwise",
         softmax_topk_val: bool = True,
+        score_temperature: float = 1.0,
         attention_dropout: float = 0.0,
         bias: bool = True,
     ):
@@ -410,6 +411,7 @@ class BranchingAttention(Branching1d):
             layout=layout,
             convolution_type=convolution_type,
             softmax_topk_val=softmax_topk_val,
+            score_temperature=score_temperature,
             attention_dropout=attention_dropout,
             bias=bias,
         )
@@ -435,6 +437,7 @@ class BranchingConv(Branching1d):
         branch_ratio: float = 0.5,
         convolution_type: str | None = None,
         softmax_topk_val: bool = True,
+        score_temperature: float = 1.0,
         attention_dropout: float = 0.0,
         bias: bool = True,
     ):
@@ -446,6 +449,7 @@ class BranchingConv(Branching1d):
             layout=layout,
             convolution_type=convolution_type or "depthwise",
             softmax_topk_val=softmax_topk_val,
+            score_temperature=score_temperature,
             attention_dropout=attention_dropout,
             bias=bias,
         )

@@ -343,6 +343,7 @@ WITHOUT_EFFECT = (
     ("lambda_param", "similarity_type", ("Col", "Loc")),
     ("shuffle_scale", "shuffle_pattern", ("NA",)),
     ("sparse_context_window", "sparse_mode", ("all",)),
+    ("score_temperature", "softmax_topk_val", (False,)),
 )
 
 
@@ -391,7 +392,7 @@ class ModelConfig(NeighborConfig):
         own = specs(type(self))
         found = {name: "layer" for name in own if name in of_layers - read}
         for name, other, values in WITHOUT_EFFECT:
-            if name not in own or name in found:
+            if name not in own or name in found or other not in own or other in found:
                 continue
             # An option at its default says nothing else than the other one, as in --sampling_type all --num_samples -1.
             if getattr(self, other) in values and getattr(self, name) != own[name].default:
