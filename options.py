@@ -695,10 +695,12 @@ class ViTConfig(ModelConfig):
             if "top_regions" in row.arguments and self.top_regions > regions:
                 raise ValueError(f"top_regions={self.top_regions} is more than the {regions} regions there are")
         if self.layer == "NeighborhoodAttention":
-            check_window(self.kernel_size, self.dilation, self.grid)
+            check_window(self.kernel_size, self.dilation, sequence_grid(self.grid))
         if self.layer == "Hybrid":
             for dilation in self.hybrid_dilations:
-                check_window(self.hybrid_window, dilation, self.grid, names=("hybrid_window", "hybrid_dilations"))
+                check_window(
+                    self.hybrid_window, dilation, sequence_grid(self.grid), names=("hybrid_window", "hybrid_dilations")
+                )
 
 
 def sequence_grid(grid: tuple[int, int]) -> tuple[int, ...]:
@@ -751,7 +753,7 @@ def region_sides(region_size: int, grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def check_window(
-    kernel_size: int, dilation: int, grid: tuple[int, int], names: tuple[str, str] = ("kernel_size", "dilation")
+    kernel_size: int, dilation: int, grid: tuple[int, ...], names: tuple[str, str] = ("kernel_size", "dilation")
 ) -> None:
     """Raise ValueError, by the names of the two options, if a neighborhood of this size does not lie within the grid."""
     window, step = names
