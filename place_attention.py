@@ -283,7 +283,8 @@ class NeighborhoodAttention(PlacedAttention):
     """Neighborhood attention (Hassani et al., CVPR 2023; dilated: arXiv 2209.15001), without relative position biases.
 
     Every patch attends to the kernel_size x kernel_size patches around it, `dilation` apart; at the border the window
-    slides inside the grid; on a sequence without a grid it has kernel_size tokens. A window as large as the grid is `MultiHeadAttention`.
+    slides inside the grid; on a sequence without a grid it has kernel_size tokens. A window as large as the grid is
+    `MultiHeadAttention`.
 
     Raises ValueError if kernel_size is even, or times dilation more than a side of the grid.
     """
