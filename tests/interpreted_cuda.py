@@ -213,6 +213,15 @@ def test_pair_scores(size, dtype, scored, form, in_order):
 
 
 @CASES
+def test_max_neighbors(size, dtype, scored, form):
+    _, values, index, _ = problem(size, dtype)
+    expected, slot = gather(values.double(), index).max(dim=2)
+    largest, winner = cuda.max_neighbors(strided(values), strided(index))
+    assert largest.dtype == dtype and winner.dtype == torch.int32 and torch.equal(largest.double(), expected)
+    assert torch.equal(winner.long(), index.gather(2, slot)) or torch.equal(values.double().gather(1, winner.long()), expected)
+
+
+@CASES
 def test_weighted_sum(size, dtype, scored, form, in_order):
     grad, values, index, weights = problem(size, dtype)
     expected, to_values, to_weights = gradients(
