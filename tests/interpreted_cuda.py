@@ -212,8 +212,8 @@ def test_pair_scores(size, dtype, scored, form, in_order):
     assert_close(found[1], to_key, dtype)
 
 
-@CASES
-def test_max_neighbors(size, dtype, scored, form):
+@pytest.mark.parametrize("size, dtype, scored", SIZES, ids=str)
+def test_max_neighbors(size, dtype, scored):
     _, values, index, _ = problem(size, dtype)
     expected, slot = gather(values.double(), index).max(dim=2)
     largest, winner = cuda.max_neighbors(strided(values), strided(index))
