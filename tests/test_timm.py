@@ -86,7 +86,7 @@ def test_biases_of_every_mixer_apart(layer, qkv, proj):
     options = {"K": 3, "kernel_size": 3, "hybrid_dilations": (1,), "num_heads": 2}
     model = ViT(ViTConfig(**OURS | options | {"num_layers": 1}, layer=layer, attention_bias=proj, qkv_bias=qkv))
     names = [name for name, _ in model.blocks[0].mixer.named_parameters() if name.endswith("bias")]
-    assert any("qkv" in name or "value" in name for name in names) == qkv
+    assert any(word in name for name in names for word in ("qkv", "value", "input")) == qkv
     assert any(name == "proj.bias" for name in names) == proj
     assert any(name in ("first.proj.bias", "second.proj.bias") for name in names) == (proj and layer.startswith("Branch"))
 
