@@ -416,7 +416,7 @@ def _train(run: _Run) -> None:
         run.announce()
         folder.start(plain, model, resumed=found is not None)
         print(
-            f"{options.model.layer} on {options.data.dataset}: {facts['parameters']:,} parameters, "
+            f"{options.model.title} on {options.data.dataset}: {facts['parameters']:,} parameters, "
             f"{facts['flops_per_image'] / 1e6:,.2f} MFLOPs per image, {facts['train_images']:,} training and "
             f"{facts['test_images']:,} test images, on {device_name(device)}"
             + (f", {processes.world} processes" if processes.world > 1 else ""),
