@@ -97,6 +97,8 @@ class AllConvNet(nn.Module):
     batch twice in BatchNorm's statistics.
     """
 
+    replaceable = r"classifier\.|layers\.\d+\.0\."  # what other weights need not have (`runs.checkpoints.Leeway`)
+
     def __init__(self, config: AllConvNetConfig):
         super().__init__()
         self.config = config

@@ -107,9 +107,7 @@ def make_mixers(config: ViTConfig | AllConvNetConfig, batch_size: int) -> Iterat
     x = torch.randn(batch_size, layout.num_tokens, config.d_model)
     yield config.layer, make_layer1d(config, layout), x
     if config.layer == "Attention":
-        apart = Separate(
-            config.d_model, config.num_heads, attention_dropout=config.attention_dropout, bias=config.attention_bias
-        )
+        apart = Separate(config.d_model, config.num_heads, attention_dropout=config.attention_dropout, bias=config.biases)
         yield "Attention (q, k, v apart)", apart, x.clone()
 
 

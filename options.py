@@ -159,7 +159,8 @@ class Row(NamedTuple):
 
     target: str  # "module:Class"
     # Names of options, argument=option where the constructor calls it otherwise, and of what the model knows: `neighbors`, a
-    # NeighborConfig; `layout`, what the tokens are; `image_size`, the sides of the map; `stride` and `bias`, as a host wants.
+    # NeighborConfig; `layout`, what the tokens are; `image_size`, the sides of the map; `biases`, whether the projections have
+    # any; `stride` and `bias`, as a host of convolutions wants.
     takes: str
     fixed: tuple[tuple[str, object], ...] = ()  # arguments that are not options
     branches: tuple[str, ...] = ()  # of two layers side by side: what is built at branch_ratio 1, and at 0
@@ -174,14 +175,16 @@ class Row(NamedTuple):
     def options(self) -> set[str]:
         """Names of the options that the layer reads."""
         names = set(self.arguments.values())
-        return names - KNOWN_TO_THE_MODEL | (NEIGHBOR_OPTIONS if "neighbors" in names else set())
+        several = {"neighbors": NEIGHBOR_OPTIONS, "biases": BIASES} | dict.fromkeys(("layout", "image_size", *OF_HOSTS), set())
+        return names - several.keys() | {option for name in names & several.keys() for option in several[name]}
 
 
-KNOWN_TO_THE_MODEL = {"neighbors", "layout", "image_size", "stride", "bias"}
+OF_HOSTS = ("stride", "bias")  # what a host of convolutions knows of a layer
 BY_PLACE = "place_attention"
-PAIRS = "attention_dropout bias=attention_bias"  # of layers that weigh pairs of tokens
+PAIRS = "attention_dropout bias=biases"  # of layers that weigh pairs of tokens
 CONVNN = f"neighbors layout convolution_type softmax_topk_val {PAIRS}"
-CONV1D = "kernel_size layout convolution_type bias=attention_bias"
+CONV1D = "kernel_size layout convolution_type bias=biases"
+BIASES = {"attention_bias", "qkv_bias", "proj_bias"}
 SHUFFLES = "shuffle_pattern shuffle_scale"
 
 LAYERS2D_ROWS = {
@@ -349,6 +352,12 @@ class ModelConfig(NeighborConfig):
     heading = "model and layer"
     rows: ClassVar[dict[str, Row]] = {}
 
+    drop_path: float = option(
+        0.0,
+        "ViT: probability of skipping a block's mixer or MLP for an image, rising linearly over the blocks to this",
+        low=0,
+        below=1,
+    )
     image_size: int | tuple[int, int] = 32
     in_channels: int = 3
     num_classes: int = 10
@@ -562,11 +571,12 @@ class AllConvNetConfig(ModelConfig):
 
     def without_effect(self) -> dict[str, str]:
         found = super().without_effect()
-        of_model = {"channels", "num_layers"} if self.is_host else {"replace", "stem"}
-        of_model |= set() if self.model in VGG else {"classifier_width", "batch_norm"}
-        found |= dict.fromkeys(of_model, "model")
+        own = {"channels", "num_layers"} if self.is_host else {"replace", "stem"}
+        own |= set() if self.model in VGG else {"classifier_width", "batch_norm"}
+        found |= dict.fromkeys(own, "model")
         if "/" not in self.layer:
             found["branch_ratio"] = "layer"
+        found["drop_path"] = "layer"  # a stack, and a host of convolutions, has none in its blocks
         if self.similarity_type == "Loc" and "ConvNN_Attn" not in self.layers_in_use():
             found.setdefault("magnitude_type", "similarity_type")  # ConvNN ranks by distance then and has no scores
         return found
@@ -667,6 +677,8 @@ class ViTConfig(ModelConfig):
     dropout: float = of_model(0.1, "probability of dropping what a mixer or MLP adds", low=0, below=1)
     attention_dropout: float = of_model(0.1, "probability of dropping a weight of a pair of tokens", low=0, below=1)
     attention_bias: bool = of_model(True, "biases of the q, k, v and output projections")
+    qkv_bias: bool | None = option(None, "biases of the q, k, v projections; none: --attention_bias", kind=bool)
+    proj_bias: bool | None = option(None, "bias of the output projection; none: --attention_bias", kind=bool)
     pos_embedding: str = of_model("sinusoidal", "positions added to the tokens", choices=("sinusoidal", "learned", "none"))
     patch_norm: bool = of_model(True, "LayerNorm after the patch embedding")
     final_norm: bool = of_model(False, "LayerNorm after the last block")
@@ -752,6 +764,12 @@ class ViTConfig(ModelConfig):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def biases(self) -> bool | tuple[bool, bool]:
+        """Of all projections in a mixer, or of those before mixing and of the one after it where they differ."""
+        pair = tuple(self.attention_bias if one is None else one for one in (self.qkv_bias, self.proj_bias))
+        return pair[0] if pair[0] == pair[1] else pair
 
     @property
     def class_tokens(self) -> int:
@@ -869,7 +887,7 @@ SYSTEM = {"group": "system and output"}
 # its numbers by rounding only. All else would make it another run.
 RESUME_MAY_CHANGE = set(
     "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
-    "tensorboard early_stopping use_compiled compile_mode kernels overwrite override".split()
+    "tensorboard early_stopping use_compiled compile_mode kernels overwrite override strict".split()
 )
 
 
@@ -940,6 +958,11 @@ class TrainConfig:
     optimizer: str = option("adamw", "optimizer", choices=("adam", "sgd", "adamw"))
     lr: float = option(1e-3, "learning rate", low=0, high=LARGEST)
     weight_decay: float = option(1e-6, "weight decay", low=0, high=1e6)
+    decay_norms: bool = option(True, "weight decay of norms, biases, positions and the class token too")
+    layer_decay: float = option(
+        1.0, "each block learns at this times the learning rate of the one after it; embeddings slowest", low=0.01, high=1
+    )
+    freeze: str | None = option(None, "backbone: train the classifier only", kind=str, choices=("backbone",))
     momentum: float = option(0.9, "sgd: momentum", low=0, below=1)
     scheduler: str = option(
         "none",
@@ -973,6 +996,9 @@ class TrainConfig:
     checkpoint: str | None = option(
         None, "weights to start from, or to evaluate with --test_only: FILE.pt or FILE.safetensors", kind=str, **SYSTEM
     )
+    strict: bool = option(
+        False, "checkpoint: refuse one that does not hold every weight of this model in its shape, and no others", **SYSTEM
+    )
     save_minutes: float = option(
         10.0, "write last.pt this often within an epoch too; 0: only at its end", low=0, high=10**7, **SYSTEM
     )
@@ -1001,6 +1027,11 @@ class TrainConfig:
             raise ValueError(f"export={self.export!r} must end in .safetensors or .onnx")
         if self.override and not self.test_only:
             raise ValueError("override=True is of test_only=True: training takes all options as they are given")
+        if self.freeze and self.layer_decay != 1:
+            raise ValueError(
+                f"layer_decay={self.layer_decay} is of a backbone that learns, and freeze={self.freeze} keeps it as it is; "
+                "drop one of them"
+            )
         if self.export and self.test_only:
             raise ValueError(f"export={self.export!r} writes weights and test_only=True writes only its results; drop one")
         if self.checkpoint and not self.checkpoint.endswith((".pt", ".pth", ".safetensors")):
@@ -1102,11 +1133,12 @@ def parse_options(
 
 
 # Options of a model that change neither its weights nor what it computes when it is evaluated.
-ONLY_IN_TRAINING = {"dropout", "attention_dropout", "initializer_range"}
+ONLY_IN_TRAINING = {"dropout", "attention_dropout", "drop_path", "initializer_range"}
 # Those that the shapes of its weights show; `model` stands for others.
 SHOWN_BY_SHAPES = set(
-    "model num_layers channels patch_size d_model d_mlp kernel_size attention_bias patch_norm final_norm pos_embedding pool "
-    "linformer_k convolution_type branch_ratio shuffle_pattern shuffle_scale replace stem classifier_width batch_norm".split()
+    "model num_layers channels patch_size d_model d_mlp kernel_size attention_bias qkv_bias proj_bias patch_norm final_norm "
+    "pos_embedding pool linformer_k convolution_type branch_ratio shuffle_pattern shuffle_scale replace stem classifier_width "
+    "batch_norm".split()
 )
 
 
@@ -1153,6 +1185,16 @@ def _plain(name: str, value):
     if name == "magnitude_type":
         return canonical_metric(value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def grid_of(trained: dict | None) -> tuple[int, int] | None:
+    """Rows and columns of patches in the model that had these options, if they say so."""
+    if not isinstance(trained, dict):
+        return None
+    size, patch = trained.get("resize"), trained.get("patch_size")
+    sides = (size, size) if isinstance(size, int) else size
+    is_known = isinstance(patch, int) and isinstance(sides, (list, tuple)) and len(sides) == 2
+    return (sides[0] // patch, sides[1] // patch) if is_known and patch else None
 
 
 def assumed_options(model: ModelConfig) -> dict:

@@ -44,6 +44,9 @@ class ResNet(nn.Module):
     blocks for the backward pass.
     """
 
+    head = "fc."
+    replaceable = r"fc\.|conv1\.|layer\d\.\d+\.conv[12]\."  # what other weights need not have (`runs.checkpoints.Leeway`)
+
     def __init__(self, config: AllConvNetConfig):
         super().__init__()
         self.config = config

@@ -23,15 +23,18 @@ class VGG(nn.Module):
     instead of 7 x 7. `recompute` keeps only the inputs of the stages for the backward pass.
     """
 
+    head = "classifier.6."
+
     def __init__(self, config: AllConvNetConfig):
         super().__init__()
         self.config = config
         self.features = nn.Sequential()
         self.stages: list[range] = []  # numbers of the parts of each stage
-        channels, places = config.in_channels, config.places()
+        channels, places, mixers = config.in_channels, config.places(), []
         for stage in sorted({place.stage for place in places}):
             start = len(self.features)
             for place in (place for place in places if place.stage == stage):
+                mixers.append(len(self.features))
                 # With a bias even where BatchNorm follows, as torchvision has it.
                 self.features.append(make_convolution(config, place, channels, bias=True))
                 channels = place.out_channels
@@ -51,6 +54,8 @@ class VGG(nn.Module):
             nn.Dropout(0.5),
             nn.Linear(width, config.num_classes),
         )
+        # What other weights need not have (`runs.checkpoints.Leeway`).
+        self.replaceable = rf"classifier\.6\.|features\.({'|'.join(map(str, mixers))})\."
         self.recompute = False
         self.init_classifier()
 

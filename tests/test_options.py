@@ -31,7 +31,7 @@ from options import (
 
 ROOT = Path(__file__).parent.parent
 BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "resume", "test_only", "tensorboard")
-BOOLEANS += ("overwrite", "override", "batch_norm")
+BOOLEANS += ("overwrite", "override", "strict", "decay_norms", "batch_norm")
 LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention")
 
 # What `allconvnet_main.py` without a flag resolves to; num_workers depends on the machine.
@@ -111,6 +111,12 @@ DEFAULTS = {
     "kernels": "auto",
     "overwrite": False,
     "override": False,
+    # fine-tuning and regularization
+    "strict": False,
+    "freeze": None,
+    "layer_decay": 1.0,
+    "drop_path": 0.0,
+    "decay_norms": True,
 }
 CHOICES = {
     "model": ("allconvnet", "vgg11", "vgg13", "vgg16", "vgg19", "resnet18", "resnet34"),
@@ -817,6 +823,8 @@ VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in O
     "dropout": 0.1,
     "attention_dropout": 0.1,
     "attention_bias": True,
+    "qkv_bias": None,
+    "proj_bias": None,
     "pos_embedding": "sinusoidal",
     "patch_norm": True,
     "final_norm": False,
@@ -849,8 +857,16 @@ VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in O
 }
 for name in ("shuffle_pattern", "shuffle_scale"):
     del VIT_DEFAULTS[name]
-VIT_BOOLEANS = (*BOOLEANS, "attention_bias", "patch_norm", "final_norm", "softmax_topk_val", "coordinate_encoding")
-VIT_BOOLEANS = tuple(name for name in VIT_BOOLEANS if name not in OF_ALLCONVNET)
+VIT_BOOLEANS = (
+    *(name for name in BOOLEANS if name not in OF_ALLCONVNET),
+    "attention_bias",
+    "qkv_bias",
+    "proj_bias",
+    "patch_norm",
+    "final_norm",
+    "softmax_topk_val",
+    "coordinate_encoding",
+)
 VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name not in ("shuffle_pattern", "stem")} | {
     "layer": (
         *("Attention", "ConvNN", "ConvNNAttention", "Conv1d", "Conv1dAttention", "KvtAttention", "LocalAttention"),
