@@ -175,8 +175,9 @@ class Row(NamedTuple):
     def options(self) -> set[str]:
         """Names of the options that the layer reads."""
         names = set(self.arguments.values())
-        several = {"neighbors": NEIGHBOR_OPTIONS, "biases": BIASES} | dict.fromkeys(("layout", "image_size", *OF_HOSTS), set())
-        return names - several.keys() | {option for name in names & several.keys() for option in several[name]}
+        several = {"neighbors": NEIGHBOR_OPTIONS, "biases": BIASES}
+        own = names - several.keys() - {"layout", "image_size", *OF_HOSTS}
+        return own | {option for name in names & several.keys() for option in several[name]}
 
 
 OF_HOSTS = ("stride", "bias")  # what a host of convolutions knows of a layer
