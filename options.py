@@ -8,6 +8,7 @@ How flags and YAML are read is in `cli.py`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -862,7 +863,9 @@ class DataConfig:
 
     dataset: str = option("cifar10", "data set; digits is embedded, folder has train/ and val/", choices=tuple(DATASETS))
     data_path: str = option("./Data", "folder that holds the data sets")
-    resize: int | None = option(None, "side the images are resized to", kind=int, low=1, high=SIDE)
+    resize: int | tuple[int, int] | None = option(
+        None, "side the images are resized to, or height and width", kind=int, many=True, low=1, high=SIDE
+    )
     val_fraction: float = option(
         0.0, "share of the training set held out; the best epoch then goes by it, not by the test set", low=0, below=1
     )
@@ -878,7 +881,14 @@ class DataConfig:
     test_limit: int | None = option(None, "test on the first n images, balanced by class", kind=int, low=1, high=IMAGES)
 
     def __post_init__(self):
+        if self.resize is not None and not isinstance(self.resize, (list, tuple)):
+            object.__setattr__(self, "resize", (self.resize,))
         check_fields(self)
+        if self.resize is not None:
+            if len(self.resize) > 2:
+                raise ValueError(f"resize={as_words(self.resize)} is neither a side nor height and width")
+            if len(set(self.resize)) == 1:
+                object.__setattr__(self, "resize", self.resize[0])
 
 
 KERNELS = ("auto", "chunked", "triton")
@@ -1125,12 +1135,18 @@ def parse_options(
 ) -> tuple[Options, OneLineParser]:
     """Flags over YAML over defaults -> checked options of a run, and the parser, whose `error` ends it in one line."""
     values, parser = read_values(program.model, (DataConfig, TrainConfig), description, argv, program.defaults, prog)
+    parser.stated, wrong = values, None
     try:
-        options = resolve(program.model, program.family, program.defaults | values)
-        parser.stated = values
-        return options, parser
+        return resolve(program.model, program.family, program.defaults | values), parser
     except ValueError as error:
-        parser.error(str(error))
+        wrong = error
+    if values.get("test_only") and "resize" in values:
+        # The size is of images for the model that a checkpoint names, which these options need not be.
+        with contextlib.suppress(ValueError):
+            others = {name: value for name, value in values.items() if name != "resize"}
+            options = resolve(program.model, program.family, program.defaults | others)
+            return options._replace(data=build(DataConfig, options.as_dict() | {"resize": values["resize"]})), parser
+    parser.error(str(wrong))
 
 
 # Options of a model that change neither its weights nor what it computes when it is evaluated.
@@ -1175,14 +1191,22 @@ def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
     values = program.defaults | program.model.values_that_hold(own, stated) | stated
     options = resolve(program.model, program.family, values)
     now, unused = options.as_dict(), options.model.without_effect().keys() | ONLY_IN_TRAINING
+    if "resize" in own and isinstance(options.model, AllConvNetConfig):
+        # Its layers run on maps of any size; those of a host would have other K, and so other weights, in a model for this one.
+        options = options._replace(model=dataclasses.replace(options.model, image_size=own["resize"]))
     both = {name: (own[name], now[name]) for name in (*model, "resize") if name in own and name not in unused}
     return AsTrained(options, {name: pair for name, pair in both.items() if len({_plain(name, one) for one in pair}) > 1})
 
 
+def sides_of(resize: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width: one number is a square."""
+    return (resize, resize) if isinstance(resize, int) else tuple(resize)
+
+
 def _plain(name: str, value):
     """A value in the one form, of several, that means the same."""
-    if name == "resize" and isinstance(value, int):
-        return (value, value)
+    if name == "resize":
+        return sides_of(value)
     if name == "magnitude_type":
         return canonical_metric(value)
     return tuple(value) if isinstance(value, list) else value
@@ -1193,9 +1217,9 @@ def grid_of(trained: dict | None) -> tuple[int, int] | None:
     if not isinstance(trained, dict):
         return None
     size, patch = trained.get("resize"), trained.get("patch_size")
-    sides = (size, size) if isinstance(size, int) else size
-    is_known = isinstance(patch, int) and isinstance(sides, (list, tuple)) and len(sides) == 2
-    return (sides[0] // patch, sides[1] // patch) if is_known and patch else None
+    is_known = isinstance(patch, int) and patch and isinstance(size, (int, list, tuple))
+    sides = sides_of(size) if is_known else ()
+    return (sides[0] // patch, sides[1] // patch) if len(sides) == 2 else None
 
 
 def assumed_options(model: ModelConfig) -> dict:

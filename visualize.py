@@ -383,7 +383,7 @@ def make_parser() -> argparse.ArgumentParser:
     samples.add_argument("--dataset", choices=DATASETS, default="digits", help="data set (default: digits)")
     samples.add_argument("--data_path", help="folder that holds it (default: ./Data)")
     samples.add_argument("--images", type=at_least_one, default=24, help="how many (default: 24)")
-    samples.add_argument("--resize", type=at_least_one, help="side they are resized to")
+    samples.add_argument("--resize", type=at_least_one, nargs="+", help="side they are resized to, or height and width")
     samples.add_argument("--augment", action="store_true", help="random crop and flip")
     samples.add_argument("--noise", type=float, default=0.0, help="standard deviation of noise on pixels from 0 to 1")
     samples.add_argument("--seed", type=at_least_zero, default=0, help="of order, augmentation and noise")
