@@ -759,6 +759,8 @@ class ViTConfig(ModelConfig):
 
     def without_effect(self) -> dict[str, str]:
         found = super().without_effect()
+        if self.num_layers == 1:
+            found["drop_path"] = "num_layers"  # it rises from 0 in the first block
         no_layer = self.num_local_layers == 0  # which is why the options of `layer` are not read
         return {name: "num_local_layers" if no_layer and other == "layer" else other for name, other in found.items()}
 
@@ -1217,9 +1219,10 @@ def grid_of(trained: dict | None) -> tuple[int, int] | None:
     if not isinstance(trained, dict):
         return None
     size, patch = trained.get("resize"), trained.get("patch_size")
-    is_known = isinstance(patch, int) and patch and isinstance(size, (int, list, tuple))
-    sides = sides_of(size) if is_known else ()
-    return (sides[0] // patch, sides[1] // patch) if len(sides) == 2 else None
+    sides = (size, size) if isinstance(size, int) else size
+    numbers = (*sides, patch) if isinstance(sides, (list, tuple)) else ()
+    is_known = len(numbers) == 3 and all(type(one) is int and one > 0 for one in numbers)
+    return (sides[0] // patch, sides[1] // patch) if is_known else None
 
 
 def assumed_options(model: ModelConfig) -> dict:

@@ -285,7 +285,7 @@ def fit_positions(model: nn.Module, table: Tensor, grid: tuple[int, int] | None)
         side = math.isqrt(count)  # of a square grid, with or without a class token
         grid = new if table.shape == model.pos_embedding.shape else (side, side)
     theirs = count - math.prod(grid)
-    if theirs not in (0, 1):
+    if theirs not in (0, 1) or 0 in grid:
         raise ValueError(
             f"of an unknown grid: its {count} positions are not of a square of patches, with or without a class token"
         )
@@ -296,12 +296,11 @@ def fit_positions(model: nn.Module, table: Tensor, grid: tuple[int, int] | None)
 
 def joined_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """With the queries, keys and values of timm's ConViT, which are `qk` and `v` there, as one `qkv`."""
-    joined = {}
-    for name, value in weights.items():
-        if ".mixer.qk." in name:
-            joined[name.replace(".qk.", ".qkv.")] = torch.cat([value, weights[name.replace(".qk.", ".v.")]])
-        elif ".mixer.v." not in name or name.replace(".v.", ".qk.") not in weights:
-            joined[name] = value
+    joined = dict(weights)
+    for name in weights:
+        value = name.replace(".mixer.qk.", ".mixer.v.")
+        if value != name and value in weights and weights[name].shape[1:] == weights[value].shape[1:]:
+            joined[name.replace(".qk.", ".qkv.")] = torch.cat([joined.pop(name), joined.pop(value)])
     return joined
 
 
