@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from graph_layers import GraphConv2d
 from hosts import Place
 from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d, CoordConv2d, Strided2d
 from options import LAYERS2D_ROWS, AllConvNetConfig
@@ -67,8 +68,8 @@ def init_for_relu(layer: nn.Module) -> None:
     """Initialize a layer so that, after the ReLU that follows, it keeps the scale of its input.
 
     Convolutions as torchvision does it (He et al., arXiv 1502.01852, fan-out), the slots of a ConvNN as the taps of one;
-    projections of attention as linears that keep the variance, the last one doubled for the ReLU. A layer of another kind
-    keeps what it has.
+    projections of attention as linears that keep the variance, doubled before a ReLU or GELU. A layer of another kind keeps
+    what it has.
     """
     if isinstance(layer, Branching2d):
         init_for_relu(layer.first)
@@ -87,6 +88,13 @@ def init_for_relu(layer: nn.Module) -> None:
         if isinstance(layer, ConvNNAttention2d) and isinstance(layer.conv, nn.Conv1d) and layer.conv.groups == 1:
             # K slots with weights of about 1/K each add up to the variance of one value.
             nn.init.normal_(layer.conv.weight, std=math.sqrt(layer.select.neighbors.K / layer.conv.in_channels))
+    elif isinstance(layer, GraphConv2d):
+        for linear in layer.modules():
+            if isinstance(linear, (nn.Linear, nn.Conv1d)):
+                gain = 1 if linear is layer.input else 2  # what GELU and ReLU leave is about a half
+                nn.init.normal_(linear.weight, std=math.sqrt(gain / linear.weight[0].numel()))
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
 
 
 class AllConvNet(nn.Module):
