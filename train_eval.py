@@ -30,6 +30,7 @@ from options import (  # noqa: F401  some are only offered from here as well
     TrainConfig,
     evaluation_options,
     grid_of,
+    sides_of,
 )
 from runs import RunError
 from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_state, load_weights
@@ -363,15 +364,22 @@ def _test(run: _Run) -> None:
     run = run._replace(options=options)
     model, folder, device = _prepare(run)
     train = options.train
-    # Without --override a model for other images than the checkpoint's is refused below; nothing else may differ.
-    leeway = Leeway(resample=not train.strict and (train.override or "config" not in state), grid=grid_of(state.get("config")))
+    # Images of another size need no --override: what the model computes is the same function of an image, at that size.
+    free = train.override or "resize" in changes or "config" not in state
+    leeway = Leeway(resample=not train.strict and free, grid=grid_of(state.get("config")))
     loaded = load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only", state, leeway)
-    if changes and not train.override:  # they fit, and would give another number than that of the model that was trained
-        name, (trained, stated) = next(iter(changes.items()))
+    refused = {} if train.override else {name: change for name, change in changes.items() if name != "resize"}
+    if refused:  # they fit, and would give another number than that of the model that was trained
+        name, (trained, stated) = next(iter(refused.items()))
         raise RunError(
             f"--test_only: {path} was trained with --{name} {as_words(trained)}, not {as_words(stated)}; leave --{name} out, "
             "or evaluate its weights in another model than theirs with --override"
         )
+    shape = (options.model.in_channels, *sides_of(options.data.resize))
+    try:
+        flops = count_flops(model, torch.zeros(1, *shape))
+    except ValueError as error:  # of a layer that cannot run on maps of this size
+        raise RunError(f"--test_only: --resize {as_words(options.data.resize)} with {path}: {error}") from None
     if processes.first:
         say_what_is_assumed(options, state, path, changes)
         say_what_was_loaded(loaded, path)
@@ -394,9 +402,8 @@ def _test(run: _Run) -> None:
         raise NonFiniteLoss(f"the test loss of {path} is not finite: its weights overflow in this model")
     print(f"test top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  ({path})")
     results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": str(path)}
-    shape = (options.model.in_channels, *options.model.image_size)
     results["parameters"] = count_parameters(model)
-    results["flops_per_image"] = count_flops(model, torch.zeros(1, *shape, device=device))
+    results["flops_per_image"] = flops
     results |= costs_of(model, shape, device)
     results["options"] = evaluation_options(options)
     results["override"] = {name: {"trained": before, "here": after} for name, (before, after) in changes.items()}
@@ -444,7 +451,7 @@ def _train(run: _Run) -> None:
         folder.start(plain, model, resumed=found is not None, notes=notes)
         trained = f" ({facts['trained_parameters']:,} of them trained)" if train.freeze else ""
         print(
-            f"{options.model.layer} on {options.data.dataset}: {facts['parameters']:,} parameters{trained}, "
+            f"{options.model.title} on {options.data.dataset}: {facts['parameters']:,} parameters{trained}, "
             f"{facts['flops_per_image'] / 1e6:,.2f} MFLOPs per image, {facts['train_images']:,} training and "
             f"{facts['test_images']:,} test images, on {device_name(device)}"
             + (f", {processes.world} processes" if processes.world > 1 else ""),
