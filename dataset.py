@@ -212,6 +212,20 @@ def cover(sides: tuple[int, int], image):
     return image.resize((columns, columns * height // width), BILINEAR)
 
 
+def read_image(path: str | os.PathLike, config: DataConfig) -> Tensor:
+    """Any image file as evaluation under these options would see it: normalized (C, *config.resize).
+
+    Cut to the middle in the proportions of the model's images; data sets of small images are not cut at their border otherwise.
+    Raises DataError for a file that cannot be read.
+    """
+    v2, info, sides = import_torchvision().transforms.v2, DATASETS[config.dataset], sides_of(config.resize)
+    image = decode_image(os.fspath(path)).convert("L" if info.channels == 1 else "RGB")
+    larger = tuple(round(side * 256 / 224) for side in sides) if info.streamed else sides
+    pixels = v2.functional.pil_to_tensor(v2.functional.center_crop(cover(larger, image), list(sides)))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in STATS.get(config.dataset, IMAGENET_STATS))
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
 class _ImageFiles(Dataset):
     """(epoch, row) -> image (3, height, width) uint8, label, index; or the DataError, which the main process then raises."""
 

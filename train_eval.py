@@ -40,7 +40,7 @@ from runs.files import WriteError, check_writable  # noqa: F401  WriteError is o
 from runs.folder import RunFolder, costs_of, summarize
 from runs.measure import count_flops, count_parameters, device_name
 from runs.memory import making
-from runs.metrics import Meter, Metrics, history_row
+from runs.metrics import Confusion, Meter, Metrics, history_row
 from runs.optimization import (  # noqa: F401
     Average,
     LearningRate,
@@ -61,6 +61,7 @@ from runs.training import Training
 from utils import choose_kernels, pick_device, seed_everything
 
 MEMORY_ADVICE = "a smaller --batch_size, --accumulate_steps, --use_amp or --use_compiled --compile_mode reduce-memory need less"
+MOST_CONFUSED = 200  # classes, of which test_results.json holds the matrix
 READ_EVERY, READ_SECONDS = 20, 5  # steps, or seconds, between two synchronizations with the device
 
 
@@ -129,10 +130,11 @@ def evaluate(
     title: str = "test",
     processes: Processes | None = None,
     check: Callable[[], object] = lambda: None,
+    seen: Callable[[torch.Tensor, torch.Tensor], object] = lambda logits, labels: None,
 ) -> Metrics:
     """Means over all images of `batches`, every one counted once; `compiled` is the compiled model if there is one.
 
-    `check` is called after every batch, equally often on all processes.
+    `check` is called after every batch, equally often on all processes; `seen` with the logits and labels of every batch.
     """
     model.eval()
     compiled = model if compiled is None else compiled
@@ -146,6 +148,7 @@ def evaluate(
             if len(images):
                 with autocast():
                     logits = compiled(images).float()
+                seen(logits, labels)
                 rows[step * processes.world + processes.rank] = meter.tally(loss_function(logits, labels), logits, labels)
             progress.advance(batches.images_in(step))
             check()
@@ -386,6 +389,7 @@ def _test(run: _Run) -> None:
     processes.connect(device)
     data = _load_data(run, device)
     model.to(device)
+    confusion = Confusion(options.model.num_classes, device)
     with making(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE):
         metrics = evaluate(
             model,
@@ -395,7 +399,9 @@ def _test(run: _Run) -> None:
             compiled=compile_for(train, model),
             autocast=autocast_for(train, device),
             processes=processes,
+            seen=confusion.add,
         )
+        processes.sum_(confusion.counts)
     if not processes.first:
         return
     if not math.isfinite(metrics.loss):
@@ -405,6 +411,9 @@ def _test(run: _Run) -> None:
     results["parameters"] = count_parameters(model)
     results["flops_per_image"] = flops
     results |= costs_of(model, shape, device)
+    results["classes"] = confusion.by_class(data.class_names)
+    if len(data.class_names) <= MOST_CONFUSED:
+        results["confusion"] = confusion.counts.tolist()
     results["options"] = evaluation_options(options)
     results["override"] = {name: {"trained": before, "here": after} for name, (before, after) in changes.items()}
     written = folder.write_test_results(results)
@@ -477,6 +486,7 @@ def _facts(run: _Run, model: nn.Module, data: Data, device: torch.device) -> dic
         "num_classes": run.options.model.num_classes,
         "train_images": data.train.num_samples,
         "test_images": data.test.num_samples,
+        "class_names": data.class_names,
         "processes": run.processes.world,
         "kernels": backend.running_on(device),
     }
