@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import yaml
 
-from options import PROGRAMS, RESUME_MAY_CHANGE, Program, did_you_mean, parse_options, read_yaml
+from options import PROGRAMS, RESUME_MAY_CHANGE, Options, Program, did_you_mean, parse_options, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent  # where the programs are
 KEYS = ("program", "options", "grid", "seed")
@@ -174,10 +174,15 @@ def name_points(points: list[tuple[str, dict]], axes: list[str]) -> list[Point]:
     for program, values in points:
         of_axis = {"program": find_program(program, program).family} | values
         varying = {name: of_axis[name] for name in axes if name in of_axis}
-        plain = ("program", "layer")
-        parts = [as_word(value) if name in plain else f"{name}-{as_word(value)}" for name, value in varying.items()]
-        named.append(Point("_".join(parts) or as_word(values.get("layer", "run")), program, values, varying))
+        named.append(Point(name_of(varying, values), program, values, varying))
     return named
+
+
+def name_of(varying: dict, values: dict) -> str:
+    """The folder of the point that has these values, of which `varying` are on the axes."""
+    plain = ("program", "layer")
+    parts = [as_word(value) if name in plain else f"{name}-{as_word(value)}" for name, value in varying.items()]
+    return "_".join(parts) or as_word(values.get("layer", "run"))
 
 
 def as_word(value) -> str:
@@ -227,10 +232,15 @@ def check_folder(point: Point, options: dict, folder: Path) -> None:
 
 def resolved(point: Point, folder: Path) -> dict:
     """Every option of the point's run by name. Raises ValueError with the message that its program would end with."""
+    return options_of(point, folder).as_dict()
+
+
+def options_of(point: Point, folder: Path) -> Options:
+    """The checked options of the point's run. Raises ValueError with the message that its program would end with."""
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
             options, _ = parse_options(find_program(point.program, point.name), "", point.argv(folder), prog=point.program)
     except SystemExit:
         raise ValueError(f"{point.name}: {message.getvalue().split('error: ', 1)[-1].strip()}") from None
-    return options.as_dict()
+    return options
