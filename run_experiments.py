@@ -144,9 +144,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.scale is not None:
             check_scale(args.scale)
             points, said = scale_points(points, args.scale, folder)
-        check_points(points, folder)
+        options = check_points(points, folder)
         if args.published is not None:
-            published = match(read_published(args.published, points), points, folder)
+            published = match(read_published(args.published, points), options)
         parameters = None if args.slurm is None else slurm_parameters(args.slurm)
         if args.gpus and not args.dry_run and args.gpus > len(visible_gpus()):
             raise ValueError(f"--gpus {args.gpus} is more than the {len(visible_gpus())} GPUs that can be used here")

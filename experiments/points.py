@@ -191,9 +191,12 @@ def as_word(value) -> str:
     return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in text)
 
 
-def check_points(points: list[Point], folder: Path) -> None:
-    """Raise ValueError for the first point whose options do not fit, or whose folder holds a run with others."""
-    counts, runs = Counter(point.name for point in points), {}
+def check_points(points: list[Point], folder: Path) -> dict[str, dict]:
+    """Every option of each point's run, by the name of the point.
+
+    Raises ValueError for the first point whose options do not fit, or whose folder holds a run with others.
+    """
+    counts, runs, found = Counter(point.name for point in points), {}, {}
     for point in points:
         for name in SET_BY_THE_SWEEP:
             if name in point.values:
@@ -205,11 +208,12 @@ def check_points(points: list[Point], folder: Path) -> None:
                 f"{point.name[:40]}...: the folder's name would have {length} bytes, of which {LONGEST_NAME} are allowed; "
                 "put what does not vary into options instead of grid, and long values into files that config: names"
             )
-        options = resolved(point, folder)
+        options = found[point.name] = resolved(point, folder)
         same = runs.setdefault(json.dumps(options | {"output_dir": ""}), point.name)
         if same != point.name:
             raise ValueError(f"{same} and {point.name} are the same run; drop one of them")
         check_folder(point, options, folder / point.name)
+    return found
 
 
 def check_folder(point: Point, options: dict, folder: Path) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-from pathlib import Path
 from typing import NamedTuple
 
-from experiments.points import Point, find_program, resolved
+from experiments.points import Point, find_program
 from options import PROGRAMS, DataConfig, TrainConfig, canonical_metric, did_you_mean, specs
 from reading import read_text
 
@@ -28,17 +27,17 @@ class Row(NamedTuple):
 
 
 class Published(NamedTuple):
-    """What was published for a point."""
+    """What was published for a run."""
 
     measures: dict[str, tuple[float, float]]
     source: str
-    is_whole: bool  # the point trains for as many epochs, and on all images
+    is_whole: bool  # the run has as many epochs, and on all images
 
 
 def read_published(path: str, points: list[Point]) -> list[Row]:
     """The rows of a published.csv. Raises ValueError, naming it, for a file that is none, or a column that is no option."""
     try:
-        lines = csv.DictReader(io.StringIO(read_text(path, LARGEST), newline=""), strict=True)
+        lines = csv.DictReader(io.StringIO(read_text(path, LARGEST).removeprefix("\ufeff"), newline=""), strict=True)
         columns, rows = lines.fieldnames or [], list(lines)
     except OSError as error:
         raise ValueError(f"--published {path}: {error.strerror}") from None
@@ -109,20 +108,20 @@ def plain(name: str, value) -> tuple:
     return tuple(words * 2 if name == "resize" and len(words) == 1 else words)
 
 
-def match(rows: list[Row], points: list[Point], folder: Path) -> dict[str, Published]:
-    """What was published for each point, by the name of the point. Several rows that match make a range.
+def match(rows: list[Row], runs: dict[str, dict]) -> dict[str, Published]:
+    """What was published for each run, by its name, as its options are by name. Several rows that match make a range.
 
-    Of those the rows with the point's number of epochs count alone, if there are such.
+    Of those the rows with the run's number of epochs count alone, if there are such.
     """
     found = {}
-    for point in points:
-        options = {name: plain(name, value) for name, value in resolved(point, folder).items()}
+    for run, values in runs.items():
+        options = {name: plain(name, value) for name, value in values.items()}
         fitting = [row for row in rows if all(options.get(name) == value for name, value in row.options.items())]
         epochs = options["num_epochs"][0]
         same = [row for row in fitting if row.epochs in (epochs, None)]
         if fitting:
             is_whole = bool(same) and options["train_limit"] == options["test_limit"] == ("none",)
-            found[point.name] = merge(same or fitting, is_whole)
+            found[run] = merge(same or fitting, is_whole)
     return found
 
 
