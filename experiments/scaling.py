@@ -21,7 +21,7 @@ def scale_points(points: list[Point], scale: float, folder: Path) -> tuple[list[
     """The points with a share of their images and epochs, and a line that says what they have now. Raises ValueError."""
     small, said = [], {}
     for point in points:
-        options = options_of(point, folder)
+        options, _ = options_of(point, folder)
         images = images_of(point, options)
         values = scaled_epochs(options, scale) | scaled_images(options, images, scale)
         varying = {name: values.get(name, value) for name, value in point.varying.items()}

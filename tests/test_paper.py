@@ -13,7 +13,7 @@ from experiments import report
 from experiments.points import check_points, find_config, name_points, options_of, read_sweep
 from experiments.published import is_outside, match, plain, read_published
 from experiments.scaling import LEAST_PER_CLASS, scale_points, share
-from options import DATASETS, AllConvNetConfig, specs
+from options import DATASETS
 
 sweep = test_run_experiments.sweep
 FOLDER = Path("Output/sweeps/sweep")
@@ -52,8 +52,6 @@ def refused(*argv, capsys) -> str:
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
 def test_the_papers_sweeps(path, monkeypatch, capsys):
     """Each runs dry and knows published numbers; the first line of the file is its command."""
-    if path.stem.startswith("vgg") and "model" not in specs(AllConvNetConfig):
-        pytest.skip("VGG11 is not there yet")
     monkeypatch.chdir(ROOT)
     argv = [f"configs/sweeps/paper/{path.name}", "--published", "docs/published.csv"]
     first = path.read_text().splitlines()[0]
@@ -298,7 +296,7 @@ def test_all_that_counts_epochs_shrinks_and_never_to_nothing(sweep):
         name: value for name, value in point.values.items() if name in expected or name.endswith("limit")
     }
     (point,), _ = scaled("options: {dataset: cifar100, num_epochs: 90, lr_step: 30}", 0.001)
-    small = options_of(point, FOLDER)
+    small, _ = options_of(point, FOLDER)
     assert (small.train.num_epochs, small.train.lr_step, small.train.warmup_epochs, small.train.early_stopping) == (1, 30, 0, 0)
     assert small.data.train_limit == small.data.test_limit == LEAST_PER_CLASS * 100
     assert share(150, 0.05) == 8 and share(5, 0.5) == 3 and share(3, 0.5) == 2
