@@ -111,10 +111,13 @@ def plain(name: str, value) -> tuple:
 def match(rows: list[Row], runs: dict[str, dict]) -> dict[str, Published]:
     """What was published for each run, by its name, as its options are by name. Several rows that match make a range.
 
-    Of those the rows with the run's number of epochs count alone, if there are such.
+    Of those the rows with the run's number of epochs count alone, if there are such. Evaluations of a checkpoint match nothing:
+    what it was trained with is not among their options.
     """
     found = {}
     for run, values in runs.items():
+        if values["test_only"]:
+            continue
         options = {name: plain(name, value) for name, value in values.items()}
         fitting = [row for row in rows if all(options.get(name) == value for name, value in row.options.items())]
         epochs = options["num_epochs"][0]

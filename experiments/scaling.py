@@ -21,6 +21,10 @@ def scale_points(points: list[Point], scale: float, folder: Path) -> tuple[list[
     """The points with a share of their images and epochs, and a line that says what they have now. Raises ValueError."""
     small, said = [], {}
     for point in points:
+        if point.test_only:
+            raise ValueError(
+                f"{point.name}: --scale is of training, and test_only evaluates a checkpoint; set test_limit instead"
+            )
         options, _ = options_of(point, folder)
         images = images_of(point, options)
         values = scaled_epochs(options, scale) | scaled_images(options, images, scale)

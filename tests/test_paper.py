@@ -327,6 +327,17 @@ def test_folders_of_unknown_size_need_limits(sweep, capsys):
     assert (point.values["train_limit"], point.values["test_limit"]) == (100, 2 * LEAST_PER_CLASS)
 
 
+def test_an_evaluation_of_a_checkpoint_is_neither_scaled_nor_compared(sweep, capsys):
+    Path("a.pt").write_bytes(b"")
+    evaluation = "sweep.yaml --set test_only=true --set checkpoint=a.pt".split()
+    assert "--scale is of training, and test_only evaluates a checkpoint" in refused(
+        *evaluation, "--scale", "0.1", capsys=capsys
+    )
+    Path("published.csv").write_text(TABLE)
+    assert run_experiments.main([*evaluation, "--published", "published.csv", "--dry_run"]) == 0
+    assert "none of its rows matches a run of this sweep" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("scale", ["0", "1", "-0.1", "nan", "inf", "half"])
 def test_scales_that_make_no_sense(scale, sweep, capsys):
     assert "--scale" in refused("sweep.yaml", "--scale", scale, capsys=capsys)
