@@ -136,18 +136,19 @@ class DatasetInfo(NamedTuple):
     channels: int
     classes: int | None  # None: as many as the training folder has
     streamed: bool  # read from files as training goes, instead of held on the device
+    images: tuple[int, int] | None  # for training and for testing; None: as many as there are in the folder
 
 
 DATASETS = {
-    "cifar10": DatasetInfo(32, 3, 10, False),
-    "cifar100": DatasetInfo(32, 3, 100, False),
-    "imagenet": DatasetInfo(224, 3, 1000, True),
-    "imagenet100": DatasetInfo(224, 3, 100, True),
-    "imagenette": DatasetInfo(224, 3, 10, True),
-    "mnist": DatasetInfo(28, 1, 10, False),
-    "fashion_mnist": DatasetInfo(28, 1, 10, False),
-    "digits": DatasetInfo(8, 1, 10, False),
-    "folder": DatasetInfo(224, 3, None, True),
+    "cifar10": DatasetInfo(32, 3, 10, False, (50_000, 10_000)),
+    "cifar100": DatasetInfo(32, 3, 100, False, (50_000, 10_000)),
+    "imagenet": DatasetInfo(224, 3, 1000, True, (1_281_167, 50_000)),
+    "imagenet100": DatasetInfo(224, 3, 100, True, None),
+    "imagenette": DatasetInfo(224, 3, 10, True, (9_469, 3_925)),
+    "mnist": DatasetInfo(28, 1, 10, False, (60_000, 10_000)),
+    "fashion_mnist": DatasetInfo(28, 1, 10, False, (60_000, 10_000)),
+    "digits": DatasetInfo(8, 1, 10, False, (1_437, 360)),
+    "folder": DatasetInfo(224, 3, None, True, None),
 }
 
 
