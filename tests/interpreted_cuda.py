@@ -212,6 +212,15 @@ def test_pair_scores(size, dtype, scored, form, in_order):
     assert_close(found[1], to_key, dtype)
 
 
+@pytest.mark.parametrize("size, dtype, scored", SIZES, ids=str)
+def test_max_neighbors(size, dtype, scored):
+    _, values, index, _ = problem(size, dtype)
+    expected, slot = gather(values.double(), index).max(dim=2)
+    largest, winner = cuda.max_neighbors(strided(values), strided(index))
+    assert largest.dtype == dtype and winner.dtype == torch.int32 and torch.equal(largest.double(), expected)
+    assert torch.equal(winner.long(), index.gather(2, slot)) or torch.equal(values.double().gather(1, winner.long()), expected)
+
+
 @CASES
 def test_weighted_sum(size, dtype, scored, form, in_order):
     grad, values, index, weights = problem(size, dtype)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from allconvnet import LAYERS2D, AllConvNet, AllConvNetConfig, make_layer2d
+from graph_layers import GraphConv2d
 from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d
 from options import LAYERS2D_NAMES
 from utils import count_flops, count_parameters
@@ -20,7 +21,7 @@ def make(**options):
 
 
 def test_option_names_are_the_registry():
-    assert tuple(LAYERS2D) == LAYERS2D_NAMES and len(PAIRS) == 12
+    assert tuple(LAYERS2D) == LAYERS2D_NAMES and len(PAIRS) == 20
 
 
 def combinations():
@@ -57,6 +58,7 @@ def test_every_layer_trains_a_step(layer, sampling, samples, magnitude_type, pat
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers_are_what_the_name_says(layer):
     types = {"Conv2d": nn.Conv2d, "ConvNN": ConvNN2d, "ConvNN_Attn": ConvNNAttention2d, "Attention": Attention2d}
+    types["ViG"] = GraphConv2d
     config = AllConvNetConfig(layer=layer, channels=[8], K=3, image_size=4, branch_ratio=0.25)
     mixer = make_layer2d(config, 3, 8)
     if "/" not in layer:

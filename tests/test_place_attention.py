@@ -139,7 +139,10 @@ def plain_window(position, side, kernel_size, dilation):
     return set(group[start : start + kernel_size])
 
 
-@pytest.mark.parametrize("layout", [TokenLayout(7, 5, 1), TokenLayout(6, 7), TokenLayout(11, 9, 2)], ids=str)
+GRIDS = [TokenLayout(7, 5, 1), TokenLayout(6, 7), TokenLayout(11, 9, 2), TokenLayout(1, 17, 1), TokenLayout(13, 1)]
+
+
+@pytest.mark.parametrize("layout", GRIDS, ids=str)
 @pytest.mark.parametrize(("kernel_size", "dilation"), [(1, 1), (3, 1), (5, 1), (1, 2), (1, 5), (3, 2), (3, 3)])
 def test_neighborhood_attention(strategy, layout, kernel_size, dilation):
     if kernel_size * dilation > min(layout.grid):
@@ -148,13 +151,12 @@ def test_neighborhood_attention(strategy, layout, kernel_size, dilation):
         return
 
     def sees(i, j):
-        (y, x), (row, column) = divmod(i, layout.width), divmod(j, layout.width)
-        return row in plain_window(y, layout.height, kernel_size, dilation) and column in plain_window(
-            x, layout.width, kernel_size, dilation
-        )
+        """Along the sides that are more than one patch."""
+        places = zip(divmod(i, layout.width), divmod(j, layout.width), (layout.height, layout.width), strict=True)
+        return all(side == 1 or b in plain_window(a, side, kernel_size, dilation) for a, b, side in places)
 
     mask = plain_mask(layout, sees)
-    assert (mask[layout.class_tokens :, layout.class_tokens :].sum(1) == kernel_size**2).all()
+    assert (mask[layout.class_tokens :, layout.class_tokens :].sum(1) == kernel_size ** len(layout.grid)).all()
     check(NeighborhoodAttention(12, 2, layout=layout, kernel_size=kernel_size, dilation=dilation), mask)
 
 
