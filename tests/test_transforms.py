@@ -44,7 +44,7 @@ NEIGHBORS = (
 def make(kind, **options):
     if kind is ViT:
         return ViT(ViTConfig(**SMALL | options))
-    return AllConvNet(AllConvNetConfig(channels=(8,), K=4, image_size=16, in_channels=1, **options))
+    return AllConvNet(AllConvNetConfig(**{"channels": (8,), "K": 4, "image_size": 16, "in_channels": 1} | options))
 
 
 MODELS = [
@@ -133,13 +133,37 @@ def test_an_exported_program_needs_none_of_our_modules(tmp_path):
     subprocess.run([sys.executable, "-c", LOADED_ELSEWHERE], cwd=tmp_path, check=True)
 
 
-@models
-def test_onnx(kind, options, tmp_path):
+def chain(kind, every):
+    """A model with one layer after the other: most of an export's time is spent once per model."""
+    if kind is ViT:
+        model = make(kind, num_layers=len(every))
+        for block, options in zip(model.blocks, every, strict=True):
+            block.mixer = make(kind, **options).blocks[0].mixer
+    else:
+        model = AllConvNet(AllConvNetConfig(channels=(8,) * len(every), layer="Conv2d", image_size=16, in_channels=1))
+        for place, (block, options) in enumerate(zip(model.layers, every, strict=True)):
+            block[0] = make(kind, **options, in_channels=8 if place else 1).layers[0][0]
+    return model
+
+
+CHAINS = {
+    "layers of ViT": (ViT, [{"layer": name} for name in LAYERS1D_NAMES[:6]]),
+    "more of them": (ViT, [{"layer": name} for name in LAYERS1D_NAMES[6:12]]),
+    "the rest of them": (ViT, [{"layer": name} for name in LAYERS1D_NAMES[12:]]),
+    "GPSA in every block": (ViT, [{"layer": "GPSA", "num_local_layers": 0}] * 2),
+    "neighbors of tokens": (ViT, [{"layer": "ConvNNAttention", **options} for options in NEIGHBORS]),
+    "layers of AllConvNet": (AllConvNet, [{"layer": name} for name in (*LAYERS2D_NAMES, "Conv2d/ConvNN")]),
+    "neighbors of pixels": (AllConvNet, [{"layer": "ConvNN", **options} for options in NEIGHBORS]),
+}
+
+
+@pytest.mark.parametrize(("kind", "every"), CHAINS.values(), ids=list(CHAINS))
+def test_onnx(kind, every, tmp_path):
     """`--export FILE.onnx` for another number of images, as onnxruntime computes it."""
     onnxruntime = pytest.importorskip("onnxruntime")
     from runs.export import export_onnx
 
-    model = make(kind, **options).eval()
+    model = chain(kind, every).eval()
     export_onnx(tmp_path / "model.onnx", model, (1, 16, 16))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for size in (1, 5):  # it was traced with two images
