@@ -368,8 +368,12 @@ class ModelConfig(NeighborConfig):
         """Names of the layers that the model is made of."""
         raise NotImplementedError
 
-    def without_effect(self) -> dict[str, str]:
-        """Options that this model does not read, each with the option that makes it so."""
+    def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
+        """Options that this model does not read, each with the option that makes it so.
+
+        An option at its default says nothing else than the other one, as in --sampling_type all --num_samples -1: it is left
+        out here unless `defaults`.
+        """
         in_use = self.layers_in_use()
         if not self.rows.keys() >= set(in_use):
             return {}  # a layer of another library: what it reads is not known here
@@ -378,10 +382,9 @@ class ModelConfig(NeighborConfig):
         own = specs(type(self))
         found = {name: "layer" for name in own if name in of_layers - read}
         for name, other, values in WITHOUT_EFFECT:
-            if name not in own or name in found:
+            if name not in own or name in found or (defaults and other in found):
                 continue
-            # An option at its default says nothing else than the other one, as in --sampling_type all --num_samples -1.
-            if getattr(self, other) in values and getattr(self, name) != own[name].default:
+            if getattr(self, other) in values and (defaults or getattr(self, name) != own[name].default):
                 found[name] = other
         return found
 
@@ -442,8 +445,8 @@ class AllConvNetConfig(ModelConfig):
     def layers_in_use(self) -> list[str]:
         return [name for name, _ in self.branches(2)]
 
-    def without_effect(self) -> dict[str, str]:
-        found = super().without_effect()
+    def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
+        found = super().without_effect(defaults=defaults)
         if "/" not in self.layer:
             found["branch_ratio"] = "layer"
         if self.similarity_type == "Loc" and "ConvNN_Attn" not in self.layers_in_use():
@@ -625,8 +628,8 @@ class ViTConfig(ModelConfig):
         local = [] if self.num_local_layers == 0 else [self.layer]
         return local if self.num_local_layers is None else [*local, "Attention"]
 
-    def without_effect(self) -> dict[str, str]:
-        found = super().without_effect()
+    def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
+        found = super().without_effect(defaults=defaults)
         no_layer = self.num_local_layers == 0  # which is why the options of `layer` are not read
         return {name: "num_local_layers" if no_layer and other == "layer" else other for name, other in found.items()}
 

@@ -29,6 +29,7 @@ from experiments.points import (  # noqa: F401  some only offered from here as w
     combinations,
     find_config,
     find_program,
+    leave_out_unread,
     name_points,
     parse_change,
     read_sweep,
@@ -124,12 +125,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.gpus and args.gpus < args.gpus_per_run:
             raise ValueError(f"--gpus_per_run {args.gpus_per_run} is more than --gpus {args.gpus}")
         points = find_config(name_points(*read_sweep(args.sweep, args.set)), args.sweep)
+        points, left_out = leave_out_unread(points)
         check_points(points, folder)
         parameters = None if args.slurm is None else slurm_parameters(args.slurm)
         if args.gpus and not args.dry_run and args.gpus > len(visible_gpus()):
             raise ValueError(f"--gpus {args.gpus} is more than the {len(visible_gpus())} GPUs that can be used here")
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--output_dir {folder} is not a folder")
+        if left_out:
+            parser.warn(left_out)
         if args.dry_run:
             show_points(points, folder)
             return 0

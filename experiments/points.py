@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import yaml
 
-from options import PROGRAMS, RESUME_MAY_CHANGE, Program, did_you_mean, parse_options, read_yaml
+from cli import as_words, specs
+from options import PROGRAMS, RESUME_MAY_CHANGE, Options, Program, did_you_mean, parse_options, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent  # where the programs are
 KEYS = ("program", "options", "grid", "seed")
@@ -174,10 +175,53 @@ def name_points(points: list[tuple[str, dict]], axes: list[str]) -> list[Point]:
     for program, values in points:
         of_axis = {"program": find_program(program, program).family} | values
         varying = {name: of_axis[name] for name in axes if name in of_axis}
-        plain = ("program", "layer")
-        parts = [as_word(value) if name in plain else f"{name}-{as_word(value)}" for name, value in varying.items()]
-        named.append(Point("_".join(parts) or as_word(values.get("layer", "run")), program, values, varying))
+        named.append(Point(_name(values, varying), program, values, varying))
     return named
+
+
+def _name(values: dict, varying: dict) -> str:
+    plain = ("program", "layer")
+    parts = [as_word(value) if name in plain else f"{name}-{as_word(value)}" for name, value in varying.items()]
+    return "_".join(parts) or as_word(values.get("layer", "run"))
+
+
+def leave_out_unread(points: list[Point]) -> tuple[list[Point], str]:
+    """The points without what their models do not read, each run once, and a line that says so ("" if all is read).
+
+    Whether a value is read depends on its own point alone, so names are those of the whole sweep in a part of it too. A point
+    with a mistake stays as it is: `check_points` says what is wrong.
+    """
+    kept, because = {}, {}
+    for point in points:
+        unread = {name: why for name, why in _unread(point).items() if name in point.varying}
+        for name, (other, value) in unread.items():
+            because.setdefault(name, {}).setdefault(f"{other}={as_words(value)}")
+        values, varying = ({n: v for n, v in d.items() if n not in unread} for d in (point.values, point.varying))
+        one = Point(_name(values, varying), point.program, values, varying) if unread else point
+        kept.setdefault(json.dumps(one, sort_keys=True), one)
+    if not because:
+        return points, ""
+    what = "; ".join(f"{name} is not read under {_some(list(others))}" for name, others in because.items())
+    return list(kept.values()), f"{what}; left out there, {len(points)} combinations are {len(kept)} runs"
+
+
+def _some(words: list[str], most: int = 6) -> str:
+    return ", ".join(words[:most]) + f" and {len(words) - most} others" * (len(words) > most)
+
+
+def _unread(point: Point) -> dict[str, tuple]:
+    """Options that the point's model does not read, each with the option that makes it so and its value."""
+    if not point.varying.keys() & _model_options(point):  # saves making a parser for each of many points
+        return {}
+    try:
+        model = _parsed(point, Path()).model
+    except ValueError:
+        return {}
+    return {name: (other, getattr(model, other)) for name, other in model.without_effect(defaults=True).items()}
+
+
+def _model_options(point: Point) -> set[str]:
+    return specs(find_program(point.program, point.name).model).keys() - {"layer"}
 
 
 def as_word(value) -> str:
@@ -227,10 +271,14 @@ def check_folder(point: Point, options: dict, folder: Path) -> None:
 
 def resolved(point: Point, folder: Path) -> dict:
     """Every option of the point's run by name. Raises ValueError with the message that its program would end with."""
+    return _parsed(point, folder).as_dict()
+
+
+def _parsed(point: Point, folder: Path) -> Options:
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
             options, _ = parse_options(find_program(point.program, point.name), "", point.argv(folder), prog=point.program)
     except SystemExit:
         raise ValueError(f"{point.name}: {message.getvalue().split('error: ', 1)[-1].strip()}") from None
-    return options.as_dict()
+    return options
