@@ -7,11 +7,12 @@ Losses and counts stay on the device; the CPU synchronizes with it every 20 step
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from runs import RunError
 from runs.checkpoints import load_checkpoint, load_state, load_weights
 from runs.endings import STOPPED, exit_status
 from runs.export import check_export, export
-from runs.files import WriteError, check_writable  # noqa: F401  WriteError is only offered from here
+from runs.files import ReadError, WriteError, check_writable  # noqa: F401  WriteError is only offered from here
 from runs.folder import RunFolder, summarize
 from runs.measure import count_flops, count_parameters, device_name
 from runs.memory import making
@@ -363,7 +364,7 @@ def _test(run: _Run) -> None:
     processes.connect(device)
     data = _load_data(run, device)
     model.to(device)
-    with making(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE):
+    with making(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE), _reading():
         metrics = evaluate(
             model,
             data.test,
@@ -422,13 +423,23 @@ def _train(run: _Run) -> None:
             + (f", {processes.world} processes" if processes.world > 1 else ""),
             flush=True,
         )
-    best = fit(training, data, folder, plain, facts)
+    with _reading():
+        best = fit(training, data, folder, plain, facts)
     if not processes.first:
         return
     if train.export:
         export(Path(train.export), model, folder.best, facts["image_shape"])
     split = selection_split(data)
     print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """A context in which data that turns out to be wrong ends the run as whatever happens on the way, with status 1."""
+    try:
+        yield
+    except DataError as error:
+        raise ReadError(str(error)) from None
 
 
 def _facts(run: _Run, model: nn.Module, data: Data, device: torch.device) -> dict:

@@ -17,6 +17,10 @@ class WriteError(Exception):
     """An output that cannot be written, in one line; the file it would have replaced is unchanged."""
 
 
+class ReadError(Exception):
+    """An input that could not be read once a run had begun, in one line."""
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
     """A file to write that replaces `path` once it is complete: a reader sees the old file or the new one, never a part.
