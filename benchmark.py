@@ -72,6 +72,7 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
             configs.append(build(family.config, values, layer=layer, image_size=side))
     except ValueError as error:
         parser.error(str(error))
+    parser.warn_repeated()
     return argv[0], bench, configs
 
 

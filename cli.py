@@ -207,6 +207,23 @@ class OneLineParser(argparse.ArgumentParser):
     given: frozenset[str] = frozenset()
     stated: dict = {}  # noqa: RUF012  what the command line and its file give, by name, once it is known
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.repeated: dict[str, tuple] = {}  # flags given several times: the first of their values, and the last
+        self._seen: dict[str, object] = {}
+        for name, action in ((None, _Store), ("store", _Store), ("store_const", _StoreConst)):
+            self.register("action", name, action)
+
+    def see(self, name: str, value) -> None:
+        """Note the value of a flag of the command line."""
+        if self._seen.setdefault(name, value) != value:
+            self.repeated[name] = (self._seen[name], value)
+
+    def warn_repeated(self) -> None:
+        """A line on stderr for every flag that was given several times: the last one counts, as everywhere with argparse."""
+        for name, (first, last) in self.repeated.items():
+            self.warn(f"--{name} is given more than once: {as_words(last)} counts, not {as_words(first)}")
+
     def error(self, message: str):
         """One line, exit status 2; `name=value` in a message becomes the flag a user would type."""
         self.exit(2, self._line("error", message))
@@ -222,6 +239,19 @@ class OneLineParser(argparse.ArgumentParser):
         # Of the processes that torchrun starts on a machine, which all read the same options, one speaks.
         silent = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0"
         return "" if silent else f"{self.prog}: {what}: {message}\n"
+
+
+class _Store(argparse._StoreAction):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if option_string is not None:
+            parser.see(self.dest, values)
+        super().__call__(parser, namespace, values, option_string)
+
+
+class _StoreConst(argparse._StoreConstAction):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.see(self.dest, self.const)
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _add_option(group, name: str, spec: Spec, default) -> None:
@@ -275,9 +305,44 @@ def convert(name: str, value, spec: Spec):
             raise ValueError(f"{name}={shown(value)} is not True or False")
         return booleans[value.lower()]
     try:
-        return spec.kind(value)
-    except ValueError:
-        raise ValueError(f"{name}={shown(value)} is not {KINDS[spec.kind]}") from None
+        return as_number(value, spec.kind)
+    except ValueError as error:
+        raise ValueError(f"{name}={shown(value)} {error}") from None
+
+
+# Numbers as everybody reads them: no 1_000, 0x10, 010 (8 to some) or 1:30 (90 to YAML).
+WRITTEN = {
+    int: re.compile(r"[-+]?(0|[1-9][0-9]*)"),
+    float: re.compile(r"[-+]?(((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)(e[-+]?[0-9]+)?|inf|infinity|nan)", re.I),
+}
+
+
+def as_number(text: str, kind: type):
+    """The int or float that a text says, in plain decimal digits. Raises ValueError: "is not a whole number"."""
+    try:
+        if WRITTEN[kind].fullmatch(text):
+            return kind(text)
+    except ValueError:  # of more digits than Python reads
+        pass
+    how = " in plain decimal digits" if re.match(r"[-+]?(0[0-9a-z_]|[0-9][0-9.]*[_:])", text, re.I) else ""
+    raise ValueError(f"is not {KINDS[kind]}{how}")
+
+
+def number_type(kind: type, low: float | None = None, high: float | None = None):
+    """A type for `argparse`: a number, of at least `low` and at most `high`, in plain decimal digits."""
+
+    def read(text: str):
+        try:
+            value = as_number(text, kind)
+            if low is not None and not value >= low:
+                raise ValueError(f"is not {KINDS[kind]}")
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} {error}" + f" of at least {low}" * (low is not None)) from None
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"{text!r} is more than {high}")
+        return value
+
+    return read
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -291,8 +356,14 @@ MOST_BYTES = 100_000  # of a YAML file: fifty times config.yaml, and what is rea
 class _PlainLoader(yaml.SafeLoader):
     """YAML in which a key that is given twice is an error instead of the last one winning, and in which nothing is an alias.
 
-    Aliases of aliases make a few hundred bytes stand for billions of values.
+    Aliases of aliases make a few hundred bytes stand for billions of values. As in YAML 1.2, a plain word is a truth value if
+    it is true or false, and a number if it is in decimal digits: `no` and `1:30`, to YAML 1.1 False and 90, are texts.
     """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] not in ("bool", "int", "float")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -311,10 +382,27 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+for kind, pattern, first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", WRITTEN[int].pattern, "-+0123456789"),
+    (
+        "float",
+        r"[-+]?((0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+):
+    _PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{pattern})\Z"), list(first))
+
+
+def parse_yaml(text: str):
+    """The value that a YAML text says. Raises yaml.YAMLError, ValueError and RecursionError."""
+    return yaml.load(text, Loader=_PlainLoader)
+
+
 def read_yaml(path: str) -> dict:
     """The mapping in a YAML file; ValueError in one line for whatever is wrong with it."""
     try:
-        values = yaml.load(read_text(path, MOST_BYTES), Loader=_PlainLoader)
+        values = parse_yaml(read_text(path, MOST_BYTES))
     except OSError as error:
         raise ValueError(f"config={path!r}: {error.strerror or error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -370,6 +458,8 @@ def read_values(
         what = f"unknown option {rest[0]}" if rest[0].startswith("-") else f"a value without an option: {rest[0]!r}"
         parser.error(f"{what}{_did_you_mean_flag(rest[0].split('=')[0], flags)}")
     path = given.pop("config")
+    if "config" in parser.repeated:
+        parser.error(f"--config is given more than once ({', '.join(parser.repeated['config'])}); a run takes one file")
     parser.given = frozenset(given)
     try:
         values = {} if path is None else model_type.values_that_hold(_read_options(path, known), given)

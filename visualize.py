@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cli import as_number, number_type
 from experiments.figures import COLORS, LINE_STYLES, color_of, label_groups, legend_beside, plot_seeds, read_metrics
 from options import DATASETS, PROGRAMS, DataConfig, OneLineParser, Options, ViTConfig, read_yaml, resolve
 
@@ -327,21 +328,12 @@ def draw_samples(args: argparse.Namespace) -> Figure:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def at_least_one(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def at_least_zero(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
+at_least_one, at_least_zero = number_type(int, 1, 2**31 - 1), number_type(int, 0, 2**31 - 1)
 
 
 def place(text: str) -> tuple[float, float]:
     try:
-        down, right = (float(part) for part in text.split(","))
+        down, right = (as_number(part, float) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not two numbers, as 0.5,0.25") from None
     if not (0 <= down <= 1 and 0 <= right <= 1):
@@ -349,12 +341,13 @@ def place(text: str) -> tuple[float, float]:
     return down, right
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE", parser_class=OneLineParser)
 
     def add(name: str, help: str) -> argparse.ArgumentParser:
         one = figures.add_parser(name, help=help, description=help, allow_abbrev=False)
+        one.set_defaults(parser=one)
         one.add_argument("--output", type=Path, metavar="FILE.png", help="where the figure goes")
         return one
 
@@ -385,7 +378,9 @@ def make_parser() -> argparse.ArgumentParser:
     samples.add_argument("--images", type=at_least_one, default=24, help="how many (default: 24)")
     samples.add_argument("--resize", type=at_least_one, help="side they are resized to")
     samples.add_argument("--augment", action="store_true", help="random crop and flip")
-    samples.add_argument("--noise", type=float, default=0.0, help="standard deviation of noise on pixels from 0 to 1")
+    samples.add_argument(
+        "--noise", type=number_type(float), default=0.0, help="standard deviation of noise on pixels from 0 to 1"
+    )
     samples.add_argument("--seed", type=at_least_zero, default=0, help="of order, augmentation and noise")
     return parser
 
@@ -410,6 +405,7 @@ def default_output(args: argparse.Namespace) -> Path:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
+    args.parser.warn_repeated()
     output = args.output or default_output(args)
     if output.suffix.lower() != ".png":
         parser.error(f"--output {output} is not a .png file, which is what is drawn")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import yaml
 
-from cli import as_words, specs
+from cli import as_words, parse_yaml, specs
 from options import PROGRAMS, RESUME_MAY_CHANGE, Options, Program, did_you_mean, parse_options, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent  # where the programs are
@@ -148,8 +148,8 @@ def parse_change(change: str) -> tuple[str, list]:
     """name=v1,v2 -> name and values, which are written as in YAML."""
     name, equals, text = change.partition("=")
     try:
-        values = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError:
+        values = parse_yaml(f"[{text}]")
+    except (yaml.YAMLError, ValueError, RecursionError):
         values = None
     if not name or not equals or not values:
         raise ValueError(f"--set {change!r} is not name=value or name=value1,value2")

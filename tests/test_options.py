@@ -314,6 +314,38 @@ def test_lists():
     assert values("--channels 8 16 --num_layers 2")["num_layers"] == 2
 
 
+def test_texts_are_not_taken_for_numbers_and_truth_values():
+    for text in ("no", "off", "Yes", "1_0", "0x10", "1:30", "010", "2_0.5"):
+        assert parse_yaml(f"output_dir: {text}").as_dict()["output_dir"] == text
+        assert parse_yaml(yaml.safe_dump({"output_dir": text})).as_dict()["output_dir"] == text
+    found = parse_yaml(
+        "seed: 0\nlr: 0.5\nmomentum: .5\nnoise: 1.\nweight_decay: 2.5e-3\naugment: TRUE\nbatch_size: +7"
+    ).as_dict()
+    expected = {"seed": 0, "lr": 0.5, "momentum": 0.5, "noise": 1.0, "weight_decay": 0.0025, "augment": True, "batch_size": 7}
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_of_a_flag_that_is_given_twice_the_last_counts_and_is_named(capsys):
+    parse("--lr 0.1 --K 3 --lr 0.1 --augment --augment True")
+    assert capsys.readouterr().err == ""
+    found = values("--lr 0.1 --channels 8 --no-augment --lr 0.2 --augment --lr 0.3 --channels 16")
+    assert (found["lr"], found["augment"], found["channels"]) == (0.3, True, [16])
+    lines = [line.split("warning: ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert sorted(lines) == [
+        "--augment is given more than once: True counts, not False",
+        "--channels is given more than once: 16 counts, not 8",
+        "--lr is given more than once: 0.3 counts, not 0.1",
+    ]
+
+
+def test_a_run_takes_one_file_of_options(capsys):
+    for name in ("a.yaml", "b.yaml"):
+        Path(name).write_text("K: 3")
+    assert parse("--config a.yaml --config a.yaml").model.K == 3
+    line = error_of(parse, "--config a.yaml --lr 1 --config b.yaml", capsys=capsys)
+    assert_says(line, "--config; more than once; a.yaml, b.yaml")
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 # Command line, and what the one line must say: the flag, the value, and what would work.
@@ -344,6 +376,14 @@ BAD = [
     ("--K none", "--K 'none'; whole number"),
     ("--num_epochs 1e2", "--num_epochs '1e2'; whole number"),
     ("--lr fast", "--lr 'fast'; number"),
+    ("--K 1_0", "--K '1_0'; whole number; plain decimal digits"),
+    ("--K 0x10", "--K '0x10'; whole number; plain decimal digits"),
+    ("--K 010", "--K '010'; whole number; plain decimal digits"),
+    ("--K ' 3'", "--K ' 3'; whole number"),
+    ("--K \u0663", "--K '\u0663'; whole number"),
+    ("--channels 8 1_6", "--channels '1_6'; whole number"),
+    ("--lr 1_0.5", "--lr '1_0.5'; number; plain decimal digits"),
+    ("--lr 1e-0_3", "--lr '1e-0_3'; number"),
     ("--channels", "--channels; at least one"),
     ("--channels 8 x", "--channels 'x'; whole number"),
     ("--channels 8,16", "--channels '8,16'; whole number"),
@@ -478,6 +518,16 @@ BAD_YAML = [
     (b"K: \xff", "--config 'c.yaml'; utf-8"),
     (b"K: \x00", "--config 'c.yaml'"),
     ("K: 3.0", "--K 3.0; whole number"),
+    ("batch_size: 1:30", "--batch_size '1:30'; whole number; plain decimal digits"),
+    ("K: 1_0", "--K '1_0'; whole number"),
+    ("K: 0x10", "--K '0x10'; whole number"),
+    ("K: 0b11", "--K '0b11'; whole number"),
+    ("K: 010", "--K '010'; whole number"),
+    ("lr: 1:30.5", "--lr '1:30.5'; number"),
+    ("lr: 1_0.5", "--lr '1_0.5'; number"),
+    ("channels: [8, 1:30]", "--channels '1:30'; whole number"),
+    ("augment: yes", "--augment 'yes'; True or False"),
+    ("augment: off", "--augment 'off'; True or False"),
     ("K: true", "--K True; whole number"),
     ("K: null", "--K None; whole number"),
     ("K: [3]", "--K [3]; whole number"),

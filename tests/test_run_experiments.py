@@ -227,6 +227,9 @@ def test_what_is_wrong_is_said_before_anything_starts(text, says, sweep, capsys)
     [
         "nowhere.yaml",
         "sweep.yaml --jobs 0",
+        "sweep.yaml --jobs 1_0",
+        "sweep.yaml --set K=1:30",
+        "sweep.yaml --set K=*a",
         "sweep.yaml --set K",
         "sweep.yaml --set K=",
         "sweep.yaml --slurm a",
