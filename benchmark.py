@@ -19,6 +19,7 @@ from typing import NamedTuple
 from experiments.tables import as_markdown, as_text  # noqa: F401  some are only offered from here as well
 from options import LAYERS1D_NAMES, LAYERS2D_NAMES, AllConvNetConfig, BenchmarkConfig, ViTConfig, build, read_values
 from runs.measure import MEASURED, Case, peak_memory, seconds_of, training_flops  # noqa: F401
+from runs.streams import run_program
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 KEYS = ("layer", "tokens", "precision", "execution")
@@ -73,7 +74,13 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
     except ValueError as error:
         parser.error(str(error))
     parser.warn_repeated()
+    if bench.separate_qkv and not any(_has_merged_qkv(config) for config in configs):
+        parser.warn("separate_qkv=True is not used: of the layers that are measured, none is the Attention of vit")
     return argv[0], bench, configs
+
+
+def _has_merged_qkv(config: ViTConfig | AllConvNetConfig) -> bool:
+    return isinstance(config, ViTConfig) and config.layer == "Attention"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -81,8 +88,10 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def make_mixers(config: ViTConfig | AllConvNetConfig, batch_size: int) -> Iterator[tuple[str, object, object]]:
-    """(name, mixer, input) of the layer; attention comes a second time with separate projections of q, k and v."""
+def make_mixers(
+    config: ViTConfig | AllConvNetConfig, batch_size: int, separate_qkv: bool = False
+) -> Iterator[tuple[str, object, object]]:
+    """(name, mixer, input) of the layer; with `separate_qkv`, attention a second time with a projection for each of q, k, v."""
     import torch
     from torch import nn
 
@@ -107,7 +116,7 @@ def make_mixers(config: ViTConfig | AllConvNetConfig, batch_size: int) -> Iterat
     layout = TokenLayout(*config.grid, config.class_tokens)
     x = torch.randn(batch_size, layout.num_tokens, config.d_model)
     yield config.layer, make_layer1d(config, layout), x
-    if config.layer == "Attention":
+    if separate_qkv and _has_merged_qkv(config):
         apart = Separate(
             config.d_model, config.num_heads, attention_dropout=config.attention_dropout, bias=config.attention_bias
         )
@@ -135,7 +144,10 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
     cases, rows = [], []
     for config in configs:
         torch.manual_seed(bench.seed)
-        mixers = [(label, mixer.to(device), x.to(device)) for label, mixer, x in make_mixers(config, bench.batch_size)]
+        mixers = [
+            (label, mixer.to(device), x.to(device))
+            for label, mixer, x in make_mixers(config, bench.batch_size, bench.separate_qkv)
+        ]
         if bench.against:
             plain, mixers = mixers, [one for mixer in mixers for one in with_naive_form(*mixer)]
             more = (len(mixers) - len(plain)) * len(bench.precision) * len(bench.execution)
@@ -231,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         from experiments import targets
 
         return targets.main(argv[1:])
-    family, bench, configs = parse(argv)
+    _, bench, configs = parse(argv)
     # torch takes seconds to import: only once the options are known to be right.
     from tqdm import tqdm
 
@@ -250,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     folder.mkdir(parents=True, exist_ok=True)
     layers = len(configs) // len(bench.resolution)
-    more = family == "vit" and any(config.layer == "Attention" for config in configs)
+    more = sum(_has_merged_qkv(config) for config in configs[:layers]) * bench.separate_qkv
     cases = (layers + more) * len(bench.precision) * len(bench.execution)
     found = versions()
     machine = f"{device_name(device)}, torch {found['torch']}, batch of {bench.batch_size}"
@@ -276,4 +288,4 @@ def write(rows: list[dict], folder: Path, command: str, machine: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

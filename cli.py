@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import yaml
 
-from reading import read_text
+from reading import as_path, read_text
 
 # ---------------------------------------------------------------------------------------------------------------
 # Fields that are options
@@ -135,7 +135,7 @@ def _check_one(name: str, value, spec: Spec):
     if type(value) is not spec.kind:
         raise ValueError(f"{name}={shown(value)} is not {KINDS[spec.kind]}")
     if spec.kind is str:
-        _check_text(name, value)
+        value = _check_text(name, value)
     if spec.kind is float and not math.isfinite(value):
         raise ValueError(f"{name}={value} is not a finite number")
     if spec.choices and value not in spec.choices:
@@ -158,19 +158,16 @@ def check_value(name: str, value, kind: type, low: float, high: float):
     return _check_one(name, value, Spec(kind, "", low=low, high=high))
 
 
-def _check_text(name: str, value: str) -> None:
-    """Raise ValueError for what no file, table or terminal can carry on."""
+def _check_text(name: str, value: str) -> str:
+    """The text as the locale's paths are written. Raises ValueError for what no file, table or terminal can carry on."""
     if value == "":
         raise ValueError(f"{name}='' is empty; give a value or leave {name} out")
     if any(ord(character) < 32 or character == "\x7f" for character in value):
         raise ValueError(f"{name}={shown(value)} holds a control character; use letters that can be printed")
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"{name}={shown(value)} is not UTF-8, as config.yaml has it; use another name, or a locale of UTF-8 "
-            "(PYTHONUTF8=1) if it is"
-        ) from None
+        return as_path(value)
+    except UnicodeError:
+        raise ValueError(f"{name}={shown(value)} is not UTF-8, as config.yaml has it; use another name") from None
 
 
 def check_fields(config) -> None:

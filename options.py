@@ -34,7 +34,7 @@ from cli import (
     specs,
 )
 from machine import cpu_cores
-from reading import what_is_wrong_with
+from reading import as_text, what_is_wrong_with
 
 __all__ = [
     "CONVIT_SIZES",
@@ -780,6 +780,9 @@ class BenchmarkConfig:
         kind=str,
         choices=("naive",),
     )
+    separate_qkv: bool = option(
+        False, "vit: Attention a second time, with three projections for queries, keys and values instead of a merged one"
+    )
     repeats: int = option(7, "measurements of each row, in turns; medians count", low=1, high=10**6)
     device: str = option("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cpu", "cuda", "mps"))
     kernels: str = option("auto", KERNELS_HELP, choices=KERNELS)
@@ -914,7 +917,8 @@ class Options(NamedTuple):
         for config in self:
             for name in specs(type(config)):
                 value = getattr(config, name)
-                values[name] = list(value) if isinstance(value, tuple) else value
+                value = list(value) if isinstance(value, tuple) else value
+                values[name] = as_text(value) if isinstance(value, str) else value
         return values
 
 

@@ -25,6 +25,7 @@ from cli import as_words
 from dataset import Data, DataError, import_torchvision, load_data
 from kernels import backend
 from options import AsTrained, ModelConfig, Options, TrainConfig, evaluation_options  # noqa: F401  offered from here as well
+from reading import as_text
 from runs import RunError
 from runs.checkpoints import load_checkpoint, load_state, load_weights
 from runs.endings import STOPPED, exit_status
@@ -310,8 +311,6 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
     device = pick_device(train.device, processes)
     choose_kernels(train.kernels, device)
     autocast_for(train, device)  # raises for a dtype that the device does not have
-    folder = RunFolder(train.output_dir)
-    check_writable(folder.path, "--output_dir")
     if train.export:
         check_export(train)
     if train.mixup or train.cutmix:
@@ -320,7 +319,7 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
         raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard")
     seed_everything(train.seed, train.deterministic)  # before the model: all processes initialize the same weights
     with making(f"the model of --layer {run.options.model.layer}"):
-        return run.make_model(run.options.model), folder, device
+        return run.make_model(run.options.model), RunFolder(train.output_dir), device
 
 
 def _load_data(run: _Run, device: torch.device) -> Data:
@@ -350,8 +349,9 @@ def _test(run: _Run) -> None:
     state = load_checkpoint(path)
     options, changes = options_as_trained(options, run.as_trained, state, path)
     run = run._replace(options=options)
-    model, folder, device = _prepare(run)
     train = options.train
+    check_writable(Path(train.output_dir), "--output_dir")
+    model, folder, device = _prepare(run)
     load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only", state)
     if changes and not train.override:  # they fit, and would give another number than that of the model that was trained
         name, (trained, stated) = next(iter(changes.items()))
@@ -379,7 +379,7 @@ def _test(run: _Run) -> None:
     if not math.isfinite(metrics.loss):
         raise NonFiniteLoss(f"the test loss of {path} is not finite: its weights overflow in this model")
     print(f"test top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  ({path})")
-    results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": str(path)}
+    results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": as_text(str(path))}
     results["options"] = evaluation_options(options)
     results["override"] = {name: {"trained": before, "here": after} for name, (before, after) in changes.items()}
     written = folder.write_test_results(results)

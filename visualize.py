@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from cli import as_number, number_type
 from experiments.figures import COLORS, LINE_STYLES, color_of, label_groups, legend_beside, plot_seeds, read_metrics
 from options import DATASETS, PROGRAMS, DataConfig, OneLineParser, Options, ViTConfig, read_yaml, resolve
+from runs.streams import run_program
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # takes most of a second to import
@@ -429,4 +430,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

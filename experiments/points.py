@@ -20,6 +20,7 @@ import yaml
 
 from cli import as_words, parse_yaml, specs
 from options import PROGRAMS, RESUME_MAY_CHANGE, Options, Program, did_you_mean, parse_options, read_yaml
+from reading import as_path
 
 ROOT = Path(__file__).resolve().parent.parent  # where the programs are
 KEYS = ("program", "options", "grid", "seed")
@@ -40,7 +41,7 @@ class Point(NamedTuple):
         """The command line after the program; it resumes a run in this folder."""
         words = []
         for name, value in self.values.items():
-            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+            words += [f"--{name}", *map(as_path, map(str, value if isinstance(value, list) else [value]))]
         return [*words, "--output_dir", str(folder / self.name), "--resume"]
 
 
@@ -110,7 +111,7 @@ def find_config(points: list[Point], sweep: str) -> list[Point]:
     for point in points:
         config = point.values.get("config")
         if isinstance(config, str):
-            candidates = [Path(config), Path(sweep).parent / config, ROOT / config]
+            candidates = [Path(as_path(config)), Path(sweep).parent / as_path(config), ROOT / as_path(config)]
             config = next((str(path) for path in candidates if path.is_file()), config)
             point = point._replace(values=point.values | {"config": config})
         found.append(point)
@@ -182,7 +183,7 @@ def name_points(points: list[tuple[str, dict]], axes: list[str]) -> list[Point]:
 def _name(values: dict, varying: dict) -> str:
     plain = ("program", "layer")
     parts = [as_word(value) if name in plain else f"{name}-{as_word(value)}" for name, value in varying.items()]
-    return "_".join(parts) or as_word(values.get("layer", "run"))
+    return as_path("_".join(parts) or as_word(values.get("layer", "run")))
 
 
 def leave_out_unread(points: list[Point]) -> tuple[list[Point], str]:

@@ -66,7 +66,7 @@ def remove_temporaries(folder: Path, name: str = "*") -> None:
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Write a complete file as `atomic_file` does. Raises WriteError."""
     with atomic_file(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        file.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
 
 
 def as_csv(rows: list[dict], columns: list[str] | None = None) -> str:

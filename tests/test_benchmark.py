@@ -95,19 +95,26 @@ def test_all_layers_are_measured_unless_some_are_named(family):
     assert {config.image_size for config in configs} == ({(256, 256), (512, 512)} if family == "vit" else {(16, 16), (32, 32)})
 
 
-def test_attention_comes_with_separate_projections_too():
+def test_attention_comes_with_separate_projections_if_they_are_asked_for(capsys):
     *_, (config,) = parse("vit --layer Attention --tokens 9 --d_model 8 --num_heads 2 --pool cls".split())
-    (_, merged, x), (label, apart, same) = make_mixers(config, 3)
+    assert len(list(make_mixers(config, 3))) == 1
+    (_, merged, x), (label, apart, same) = make_mixers(config, 3, separate_qkv=True)
     assert label == "Attention (q, k, v apart)" and x.shape == same.shape == (3, 10, 8)
     for part, weight, bias in zip(apart.parts, merged.qkv.weight.chunk(3), merged.qkv.bias.chunk(3), strict=True):
         part.weight.data, part.bias.data = weight, bias
     apart.proj = merged.proj
     torch.testing.assert_close(apart(x), merged(x))
     assert training_flops(merged, x) == training_flops(apart, x)
+    assert capsys.readouterr().err == ""
+    for line in ("vit --layer Linformer", "allconvnet --layer Attention"):
+        parse(f"{line} --separate_qkv".split())
+        warning = capsys.readouterr().err
+        assert warning.count("\n") == 1 and "warning: --separate_qkv True is not used" in warning
 
 
 def test_attention_flops_against_a_hand_count():
-    _, bench, configs = parse("vit --layer Attention --tokens 64 --d_model 8 --num_heads 2 --repeats 1 --batch_size 2".split())
+    line = "vit --layer Attention --tokens 64 --d_model 8 --num_heads 2 --repeats 1 --batch_size 2 --separate_qkv"
+    _, bench, configs = parse(line.split())
     merged, apart = measure(bench, configs, CPU, Bar())
     # projections, scores and their products with values; a multiply-add is two; backward does each product twice
     flops = 2 * (64 * 4 * 8 * 8 + 2 * 64 * 64 * 8) / 1e6
