@@ -985,7 +985,6 @@ def parse_options(
     try:
         options = resolve(program.model, program.family, program.defaults | values)
         parser.stated = values
-        parser.warn_repeated()
         return options, parser
     except ValueError as error:
         parser.error(str(error))

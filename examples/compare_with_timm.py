@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--layer {options.model.layer} needs a package: pip install {package.replace('_', '-')}")
     from train_eval import run
 
-    return run(options, make_peer, parser.error, as_trained=partial(as_trained, PROGRAM, parser.stated))
+    stated = partial(as_trained, PROGRAM, parser.stated)
+    return run(options, make_peer, parser.error, as_trained=stated, announce=parser.warn_repeated)
 
 
 if __name__ == "__main__":

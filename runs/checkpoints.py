@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,8 @@ def load_checkpoint(path: Path) -> dict:
         # torch.load does not verify checksums and would return numbers in which some bits have changed.
         if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"checksum of {part}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that `weights_in` refuses
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost anything
         code = "it is a pickle with code, which is not run: it holds more than tensors and plain values"
         reason = code if _names_code(error) else "damaged, or another kind of file"
