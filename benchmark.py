@@ -137,6 +137,7 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
     import torch
 
     from runs.measure import count_flops, count_parameters
+    from runs.memory import is_out_of_memory
 
     torch._dynamo.reset()
     # Each case compiles a graph for one image, a batch and training; beyond the limit torch falls back to eager execution.
@@ -164,7 +165,9 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
     for case in cases:
         try:
             case.measure()  # warm-up: tables are built, graphs compiled
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             case.is_too_large = True
         progress.update()
         case.times = {name: [] for name in case.times}
@@ -248,8 +251,9 @@ def main(argv: list[str] | None = None) -> int:
     from tqdm import tqdm
 
     from runs import RunError
-    from runs.files import check_writable
+    from runs.files import WriteError, check_writable
     from runs.measure import device_name, versions
+    from runs.memory import OutOfMemory, making
     from utils import choose_kernels, pick_device
 
     folder = Path(bench.output_dir)
@@ -268,10 +272,15 @@ def main(argv: list[str] | None = None) -> int:
     machine = f"{device_name(device)}, torch {found['torch']}, batch of {bench.batch_size}"
     command = shlex.join(["python", "benchmark.py", *argv])
     rows = []
-    with tqdm(total=cases * len(bench.resolution) * (bench.repeats + 1), unit=" measurements", disable=None) as progress:
-        for start in range(0, len(configs), layers):
-            rows += measure(bench, configs[start : start + layers], device, progress)
-            write(rows, folder, command, machine)  # what there is, in case a larger size does not end well
+    try:
+        with tqdm(total=cases * len(bench.resolution) * (bench.repeats + 1), unit=" measurements", disable=None) as progress:
+            for start, side in zip(range(0, len(configs), layers), bench.resolution, strict=True):
+                with making(f"the layers at --resolution {side}", "smaller sizes, or fewer layers, need less"):
+                    rows += measure(bench, configs[start : start + layers], device, progress)
+                write(rows, folder, command, machine)  # what there is, in case a larger size does not end well
+    except (OutOfMemory, WriteError) as error:
+        print(f"stopped: {error}" + f"; results so far are in {folder}" * bool(rows), file=sys.stderr)
+        return 1
     print(f"{machine}\n\n{as_markdown(rows)}\n\n{UNSEEN}")
     print(f"results are in {folder}")
     return 0

@@ -14,11 +14,12 @@ import re
 import reprlib
 import sys
 from dataclasses import Field, field, fields
+from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
-from reading import as_path, read_text
+from reading import as_path, read_text, what_is_wrong_with
 
 # ---------------------------------------------------------------------------------------------------------------
 # Fields that are options
@@ -325,6 +326,14 @@ def as_number(text: str, kind: type):
     raise ValueError(f"is not {KINDS[kind]}{how}")
 
 
+def new_path(text: str) -> Path:
+    """A type for `argparse`: a path that can be written to, as far as its name tells."""
+    wrong = "is empty" if not text else what_is_wrong_with(text)
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{text!r}: {wrong}")
+    return Path(text)
+
+
 def number_type(kind: type, low: float | None = None, high: float | None = None):
     """A type for `argparse`: a number, of at least `low` and at most `high`, in plain decimal digits."""
 
@@ -351,7 +360,8 @@ MOST_BYTES = 100_000  # of a YAML file: fifty times config.yaml, and what is rea
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error instead of the last one winning, and in which nothing is an alias.
+    """YAML in which a key that is given twice is an error instead of the last one winning, and in which nothing is an alias
+    or has a tag.
 
     Aliases of aliases make a few hundred bytes stand for billions of values. As in YAML 1.2, a plain word is a truth value if
     it is true or false, and a number if it is in decimal digits: `no` and `1:30`, to YAML 1.1 False and 90, are texts.
@@ -366,6 +376,9 @@ class _PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise ValueError(f"line {event.start_mark.line + 1}: an alias (*{event.anchor}); write the value out")
+        event = self.peek_event()
+        if event.tag is not None:  # which makes 90 of 1:30, a set, a date or an object
+            raise ValueError(f"line {event.start_mark.line + 1}: a tag ({event.tag}); write the value without it")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):

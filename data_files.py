@@ -378,6 +378,8 @@ def _scan(folder: Path, classes: list[str], *, may_be_empty: bool) -> tuple[Imag
     if not files:
         raise DataError(f"{folder}: has no images ({' '.join(IMAGE_SUFFIXES)}) in its class folders")
     notes = []
+    if beside := sum(entry.is_file() and entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in os.scandir(folder)):
+        notes.append(f"{beside} image{'s' * (beside > 1)} in {folder} itself, in no class folder, are left out")
     if empty:
         named = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
         notes.append(f"{folder} has no images of {len(empty)} of the {len(classes)} classes ({named}): they are not tested")

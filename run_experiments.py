@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from cli import number_type, parse_yaml
+from cli import new_path, number_type, parse_yaml
 from experiments.figures import draw, draw_option, label_of  # noqa: F401  some only offered from here as well
 from experiments.points import (  # noqa: F401  some only offered from here as well
     KEYS,
@@ -75,7 +75,7 @@ def make_parser() -> OneLineParser:
         metavar="NAME=V1,V2",
         help="set or replace an option or an axis of the grid; repeatable",
     )
-    parser.add_argument("--output_dir", type=Path, help="folder of the sweep (default: ./Output/sweeps/<name of the file>)")
+    parser.add_argument("--output_dir", type=new_path, help="folder of the sweep (default: ./Output/sweeps/<name of the file>)")
     parser.add_argument("--dry_run", action="store_true", help="print the points and stop")
     parser.add_argument(
         "--gpus_per_run", type=several, default=1, help="GPUs of one run; more than 1 start it by torchrun (default: 1)"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli import as_number, number_type
+from cli import as_number, new_path, number_type
 from experiments.figures import COLORS, LINE_STYLES, color_of, label_groups, legend_beside, plot_seeds, read_metrics
 from options import DATASETS, PROGRAMS, DataConfig, OneLineParser, Options, ViTConfig, read_yaml, resolve
 from runs.streams import run_program
@@ -330,6 +330,7 @@ def draw_samples(args: argparse.Namespace) -> Figure:
 
 
 at_least_one, at_least_zero = number_type(int, 1, 2**31 - 1), number_type(int, 0, 2**31 - 1)
+pictures = number_type(int, 1, 400)  # beyond it, nobody could see any
 
 
 def place(text: str) -> tuple[float, float]:
@@ -349,7 +350,7 @@ def make_parser() -> OneLineParser:
     def add(name: str, help: str) -> argparse.ArgumentParser:
         one = figures.add_parser(name, help=help, description=help, allow_abbrev=False)
         one.set_defaults(parser=one)
-        one.add_argument("--output", type=Path, metavar="FILE.png", help="where the figure goes")
+        one.add_argument("--output", type=new_path, metavar="FILE.png", help="where the figure goes")
         return one
 
     curves = add("curves", "loss and accuracy of one or many runs, seeds as a band (default output: curves.png beside them)")
@@ -360,7 +361,7 @@ def make_parser() -> OneLineParser:
     ):
         one = add(name, f"{help} (default output: {name}.png in the run's folder)")
         one.add_argument("run", type=Path, metavar="DIR", help="output folder of a run")
-        one.add_argument("--images", type=at_least_one, default=4, help="test images (default: 4)")
+        one.add_argument("--images", type=pictures, default=4, help="test images (default: 4)")
         one.add_argument("--data_path", help="folder that holds the data set, if not where the run found it")
         if name == "neighbors":
             one.add_argument("--queries", nargs="+", type=place, metavar="Y,X", help="places of the tokens, from 0,0 to 1,1")
@@ -376,7 +377,7 @@ def make_parser() -> OneLineParser:
     samples = add("samples", "training images with their labels, as a model sees them (default output: ./Output/<dataset>.png)")
     samples.add_argument("--dataset", choices=DATASETS, default="digits", help="data set (default: digits)")
     samples.add_argument("--data_path", help="folder that holds it (default: ./Data)")
-    samples.add_argument("--images", type=at_least_one, default=24, help="how many (default: 24)")
+    samples.add_argument("--images", type=pictures, default=24, help="how many (default: 24)")
     samples.add_argument("--resize", type=at_least_one, help="side they are resized to")
     samples.add_argument("--augment", action="store_true", help="random crop and flip")
     samples.add_argument(
@@ -416,15 +417,17 @@ def main(argv: list[str] | None = None) -> int:
 
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, as_png(figure))
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
     except Exception as error:
         from dataset import DataError  # late, as torch takes seconds to import
-        from utils import RunError
+        from runs.checkpoints import NonFiniteWeights
+        from runs.memory import is_out_of_memory
+        from utils import RunError, WriteError
 
-        if isinstance(error, (DataError, RunError)):
-            parser.error(str(error))
-        raise
+        if is_out_of_memory(error):
+            parser.error(f"out of memory while drawing {args.figure}; a smaller picture, or fewer, need less")
+        if not isinstance(error, (ValueError, OSError, DataError, NonFiniteWeights, RunError, WriteError)):
+            raise
+        parser.error(" ".join(str(error).split()))
     print(output)
     return 0
 

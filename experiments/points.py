@@ -212,7 +212,7 @@ def _some(words: list[str], most: int = 6) -> str:
 
 def _unread(point: Point) -> dict[str, tuple]:
     """Options that the point's model does not read, each with the option that makes it so and its value."""
-    if not point.varying.keys() & _model_options(point):  # saves making a parser for each of many points
+    if "help" in point.values or not point.varying.keys() & _model_options(point):  # saves a parser for each of many points
         return {}
     try:
         model = _parsed(point, Path()).model
@@ -235,6 +235,8 @@ def check_points(points: list[Point], folder: Path) -> None:
     """Raise ValueError for the first point whose options do not fit, or whose folder holds a run with others."""
     counts, runs = Counter(point.name for point in points), {}
     for point in points:
+        if "help" in point.values:
+            raise ValueError(f"{point.name}: help is no option of a run; leave it out")
         for name in SET_BY_THE_SWEEP:
             if name in point.values:
                 raise ValueError(f"{point.name}: {name} is set by the sweep; leave it out")

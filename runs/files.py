@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from reading import what_is_wrong_with
 from runs import RunError
 
 
@@ -95,6 +96,8 @@ def is_same_file(one: str | None, other: str | None) -> bool:
 
 def check_writable(folder: Path, flag: str) -> None:
     """Raise RunError, which names `flag`, if a folder cannot be created or written to. Leaves nothing behind."""
+    if wrong := what_is_wrong_with(str(folder)):
+        raise RunError(f"{flag} {folder}: {wrong}")
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

@@ -87,6 +87,31 @@ def test_what_does_not_fit_leaves_empty_cells(tmp_path, monkeypatch, capsys):
     assert "out of memory" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("where", ["Case.training", "make_mixers"])
+def test_short_memory_leaves_an_empty_cell_or_one_line(where, tmp_path, monkeypatch, capsys):
+    """Of the CPU, whose allocator raises a RuntimeError."""
+    real = make_mixers
+
+    def training(case):
+        torch.empty(2**60, dtype=torch.uint8)
+
+    def make(config, *more):
+        if config.grid[0] == 8:
+            torch.empty(2**60, dtype=torch.uint8)
+        return real(config, *more)
+
+    monkeypatch.setattr(f"benchmark.{where}", training if where == "Case.training" else make)
+    line = "vit --layer Linformer --tokens 16 64 --d_model 8 --num_heads 2 --repeats 1 --device cpu"
+    status = benchmark.main([*line.split(), "--output_dir", str(tmp_path / "out")])
+    rows = list(csv.DictReader((tmp_path / "out" / "benchmark.csv").open()))
+    out, err = capsys.readouterr()
+    if where == "Case.training":
+        assert status == 0 and [row["forward_backward_ms"] for row in rows] == ["nan", "nan"] and "out of memory" in out
+    else:
+        assert status == 1 and [row["tokens"] for row in rows] == ["16"]
+        assert err.splitlines()[-1].startswith("stopped: out of memory while making the layers at --resolution 8")
+
+
 @pytest.mark.parametrize("family", ["vit", "allconvnet"])
 def test_all_layers_are_measured_unless_some_are_named(family):
     _, bench, configs = parse([family])

@@ -137,6 +137,16 @@ def test_an_image_that_turns_out_damaged_on_the_way_ends_the_run_with_status_1(p
     assert allconvnet_main.main([*line, "--num_epochs", "2", "--resume"]) == 0
 
 
+def test_images_in_no_class_folder_are_said_to_be_left_out(tmp_path, quick_results, capsys):
+    write_folder(tmp_path / "data")
+    for name in ("x.jpg", "y.PNG"):
+        (tmp_path / "data" / "train" / name).write_bytes(photo(size=(24, 20)))
+    line = [*RUN, "--data_path", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run"), "--num_epochs", "1"]
+    assert allconvnet_main.main(line) == 0
+    error = capsys.readouterr().err
+    assert error == f"warning: 2 images in {tmp_path / 'data' / 'train'} itself, in no class folder, are left out\n"
+
+
 # --- once ---------------------------------------------------------------------------------------------------------------
 
 

@@ -228,6 +228,8 @@ def test_what_is_wrong_is_said_before_anything_starts(text, says, sweep, capsys)
         "nowhere.yaml",
         "sweep.yaml --jobs 0",
         "sweep.yaml --jobs 1_0",
+        "sweep.yaml --output_dir=",
+        "sweep.yaml --set help=1",
         "sweep.yaml --set K=1:30",
         "sweep.yaml --set K=*a",
         "sweep.yaml --set K",
