@@ -292,7 +292,8 @@ def write(rows: list[dict], folder: Path, command: str, machine: str) -> None:
 
     write_atomically(folder / "benchmark.csv", as_csv(rows))
     write_atomically(folder / "benchmark.md", f"```\n{command}\n```\n\n{machine}\n\n{as_markdown(rows)}\n\n{UNSEEN}\n")
-    if len({row["tokens"] for row in rows}) > 1:
+    fits = any(not math.isnan(row["forward_backward_ms"]) for row in rows)
+    if fits and len({row["tokens"] for row in rows}) > 1:
         write_atomically(folder / "scaling.png", draw_scaling(rows, machine))
 
 
