@@ -2,6 +2,7 @@
 
 python benchmark.py vit --layer Attention Performer --resolution 16 32 64
 python benchmark.py allconvnet --layer ConvNN --channels 64 128 --resolution 32 --batch_size 32 --against naive
+python benchmark.py allconvnet --model resnet18 --layer Conv2d ConvNN --resolution 32
 python benchmark.py targets
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.tables import as_markdown, as_text  # noqa: F401  some are only offered from here as well
+from hosts import VGG
 from options import LAYERS1D_NAMES, LAYERS2D_NAMES, AllConvNetConfig, BenchmarkConfig, ViTConfig, build, read_values
 from runs.measure import MEASURED, Case, peak_memory, seconds_of, training_flops  # noqa: F401
 from runs.streams import run_program
@@ -62,7 +64,8 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
     try:
         bench = build(BenchmarkConfig, values)
         values = defaults | values
-        if family.config is AllConvNetConfig and len(values["channels"]) != 2:
+        one_layer = family.config is AllConvNetConfig and values.get("model", "allconvnet") == "allconvnet"
+        if one_layer and len(values["channels"]) != 2:
             raise ValueError(
                 f"channels={' '.join(map(str, values['channels']))} must be two numbers here: those into a layer and out of it"
             )
@@ -74,13 +77,14 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
     except ValueError as error:
         parser.error(str(error))
     parser.warn_repeated()
-    if bench.separate_qkv and not any(_has_merged_qkv(config) for config in configs):
-        parser.warn("separate_qkv=True is not used: of the layers that are measured, none is the Attention of vit")
+    if bench.baseline and not any(map(has_baseline, configs)):
+        parser.warn("baseline=True is not used: only the Attention of vit and a host (model) of Conv2d have one")
     return argv[0], bench, configs
 
 
-def _has_merged_qkv(config: ViTConfig | AllConvNetConfig) -> bool:
-    return isinstance(config, ViTConfig) and config.layer == "Attention"
+def has_baseline(config: ViTConfig | AllConvNetConfig) -> bool:
+    """Whether `make_mixers` knows another form of this layer or network to compare it with."""
+    return config.layer == "Attention" if isinstance(config, ViTConfig) else config.is_host and config.layer == "Conv2d"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -89,12 +93,24 @@ def _has_merged_qkv(config: ViTConfig | AllConvNetConfig) -> bool:
 
 
 def make_mixers(
-    config: ViTConfig | AllConvNetConfig, batch_size: int, separate_qkv: bool = False
+    config: ViTConfig | AllConvNetConfig, batch_size: int, baseline: bool = False
 ) -> Iterator[tuple[str, object, object]]:
-    """(name, mixer, input) of the layer; with `separate_qkv`, attention a second time with a projection for each of q, k, v."""
+    """(name, mixer, input) of the layer, or, of a host (--model), the whole network.
+
+    With `baseline` what it is compared with as well: attention with separate projections of q, k and v, and torchvision's
+    network beside a host of convolutions.
+    """
     import torch
     from torch import nn
 
+    if isinstance(config, AllConvNetConfig) and config.is_host:
+        from registry import build_network
+
+        images = torch.randn(batch_size, config.in_channels, *config.image_size)
+        yield config.title, build_network(config), images
+        if baseline and has_baseline(config):
+            yield f"{config.model} of torchvision", torchvisions(config), images.clone()
+        return
     if isinstance(config, AllConvNetConfig):
         from allconvnet import make_layer2d
 
@@ -116,11 +132,27 @@ def make_mixers(
     layout = TokenLayout(*config.grid, config.class_tokens)
     x = torch.randn(batch_size, layout.num_tokens, config.d_model)
     yield config.layer, make_layer1d(config, layout), x
-    if separate_qkv and _has_merged_qkv(config):
-        apart = Separate(
-            config.d_model, config.num_heads, attention_dropout=config.attention_dropout, bias=config.attention_bias
-        )
+    if baseline and has_baseline(config):
+        apart = Separate(config.d_model, config.num_heads, attention_dropout=config.attention_dropout, bias=config.biases)
         yield "Attention (q, k, v apart)", apart, x.clone()
+
+
+def torchvisions(config: AllConvNetConfig):
+    """torchvision's network of the name of this host; for the small stem, with the two changes that are usual."""
+    from torch import nn
+
+    from dataset import import_torchvision
+
+    name = config.model + "_bn" * config.batch_norm
+    network = import_torchvision().models.get_model(name, num_classes=config.num_classes)
+    if config.model in VGG:
+        side, width = 1 if config.stem == "small" else 7, config.classifier_width
+        network.avgpool = nn.AdaptiveAvgPool2d(side)
+        for number, sizes in ((0, (512 * side**2, width)), (3, (width, width)), (6, (width, config.num_classes))):
+            network.classifier[number] = nn.Linear(*sizes)
+    elif config.stem == "small":
+        network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return network
 
 
 def with_naive_form(label: str, mixer, x) -> Iterator[tuple[str, object, object]]:
@@ -146,8 +178,7 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
     for config in configs:
         torch.manual_seed(bench.seed)
         mixers = [
-            (label, mixer.to(device), x.to(device))
-            for label, mixer, x in make_mixers(config, bench.batch_size, bench.separate_qkv)
+            (label, mixer.to(device), x.to(device)) for label, mixer, x in make_mixers(config, bench.batch_size, bench.baseline)
         ]
         if bench.against:
             plain, mixers = mixers, [one for mixer in mixers for one in with_naive_form(*mixer)]
@@ -266,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     folder.mkdir(parents=True, exist_ok=True)
     layers = len(configs) // len(bench.resolution)
-    more = sum(_has_merged_qkv(config) for config in configs[:layers]) * bench.separate_qkv
+    more = sum(has_baseline(config) for config in configs[:layers]) * bench.baseline
     cases = (layers + more) * len(bench.precision) * len(bench.execution)
     found = versions()
     machine = f"{device_name(device)}, torch {found['torch']}, batch of {bench.batch_size}"

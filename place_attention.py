@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from block_masks import BLOCK, BlockSparsePattern
 from kernels import backend
-from layers1d import MultiHeadMixer, TokenLayout, attend
+from layers1d import Bias, MultiHeadMixer, TokenLayout, attend
 from options import MASK_TYPES, check_window
 from selection import ConstantTables
 from tilings import (  # noqa: F401  (some are only offered from here, as before)
@@ -95,27 +96,37 @@ class PlacedPattern(ConstantTables):
         else:
             self.tiles = nn.ModuleList(Tiles(t, P, layout.class_tokens, n == 0) for n, t in enumerate(tilings))
 
-    def rows(self, i: Tensor) -> Tensor:
-        """(n, P): which patches those of numbers i (n, 1) attend to."""
-        j = torch.arange(self.layout.num_patches, device=i.device)
-        if not self.sees:
-            return torch.ones(len(i), len(j), dtype=torch.bool, device=i.device)
-        return torch.stack([sees(i, j) for sees in self.sees]).any(dim=0)
+        self.blocks = None if sees_all or layout.num_tokens <= BLOCK else BlockSparsePattern(self.allows, layout.num_tokens)
+
+    def allows(self, i: Tensor, j: Tensor) -> Tensor:
+        """Whether token i attends to token j, for numbers that broadcast."""
+        c = self.layout.class_tokens
+        allowed = (i < c) | (j < c)
+        for sees in self.sees:
+            allowed = allowed | sees(i - c, j - c)
+        return allowed
 
     def sees_all(self) -> bool:
-        """Whether every patch sees every other, a few rows at a time."""
-        return all(bool(self.rows(i).all()) for i in torch.arange(self.layout.num_patches, device="cpu")[:, None].split(64))
+        """Whether every token attends to every other, a few rows at a time."""
+        tokens = torch.arange(self.layout.num_tokens, device="cpu")
+        return all(bool(self.allows(i, tokens).all()) for i in tokens[:, None].split(64))
 
     def make_mask(self, device: torch.device) -> Tensor:
         """(N, N), True where the row attends to the column."""
-        allowed = self.rows(torch.arange(self.layout.num_patches, device=device)[:, None])
-        c = self.layout.class_tokens
-        return F.pad(allowed, (c, 0, c, 0), value=True)
+        tokens = torch.arange(self.layout.num_tokens, device=device)
+        return self.allows(tokens[:, None], tokens)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, output_matrix: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """(B, H, N, d) each -> mixed values (B, H, N, d), and the matrix (B, H, N, N) if asked for."""
+        if self.blocks is not None and not (output_matrix or dropout) and self.blocks.covers(query):
+            try:
+                return self.blocks(query, key, value), None
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise  # nothing that another kernel would not meet
+            except Exception as error:  # no compiler, an old driver
+                backend.note_failure(error)
         plain = backend.chosen() == "reference"  # which materializes all scores
         if self.is_dense or output_matrix or plain:
             mask = self.mask if self.is_dense else self.make_mask(query.device)
@@ -157,7 +168,7 @@ class PlacedAttention(MultiHeadMixer):
         *,
         layout: TokenLayout,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
         self.pattern = PlacedPattern(tilings, layout)
@@ -183,7 +194,7 @@ class MultiHeadLocalAttention(PlacedAttention):
         layout: TokenLayout,
         window_size: int,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         if window_size < 0:
             raise ValueError(f"window_size={window_size} must be at least 0")
@@ -227,7 +238,7 @@ class MultiHeadSparseAttention(PlacedAttention):
         mode: str,
         context: int,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         if mode not in ("all", "local", "strided"):
             raise ValueError(f"mode={mode!r} is not one of all, local, strided")
@@ -258,7 +269,7 @@ class MultiHeadMaskedAttention(PlacedAttention):
         mask_type: str,
         expansion_step: int,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         if mask_type not in MASK_TYPES:
             raise ValueError(f"mask_type={mask_type!r} is not one of {', '.join(MASK_TYPES)}")
@@ -272,7 +283,8 @@ class NeighborhoodAttention(PlacedAttention):
     """Neighborhood attention (Hassani et al., CVPR 2023; dilated: arXiv 2209.15001), without relative position biases.
 
     Every patch attends to the kernel_size x kernel_size patches around it, `dilation` apart; at the border the window
-    slides inside the grid. A window as large as the grid is `MultiHeadAttention`.
+    slides inside the grid; on a sequence without a grid it has kernel_size tokens. A window as large as the grid is
+    `MultiHeadAttention`.
 
     Raises ValueError if kernel_size is even, or times dilation more than a side of the grid.
     """
@@ -286,9 +298,9 @@ class NeighborhoodAttention(PlacedAttention):
         kernel_size: int,
         dilation: int = 1,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
-        check_window(kernel_size, dilation, (layout.height, layout.width))
+        check_window(kernel_size, dilation, layout.grid)
         tiling = neighborhood_tiling(layout.height, layout.width, kernel_size, dilation)
         super().__init__(d_model, num_heads, [tiling], layout=layout, attention_dropout=attention_dropout, bias=bias)
 
@@ -316,7 +328,7 @@ class GatedPositionalSelfAttention(MultiHeadMixer):
         layout: TokenLayout,
         locality_strength: float = 1.0,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
         self.locality_strength = locality_strength

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent  # where the programs are
 KEYS = ("program", "options", "grid", "seed")
 MOST_POINTS = 100_000
 LONGEST_NAME = 255  # bytes, of a folder in most file systems
-SET_BY_THE_SWEEP = ("output_dir", "resume", "test_only", "checkpoint", "export")
+SET_BY_THE_SWEEP = ("output_dir", "resume", "export")
 
 
 class Point(NamedTuple):
@@ -37,12 +37,17 @@ class Point(NamedTuple):
     values: dict  # options by name, as in the sweep
     varying: dict  # those of them in which the points differ
 
+    @property
+    def test_only(self) -> bool:
+        """Whether the run evaluates a checkpoint instead of training."""
+        return str(self.values.get("test_only")).lower() == "true"
+
     def argv(self, folder: Path) -> list[str]:
-        """The command line after the program; it resumes a run in this folder."""
+        """The command line after the program; a training goes on with the run in this folder."""
         words = []
         for name, value in self.values.items():
             words += [f"--{name}", *map(as_path, map(str, value if isinstance(value, list) else [value]))]
-        return [*words, "--output_dir", str(folder / self.name), "--resume"]
+        return [*words, "--output_dir", str(folder / self.name), *["--resume"] * (not self.test_only)]
 
 
 def combinations(axes: dict) -> Iterator[dict]:
@@ -176,11 +181,12 @@ def name_points(points: list[tuple[str, dict]], axes: list[str]) -> list[Point]:
     for program, values in points:
         of_axis = {"program": find_program(program, program).family} | values
         varying = {name: of_axis[name] for name in axes if name in of_axis}
-        named.append(Point(_name(values, varying), program, values, varying))
+        named.append(Point(name_of(varying, values), program, values, varying))
     return named
 
 
-def _name(values: dict, varying: dict) -> str:
+def name_of(varying: dict, values: dict) -> str:
+    """The folder of the point that has these values, of which `varying` are on the axes."""
     plain = ("program", "layer")
     parts = [as_word(value) if name in plain else f"{name}-{as_word(value)}" for name, value in varying.items()]
     return as_path("_".join(parts) or as_word(values.get("layer", "run")))
@@ -198,7 +204,7 @@ def leave_out_unread(points: list[Point]) -> tuple[list[Point], str]:
         for name, (other, value) in unread.items():
             because.setdefault(name, {}).setdefault(f"{other}={as_words(value)}")
         values, varying = ({n: v for n, v in d.items() if n not in unread} for d in (point.values, point.varying))
-        one = Point(_name(values, varying), point.program, values, varying) if unread else point
+        one = Point(name_of(varying, values), point.program, values, varying) if unread else point
         kept.setdefault(json.dumps(one, sort_keys=True), one)
     if not because:
         return points, ""
@@ -215,7 +221,7 @@ def _unread(point: Point) -> dict[str, tuple]:
     if "help" in point.values or not point.varying.keys() & _model_options(point):  # saves a parser for each of many points
         return {}
     try:
-        model = _parsed(point, Path()).model
+        model = options_of(point, Path())[0].model
     except ValueError:
         return {}
     return {name: (other, getattr(model, other)) for name, other in model.without_effect(defaults=True).items()}
@@ -231,9 +237,12 @@ def as_word(value) -> str:
     return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in text)
 
 
-def check_points(points: list[Point], folder: Path) -> None:
-    """Raise ValueError for the first point whose options do not fit, or whose folder holds a run with others."""
-    counts, runs = Counter(point.name for point in points), {}
+def check_points(points: list[Point], folder: Path) -> dict[str, dict]:
+    """Every option of each point's run, by the name of the point.
+
+    Raises ValueError for the first point whose options do not fit, or whose folder holds a run with others.
+    """
+    counts, runs, found = Counter(point.name for point in points), {}, {}
     for point in points:
         if "help" in point.values:
             raise ValueError(f"{point.name}: help is no option of a run; leave it out")
@@ -247,11 +256,14 @@ def check_points(points: list[Point], folder: Path) -> None:
                 f"{point.name[:40]}...: the folder's name would have {length} bytes, of which {LONGEST_NAME} are allowed; "
                 "put what does not vary into options instead of grid, and long values into files that config: names"
             )
-        options = resolved(point, folder)
+        options = found[point.name] = resolved(point, folder)
+        if options["test_only"] and not point.test_only:
+            raise ValueError(f"{point.name}: test_only is set by a file of options; set it in the sweep, which must know of it")
         same = runs.setdefault(json.dumps(options | {"output_dir": ""}), point.name)
         if same != point.name:
             raise ValueError(f"{same} and {point.name} are the same run; drop one of them")
         check_folder(point, options, folder / point.name)
+    return found
 
 
 def check_folder(point: Point, options: dict, folder: Path) -> None:
@@ -274,14 +286,21 @@ def check_folder(point: Point, options: dict, folder: Path) -> None:
 
 def resolved(point: Point, folder: Path) -> dict:
     """Every option of the point's run by name. Raises ValueError with the message that its program would end with."""
-    return _parsed(point, folder).as_dict()
+    return options_of(point, folder)[0].as_dict()
 
 
-def _parsed(point: Point, folder: Path) -> Options:
+def stated(point: Point, folder: Path) -> dict:
+    """Those options of the point's run that the sweep or a file that it names gives. Raises ValueError as `resolved` does."""
+    options, names = options_of(point, folder)
+    return {name: value for name, value in options.as_dict().items() if name in names}
+
+
+def options_of(point: Point, folder: Path) -> tuple[Options, set[str]]:
+    """The checked options of the point's run, and the names of those that are stated. Raises ValueError as `resolved` does."""
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            options, _ = parse_options(find_program(point.program, point.name), "", point.argv(folder), prog=point.program)
+            options, parser = parse_options(find_program(point.program, point.name), "", point.argv(folder), prog=point.program)
     except SystemExit:
         raise ValueError(f"{point.name}: {message.getvalue().split('error: ', 1)[-1].strip()}") from None
-    return options
+    return options, set(parser.stated)

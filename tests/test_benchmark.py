@@ -6,6 +6,7 @@ import torch
 import benchmark
 from benchmark import Case, make_mixers, measure, parse, peak_memory, training_flops
 from options import LAYERS1D_NAMES, LAYERS2D_NAMES
+from runs.measure import count_flops, count_parameters
 
 CPU = torch.device("cpu")
 
@@ -50,6 +51,18 @@ def test_images(tmp_path):
     assert not (tmp_path / "out" / "scaling.png").exists()  # there is one size only
 
 
+@pytest.mark.parametrize("name", ["vgg11", "resnet18"])
+@pytest.mark.parametrize("size", [32, 128])
+def test_a_host_comes_whole_and_with_convolutions_beside_torchvisions(name, size):
+    _, _, configs = parse(f"allconvnet --model {name} --layer ConvNN Conv2d --resolution {size}".split())
+    with torch.device("meta"):
+        assert [label for label, *_ in make_mixers(configs[0], 1)] == [f"{name} with ConvNN"]
+        (ours, *one), (theirs, *other) = make_mixers(configs[1], 1, baseline=True)
+        assert (ours, theirs) == (f"{name} with Conv2d", f"{name} of torchvision")
+        assert count_parameters(one[0]) == count_parameters(other[0])
+        assert count_flops(*one) == count_flops(*other) > 1e8
+
+
 def test_compiled_rows_are_compiled(tmp_path, monkeypatch):
     """A graph of its own for each case: one image, a batch, and training. (Inductor itself would take a minute.)"""
     graphs, real = [], torch.compile
@@ -59,9 +72,9 @@ def test_compiled_rows_are_compiled(tmp_path, monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda mixer, **more: real(mixer, backend=backend, fullgraph=True, **more))
-    line = "vit --layer Linformer --tokens 4 16 64 --d_model 8 --num_heads 2 --repeats 2 --precision fp32 bf16"
+    line = "vit --layer Linformer --tokens 4 16 --d_model 8 --num_heads 2 --repeats 2 --precision fp32 bf16"
     rows = run(f"{line} --execution eager compiled", tmp_path)
-    assert len(rows) == 12 and len(graphs) == 3 * 2 * 3
+    assert len(rows) == 8 and len(graphs) == 2 * 2 * 3
 
 
 def test_warm_up_is_left_out(monkeypatch):
@@ -123,7 +136,7 @@ def test_all_layers_are_measured_unless_some_are_named(family):
 def test_attention_comes_with_separate_projections_if_they_are_asked_for(capsys):
     *_, (config,) = parse("vit --layer Attention --tokens 9 --d_model 8 --num_heads 2 --pool cls".split())
     assert len(list(make_mixers(config, 3))) == 1
-    (_, merged, x), (label, apart, same) = make_mixers(config, 3, separate_qkv=True)
+    (_, merged, x), (label, apart, same) = make_mixers(config, 3, baseline=True)
     assert label == "Attention (q, k, v apart)" and x.shape == same.shape == (3, 10, 8)
     for part, weight, bias in zip(apart.parts, merged.qkv.weight.chunk(3), merged.qkv.bias.chunk(3), strict=True):
         part.weight.data, part.bias.data = weight, bias
@@ -132,13 +145,13 @@ def test_attention_comes_with_separate_projections_if_they_are_asked_for(capsys)
     assert training_flops(merged, x) == training_flops(apart, x)
     assert capsys.readouterr().err == ""
     for line in ("vit --layer Linformer", "allconvnet --layer Attention"):
-        parse(f"{line} --separate_qkv".split())
+        parse(f"{line} --baseline".split())
         warning = capsys.readouterr().err
-        assert warning.count("\n") == 1 and "warning: --separate_qkv True is not used" in warning
+        assert warning.count("\n") == 1 and "warning: --baseline True is not used" in warning
 
 
 def test_attention_flops_against_a_hand_count():
-    line = "vit --layer Attention --tokens 64 --d_model 8 --num_heads 2 --repeats 1 --batch_size 2 --separate_qkv"
+    line = "vit --layer Attention --tokens 64 --d_model 8 --num_heads 2 --repeats 1 --batch_size 2 --baseline"
     _, bench, configs = parse(line.split())
     merged, apart = measure(bench, configs, CPU, Bar())
     # projections, scores and their products with values; a multiply-add is two; backward does each product twice

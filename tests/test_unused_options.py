@@ -37,6 +37,8 @@ VIT = [
     ("--K 5 --layer Linformer", ["--K 5"]),
     ("--K 5 --layer KvtAttention --magnitude_type cosine", ["--magnitude_type cosine"]),
     ("--layer ConvNNAttention --kernel_size 3 --K 5 --no-softmax_topk_val", ["--kernel_size 3"]),
+    ("--layer ConvNN --no-softmax_topk_val --score_temperature 2", ["--score_temperature 2.0"]),
+    ("--layer KvtAttention --no-softmax_topk_val --score_temperature 2", ["--softmax_topk_val False"]),
     ("--layer Conv1d --attention_dropout 0.2 --kernel_size 3", ["--attention_dropout 0.2"]),
     ("--layer Conv1d --num_local_layers 2 --attention_dropout 0.2", []),  # of the Attention after them
     ("--layer Conv1d --num_local_layers 0 --kernel_size 3", ["--kernel_size 3 is not used by --num_local_layers 0"]),
@@ -55,6 +57,9 @@ VIT = [
     ("--layer BranchConv --branch_ratio 0.25 --K 5 --kernel_size 3", []),
     ("--branch_ratio 0.25", ["--branch_ratio 0.25 is not used by --layer Attention"]),
     ("--model convit_ti --window_size 4 --locality_strength 2", ["--window_size 4 is not used by --layer GPSA"]),
+    ("--drop_path 0.1 --qkv_bias False", []),
+    ("--drop_path 0.1 --num_layers 1", ["--drop_path 0.1 is not used by --num_layers 1"]),
+    ("--layer Conv1d --no-proj_bias --num_local_layers 0", []),
     ("--pool mean --lr 0.1 --patch_size 32 --momentum 0.5 --d_hidden 64 --num_heads 2", []),
 ]  # fmt: skip
 ALLCONVNET = [
@@ -68,7 +73,14 @@ ALLCONVNET = [
     ("--similarity_type Loc --magnitude_type matmul", ["--magnitude_type matmul is not used by --similarity_type Loc"]),
     ("--similarity_type Loc --magnitude_type matmul --layer ConvNN_Attn", []),
     ("--sampling_type spatial --num_samples 8", []),
-]
+    ("--drop_path 0.1", ["--drop_path 0.1 is not used by --layer ConvNN"]),
+    ("--layer Conv2d --aggregation_type Loc_Col --attention_dropout 0.1", ["--attention_dropout 0.1"]),
+    ("--layer Attention --attention_dropout 0.1 --convolution_type depthwise", ["--convolution_type depthwise"]),
+    ("--stem small --replace last 2", ["--stem small is not used by --model allconvnet", "--replace last 2"]),
+    ("--model vgg11 --channels 8 8 --stem small --batch_norm --classifier_width 8", ["--channels 8 8"]),
+    ("--model resnet18 --batch_norm --classifier_width 8 --num_layers 3 --replace last 2",
+     ["--batch_norm True is not used by --model resnet18", "--classifier_width 8", "--num_layers 3"]),
+]  # fmt: skip
 LINES = [("vit_main.py", *one) for one in VIT] + [("allconvnet_main.py", *one) for one in ALLCONVNET]
 
 
@@ -150,6 +162,11 @@ VIT_VALUES = TWO_VALUES | {
     "sparse_mode": ("strided", "local"),
     "sparse_context_window": (3, 5),
     "dilation": (1, 2),
+    "graph_aggregation": ("max", "edge"),
+    "score_temperature": (1.0, 2.0),
+    "region_size": (2, 1),
+    "top_regions": (2, 3),
+    "num_clusters": (5, 4),
     "branch_ratio": (0.5, 0.25),
     "mask_type": ("2d_cardinal", "1d_cardinal"),
     "expansion_step": (1, 2),
@@ -166,10 +183,14 @@ ALLCONVNET_VALUES = TWO_VALUES | {
     "magnitude_type": ("similarity", "distance"),
     "kernel_size": (3, 1),
     "num_heads": (2, 4),
+    "attention_dropout": (0.2, 0.7),
+    "convolution_type": ("standard", "depthwise-separable"),
     "shuffle_pattern": ("BA", "NA"),
     "shuffle_scale": (2, 1),
     "padding": (0, 1),
     "branch_ratio": (0.5, 0.25),
+    "graph_aggregation": ("max", "edge"),
+    "score_temperature": (1.0, 2.0),
 }
 
 
@@ -198,10 +219,10 @@ def check_table(make, config, values, size):
 @pytest.mark.parametrize("layer", LAYERS1D)
 def test_the_table_of_the_vit_is_true(layer):
     def config(**values):
-        sizes = {"image_size": (24, 28), "patch_size": 4, "num_layers": 1, "num_heads": 4, "d_model": 16, "d_mlp": 8}
+        sizes = {"image_size": (24, 32), "patch_size": 4, "num_layers": 1, "num_heads": 4, "d_model": 16, "d_mlp": 8}
         return ViTConfig(layer=layer, pool="mean", **sizes, **values)
 
-    check_table(ViT, config, VIT_VALUES, (24, 28))
+    check_table(ViT, config, VIT_VALUES, (24, 32))
 
 
 @pytest.mark.parametrize("layer", [*options.LAYERS2D_NAMES, "Conv2d/ConvNN", "ConvNN_Attn/Attention"])
