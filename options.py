@@ -8,6 +8,7 @@ How flags and YAML are read is in `cli.py`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -33,6 +34,7 @@ from cli import (
     shown,
     specs,
 )
+from hosts import HOSTS, RESNET, STEMS, VGG, Place, choose, default_stem, places_of
 from machine import cpu_cores
 from reading import what_is_wrong_with
 
@@ -88,6 +90,7 @@ __all__ = [
     "sequence_grid",
     "shuffle_factors",
     "specs",
+    "warn_fitted",
     "warn_oversized",
     "warn_without_effect",
 ]
@@ -133,18 +136,19 @@ class DatasetInfo(NamedTuple):
     channels: int
     classes: int | None  # None: as many as the training folder has
     streamed: bool  # read from files as training goes, instead of held on the device
+    images: tuple[int, int] | None  # for training and for testing; None: as many as there are in the folder
 
 
 DATASETS = {
-    "cifar10": DatasetInfo(32, 3, 10, False),
-    "cifar100": DatasetInfo(32, 3, 100, False),
-    "imagenet": DatasetInfo(224, 3, 1000, True),
-    "imagenet100": DatasetInfo(224, 3, 100, True),
-    "imagenette": DatasetInfo(224, 3, 10, True),
-    "mnist": DatasetInfo(28, 1, 10, False),
-    "fashion_mnist": DatasetInfo(28, 1, 10, False),
-    "digits": DatasetInfo(8, 1, 10, False),
-    "folder": DatasetInfo(224, 3, None, True),
+    "cifar10": DatasetInfo(32, 3, 10, False, (50_000, 10_000)),
+    "cifar100": DatasetInfo(32, 3, 100, False, (50_000, 10_000)),
+    "imagenet": DatasetInfo(224, 3, 1000, True, (1_281_167, 50_000)),
+    "imagenet100": DatasetInfo(224, 3, 100, True, None),
+    "imagenette": DatasetInfo(224, 3, 10, True, (9_469, 3_925)),
+    "mnist": DatasetInfo(28, 1, 10, False, (60_000, 10_000)),
+    "fashion_mnist": DatasetInfo(28, 1, 10, False, (60_000, 10_000)),
+    "digits": DatasetInfo(8, 1, 10, False, (1_437, 360)),
+    "folder": DatasetInfo(224, 3, None, True, None),
 }
 
 
@@ -161,8 +165,9 @@ class Row(NamedTuple):
     """
 
     target: str  # "module:Class"
-    # Names of options, argument=option where the constructor calls it otherwise. `neighbors` is a NeighborConfig, `layout` what
-    # the tokens are, `image_size` the sides of the map, and `biases` whether the projections have any.
+    # Names of options, argument=option where the constructor calls it otherwise, and of what the model knows: `neighbors`, a
+    # NeighborConfig; `layout`, what the tokens are; `image_size`, the sides of the map; `biases`, whether the projections have
+    # any; `stride` and `bias`, as a host of convolutions wants.
     takes: str
     fixed: tuple[tuple[str, object], ...] = ()  # arguments that are not options
     branches: tuple[str, ...] = ()  # of two layers side by side: what is built at branch_ratio 1, and at 0
@@ -177,10 +182,12 @@ class Row(NamedTuple):
     def options(self) -> set[str]:
         """Names of the options that the layer reads."""
         names = set(self.arguments.values())
-        several = {"neighbors": NEIGHBOR_OPTIONS, "biases": BIASES, "layout": set(), "image_size": set()}
-        return names - several.keys() | {option for name in names & several.keys() for option in several[name]}
+        several = {"neighbors": NEIGHBOR_OPTIONS, "biases": BIASES}
+        own = names - several.keys() - {"layout", "image_size", *OF_HOSTS}
+        return own | {option for name in names & several.keys() for option in several[name]}
 
 
+OF_HOSTS = ("stride", "bias")  # what a host of convolutions knows of a layer
 BY_PLACE = "place_attention"
 PAIRS = "attention_dropout bias=biases"  # of layers that weigh pairs of tokens
 CONVNN = f"neighbors layout convolution_type softmax_topk_val score_temperature {PAIRS}"
@@ -190,10 +197,13 @@ BIASES = {"attention_bias", "qkv_bias", "proj_bias"}
 SHUFFLES = "shuffle_pattern shuffle_scale"
 
 LAYERS2D_ROWS = {
-    "Conv2d": Row("torch.nn:Conv2d", "kernel_size", fixed=(("padding", "same"),)),
-    "ConvNN": Row("layers2d:ConvNN2d", f"neighbors padding image_size {SHUFFLES}"),
-    "ConvNN_Attn": Row("layers2d:ConvNNAttention2d", f"neighbors score_temperature image_size {SHUFFLES}"),
-    "Attention": Row("layers2d:Attention2d", f"num_heads {SHUFFLES}"),
+    "Conv2d": Row("layers2d:make_conv2d", "kernel_size aggregation_type image_size stride bias"),
+    "ConvNN": Row("layers2d:ConvNN2d", f"neighbors padding image_size bias {SHUFFLES}"),
+    "ConvNN_Attn": Row(
+        "layers2d:ConvNNAttention2d",
+        f"neighbors score_temperature convolution_type attention_dropout image_size {SHUFFLES}",
+    ),
+    "Attention": Row("layers2d:Attention2d", f"num_heads attention_dropout {SHUFFLES}"),
     "ViG": Row("graph_layers:GraphConv2d", f"num_heads neighbors aggregation=graph_aggregation image_size {SHUFFLES}"),
 }
 LAYERS1D_ROWS = {
@@ -386,6 +396,11 @@ class ModelConfig(NeighborConfig):
     def neighbors(self) -> NeighborConfig:
         return NeighborConfig(**{f.name: getattr(self, f.name) for f in fields(NeighborConfig)})
 
+    @property
+    def title(self) -> str:
+        """What a run is of, in its first line."""
+        return self.layer
+
     def layers_in_use(self) -> list[str]:
         """Names of the layers that the model is made of."""
         raise NotImplementedError
@@ -417,19 +432,36 @@ class ModelConfig(NeighborConfig):
         return values
 
 
+of_model = functools.partial(option, decided=True)  # an option that `model` may decide
+
+
 @dataclass(frozen=True, kw_only=True)
 class AllConvNetConfig(ModelConfig):
-    """An all-convolutional network: one mixer, BatchNorm and ReLU per entry of `channels`."""
+    """A convolutional network whose convolutions are a mixer: one, BatchNorm and ReLU per entry of `channels`, or a host.
+
+    In a host (`hosts.py`) every layer has the options that its map allows: `at`.
+    """
 
     rows: ClassVar[dict[str, Row]] = LAYERS2D_ROWS
 
+    model: str = option(
+        "allconvnet",
+        "a stack of --channels, or VGG, ResNet with --layer for 3 x 3 convolutions",
+        choices=("allconvnet", *HOSTS),
+    )
     layer: str = option("ConvNN", f"{', '.join(LAYERS2D_NAMES)}, or A/B of two different ones side by side")
     num_layers: int | None = option(None, "must match the length of --channels if given", kind=int, low=1, high=LAYERS)
     channels: tuple[int, ...] = option((32, 64, 128, 256, 512), "output channels of each layer", low=1, high=WIDTH)
     kernel_size: int = option(3, "Conv2d: side of the window", low=1, high=SIDE)
     num_heads: int = option(4, "Attention: heads", low=1, high=WIDTH)
-    shuffle_pattern: str = option(
-        "BA", "pixel-unshuffle before (B), shuffle after (A), both (BA) or neither (NA)", choices=SHUFFLE_PATTERNS
+    attention_dropout: float = option(
+        0.0, "ConvNN_Attn, Attention: probability of dropping a weight of a pair of tokens", low=0, below=1
+    )
+    convolution_type: str = option("standard", "ConvNN_Attn: convolution over the K slots", choices=CONVOLUTION_TYPES)
+    shuffle_pattern: str = of_model(
+        "BA",
+        "pixel-unshuffle before (B), shuffle after (A), both (BA) or neither (NA, the default in VGG and ResNet)",
+        choices=SHUFFLE_PATTERNS,
     )
     shuffle_scale: int = option(2, "side of the block that a shuffle moves into channels", low=1, high=SIDE)
     graph_aggregation: str = option("max", "ViG: what a token takes from its neighbors", choices=GRAPH_AGGREGATIONS)
@@ -438,15 +470,54 @@ class AllConvNetConfig(ModelConfig):
     )
     padding: int = option(0, "ConvNN: zero ring around the image that takes part in the search", low=0, high=SIDE)
     branch_ratio: float = option(0.5, "A/B: share of the output channels of B; 0 and 1 build the single layer", low=0, high=1)
+    replace: tuple[str, ...] = option(
+        ("all",), "VGG, ResNet: the 3 x 3 convolutions that --layer replaces: all, last n, or stages 3 4"
+    )
+    stem: str | None = option(
+        None,
+        "ResNet: a 3 x 3 convolution, or 7 x 7 and a pooling; VGG: classifier on 1 x 1, or on 7 x 7 pixels (default: small "
+        "for images below 128 pixels)",
+        kind=str,
+        choices=STEMS,
+    )
+    classifier_width: int | None = option(
+        None,
+        "VGG: hidden features of the classifier (default: 512 with the small stem, else 4096)",
+        kind=int,
+        low=1,
+        high=WIDTH,
+    )
+    batch_norm: bool = option(False, "VGG: BatchNorm after each convolution")
     magnitude_type: str = redefault(NeighborConfig, "magnitude_type", "similarity")
 
     def __post_init__(self):
+        decide(self, {"shuffle_pattern": "NA"} if str(self.model) in HOSTS else {})
+        if isinstance(self.replace, (list, tuple)):  # [last, 3] in a file
+            object.__setattr__(self, "replace", tuple(str(word) if type(word) is int else word for word in self.replace))
         self._check_ranges()
+        self._check_names()
+        if self.is_host:
+            self._settle()
+            return
         if self.num_layers not in (None, len(self.channels)):
             raise ValueError(
                 f"num_layers={self.num_layers} does not match channels={as_words(self.channels)}; drop one of them"
             )
         object.__setattr__(self, "num_layers", len(self.channels))
+        for index, grid in enumerate(self.grids()):
+            for name, width in self.branches(self.channels[index]):
+                self._check_layer(name, width, grid)
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the layers replace convolutions of a network that exists without them."""
+        return self.model in HOSTS
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} with {self.layer}" if self.is_host else self.layer
+
+    def _check_names(self) -> None:
         names = self.layer.split("/")
         for name in names:
             if name not in LAYERS2D_NAMES:
@@ -456,23 +527,80 @@ class AllConvNetConfig(ModelConfig):
                 )
         if len(names) > 2 or len(set(names)) != len(names):
             raise ValueError(f"layer={self.layer!r} must be one layer, or A/B of two different ones")
-        for index, grid in enumerate(self.grids()):
-            for name, width in self.branches(self.channels[index]):
-                self._check_layer(name, width, grid)
+
+    def _settle(self) -> None:
+        """What a host decides by the size of the images, and whether every layer fits its place."""
+        stem = self.stem or default_stem(self.image_size)
+        object.__setattr__(self, "stem", stem)
+        if self.model in VGG and self.classifier_width is None:
+            object.__setattr__(self, "classifier_width", 512 if stem == "small" else 4096)
+        takers = [name for name in self.layers_in_use() if "shuffle_pattern" in self.rows[name].arguments]
+        if takers and self.shuffle_pattern in ("A", "B"):
+            raise ValueError(
+                f"shuffle_pattern={self.shuffle_pattern} changes the size of the map, which model={self.model} decides; "
+                "use BA or NA"
+            )
+        if self.model in RESNET and "Conv2d" in self.layers_in_use() and self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={self.kernel_size} must be odd in model={self.model}, where it has strides")
+        for place in dict.fromkeys(self.places()):
+            if place.is_replaced:
+                try:
+                    self.at(place)
+                except ValueError as error:
+                    where = f"layer={self.layer} on the {_sides(place.grid)} map of stage {place.stage} of model={self.model}"
+                    raise ValueError(f"{where}: {error}; or let it stay a convolution (replace)") from None
+
+    def places(self) -> list[Place]:
+        """The 3 x 3 convolutions of a host in their order, and which of them `layer` replaces."""
+        return choose(self.replace, places_of(self.model, self.stem, self.image_size), self.model)
+
+    def at(self, place: Place) -> AllConvNetConfig:
+        """The config of the single layer at this place of a host.
+
+        A token cannot have more neighbors than its map has tokens: there K is their number. Where the samples are more than
+        there are tokens, or than there are rows or columns, all tokens are candidates. Raises ValueError if something else
+        does not fit.
+        """
+        own = {"model": "allconvnet", "channels": (place.out_channels,), "num_layers": None, "image_size": place.grid}
+        grids = [self._tokens(name, place.grid) for name in self.layers_in_use() if "neighbors" in self.rows[name].arguments]
+        if grids:
+            grid = min(grids, key=math.prod)
+            most = {"all": math.inf, "random": math.prod(grid), "spatial": min(grid) - 2 * self.sample_padding}
+            fitted = {"num_samples": self.num_samples if self.num_samples <= most[self.sampling] else -1}
+            own |= fitted | {"K": min(self.K, math.prod(grid))}
+        return dataclasses.replace(self, **own)
+
+    def _tokens(self, name: str, grid: tuple[int, int]) -> tuple[int, int]:
+        """Sides of the grid of tokens that this layer makes of a map. Raises ValueError if the shuffle does not divide it."""
+        options = self.rows[name].arguments
+        if "shuffle_pattern" in options and self.shuffle_pattern in ("B", "BA"):
+            self._check_divides(grid)
+            grid = tuple(side // self.shuffle_scale for side in grid)
+        ring = 2 * self.padding if "padding" in options else 0
+        return tuple(side + ring for side in grid)
 
     @staticmethod
     def values_that_hold(values: dict, given: dict) -> dict:
-        """Without num_layers beside other channels: config.yaml holds the length of those it was written with."""
-        return {name: value for name, value in values.items() if name != "num_layers" or "channels" not in given}
+        """Without num_layers beside other channels: config.yaml holds the length of those it was written with.
+
+        And without what the file's model decided, beside another model.
+        """
+        dropped = {"num_layers"} if "channels" in given else set()
+        if "model" in given and given["model"] != values.get("model", "allconvnet"):
+            dropped |= {"shuffle_pattern", "stem", "classifier_width"}
+        return {name: value for name, value in values.items() if name not in dropped}
 
     def layers_in_use(self) -> list[str]:
         return [name for name, _ in self.branches(2)]
 
     def without_effect(self) -> dict[str, str]:
         found = super().without_effect()
+        own = {"channels", "num_layers"} if self.is_host else {"replace", "stem"}
+        own |= set() if self.model in VGG else {"classifier_width", "batch_norm"}
+        found |= dict.fromkeys(own, "model")
         if "/" not in self.layer:
             found["branch_ratio"] = "layer"
-        found["drop_path"] = "layer"  # a plain stack has no path beside its layers
+        found["drop_path"] = "layer"  # a stack, and a host of convolutions, has none in its blocks
         if self.similarity_type == "Loc" and "ConvNN_Attn" not in self.layers_in_use():
             found.setdefault("magnitude_type", "similarity_type")  # ConvNN ranks by distance then and has no scores
         return found
@@ -520,17 +648,16 @@ class AllConvNetConfig(ModelConfig):
     def _check_layer(self, name: str, out_channels: int, grid: tuple[int, int]) -> None:
         """Relations between options that only matter for the layers in use."""
         options = self.rows[name].arguments
-        pattern = self.shuffle_pattern if "shuffle_pattern" in options else "NA"
-        if pattern in ("B", "BA"):
-            self._check_divides(grid)
-            grid = tuple(side // self.shuffle_scale for side in grid)
+        grid = self._tokens(name, grid)
         if "num_heads" in options:
+            pattern = self.shuffle_pattern if "shuffle_pattern" in options else "NA"
             width = out_channels * shuffle_factors(pattern, self.shuffle_scale, 2)[1]
             if width % self.num_heads:
                 raise ValueError(f"num_heads={self.num_heads} does not divide the {width} channels that attention runs on")
         if "neighbors" in options:
-            ring = 2 * self.padding if "padding" in options else 0
-            self.neighbors.check_candidates(tuple(side + ring for side in grid))
+            self.neighbors.check_candidates(grid)
+        if "convolution_type" in options:
+            check_slots(self.convolution_type, self.aggregation_type)
 
 
 # What `model` stands for (ConViT: d'Ascoli et al., arXiv 2103.10697).
@@ -552,9 +679,7 @@ VIT_MODELS = {"vit": {}} | {
     }
     for size, (dim, heads) in CONVIT_SIZES.items()
 }
-
-
-of_model = functools.partial(option, decided=True)  # an option that a model of VIT_MODELS may decide
+CONVITS = VIT_MODELS.keys() - {"vit"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -811,7 +936,9 @@ class DataConfig:
 
     dataset: str = option("cifar10", "data set; digits is embedded, folder has train/ and val/", choices=tuple(DATASETS))
     data_path: str = option("./Data", "folder that holds the data sets")
-    resize: int | None = option(None, "side the images are resized to", kind=int, low=1, high=SIDE)
+    resize: int | tuple[int, int] | None = option(
+        None, "side the images are resized to, or height and width", kind=int, many=True, low=1, high=SIDE
+    )
     val_fraction: float = option(
         0.0, "share of the training set held out; the best epoch then goes by it, not by the test set", low=0, below=1
     )
@@ -827,7 +954,14 @@ class DataConfig:
     test_limit: int | None = option(None, "test on the first n images, balanced by class", kind=int, low=1, high=IMAGES)
 
     def __post_init__(self):
+        if self.resize is not None and not isinstance(self.resize, (list, tuple)):
+            object.__setattr__(self, "resize", (self.resize,))
         check_fields(self)
+        if self.resize is not None:
+            if len(self.resize) > 2:
+                raise ValueError(f"resize={as_words(self.resize)} is neither a side nor height and width")
+            if len(set(self.resize)) == 1:
+                object.__setattr__(self, "resize", self.resize[0])
 
 
 KERNELS = ("auto", "chunked", "triton")
@@ -1048,9 +1182,9 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
     classes = info.classes or _count_classes(data.data_path)
     model = build(model_type, values, image_size=data.resize, in_channels=info.channels, num_classes=classes)
     if train.output_dir is None:
-        is_preset = getattr(model, "model", "vit") != "vit"
-        name = model.model if is_preset else model.layer.replace("/", "-")
-        train = dataclasses.replace(train, output_dir=f"./Output/{family}/{name}")
+        name, preset = model.layer.replace("/", "-"), getattr(model, "model", None)
+        folder = f"{preset}/{name}" if preset in HOSTS else f"{family}/{preset if preset in CONVITS else name}"
+        train = dataclasses.replace(train, output_dir=f"./Output/{folder}")
     _check_paths(data, train)
     return Options(model, data, train)
 
@@ -1074,12 +1208,18 @@ def parse_options(
 ) -> tuple[Options, OneLineParser]:
     """Flags over YAML over defaults -> checked options of a run, and the parser, whose `error` ends it in one line."""
     values, parser = read_values(program.model, (DataConfig, TrainConfig), description, argv, program.defaults, prog)
+    parser.stated, wrong = values, None
     try:
-        options = resolve(program.model, program.family, program.defaults | values)
-        parser.stated = values
-        return options, parser
+        return resolve(program.model, program.family, program.defaults | values), parser
     except ValueError as error:
-        parser.error(str(error))
+        wrong = error
+    if values.get("test_only") and "resize" in values:
+        # The size is of images for the model that a checkpoint names, which these options need not be.
+        with contextlib.suppress(ValueError):
+            others = {name: value for name, value in values.items() if name != "resize"}
+            options = resolve(program.model, program.family, program.defaults | others)
+            return options._replace(data=build(DataConfig, options.as_dict() | {"resize": values["resize"]})), parser
+    parser.error(str(wrong))
 
 
 # Options of a model that change neither its weights nor what it computes when it is evaluated.
@@ -1087,7 +1227,8 @@ ONLY_IN_TRAINING = {"dropout", "attention_dropout", "drop_path", "initializer_ra
 # Those that the shapes of its weights show; `model` stands for others.
 SHOWN_BY_SHAPES = set(
     "model num_layers channels patch_size d_model d_mlp kernel_size attention_bias qkv_bias proj_bias patch_norm final_norm "
-    "pos_embedding pool linformer_k convolution_type branch_ratio shuffle_pattern shuffle_scale".split()
+    "pos_embedding pool linformer_k convolution_type branch_ratio shuffle_pattern shuffle_scale replace stem classifier_width "
+    "batch_norm".split()
 )
 
 
@@ -1123,14 +1264,22 @@ def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
     values = program.defaults | program.model.values_that_hold(own, stated) | stated
     options = resolve(program.model, program.family, values)
     now, unused = options.as_dict(), options.model.without_effect().keys() | ONLY_IN_TRAINING
+    if "resize" in own and isinstance(options.model, AllConvNetConfig):
+        # Its layers run on maps of any size; those of a host would have other K, and so other weights, in a model for this one.
+        options = options._replace(model=dataclasses.replace(options.model, image_size=own["resize"]))
     both = {name: (own[name], now[name]) for name in (*model, "resize") if name in own and name not in unused}
     return AsTrained(options, {name: pair for name, pair in both.items() if len({_plain(name, one) for one in pair}) > 1})
 
 
+def sides_of(resize: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width: one number is a square."""
+    return (resize, resize) if isinstance(resize, int) else tuple(resize)
+
+
 def _plain(name: str, value):
     """A value in the one form, of several, that means the same."""
-    if name == "resize" and isinstance(value, int):
-        return (value, value)
+    if name == "resize":
+        return sides_of(value)
     if name == "magnitude_type":
         return canonical_metric(value)
     return tuple(value) if isinstance(value, list) else value
@@ -1161,10 +1310,26 @@ def warn_without_effect(model: ModelConfig, parser: OneLineParser) -> None:
             parser.warn(f"{name}={as_words(getattr(model, name))} is not used by {other}={as_words(getattr(model, other))}")
 
 
+def warn_fitted(model: AllConvNetConfig, parser: OneLineParser) -> None:
+    """A line on stderr where maps of a host have fewer tokens than neighbors or samples are asked for."""
+    if not model.is_host:
+        return
+    found: dict[str, list[str]] = {}
+    for place in dict.fromkeys(place for place in model.places() if place.is_replaced):
+        one = model.at(place)
+        for name in ("K", "num_samples"):
+            if getattr(one, name) != getattr(model, name):
+                value = "all" if name == "num_samples" else one.K
+                found.setdefault(name, []).append(f"{value} on the {_sides(place.grid)} map of stage {place.stage}")
+    for name, maps in found.items():
+        given = f"{name}={getattr(model, name)}"
+        parser.warn(f"{given} does not fit all maps of model={model.model}: it is {', '.join(dict.fromkeys(maps))}")
+
+
 def warn_oversized(model: AllConvNetConfig, parser: OneLineParser) -> None:
     """A line on stderr where the default network, made for 32 x 32 pixels, meets images of at most 8 x 8."""
     spec = specs(AllConvNetConfig)["channels"]
-    if max(model.image_size) <= 8 and model.channels == spec.default and "channels" not in parser.given:
+    if not model.is_host and max(model.image_size) <= 8 and model.channels == spec.default and "channels" not in parser.given:
         parser.warn(
             f"the default channels={as_words(spec.default)} are for images of 32 x 32 and learn {_sides(model.image_size)} "
             "slowly and badly; channels=16 32 64, as in configs/demo.yaml, would fit"

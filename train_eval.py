@@ -30,6 +30,7 @@ from options import (  # noqa: F401  some are only offered from here as well
     TrainConfig,
     evaluation_options,
     grid_of,
+    sides_of,
 )
 from runs import RunError
 from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_state, load_weights
@@ -39,7 +40,7 @@ from runs.files import WriteError, check_writable  # noqa: F401  WriteError is o
 from runs.folder import RunFolder, costs_of, summarize
 from runs.measure import count_flops, count_parameters, device_name
 from runs.memory import making
-from runs.metrics import Meter, Metrics, history_row
+from runs.metrics import Confusion, Meter, Metrics, history_row
 from runs.optimization import (  # noqa: F401
     Average,
     LearningRate,
@@ -60,6 +61,7 @@ from runs.training import Training
 from utils import choose_kernels, pick_device, seed_everything
 
 MEMORY_ADVICE = "a smaller --batch_size, --accumulate_steps, --use_amp or --use_compiled --compile_mode reduce-memory need less"
+MOST_CONFUSED = 200  # classes, of which test_results.json holds the matrix
 READ_EVERY, READ_SECONDS = 20, 5  # steps, or seconds, between two synchronizations with the device
 
 
@@ -128,10 +130,11 @@ def evaluate(
     title: str = "test",
     processes: Processes | None = None,
     check: Callable[[], object] = lambda: None,
+    seen: Callable[[torch.Tensor, torch.Tensor], object] = lambda logits, labels: None,
 ) -> Metrics:
     """Means over all images of `batches`, every one counted once; `compiled` is the compiled model if there is one.
 
-    `check` is called after every batch, equally often on all processes.
+    `check` is called after every batch, equally often on all processes; `seen` with the logits and labels of every batch.
     """
     model.eval()
     compiled = model if compiled is None else compiled
@@ -145,6 +148,7 @@ def evaluate(
             if len(images):
                 with autocast():
                     logits = compiled(images).float()
+                seen(logits, labels)
                 rows[step * processes.world + processes.rank] = meter.tally(loss_function(logits, labels), logits, labels)
             progress.advance(batches.images_in(step))
             check()
@@ -363,21 +367,29 @@ def _test(run: _Run) -> None:
     run = run._replace(options=options)
     model, folder, device = _prepare(run)
     train = options.train
-    # Without --override a model for other images than the checkpoint's is refused below; nothing else may differ.
-    leeway = Leeway(resample=not train.strict and (train.override or "config" not in state), grid=grid_of(state.get("config")))
+    # Images of another size need no --override: what the model computes is the same function of an image, at that size.
+    free = train.override or "resize" in changes or "config" not in state
+    leeway = Leeway(resample=not train.strict and free, grid=grid_of(state.get("config")))
     loaded = load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only", state, leeway)
-    if changes and not train.override:  # they fit, and would give another number than that of the model that was trained
-        name, (trained, stated) = next(iter(changes.items()))
+    refused = {} if train.override else {name: change for name, change in changes.items() if name != "resize"}
+    if refused:  # they fit, and would give another number than that of the model that was trained
+        name, (trained, stated) = next(iter(refused.items()))
         raise RunError(
             f"--test_only: {path} was trained with --{name} {as_words(trained)}, not {as_words(stated)}; leave --{name} out, "
             "or evaluate its weights in another model than theirs with --override"
         )
+    shape = (options.model.in_channels, *sides_of(options.data.resize))
+    try:
+        flops = count_flops(model, torch.zeros(1, *shape))
+    except ValueError as error:  # of a layer that cannot run on maps of this size
+        raise RunError(f"--test_only: --resize {as_words(options.data.resize)} with {path}: {error}") from None
     if processes.first:
         say_what_is_assumed(options, state, path, changes)
         say_what_was_loaded(loaded, path)
     processes.connect(device)
     data = _load_data(run, device)
     model.to(device)
+    confusion = Confusion(options.model.num_classes, device)
     with making(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE):
         metrics = evaluate(
             model,
@@ -387,17 +399,21 @@ def _test(run: _Run) -> None:
             compiled=compile_for(train, model),
             autocast=autocast_for(train, device),
             processes=processes,
+            seen=confusion.add,
         )
+        processes.sum_(confusion.counts)
     if not processes.first:
         return
     if not math.isfinite(metrics.loss):
         raise NonFiniteLoss(f"the test loss of {path} is not finite: its weights overflow in this model")
     print(f"test top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  ({path})")
     results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": str(path)}
-    shape = (options.model.in_channels, *options.model.image_size)
     results["parameters"] = count_parameters(model)
-    results["flops_per_image"] = count_flops(model, torch.zeros(1, *shape, device=device))
+    results["flops_per_image"] = flops
     results |= costs_of(model, shape, device)
+    results["classes"] = confusion.by_class(data.class_names)
+    if len(data.class_names) <= MOST_CONFUSED:
+        results["confusion"] = confusion.counts.tolist()
     results["options"] = evaluation_options(options)
     results["override"] = {name: {"trained": before, "here": after} for name, (before, after) in changes.items()}
     written = folder.write_test_results(results)
@@ -444,7 +460,7 @@ def _train(run: _Run) -> None:
         folder.start(plain, model, resumed=found is not None, notes=notes)
         trained = f" ({facts['trained_parameters']:,} of them trained)" if train.freeze else ""
         print(
-            f"{options.model.layer} on {options.data.dataset}: {facts['parameters']:,} parameters{trained}, "
+            f"{options.model.title} on {options.data.dataset}: {facts['parameters']:,} parameters{trained}, "
             f"{facts['flops_per_image'] / 1e6:,.2f} MFLOPs per image, {facts['train_images']:,} training and "
             f"{facts['test_images']:,} test images, on {device_name(device)}"
             + (f", {processes.world} processes" if processes.world > 1 else ""),
@@ -470,6 +486,7 @@ def _facts(run: _Run, model: nn.Module, data: Data, device: torch.device) -> dic
         "num_classes": run.options.model.num_classes,
         "train_images": data.train.num_samples,
         "test_images": data.test.num_samples,
+        "class_names": data.class_names,
         "processes": run.processes.world,
         "kernels": backend.running_on(device),
     }

@@ -9,12 +9,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.figures import COLORS, LINE_STYLES, color_of, label_groups, legend_beside, plot_seeds, read_metrics
+from experiments.figures import (
+    COLORS,
+    LINE_STYLES,
+    color_of,
+    draw_confusion,
+    label_groups,
+    legend_beside,
+    plot_seeds,
+    read_metrics,
+)
 from options import DATASETS, PROGRAMS, DataConfig, OneLineParser, Options, ViTConfig, read_yaml, resolve
 
 if TYPE_CHECKING:
@@ -43,25 +53,35 @@ def read_options(folder: Path, data_path: str | None = None) -> Options:
     return resolve(program.model, program.family, values)
 
 
+def load_model(folder: Path, options: Options):
+    """The model of the run in a folder, of these options, with its best weights, for evaluation on the CPU.
+
+    Raises ValueError where the run has left no weights.
+    """
+    import utils
+    from registry import build_network
+    from vit import ViT
+
+    path = folder / "best.pt"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no best.pt; its run has not ended its first epoch")
+    model = (ViT if isinstance(options.model, ViTConfig) else build_network)(options.model)
+    utils.load_weights(model, path, flag="best.pt")
+    return model.eval()
+
+
 def load_run(folder: Path, images: int, data_path: str | None):
     """Model with the best weights, `images` test images (n, C, H, W) and their labels, all on the CPU, and class names."""
     import torch
 
-    import utils
-    from allconvnet import AllConvNet
     from dataset import load_data
-    from vit import ViT
 
     options = read_options(folder, data_path)
-    path = folder / "best.pt"
-    if not path.exists():
-        raise ValueError(f"{folder} holds no best.pt; its run has not ended its first epoch")
-    model = (ViT if isinstance(options.model, ViTConfig) else AllConvNet)(options.model)
-    utils.load_weights(model, path, flag="best.pt")
+    model = load_model(folder, options)
     config = dataclasses.replace(options.data, test_limit=images, num_workers=0, download=False)
     data = load_data(config, batch_size=images, seed=options.train.seed, device=torch.device("cpu"), test_only=True)
     shown, labels = next(iter(data.test.epoch(0)))
-    return model.eval(), shown, labels, data.class_names
+    return model, shown, labels, data.class_names
 
 
 def as_picture(image, dataset: str):
@@ -138,6 +158,19 @@ def folders_of_runs(paths: list[Path], output: Path) -> list[Path]:
     if named := [str(path) for path in others if path.resolve() != output.resolve()]:
         print(f"left out, as there is no metrics.csv in them: {', '.join(named)}", file=sys.stderr)
     return runs
+
+
+def draw_confusion_of(args: argparse.Namespace) -> Figure:
+    """The confusion matrix in the run's test_results.json."""
+    path = args.run / "test_results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        names, counts = list(results["classes"]), results["confusion"]
+    except FileNotFoundError:
+        raise ValueError(f"{args.run} holds no test_results.json; evaluate the run with --test_only first") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} holds no confusion matrix, as evaluations of up to 200 classes write it") from None
+    return draw_confusion(names, counts)
 
 
 def draw_attention(args: argparse.Namespace) -> Figure:
@@ -227,7 +260,12 @@ def draw_neighbors(args: argparse.Namespace) -> Figure:
 
 
 def layer_number(name: str) -> str:
-    """The layer that a module is part of, by the first number in its name: layers.0.mixer.select -> layer 1."""
+    """The layer that a module is part of, by the first number in its name: layers.0.mixer.select -> layer 1.
+
+    In VGG and ResNet numbers are of all parts, and torchvision's names say more: features.3.select -> features.3.
+    """
+    if re.match(r"features\.|conv1\.|layer\d", name):
+        return name.removesuffix(".select").removesuffix(".layer")
     number = next((int(part) for part in name.split(".") if part.isdigit()), 0)
     return f"layer {number + 1}" + (" (" + name.split(".")[-2] + ")" if ".first." in name or ".second." in name else "")
 
@@ -360,6 +398,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     curves = add("curves", "loss and accuracy of one or many runs, seeds as a band (default output: curves.png beside them)")
     curves.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="output folders of runs")
+    confusion = add("confusion", "which classes are taken for which (default output: confusion.png in the run's folder)")
+    confusion.add_argument("run", type=Path, metavar="DIR", help="output folder of a run that --test_only has evaluated")
     for name, help in (
         ("attention", "images beside what the class token attends to, per block and averaged"),
         ("neighbors", "the K neighbors that some tokens pick in each layer, on the image, the nearest boldest"),
@@ -383,7 +423,7 @@ def make_parser() -> argparse.ArgumentParser:
     samples.add_argument("--dataset", choices=DATASETS, default="digits", help="data set (default: digits)")
     samples.add_argument("--data_path", help="folder that holds it (default: ./Data)")
     samples.add_argument("--images", type=at_least_one, default=24, help="how many (default: 24)")
-    samples.add_argument("--resize", type=at_least_one, help="side they are resized to")
+    samples.add_argument("--resize", type=at_least_one, nargs="+", help="side they are resized to, or height and width")
     samples.add_argument("--augment", action="store_true", help="random crop and flip")
     samples.add_argument("--noise", type=float, default=0.0, help="standard deviation of noise on pixels from 0 to 1")
     samples.add_argument("--seed", type=at_least_zero, default=0, help="of order, augmentation and noise")
@@ -392,6 +432,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 DRAW = {
     "curves": draw_curves,
+    "confusion": draw_confusion_of,
     "attention": draw_attention,
     "neighbors": draw_neighbors,
     "masks": draw_masks,
@@ -402,7 +443,7 @@ DRAW = {
 def default_output(args: argparse.Namespace) -> Path:
     if args.figure == "curves":
         return (args.runs[0] if len(args.runs) == 1 else args.runs[0].parent) / "curves.png"
-    if args.figure in ("attention", "neighbors"):
+    if args.figure in ("attention", "neighbors", "confusion"):
         return args.run / f"{args.figure}.png"
     return Path("Output") / f"{args.dataset if args.figure == 'samples' else args.figure}.png"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from functools import partial
@@ -142,7 +143,8 @@ class ViT(ConstantTables):
 
     Patches, in raster order, after the class token if `pool="cls"`. Under `num_local_layers` the first blocks mix
     patches only, and the class token joins after them (d'Ascoli et al., arXiv 2103.10697). `recompute` keeps only the
-    inputs of the blocks for the backward pass.
+    inputs of the blocks for the backward pass. Images of another size than `config.image_size` are seen by `resized`, with
+    the same weights.
     """
 
     replaceable = r"classifier\.|blocks\.\d+\.mixer\."  # what other weights need not have (`runs.checkpoints.Leeway`)
@@ -170,15 +172,47 @@ class ViT(ConstantTables):
         self.norm = nn.LayerNorm(d, eps=1e-6) if config.final_norm else nn.Identity()
         self.classifier = nn.Linear(d, config.num_classes)
         self.recompute = False
+        self._resized: dict[tuple[int, int], ViT] = {}  # no submodules: they share this one's parameters
         # Positions and class token start at the scale of the tokens they are added to: 1 after a LayerNorm.
         init_vit_weights(self, config.initializer_range, token_std=1.0 if config.patch_norm else 0.02)
+
+    def resized(self, image_size: tuple[int, int]) -> ViT:
+        """This network for images of another size: the same parameters, tables of the other grid.
+
+        Learned positions are those of `resample_positions`, sinusoidal ones go by their formula. Raises ValueError where a
+        mixer has parameters for every token, or does not fit the grid.
+        """
+        new = self._resized.get(image_size)
+        if new is None:
+            with torch.device("meta"):  # it gets the parameters of this one; tables are made on the CPU all the same
+                new = ViT(dataclasses.replace(self.config, image_size=image_size))
+            self._resized[image_size] = new
+        new.recompute = self.recompute
+        for name, module in self.named_modules():
+            other = new.get_submodule(name)
+            other.training = module.training
+            for own, shared in ((module._parameters, other._parameters), (module._buffers, other._buffers)):
+                for key, value in own.items():
+                    if value is None or key in module._non_persistent_buffers_set:
+                        continue  # a table
+                    if key == "pos_embedding":
+                        value = resample_positions(value, self.config.grid, new.config.grid, self.config.class_tokens)
+                    elif value.shape != shared[key].shape:
+                        here, there = (f"{one.config.grid[0]} x {one.config.grid[1]}" for one in (self, new))
+                        raise ValueError(
+                            f"layer={self.config.layer} has parameters for every token ({name}.{key}), so it runs on the "
+                            f"{here} patches that it was made for, not on {there}"
+                        )
+                    shared[key] = value
+            for key, table in getattr(other, "_constants", {}).items():
+                weight = self.classifier.weight
+                other._buffers[key] = table.to(weight.device, weight.dtype if table.is_floating_point() else table.dtype)
+        return new
 
     def forward(self, images: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, list[Tensor | None]]:
         """images (B, channels, H, W) -> logits; with output_attentions also a mixing matrix (B, heads, N, N) per block."""
         if tuple(images.shape[2:]) != self.config.image_size:
-            raise ValueError(
-                f"images of {tuple(images.shape[2:])} were given, and the model was made for {self.config.image_size}"
-            )
+            return self.resized(tuple(images.shape[2:]))(images, output_attentions)
         x = self.patch_norm(self.patch_embedding(images).flatten(2).transpose(1, 2))  # (B, N, d)
         if self.config.class_tokens:
             x = prepend(self.class_token, x)
@@ -300,6 +334,12 @@ def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], leeway: Le
         advice = f"; those of torchvision and timm need {needed}" if names and needed else ""
         if names is TIMM and "blocks.0.attn.gating_param" in state_dict and model.config.biases != (False, True):
             advice += "; those of timm's ConViT need --no-attention_bias --proj_bias"
+        new, old = model.config.grid, leeway.grid
+        if leeway.resample and old not in (None, new) and ".mixer." in str(error):
+            advice += (
+                f"; --layer {model.config.layer} has parameters for every token, so it runs on the {old[0]} x {old[1]} patches "
+                "that it was made for"
+            )
         first = next((name for name in ("conv_proj.weight", "patch_embed.proj.weight") if name in state_dict), None)
         if first and state_dict[first].ndim == 4 and state_dict[first].shape[1] != model.config.in_channels:
             advice += (

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import yaml
 
-from options import PROGRAMS, RESUME_MAY_CHANGE, Program, did_you_mean, parse_options, read_yaml
+from options import PROGRAMS, RESUME_MAY_CHANGE, Options, Program, did_you_mean, parse_options, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent  # where the programs are
 KEYS = ("program", "options", "grid", "seed")
@@ -179,10 +179,15 @@ def name_points(points: list[tuple[str, dict]], axes: list[str]) -> list[Point]:
     for program, values in points:
         of_axis = {"program": find_program(program, program).family} | values
         varying = {name: of_axis[name] for name in axes if name in of_axis}
-        plain = ("program", "layer")
-        parts = [as_word(value) if name in plain else f"{name}-{as_word(value)}" for name, value in varying.items()]
-        named.append(Point("_".join(parts) or as_word(values.get("layer", "run")), program, values, varying))
+        named.append(Point(name_of(varying, values), program, values, varying))
     return named
+
+
+def name_of(varying: dict, values: dict) -> str:
+    """The folder of the point that has these values, of which `varying` are on the axes."""
+    plain = ("program", "layer")
+    parts = [as_word(value) if name in plain else f"{name}-{as_word(value)}" for name, value in varying.items()]
+    return "_".join(parts) or as_word(values.get("layer", "run"))
 
 
 def as_word(value) -> str:
@@ -191,9 +196,12 @@ def as_word(value) -> str:
     return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in text)
 
 
-def check_points(points: list[Point], folder: Path) -> None:
-    """Raise ValueError for the first point whose options do not fit, or whose folder holds a run with others."""
-    counts, runs = Counter(point.name for point in points), {}
+def check_points(points: list[Point], folder: Path) -> dict[str, dict]:
+    """Every option of each point's run, by the name of the point.
+
+    Raises ValueError for the first point whose options do not fit, or whose folder holds a run with others.
+    """
+    counts, runs, found = Counter(point.name for point in points), {}, {}
     for point in points:
         for name in SET_BY_THE_SWEEP:
             if name in point.values:
@@ -205,13 +213,14 @@ def check_points(points: list[Point], folder: Path) -> None:
                 f"{point.name[:40]}...: the folder's name would have {length} bytes, of which {LONGEST_NAME} are allowed; "
                 "put what does not vary into options instead of grid, and long values into files that config: names"
             )
-        options = resolved(point, folder)
+        options = found[point.name] = resolved(point, folder)
         if options["test_only"] and not point.test_only:
             raise ValueError(f"{point.name}: test_only is set by a file of options; set it in the sweep, which must know of it")
         same = runs.setdefault(json.dumps(options | {"output_dir": ""}), point.name)
         if same != point.name:
             raise ValueError(f"{same} and {point.name} are the same run; drop one of them")
         check_folder(point, options, folder / point.name)
+    return found
 
 
 def check_folder(point: Point, options: dict, folder: Path) -> None:
@@ -234,20 +243,21 @@ def check_folder(point: Point, options: dict, folder: Path) -> None:
 
 def resolved(point: Point, folder: Path) -> dict:
     """Every option of the point's run by name. Raises ValueError with the message that its program would end with."""
-    return _parsed(point, folder)[0]
+    return options_of(point, folder)[0].as_dict()
 
 
 def stated(point: Point, folder: Path) -> dict:
     """Those options of the point's run that the sweep or a file that it names gives. Raises ValueError as `resolved` does."""
-    options, names = _parsed(point, folder)
-    return {name: value for name, value in options.items() if name in names}
+    options, names = options_of(point, folder)
+    return {name: value for name, value in options.as_dict().items() if name in names}
 
 
-def _parsed(point: Point, folder: Path) -> tuple[dict, set[str]]:
+def options_of(point: Point, folder: Path) -> tuple[Options, set[str]]:
+    """The checked options of the point's run, and the names of those that are stated. Raises ValueError as `resolved` does."""
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
             options, parser = parse_options(find_program(point.program, point.name), "", point.argv(folder), prog=point.program)
     except SystemExit:
         raise ValueError(f"{point.name}: {message.getvalue().split('error: ', 1)[-1].strip()}") from None
-    return options.as_dict(), set(parser.stated)
+    return options, set(parser.stated)

@@ -9,7 +9,7 @@ from torch import nn
 from options import TrainConfig
 from runs import RunError
 
-HEAD = "classifier."
+HEAD = "classifier."  # of a model that does not say otherwise by its `head`
 BLOCK = re.compile(r"(?:blocks|layers)\.(\d+)\.")
 UNDECAYED = ("pos_embedding", "class_token")  # and all vectors: norms, biases, gates
 
@@ -18,10 +18,11 @@ def freeze(model: nn.Module, part: str | None) -> None:
     """Under `backbone` let the classifier alone learn. Raises RunError for a model without one."""
     if part is None:
         return
-    if not any(name.startswith(HEAD) for name, _ in model.named_parameters()):
-        raise RunError(f"--freeze {part}: this model has no parameter {HEAD}*, which is what would be left to train")
+    head = getattr(model, "head", HEAD)
+    if not any(name.startswith(head) for name, _ in model.named_parameters()):
+        raise RunError(f"--freeze {part}: this model has no parameter {head}*, which is what would be left to train")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(HEAD))
+        parameter.requires_grad_(name.startswith(head))
 
 
 def start_training(model: nn.Module) -> None:

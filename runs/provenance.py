@@ -11,6 +11,8 @@ from options import AsTrained, ModelConfig, Options, as_words, assumed_options
 from runs import RunError
 from runs.checkpoints import Loaded
 
+HEADS = ("classifier.weight", "classifier.6.weight", "fc.weight")  # the last linear of a ViT or stack, of VGG, of ResNet
+
 
 def options_as_trained(
     options: Options, as_trained: Callable[[dict], AsTrained] | None, state: dict, path: Path
@@ -34,7 +36,8 @@ def say_what_is_assumed(options: Options, state: dict, path: Path, changes: dict
         print(f"assumed of {path}, which does not say: {words}")
     elif changes:
         words = ", ".join(f"--{name} {as_words(before)}, here {as_words(after)}" for name, (before, after) in changes.items())
-        print(f"warning: --override: {path} was trained with {words}", file=sys.stderr)
+        how = "--override: " * options.train.override
+        print(f"warning: {how}{path} was trained with {words}", file=sys.stderr)
 
 
 def say_what_differs(model: ModelConfig, state: dict, path: Path) -> None:
@@ -52,8 +55,9 @@ def say_what_differs(model: ModelConfig, state: dict, path: Path) -> None:
 
 def say_what_was_loaded(loaded: Loaded, path: Path) -> None:
     """A line where the weights in a file are not just those of the model, and one more if the classifier starts anew."""
-    if "classifier.weight" in loaded.new:
-        print(f"warning: {path}: a new head, classifier.weight is {loaded.new['classifier.weight']}", file=sys.stderr)
+    for name in HEADS:
+        if name in loaded.new:
+            print(f"warning: {path}: a new head, {name} is {loaded.new[name]}", file=sys.stderr)
     if loaded.new or loaded.unused or loaded.resampled:
         print(f"weights of {path}: {_counts(loaded)}")
 

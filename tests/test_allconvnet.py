@@ -146,9 +146,9 @@ def test_compiles_without_a_graph_break(layer):
 
 
 def test_inductor_equals_eager():
-    """Two branches; the rest of the network is PyTorch's own."""
+    """Of a network the mixer: the rest is PyTorch's own."""
     torch._dynamo.reset()
-    mixer = make(layer="Conv2d/ConvNN_Attn", channels=(8,)).layers[0][0].double()
+    mixer = make(layer="ConvNN_Attn", channels=(8,)).layers[0][0].double()
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
     results = []
     for call in (torch.compile(mixer, fullgraph=True), mixer):

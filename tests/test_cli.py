@@ -564,6 +564,7 @@ def test_sweeps_of_the_pages_have_points(page, sweep, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", commands_of_the_pages())
 def test_commands_of_the_pages_parse(command, monkeypatch):
     import benchmark
+    import predict
     import run_experiments
     import visualize
     from experiments.points import find_program
@@ -578,6 +579,8 @@ def test_commands_of_the_pages_parse(command, monkeypatch):
         assert run_experiments.main([*argv, "--dry_run"]) == 0
     elif program == "visualize.py":
         visualize.make_parser().parse_args(argv)
+    elif program == "predict.py":
+        predict.make_parser().parse_args(argv)
     else:
         parse_options(find_program(program, command), "", argv)
 

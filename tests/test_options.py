@@ -31,15 +31,22 @@ from options import (
 
 ROOT = Path(__file__).parent.parent
 BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "resume", "test_only", "tensorboard")
-BOOLEANS += ("overwrite", "override", "strict", "decay_norms")
+BOOLEANS += ("overwrite", "override", "strict", "decay_norms", "batch_norm")
 LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention", "ViG")
 
 # What `allconvnet_main.py` without a flag resolves to; num_workers depends on the machine.
 DEFAULTS = {
     # model and layer
+    "model": "allconvnet",
     "layer": "ConvNN",
     "num_layers": 5,
     "channels": [32, 64, 128, 256, 512],
+    "attention_dropout": 0.0,
+    "convolution_type": "standard",
+    "replace": ["all"],
+    "stem": None,
+    "classifier_width": None,
+    "batch_norm": False,
     "kernel_size": 3,
     "num_heads": 4,
     "shuffle_pattern": "BA",
@@ -114,6 +121,9 @@ DEFAULTS = {
     "decay_norms": True,
 }
 CHOICES = {
+    "model": ("allconvnet", "vgg11", "vgg13", "vgg16", "vgg19", "resnet18", "resnet34"),
+    "stem": ("small", "imagenet"),
+    "convolution_type": ("standard", "depthwise", "depthwise-separable"),
     "shuffle_pattern": ("BA", "NA", "B", "A"),
     "sampling_type": ("all", "random", "spatial"),
     "magnitude_type": ("similarity", "cosine", "distance", "euclidean", "matmul"),
@@ -707,8 +717,12 @@ def settings_of_a_run(draw):
         **{
             name: st.sampled_from(choices)
             for name, choices in CHOICES.items()
-            if name not in ("shuffle_pattern", "sampling_type", "dataset")
+            if name not in ("shuffle_pattern", "sampling_type", "dataset", "convolution_type")
         },
+        "convolution_type": st.sampled_from(["standard", "depthwise-separable"]),
+        "model": st.sampled_from(CHOICES["model"] if pattern == "NA" else ["allconvnet"]),
+        "replace": st.sampled_from([["all"], ["last", "3"], ["stages", "1", "3"]]),
+        "classifier_width": st.none() | st.integers(1, 9),
     }
     return draw(st.fixed_dictionaries(given))
 
@@ -799,7 +813,8 @@ def test_grids():
 # --- the ViT --------------------------------------------------------------------------------------------------------
 
 # What `vit_main.py` without a flag resolves to, where it differs from `allconvnet_main.py`.
-VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in ("channels", "padding")} | {
+OF_ALLCONVNET = ("channels", "padding", "replace", "stem", "classifier_width", "batch_norm")
+VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in OF_ALLCONVNET} | {
     "model": "vit",
     "layer": "Attention",
     "patch_size": 16,
@@ -848,7 +863,7 @@ VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in (
 for name in ("shuffle_pattern", "shuffle_scale"):
     del VIT_DEFAULTS[name]
 VIT_BOOLEANS = (
-    *BOOLEANS,
+    *(name for name in BOOLEANS if name not in OF_ALLCONVNET),
     "attention_bias",
     "qkv_bias",
     "proj_bias",
@@ -857,7 +872,7 @@ VIT_BOOLEANS = (
     "softmax_topk_val",
     "coordinate_encoding",
 )
-VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name != "shuffle_pattern"} | {
+VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name not in ("shuffle_pattern", "stem")} | {
     "layer": (
         *("Attention", "ConvNN", "ConvNNAttention", "Conv1d", "Conv1dAttention", "KvtAttention", "LocalAttention"),
         *("SparseAttention", "MaskedAttention", "NeighborhoodAttention", "Linformer", "Performer", "Nystromformer", "Hybrid"),
