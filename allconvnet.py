@@ -16,8 +16,8 @@ __all__ = ["LAYERS2D", "AllConvNet", "AllConvNetConfig", "make_layer2d"]
 
 
 def _make(name: str, config: AllConvNetConfig, in_channels: int, out_channels: int) -> nn.Module:
-    """The mixer of this name with the options of the config, on maps of its size."""
-    return build_layer(LAYERS2D_ROWS[name], config, in_channels, out_channels)
+    """The mixer of this name, or at this address, with the options of the config, on maps of its size."""
+    return build_layer(config.rows[name], config, in_channels, out_channels)
 
 
 LAYERS2D = {name: partial(_make, name) for name in LAYERS2D_ROWS}
@@ -25,7 +25,7 @@ LAYERS2D = {name: partial(_make, name) for name in LAYERS2D_ROWS}
 
 def make_layer2d(config: AllConvNetConfig, in_channels: int, out_channels: int) -> nn.Module:
     """The mixer that `config.layer` names, on maps of `config.image_size`; A/B splits the output channels."""
-    layers = [LAYERS2D[name](config, in_channels, width) for name, width in config.branches(out_channels)]
+    layers = [_make(name, config, in_channels, width) for name, width in config.branches(out_channels)]
     return layers[0] if len(layers) == 1 else Branching2d(*layers)
 
 

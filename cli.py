@@ -44,6 +44,9 @@ class Spec(NamedTuple):
     least: float | None = None
     aliases: tuple[str, ...] = ()
     group: str = ""  # heading in --help; empty: that of the config
+    metavar: str = ""  # what --help calls a value; empty: its choices or its kind
+    repeat: bool = False  # of many values: given again, the flag adds to them, and flags add to those of a file
+    address: bool = False  # beside the choices, the address of a class goes as well: FILE.py:Class, package.module:Class
 
 
 class NotGiven:
@@ -92,6 +95,13 @@ def did_you_mean(name: str, valid) -> str:
     return f"; did you mean {names[close[0]]}?" if close else ""
 
 
+def address_hint(name: str, valid) -> str:
+    """What a name that is not one of the valid ones may have meant, where the address of a class goes as well."""
+    if name.endswith(".py"):
+        return f"; name its class as well: {name}:Class"
+    return did_you_mean(name, valid) or "; a class of your own is FILE.py:Class or package.module:Class"
+
+
 def as_words(value) -> str:
     """A value as it is written on the command line."""
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
@@ -129,7 +139,7 @@ def _as_kind(value, kind: type):
     return value
 
 
-def _check_one(name: str, value, spec: Spec):
+def check_one(name: str, value, spec: Spec):
     """`value` as the option holds it (a whole number becomes a float where a float is asked for). Raises ValueError."""
     value = _as_kind(value, spec.kind)
     if type(value) is not spec.kind:
@@ -138,8 +148,9 @@ def _check_one(name: str, value, spec: Spec):
         _check_text(name, value)
     if spec.kind is float and not math.isfinite(value):
         raise ValueError(f"{name}={value} is not a finite number")
-    if spec.choices and value not in spec.choices:
-        raise ValueError(f"{name}={shown(value)} is not one of {', '.join(spec.choices)}{did_you_mean(value, spec.choices)}")
+    if spec.choices and value not in spec.choices and not (spec.address and ":" in value):
+        hint = (address_hint if spec.address else did_you_mean)(value, spec.choices)
+        raise ValueError(f"{name}={shown(value)} is not one of {', '.join(map(str, spec.choices))}{hint}")
     bounds = [f"at least {spec.low}"] * (spec.low is not None) + [f"at most {spec.high}"] * (spec.high is not None)
     bounds += [f"below {spec.below}"] * (spec.below is not None)
     if (
@@ -155,7 +166,7 @@ def _check_one(name: str, value, spec: Spec):
 
 def check_value(name: str, value, kind: type, low: float, high: float):
     """`value` as a Python number. Raises ValueError unless it is one of that kind within the range."""
-    return _check_one(name, value, Spec(kind, "", low=low, high=high))
+    return check_one(name, value, Spec(kind, "", low=low, high=high))
 
 
 def _check_text(name: str, value: str) -> None:
@@ -184,9 +195,9 @@ def check_fields(config) -> None:
                 raise ValueError(
                     f"{name}={shown(value)} is not a list of at least one value; in a file it is written as [1, 2]"
                 )
-            value = tuple(_check_one(name, item, spec) for item in value)
+            value = tuple(check_one(name, item, spec) for item in value)
         else:
-            value = _check_one(name, value, spec)
+            value = check_one(name, value, spec)
         object.__setattr__(config, name, value)
 
 
@@ -215,7 +226,7 @@ class OneLineParser(argparse.ArgumentParser):
         self._print_message(self._line("warning", message), sys.stderr)
 
     def _line(self, what: str, message: str) -> str:
-        names = "|".join(action.dest for action in self._actions)
+        names = "|".join(re.escape(action.dest) for action in self._actions)
         message = re.sub(rf"(?<!\S)({names})=", r"--\1 ", " ".join(message.split()))
         if len(message) > self.LONGEST:
             message = f"{message[: self.LONGEST // 2]} ... {message[-self.LONGEST // 2 :]}"
@@ -227,7 +238,7 @@ class OneLineParser(argparse.ArgumentParser):
 def _add_option(group, name: str, spec: Spec, default) -> None:
     """Values are collected as text; `convert` and the dataclasses give the same errors for flags, YAML and Python."""
     shown = "" if default is None else f" (default: {as_words(default)})".replace("%", "%%")
-    metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper()
+    metavar = spec.metavar or ("{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper())
     flags = [f"--{name}", *(f"--{alias}" for alias in spec.aliases)]
     kwargs = {"dest": name, "default": argparse.SUPPRESS, "help": spec.help + shown, "metavar": metavar}
     if spec.kind is bool:
@@ -235,7 +246,13 @@ def _add_option(group, name: str, spec: Spec, default) -> None:
         no = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         group.add_argument(f"--no-{name}", action="store_const", const="False", **no)
     else:
-        group.add_argument(*flags, **kwargs, nargs="+" if spec.many else None)
+        group.add_argument(*flags, **kwargs, nargs="+" if spec.many else None, action="extend" if spec.repeat else None)
+
+
+def _add_lines(group, lines: dict[str, str]) -> None:
+    """Lines of --help that look like flags; none of them is one, since the parser ends when it has shown them."""
+    for line, help in lines.items():
+        group.add_argument(f"--{line}", action="store_true", default=argparse.SUPPRESS, help=help.replace("%", "%%"))
 
 
 def make_parser(
@@ -340,6 +357,14 @@ def _read_options(path: str, known: dict[str, Spec]) -> dict:
     return values
 
 
+def over(values: dict, given: dict, known: dict[str, Spec]) -> dict:
+    """The values with the given ones over them; of an option that may be repeated, those that are given come after."""
+    both = [
+        name for name, spec in known.items() if spec.repeat and isinstance(values.get(name), (list, tuple)) and given.get(name)
+    ]
+    return values | given | {name: [*values[name], *given[name]] for name in both}
+
+
 def _did_you_mean_flag(word: str, flags: list[str]) -> str:
     """A suggestion of a flag; for one letter (`-b`) those that begin with it, as there are no short flags but -h."""
     if re.fullmatch(r"-\w", word):
@@ -359,11 +384,20 @@ def read_values(
 ) -> tuple[dict, OneLineParser]:
     """What flags and, under them, a YAML file give, by name and converted, and the parser, whose `error` ends in one line.
 
-    `model_type.values_that_hold(values, given)` says which values of the file still hold beside those of the command line.
+    `model_type.values_that_hold(values, given)` says which values of the file still hold beside those of the command line, and
+    `model_type.more_help(given)` what --help lists besides: (title, text, {line: help}).
     """
     parser = make_parser(model_type, others, description, defaults, prog)
     known = {name: spec for config in (model_type, *others) for name, spec in specs(config).items()}
-    given, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if asked := {"-h", "--help"}.intersection(argv):
+        given = vars(parser.parse_known_args([word for word in argv if word not in asked])[0])
+        try:
+            for title, text, lines in model_type.more_help(given):
+                _add_lines(parser.add_argument_group(title, text), lines)
+        except ValueError as error:
+            parser.error(str(error))
+    given, rest = parser.parse_known_args(argv)
     given = vars(given)
     if rest:
         flags = [flag for action in parser._actions for flag in action.option_strings]
@@ -373,6 +407,6 @@ def read_values(
     parser.given = frozenset(given)
     try:
         values = {} if path is None else model_type.values_that_hold(_read_options(path, known), given)
-        return {name: convert(name, value, known[name]) for name, value in (values | given).items()}, parser
+        return {name: convert(name, value, known[name]) for name, value in over(values, given, known).items()}, parser
     except ValueError as error:
         parser.error(str(error))

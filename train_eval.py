@@ -23,7 +23,15 @@ from tqdm import tqdm
 from cli import as_words
 from dataset import Data, DataError, import_torchvision, load_data
 from kernels import backend
-from options import AsTrained, ModelConfig, Options, TrainConfig, evaluation_options  # noqa: F401  offered from here as well
+from options import (  # noqa: F401  some only offered from here as well
+    AsTrained,
+    ModelConfig,
+    Options,
+    TrainConfig,
+    evaluation_options,
+    layer_label,
+)
+from probe import probe
 from runs import RunError
 from runs.checkpoints import load_checkpoint, load_state, load_weights
 from runs.endings import STOPPED, exit_status
@@ -46,7 +54,7 @@ from runs.optimization import (  # noqa: F401
 )
 from runs.processes import Interrupted, ProcessError, Processes, Signals, seed_process
 from runs.progress import Progress, epoch_line
-from runs.provenance import options_as_trained, say_what_differs, say_what_is_assumed
+from runs.provenance import check_same_class, options_as_trained, say_what_differs, say_what_is_assumed
 from runs.resume import check_same_state, resumable_state, resume
 from runs.training import Training
 from utils import choose_kernels, pick_device, seed_everything
@@ -298,8 +306,8 @@ class _Run(NamedTuple):
     signals: Signals
 
 
-def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
-    """Everything that can fail before data is read or a file is written."""
+def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device, list[str]]:
+    """Everything that can fail before data is read or a file is written; also what the user should know of the layer."""
     train, processes = run.options.train, run.processes
     if train.batch_size < processes.world * train.accumulate_steps:
         what = f"{processes.world} processes" + f" of {train.accumulate_steps} micro-batches each" * (
@@ -319,7 +327,15 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
         raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard")
     seed_everything(train.seed, train.deterministic)  # before the model: all processes initialize the same weights
     with making(f"the model of --layer {run.options.model.layer}"):
-        return run.make_model(run.options.model), folder, device
+        try:
+            notes = probe(run.options.model, device)
+        except ValueError as error:
+            raise RunError(str(error)) from None
+        if notes and processes.world > 1:
+            raise RunError(
+                f"{notes[0]}; with several processes each parameter needs one: use it, or set its requires_grad to False"
+            )
+        return run.make_model(run.options.model), folder, device, notes
 
 
 def _load_data(run: _Run, device: torch.device) -> Data:
@@ -349,7 +365,7 @@ def _test(run: _Run) -> None:
     state = load_checkpoint(path)
     options, changes = options_as_trained(options, run.as_trained, state, path)
     run = run._replace(options=options)
-    model, folder, device = _prepare(run)
+    model, folder, device, _ = _prepare(run)
     train = options.train
     load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only", state)
     if changes and not train.override:  # they fit, and would give another number than that of the model that was trained
@@ -388,7 +404,7 @@ def _test(run: _Run) -> None:
 
 def _train(run: _Run) -> None:
     """Train from the beginning, from --checkpoint's weights, or from where --resume finds the run; write all outputs."""
-    model, folder, device = _prepare(run)
+    model, folder, device, notes = _prepare(run)
     options, processes = run.options, run.processes
     train, plain = options.train, options.as_dict()
     found = resumable_state(folder, plain, quiet=not processes.first) if train.resume else None
@@ -397,6 +413,8 @@ def _train(run: _Run) -> None:
     if train.checkpoint and found is None:
         path = Path(train.checkpoint)
         state = load_checkpoint(path)
+        if isinstance(state.get("config"), dict):
+            check_same_class(plain, state["config"], path, "--checkpoint")
         load_weights(model, path, run.load, state=state)
         if processes.first:
             say_what_differs(options.model, state, path)
@@ -414,9 +432,11 @@ def _train(run: _Run) -> None:
     facts = _facts(run, model, data, device)
     if processes.first:
         run.announce()
+        for note in notes:
+            print(f"warning: {note}", file=sys.stderr)
         folder.start(plain, model, resumed=found is not None)
         print(
-            f"{options.model.layer} on {options.data.dataset}: {facts['parameters']:,} parameters, "
+            f"{layer_label(options.model.layer)} on {options.data.dataset}: {facts['parameters']:,} parameters, "
             f"{facts['flops_per_image'] / 1e6:,.2f} MFLOPs per image, {facts['train_images']:,} training and "
             f"{facts['test_images']:,} test images, on {device_name(device)}"
             + (f", {processes.world} processes" if processes.world > 1 else ""),

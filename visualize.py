@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.figures import COLORS, LINE_STYLES, color_of, label_groups, legend_beside, plot_seeds, read_metrics
+from experiments.points import readable
 from options import DATASETS, PROGRAMS, DataConfig, OneLineParser, Options, ViTConfig, read_yaml, resolve
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def load_run(folder: Path, images: int, data_path: str | None):
     import utils
     from allconvnet import AllConvNet
     from dataset import load_data
+    from runs.provenance import check_same_class
     from vit import ViT
 
     options = read_options(folder, data_path)
@@ -57,7 +59,9 @@ def load_run(folder: Path, images: int, data_path: str | None):
     if not path.exists():
         raise ValueError(f"{folder} holds no best.pt; its run has not ended its first epoch")
     model = (ViT if isinstance(options.model, ViTConfig) else AllConvNet)(options.model)
-    utils.load_weights(model, path, flag="best.pt")
+    state = utils.load_checkpoint(path)
+    check_same_class(options.as_dict(), state.get("config") or {}, path, "best.pt")
+    utils.load_weights(model, path, flag="best.pt", state=state)
     config = dataclasses.replace(options.data, test_limit=images, num_workers=0, download=False)
     data = load_data(config, batch_size=images, seed=options.train.seed, device=torch.device("cpu"), test_only=True)
     shown, labels = next(iter(data.test.epoch(0)))
@@ -99,7 +103,9 @@ def draw_curves(args: argparse.Namespace) -> Figure:
     groups: dict[str, list[tuple[Path, list[dict]]]] = {}
     for folder in folders_of_runs(args.runs, args.output or default_output(args)):
         rows = read_metrics(folder)
-        values = {name: value for name, value in read_config(folder).items() if name not in NOT_COMPARED}
+        values = {}
+        for name, value in read_config(folder).items():
+            values |= {} if name in NOT_COMPARED else readable(name, value)
         groups.setdefault(json.dumps(values), []).append((folder, rows))
     labels = label_groups([json.loads(key) for key in groups], [[folder for folder, _ in group] for group in groups.values()])
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from options import RESUME_MAY_CHANGE, program_of
+from options import RESUME_MAY_CHANGE, program_of, same_value
 from runs import RunError
 from runs.checkpoints import DamagedError, load_run_state
 from runs.folder import RunFolder
 from runs.processes import ProcessError, Processes
+from runs.provenance import check_same_class
 from runs.training import Training
 
 
@@ -32,8 +33,9 @@ def resumable_state(folder: RunFolder, options: dict, quiet: bool = False) -> tu
         other = program_of(state["config"])
         if other and program_of(options) not in (None, other):
             raise RunError(f"--resume: {path} is of a run of {other}; resume it with that, or use another --output_dir")
+        check_same_class(options, state["config"], path, "--resume")
         for name, value in options.items():
-            if name not in RESUME_MAY_CHANGE and state["config"].get(name) != value:
+            if name not in RESUME_MAY_CHANGE and not same_value(name, state["config"].get(name), value):
                 raise RunError(f"--resume: {path} was trained with --{name} {state['config'].get(name)}, not {value}")
         if problems and not quiet:
             print(f"warning: {'; '.join(problems)}; going on from {path}", file=sys.stderr)
