@@ -46,6 +46,7 @@ class Spec(NamedTuple):
     group: str = ""  # heading in --help; empty: that of the config
     metavar: str = ""  # what --help calls a value; empty: its choices or its kind
     repeat: bool = False  # of many values: given again, the flag adds to them, and flags add to those of a file
+    flag: bool = True  # False: files have it, command lines do not
     address: bool = False  # beside the choices, the address of a class goes as well: FILE.py:Class, package.module:Class
 
 
@@ -269,7 +270,7 @@ def make_parser(
     groups = {}
     for config in (model_type, *others):
         for name, spec in sorted(specs(config).items(), key=lambda one: one[1].group != ""):
-            if config is model_type and name in elsewhere:
+            if not spec.flag or (config is model_type and name in elsewhere):
                 continue
             heading = spec.group or config.heading
             if heading not in groups:

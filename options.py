@@ -356,7 +356,7 @@ def layer_row(rows: dict[str, Row], layer: str, branch_ratio: float) -> Row:
 
 OWN_LAYER = "; FILE.py:Class or package.module:Class is one of your own"
 MIXER_OPTION = "an option of a layer of your own, repeatable; --help beside --layer FILE.py:Class lists them"
-LAYER_SHA256 = "what the file of a layer of your own must hash to; runs note it in config.yaml and checkpoints"
+LAYER_SHA256 = "of the file of a layer of your own, as a run notes it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,8 +410,8 @@ class ModelConfig(NeighborConfig):
         sha256 = "/".join(mixer.sha256 for mixer in mixers)
         if self.layer_sha256 not in (None, sha256):
             raise ValueError(
-                f"layer_sha256={self.layer_sha256} is not that of layer={layer} ({sha256}), whose file has changed; give it "
-                "its former content back, or take layer_sha256=none for a new run with what it is now"
+                f"layer={layer} has changed: its SHA-256 was {self.layer_sha256} and is now {sha256}; give its file the former "
+                "content back, or take it as it is now: by the flag --layer for a new run, by --override under --test_only"
             )
         values, settled = settle(mixers, self.mixer_option or ())
         rows = {
@@ -489,7 +489,7 @@ class AllConvNetConfig(ModelConfig):
 
     layer: str = option("ConvNN", f"{', '.join(LAYERS2D_NAMES)}, or A/B of two different ones side by side{OWN_LAYER}")
     mixer_option: tuple[str, ...] | None = option(None, MIXER_OPTION, kind=str, many=True, metavar="NAME=VALUE", repeat=True)
-    layer_sha256: str | None = option(None, LAYER_SHA256, kind=str)
+    layer_sha256: str | None = option(None, LAYER_SHA256, kind=str, flag=False)
     num_layers: int | None = option(None, "must match the length of --channels if given", kind=int, low=1, high=LAYERS)
     channels: tuple[int, ...] = option((32, 64, 128, 256, 512), "output channels of each layer", low=1, high=WIDTH)
     kernel_size: int = option(3, "Conv2d: side of the window", low=1, high=SIDE)
@@ -639,7 +639,7 @@ class ViTConfig(ModelConfig):
     model: str = option("vit", "ViT, or the flags of a ConViT; others given beside it win", choices=tuple(VIT_MODELS))
     layer: str = of_model("Attention", f"token mixer of the blocks{OWN_LAYER}", choices=LAYERS1D_NAMES, address=True)
     mixer_option: tuple[str, ...] | None = option(None, MIXER_OPTION, kind=str, many=True, metavar="NAME=VALUE", repeat=True)
-    layer_sha256: str | None = option(None, LAYER_SHA256, kind=str)
+    layer_sha256: str | None = option(None, LAYER_SHA256, kind=str, flag=False)
     patch_size: int = option(16, "side of a patch in pixels", low=1, high=SIDE)
     num_layers: int = of_model(8, "blocks", low=1, high=LAYERS)
     num_heads: int = of_model(8, "heads; 1 gives ConvNN attention without head splitting", low=1, high=WIDTH)

@@ -369,6 +369,7 @@ def _test(run: _Run) -> None:
     train = options.train
     load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only", state)
     if changes and not train.override:  # they fit, and would give another number than that of the model that was trained
+        check_same_class(options.as_dict(), state["config"], path, "--test_only")
         name, (trained, stated) = next(iter(changes.items()))
         raise RunError(
             f"--test_only: {path} was trained with --{name} {as_words(trained)}, not {as_words(stated)}; leave --{name} out, "

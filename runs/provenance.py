@@ -33,7 +33,9 @@ def check_same_class(options: dict, trained: dict, path: Path, flag: str) -> Non
     if then and now and now != then and same_value("layer", options["layer"], trained.get("layer")):
         raise RunError(
             f"{flag}: {path} was trained with another content of --layer {options['layer']}: its SHA-256 was {then} and is now "
-            f"{now}; give the file back what it held"
+            f"{now}; give its file the former content back"
+            + ", or take it as it is now by --override"
+            * (flag == "--test_only")
         )
 
 
