@@ -91,7 +91,7 @@ def specs(config: type) -> dict[str, Spec]:
 
 
 def did_you_mean(name: str, valid) -> str:
-    names = {one.lower(): one for one in valid}
+    names = {str(one).lower(): one for one in valid}
     close = difflib.get_close_matches(str(name)[:100].lower(), names, n=1, cutoff=0.5)
     return f"; did you mean {names[close[0]]}?" if close else ""
 

@@ -106,11 +106,11 @@ for layer in ("CosineAttention", "Performer"):
 
 
 def test_with_a_row_in_a_copy(tmp_path):
-    for path in ROOT.iterdir():
+    for path in ROOT.iterdir():  # with times and compiled files, which save a second
         if path.suffix in (".py", ".toml"):
-            shutil.copy(path, tmp_path)
-        elif path.name in ("configs", "data") or (not path.name.startswith(".") and path.is_dir() and any(path.glob("*.py"))):
-            shutil.copytree(path, tmp_path / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copy2(path, tmp_path)
+        elif path.name in ("configs", "data", "__pycache__") or (path.name[0] != "." and any(path.glob("*.py"))):
+            shutil.copytree(path, tmp_path / path.name)
     (code,) = blocks("python", BY_PATH)
     (tmp_path / "cosine_attention.py").write_text(code)
     added = {"cosine_attention.py": code.count("\n")}
