@@ -148,8 +148,8 @@ def _import_file(path: str) -> tuple[types.ModuleType, str]:
     except OSError as error:
         if not os.path.lexists(path):
             folder = os.path.dirname(path)
-            names = [name for name in os.listdir(folder) if name.endswith(".py")] if os.path.isdir(folder) else []
-            raise ValueError(f"there is no file {path}{did_you_mean(os.path.basename(path), names)}") from None
+            stems = [one.stem for one in Path(folder).glob("*.py")]  # the ending, which all have, says nothing
+            raise ValueError(f"there is no file {path}{did_you_mean(Path(path).stem, stems)}") from None
         raise ValueError(f"{path}: {error.strerror}") from None
     try:
         return _run_file(path, source), hashlib.sha256(source).hexdigest()

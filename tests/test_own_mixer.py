@@ -254,7 +254,7 @@ OPTIONS = [
     ("vit_main.py", "Attention", "steps=1", "--mixer_option steps=1 is of a class of your own"),
     ("allconvnet_main.py", "Conv2d/ConvNN", "steps=1", "--mixer_option steps=1 is of a class of your own"),
     ("vit_main.py", "min.py:Kinds", "", "there is no file"),
-    ("vit_main.py", "min.py:Kinds", "", "did you mean mine.py?"),
+    ("vit_main.py", "min.py:Kinds", "", "did you mean mine?"),
     ("vit_main.py", "mine.py:Kind", "", "there is no class 'Kind' in"),
     ("vit_main.py", "mine.py", "", "name its class as well: mine.py:Class"),
     ("allconvnet_main.py", "./mine.py", "", "name its class as well: ./mine.py:Class"),
