@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from block_masks import BLOCK, BlockSparsePattern
 from kernels import backend
 from layers1d import MultiHeadMixer, TokenLayout, attend
 from options import MASK_TYPES, check_window
@@ -95,27 +96,37 @@ class PlacedPattern(ConstantTables):
         else:
             self.tiles = nn.ModuleList(Tiles(t, P, layout.class_tokens, n == 0) for n, t in enumerate(tilings))
 
-    def rows(self, i: Tensor) -> Tensor:
-        """(n, P): which patches those of numbers i (n, 1) attend to."""
-        j = torch.arange(self.layout.num_patches, device=i.device)
-        if not self.sees:
-            return torch.ones(len(i), len(j), dtype=torch.bool, device=i.device)
-        return torch.stack([sees(i, j) for sees in self.sees]).any(dim=0)
+        self.blocks = None if sees_all or layout.num_tokens <= BLOCK else BlockSparsePattern(self.allows, layout.num_tokens)
+
+    def allows(self, i: Tensor, j: Tensor) -> Tensor:
+        """Whether token i attends to token j, for numbers that broadcast."""
+        c = self.layout.class_tokens
+        allowed = (i < c) | (j < c)
+        for sees in self.sees:
+            allowed = allowed | sees(i - c, j - c)
+        return allowed
 
     def sees_all(self) -> bool:
-        """Whether every patch sees every other, a few rows at a time."""
-        return all(bool(self.rows(i).all()) for i in torch.arange(self.layout.num_patches, device="cpu")[:, None].split(64))
+        """Whether every token attends to every other, a few rows at a time."""
+        tokens = torch.arange(self.layout.num_tokens, device="cpu")
+        return all(bool(self.allows(i, tokens).all()) for i in tokens[:, None].split(64))
 
     def make_mask(self, device: torch.device) -> Tensor:
         """(N, N), True where the row attends to the column."""
-        allowed = self.rows(torch.arange(self.layout.num_patches, device=device)[:, None])
-        c = self.layout.class_tokens
-        return F.pad(allowed, (c, 0, c, 0), value=True)
+        tokens = torch.arange(self.layout.num_tokens, device=device)
+        return self.allows(tokens[:, None], tokens)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, output_matrix: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """(B, H, N, d) each -> mixed values (B, H, N, d), and the matrix (B, H, N, N) if asked for."""
+        if self.blocks is not None and not (output_matrix or dropout) and self.blocks.covers(query):
+            try:
+                return self.blocks(query, key, value), None
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise  # nothing that another kernel would not meet
+            except Exception as error:  # no compiler, an old driver
+                backend.note_failure(error)
         plain = backend.chosen() == "reference"  # which materializes all scores
         if self.is_dense or output_matrix or plain:
             mask = self.mask if self.is_dense else self.make_mask(query.device)

@@ -51,6 +51,7 @@ def note_failure(error: Exception) -> None:
     warnings.warn(f"Triton kernels are not used: {_failure[:300]}", stacklevel=2)
 
 
+@torch.compiler.assume_constant_result
 def may_use_triton() -> bool:
     return _chosen in ("auto", "triton") and _failure is None and triton_kernels() is not None
 
