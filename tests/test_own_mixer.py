@@ -408,11 +408,18 @@ def test_sweeps_name_points_by_classes_and_options(capsys):
     Path("s.yaml").write_text(yaml.safe_dump(sweep | {"grid": grid}))
     assert run_experiments.main(["s.yaml", "--dry_run"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:3]] == ["Kvt_top-3", "Kvt_top-4", "Kinds"]
+    run = Path("Output/sweeps/s/Kvt_top-3")
+    run.mkdir(parents=True)
+    resolved = parse_options(PROGRAMS["vit_main.py"], "", "--layer other.py:Kvt --mixer_option top=3".split())[0].as_dict()
+    (run / "config.yaml").write_text(yaml.safe_dump({"layer": resolved["layer"], "layer_sha256": resolved["layer_sha256"]}))
+    assert f"holds a run with layer_sha256={resolved['layer_sha256']}" in line_of(
+        run_experiments.main, "s.yaml --dry_run", capsys
+    )
     for axes, message in [
         ({"layer": ["mine.py:Kvt", "other.py:Kvt"]}, "two points would be named Kvt"),
         ({"layer": ["mine.py:Kvt"], "mixer_option": ["tap=3"]}, "Kvt has no option tap; did you mean top?"),
         ({"layer": ["Attention", "mine.py:Kvt"], "mixer_option": ["top=3"]}, "is of a class of your own"),
-        ({"layer": ["mine.py:Kvt"], "mixer_option": ["top=3", "top=03"]}, "are the same run"),
+        ({"layer": ["mine.py:Kvt"], "mixer_option": ["top=4", "top=04"]}, "are the same run"),
     ]:
         Path("s.yaml").write_text(yaml.safe_dump(sweep | {"grid": axes}))
         assert message in line_of(run_experiments.main, "s.yaml --dry_run", capsys)
