@@ -2,6 +2,7 @@
 
 python benchmark.py vit --layer Attention Performer --resolution 16 32 64
 python benchmark.py allconvnet --layer ConvNN --channels 64 128 --resolution 32 --batch_size 32 --against naive
+python benchmark.py allconvnet --model resnet18 --layer Conv2d ConvNN --resolution 32
 python benchmark.py targets
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.tables import as_markdown, as_text  # noqa: F401  some are only offered from here as well
+from hosts import VGG
 from options import (
     LAYERS1D_NAMES,
     LAYERS2D_NAMES,
@@ -72,7 +74,8 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
     try:
         bench = build(BenchmarkConfig, values)
         values = defaults | values
-        if family.config is AllConvNetConfig and len(values["channels"]) != 2:
+        one_layer = family.config is AllConvNetConfig and values.get("model", "allconvnet") == "allconvnet"
+        if one_layer and len(values["channels"]) != 2:
             raise ValueError(
                 f"channels={' '.join(map(str, values['channels']))} must be two numbers here: those into a layer and out of it"
             )
@@ -109,10 +112,21 @@ def mixer_options(family: Family, layers: tuple[str, ...], given: tuple[str, ...
 
 
 def make_mixers(config: ViTConfig | AllConvNetConfig, batch_size: int) -> Iterator[tuple[str, object, object]]:
-    """(name, mixer, input) of the layer; attention comes a second time with separate projections of q, k and v."""
+    """(name, mixer, input) of the layer; attention comes a second time with separate projections of q, k and v.
+
+    Of a host (--model) the whole network; with convolutions torchvision's comes as well.
+    """
     import torch
     from torch import nn
 
+    if isinstance(config, AllConvNetConfig) and config.is_host:
+        from registry import build_network
+
+        images = torch.randn(batch_size, config.in_channels, *config.image_size)
+        yield config.title, build_network(config), images
+        if config.layer == "Conv2d":
+            yield f"{config.model} of torchvision", torchvisions(config), images.clone()
+        return
     if isinstance(config, AllConvNetConfig):
         from allconvnet import make_layer2d
 
@@ -136,10 +150,26 @@ def make_mixers(config: ViTConfig | AllConvNetConfig, batch_size: int) -> Iterat
     x = torch.randn(batch_size, layout.num_tokens, config.d_model)
     yield layer_label(config.layer), make_layer1d(config, layout), x
     if config.layer == "Attention":
-        apart = Separate(
-            config.d_model, config.num_heads, attention_dropout=config.attention_dropout, bias=config.attention_bias
-        )
+        apart = Separate(config.d_model, config.num_heads, attention_dropout=config.attention_dropout, bias=config.biases)
         yield "Attention (q, k, v apart)", apart, x.clone()
+
+
+def torchvisions(config: AllConvNetConfig):
+    """torchvision's network of the name of this host; for the small stem, with the two changes that are usual."""
+    from torch import nn
+
+    from dataset import import_torchvision
+
+    name = config.model + "_bn" * config.batch_norm
+    network = import_torchvision().models.get_model(name, num_classes=config.num_classes)
+    if config.model in VGG:
+        side, width = 1 if config.stem == "small" else 7, config.classifier_width
+        network.avgpool = nn.AdaptiveAvgPool2d(side)
+        for number, sizes in ((0, (512 * side**2, width)), (3, (width, width)), (6, (width, config.num_classes))):
+            network.classifier[number] = nn.Linear(*sizes)
+    elif config.stem == "small":
+        network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return network
 
 
 def with_naive_form(label: str, mixer, x) -> Iterator[tuple[str, object, object]]:
@@ -286,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     folder.mkdir(parents=True, exist_ok=True)
     layers = len(configs) // len(bench.resolution)
-    more = family == "vit" and any(config.layer == "Attention" for config in configs)
+    more = any(config.layer == ("Attention" if family == "vit" else "Conv2d" * config.is_host) for config in configs)
     cases = (layers + more) * len(bench.precision) * len(bench.execution)
     found = versions()
     machine = f"{device_name(device)}, torch {found['torch']}, batch of {bench.batch_size}"

@@ -282,6 +282,8 @@ def make_parser(
 def convert(name: str, value, spec: Spec):
     """Text from the command line (or `1e-3`, which YAML reads as text) to the option's type."""
     if isinstance(value, list) and spec.many:
+        if spec.optional and [str(item).lower() for item in value] == ["none"]:
+            return None
         return tuple(convert(name, item, spec._replace(many=False)) for item in value)
     if not isinstance(value, str) or spec.kind is str or spec.many:
         return None if spec.optional and value in ("none", "None") else value

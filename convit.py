@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from layers1d import MultiHeadAttention, TokenLayout
 from options import CONVIT_SIZES
 from place_attention import GatedPositionalSelfAttention
-from vit import Block, init_vit_weights, prepend
+from vit import Block, drop_path_rates, init_vit_weights, prepend
 
 __all__ = ["ConViTBackbone", "ConViTConfig", "ConViTLayer", "ConViTWithLinearClassifier", "GatedPositionalSelfAttention"]
 
@@ -37,6 +37,8 @@ class ConViTConfig:
         ff_dropout: probability of dropping a hidden or an output feature of the feed-forward.
         attention_dropout: probability of dropping a weight of a pair of tokens.
         token_dropout: probability of dropping a patch.
+        drop_path: probability of skipping the attention or the feed-forward of the last layer for an image; it rises to this
+            linearly, from 0 in the first.
         pred_act_fnc_name: activation (a class of `torch.nn`) between the class token and the linear classifier; the
             presets, as the paper, have none: `Identity`.
 
@@ -58,6 +60,7 @@ class ConViTConfig:
     ff_dropout: float = 0.0
     attention_dropout: float = 0.0
     token_dropout: float = 0.0
+    drop_path: float = 0.0
     pred_act_fnc_name: str = "ReLU"
 
     def __post_init__(self):
@@ -69,7 +72,7 @@ class ConViTConfig:
             raise ValueError("num_local_layers=0 and num_nonlocal_layers=0 leave no layer; one of them must be at least 1")
         if not 0 <= self.locality_strength < math.inf:
             raise ValueError(f"locality_strength={self.locality_strength} must be at least 0 and finite")
-        for name in ("ff_dropout", "attention_dropout", "token_dropout"):
+        for name in ("ff_dropout", "attention_dropout", "token_dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         patch_grid(self.image_size, self.patch_size)
@@ -147,12 +150,20 @@ class ConViTLayer(Block):
         mixer: a module on (B, N, dim): `GatedPositionalSelfAttention` in local layers, `MultiHeadAttention` in others.
         ff_dim: hidden features of the feed-forward; None: 4 * dim.
         ff_dropout: probability of dropping a hidden or an output feature of the feed-forward.
+        drop_path: probability of adding nothing to a sample.
     """
 
     def __init__(
-        self, dim: int, mixer: nn.Module, *, pre_norm: bool = False, ff_dim: int | None = None, ff_dropout: float = 0.0
+        self,
+        dim: int,
+        mixer: nn.Module,
+        *,
+        pre_norm: bool = False,
+        ff_dim: int | None = None,
+        ff_dropout: float = 0.0,
+        drop_path: float = 0.0,
     ):
-        super().__init__(dim, 4 * dim if ff_dim is None else ff_dim, mixer, ff_dropout)
+        super().__init__(dim, 4 * dim if ff_dim is None else ff_dim, mixer, ff_dropout, drop_path)
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
@@ -160,11 +171,11 @@ class ConViTLayer(Block):
         inputs = self.norm1(x) if self.pre_norm else x
         mixed, matrix = self.mixer(inputs, True) if output_attentions else (self.mixer(inputs), None)
         if self.pre_norm:
-            x = x + mixed
-            x = x + self.feed_forward(self.norm2(x))
+            x = x + self.drop_path(mixed)
+            x = x + self.drop_path(self.feed_forward(self.norm2(x)))
         else:
-            x = self.norm1(x + mixed)
-            x = self.norm2(x + self.feed_forward(x))
+            x = self.norm1(x + self.drop_path(mixed))
+            x = self.norm2(x + self.drop_path(self.feed_forward(x)))
         return (x, matrix) if output_attentions else x
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -201,7 +212,10 @@ class ConViTBackbone(nn.Module):
         mixers = [GatedPositionalSelfAttention(dim, config.heads, **local, **attention) for _ in range(config.num_local_layers)]
         mixers += [MultiHeadAttention(dim, config.heads, **attention) for _ in range(config.num_nonlocal_layers)]
         layer = {"pre_norm": config.pre_norm, "ff_dim": config.ff_dim, "ff_dropout": config.ff_dropout}
-        self.blocks = nn.ModuleList(ConViTLayer(dim, mixer, **layer) for mixer in mixers)
+        rates = drop_path_rates(config.drop_path, len(mixers))
+        self.blocks = nn.ModuleList(
+            ConViTLayer(dim, mixer, **layer, drop_path=rate) for mixer, rate in zip(mixers, rates, strict=True)
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-6) if config.pre_norm else nn.Identity()
         init_vit_weights(self, std=0.02)
 

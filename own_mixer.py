@@ -25,7 +25,7 @@ from cli import KINDS, Spec, check_one, convert, did_you_mean
 from reading import open_regular, read_at_most
 
 MOST_BYTES = 2**24  # of the file of a class
-NO_FLAGS = ("neighbors", "layout", "image_size")  # what the model makes of its options
+NO_FLAGS = ("neighbors", "layout", "image_size", "stride", "bias")  # what the model makes of its options
 
 
 class Argument(NamedTuple):
@@ -374,11 +374,15 @@ def settle(mixers: Sequence[OwnMixer], given: Sequence[str]) -> tuple[list[dict]
     return values, tuple(f"{name}={text}" for name, found in settled.items() if len(found) == 1 for text in found)
 
 
+def flag_of(option: str) -> str | None:
+    """The flag behind what a row may name, None for what the model makes of several."""
+    return None if option in NO_FLAGS else "--attention_bias" if option == "biases" else f"--{option}"
+
+
 def _why_unknown(name: str, mixers: Sequence[OwnMixer]) -> str:
     for mixer in mixers:
         if name in mixer.takes:
-            source = mixer.takes[name]
-            return f"{mixer.name} gets {name} from " + ("the model" if source in NO_FLAGS else f"--{source}")
+            return f"{mixer.name} gets {name} from {flag_of(mixer.takes[name]) or 'the model'}"
     names = [key for mixer in mixers for key in mixer.arguments]
     hint = did_you_mean(name, names) or (f"; it has {', '.join(names)}" if names else "")
     return f"{' and '.join(mixer.name for mixer in mixers)} has no option {name}{hint}"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from allconvnet import make_single2d
+from hosts import VGG, WIDTHS
 from layers1d import TokenLayout
-from options import AllConvNetConfig, ModelConfig, ViTConfig, layer_label
+from options import AllConvNetConfig, ModelConfig, Row, ViTConfig, layer_label
 from own_mixer import is_address, what_failed
 from registry import build_layer
 from runs.memory import is_out_of_memory
@@ -63,25 +66,36 @@ def probe(config: ModelConfig, device: torch.device) -> list[str]:
 
 
 def trials(config: ModelConfig) -> Iterator[Trial]:
-    """What to try: the mixer of a ViT once, as its blocks are alike, and that of each layer of an AllConvNet."""
-
-    def trial(address: str, config: ModelConfig, sizes: tuple[int, int], *shapes_and_heads, **known) -> Trial:
-        row = config.rows[address]
-        file = sys.modules[row.target.partition(":")[0]].__file__
-        return Trial(address, file, lambda: build_layer(row, config, *sizes, **known), *shapes_and_heads)
-
+    """What to try: the mixer of a ViT once, as its blocks are alike, and that of each layer of a network of convolutions."""
     if isinstance(config, ViTConfig) and is_address(config.layer) and config.num_local_layers != 0:
         layout = TokenLayout(*config.grid, config.class_tokens)
-        shape = (2, layout.num_tokens, config.d_model)
-        yield trial(config.layer, config, (config.d_model, config.num_heads), shape, shape, config.num_heads, layout=layout)
+        shape, row = (2, layout.num_tokens, config.d_model), config.rows[config.layer]
+        make = partial(build_layer, row, config, config.d_model, config.num_heads, layout=layout)
+        yield Trial(config.layer, file_of(row), make, shape, shape, config.num_heads)
     elif isinstance(config, AllConvNetConfig):
-        inputs = (config.in_channels, *config.channels)
-        for before, after, grid in zip(inputs, config.channels, config.grids(), strict=False):
-            one = dataclasses.replace(config, channels=(after,), num_layers=None, image_size=grid)
-            for name, width in config.branches(after):
+        for one, before, after, stride in dict.fromkeys(layers2d(config)):
+            for name, width in one.branches(after):
                 if is_address(name):
-                    sides = config.grid_after(name, grid)
-                    yield trial(name, one, (before, width), (2, before, *grid), (2, width, *sides))
+                    make = partial(make_single2d, name, one, before, width, stride=stride)
+                    sides = [-(-side // stride) for side in config.grid_after(name, one.image_size)]
+                    yield Trial(name, file_of(one.rows[name]), make, (2, before, *one.image_size), (2, width, *sides))
+
+
+def layers2d(config: AllConvNetConfig) -> Iterator[tuple[AllConvNetConfig, int, int, int]]:
+    """Of each layer: its config, channels in and out, and its stride."""
+    if config.is_host:
+        before = config.in_channels if config.model in VGG or config.stem == "small" else WIDTHS[0]
+        for place in config.places():
+            if place.is_replaced:
+                yield config.at(place), before, place.out_channels, place.stride
+            before = place.out_channels
+        return
+    for before, after, grid in zip((config.in_channels, *config.channels), config.channels, config.grids(), strict=False):
+        yield dataclasses.replace(config, channels=(after,), num_layers=None, image_size=grid), before, after, 1
+
+
+def file_of(row: Row) -> str:
+    return sys.modules[row.target.partition(":")[0]].__file__
 
 
 def try_out(trial: Trial, device: torch.device) -> list[str]:

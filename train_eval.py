@@ -23,21 +23,22 @@ from tqdm import tqdm
 from cli import as_words
 from dataset import Data, DataError, import_torchvision, load_data
 from kernels import backend
-from options import (  # noqa: F401  some only offered from here as well
+from options import (  # noqa: F401  some are only offered from here as well
     AsTrained,
     ModelConfig,
     Options,
     TrainConfig,
     evaluation_options,
-    layer_label,
+    grid_of,
+    sides_of,
 )
 from probe import probe
 from runs import RunError
-from runs.checkpoints import load_checkpoint, load_state, load_weights
+from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_state, load_weights
 from runs.endings import STOPPED, exit_status
 from runs.export import check_export, export
 from runs.files import WriteError, check_writable  # noqa: F401  WriteError is only offered from here
-from runs.folder import RunFolder, summarize
+from runs.folder import RunFolder, costs_of, summarize
 from runs.measure import count_flops, count_parameters, device_name
 from runs.memory import making
 from runs.metrics import Meter, Metrics, history_row
@@ -52,9 +53,17 @@ from runs.optimization import (  # noqa: F401
     make_optimizer,
     new_step,
 )
+from runs.parameters import freeze, layer_scales, start_training
 from runs.processes import Interrupted, ProcessError, Processes, Signals, seed_process
 from runs.progress import Progress, epoch_line
-from runs.provenance import check_same_class, options_as_trained, say_what_differs, say_what_is_assumed
+from runs.provenance import (
+    check_same_class,
+    list_of_loaded,
+    options_as_trained,
+    say_what_differs,
+    say_what_is_assumed,
+    say_what_was_loaded,
+)
 from runs.resume import check_same_state, resumable_state, resume
 from runs.training import Training
 from utils import choose_kernels, pick_device, seed_everything
@@ -81,7 +90,7 @@ def train_one_epoch(
     `save_minutes`, at a step's end. Returns the means over the images of the epoch, as they were when trained on.
     Raises NonFiniteLoss, and Interrupted at the end of a step after a signal.
     """
-    training.model.train()
+    start_training(training.model)
     config, processes = training.config, training.processes
     if training.step == 0:
         training.lr = training.schedule.now
@@ -265,7 +274,7 @@ def run(
     options: Options,
     make_model: Callable[[ModelConfig], nn.Module],
     fail: Callable[[str], None],
-    load: Callable[[nn.Module, dict], None] = load_state,
+    load: Callable[[nn.Module, dict, Leeway], Loaded] = load_state,
     as_trained: Callable[[dict], AsTrained] | None = None,
     announce: Callable[[], None] = lambda: None,
 ) -> int:
@@ -299,7 +308,7 @@ def run(
 class _Run(NamedTuple):
     options: Options
     make_model: Callable[[ModelConfig], nn.Module]
-    load: Callable[[nn.Module, dict], None]
+    load: Callable[[nn.Module, dict, Leeway], Loaded]
     as_trained: Callable[[dict], AsTrained] | None
     announce: Callable[[], None]
     processes: Processes
@@ -328,14 +337,18 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device, list[str]]:
     seed_everything(train.seed, train.deterministic)  # before the model: all processes initialize the same weights
     with making(f"the model of --layer {run.options.model.layer}"):
         try:
-            notes = probe(run.options.model, device)
+            warnings = probe(run.options.model, device)
         except ValueError as error:
             raise RunError(str(error)) from None
-        if notes and processes.world > 1:
+        if warnings and processes.world > 1:
             raise RunError(
-                f"{notes[0]}; with several processes each parameter needs one: use it, or set its requires_grad to False"
+                f"{warnings[0]}; with several processes each parameter needs one: use it, or set its requires_grad to False"
             )
-        return run.make_model(run.options.model), folder, device, notes
+        model = run.make_model(run.options.model)
+    if not train.test_only:
+        freeze(model, train.freeze)
+        layer_scales(model, train.layer_decay)  # raises for a model whose blocks it cannot tell
+    return model, folder, device, warnings
 
 
 def _load_data(run: _Run, device: torch.device) -> Data:
@@ -367,16 +380,26 @@ def _test(run: _Run) -> None:
     run = run._replace(options=options)
     model, folder, device, _ = _prepare(run)
     train = options.train
-    load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only", state)
-    if changes and not train.override:  # they fit, and would give another number than that of the model that was trained
+    # Images of another size need no --override: what the model computes is the same function of an image, at that size.
+    free = train.override or "resize" in changes or "config" not in state
+    leeway = Leeway(resample=not train.strict and free, grid=grid_of(state.get("config")))
+    loaded = load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only", state, leeway)
+    refused = {} if train.override else {name: change for name, change in changes.items() if name != "resize"}
+    if refused:  # they fit, and would give another number than that of the model that was trained
         check_same_class(options.as_dict(), state["config"], path, "--test_only")
-        name, (trained, stated) = next(iter(changes.items()))
+        name, (trained, stated) = next(iter(refused.items()))
         raise RunError(
             f"--test_only: {path} was trained with --{name} {as_words(trained)}, not {as_words(stated)}; leave --{name} out, "
             "or evaluate its weights in another model than theirs with --override"
         )
+    shape = (options.model.in_channels, *sides_of(options.data.resize))
+    try:
+        flops = count_flops(model, torch.zeros(1, *shape))
+    except ValueError as error:  # of a layer that cannot run on maps of this size
+        raise RunError(f"--test_only: --resize {as_words(options.data.resize)} with {path}: {error}") from None
     if processes.first:
         say_what_is_assumed(options, state, path, changes)
+        say_what_was_loaded(loaded, path)
     processes.connect(device)
     data = _load_data(run, device)
     model.to(device)
@@ -396,6 +419,9 @@ def _test(run: _Run) -> None:
         raise NonFiniteLoss(f"the test loss of {path} is not finite: its weights overflow in this model")
     print(f"test top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  ({path})")
     results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": str(path)}
+    results["parameters"] = count_parameters(model)
+    results["flops_per_image"] = flops
+    results |= costs_of(model, shape, device)
     results["options"] = evaluation_options(options)
     results["override"] = {name: {"trained": before, "here": after} for name, (before, after) in changes.items()}
     written = folder.write_test_results(results)
@@ -405,22 +431,30 @@ def _test(run: _Run) -> None:
 
 def _train(run: _Run) -> None:
     """Train from the beginning, from --checkpoint's weights, or from where --resume finds the run; write all outputs."""
-    model, folder, device, notes = _prepare(run)
+    model, folder, device, warnings = _prepare(run)
     options, processes = run.options, run.processes
     train, plain = options.train, options.as_dict()
     found = resumable_state(folder, plain, quiet=not processes.first) if train.resume else None
     if train.export and found is not None and found[0]["best"] and not folder.best.exists():
         raise RunError(f"--export: {folder.best} of epoch {found[0]['best']['epoch']} is gone; leave --export out")
+    notes = ""  # for model.txt
     if train.checkpoint and found is None:
         path = Path(train.checkpoint)
         state = load_checkpoint(path)
         if isinstance(state.get("config"), dict):
             check_same_class(plain, state["config"], path, "--checkpoint")
-        load_weights(model, path, run.load, state=state)
+        leeway = Leeway(partial=not train.strict, resample=not train.strict, grid=grid_of(state.get("config")))
+        loaded = load_weights(model, path, run.load, state=state, leeway=leeway)
+        notes = list_of_loaded(loaded, path)
         if processes.first:
             say_what_differs(options.model, state, path)
+            say_what_was_loaded(loaded, path)
     elif train.checkpoint and processes.first:
         print(f"warning: --checkpoint {train.checkpoint} is not read: --resume goes on from {found[1]}", file=sys.stderr)
+    elif processes.first and found is None:
+        unread = f"--freeze {train.freeze}" if train.freeze else "--strict" if train.strict else ""
+        if unread:
+            print(f"warning: {unread} goes with the weights of a --checkpoint, and none is given", file=sys.stderr)
     processes.connect(device)
     check_same_state(processes, folder, found)
     data = _load_data(run, device)
@@ -433,11 +467,12 @@ def _train(run: _Run) -> None:
     facts = _facts(run, model, data, device)
     if processes.first:
         run.announce()
-        for note in notes:
-            print(f"warning: {note}", file=sys.stderr)
-        folder.start(plain, model, resumed=found is not None)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        folder.start(plain, model, resumed=found is not None, notes=notes)
+        trained = f" ({facts['trained_parameters']:,} of them trained)" if train.freeze else ""
         print(
-            f"{layer_label(options.model.layer)} on {options.data.dataset}: {facts['parameters']:,} parameters, "
+            f"{options.model.title} on {options.data.dataset}: {facts['parameters']:,} parameters{trained}, "
             f"{facts['flops_per_image'] / 1e6:,.2f} MFLOPs per image, {facts['train_images']:,} training and "
             f"{facts['test_images']:,} test images, on {device_name(device)}"
             + (f", {processes.world} processes" if processes.world > 1 else ""),
@@ -457,6 +492,7 @@ def _facts(run: _Run, model: nn.Module, data: Data, device: torch.device) -> dic
     shape = (run.options.model.in_channels, *run.options.model.image_size)
     return {
         "parameters": count_parameters(model),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "flops_per_image": count_flops(model, torch.zeros(1, *shape, device=device)),
         "image_shape": shape,
         "num_classes": run.options.model.num_classes,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,8 +50,8 @@ def load_run(folder: Path, images: int, data_path: str | None):
     import torch
 
     import utils
-    from allconvnet import AllConvNet
     from dataset import load_data
+    from registry import build_network
     from runs.provenance import check_same_class
     from vit import ViT
 
@@ -58,7 +59,7 @@ def load_run(folder: Path, images: int, data_path: str | None):
     path = folder / "best.pt"
     if not path.exists():
         raise ValueError(f"{folder} holds no best.pt; its run has not ended its first epoch")
-    model = (ViT if isinstance(options.model, ViTConfig) else AllConvNet)(options.model)
+    model = (ViT if isinstance(options.model, ViTConfig) else build_network)(options.model)
     state = utils.load_checkpoint(path)
     check_same_class(options.as_dict(), state.get("config") or {}, path, "best.pt")
     utils.load_weights(model, path, flag="best.pt", state=state)
@@ -233,7 +234,12 @@ def draw_neighbors(args: argparse.Namespace) -> Figure:
 
 
 def layer_number(name: str) -> str:
-    """The layer that a module is part of, by the first number in its name: layers.0.mixer.select -> layer 1."""
+    """The layer that a module is part of, by the first number in its name: layers.0.mixer.select -> layer 1.
+
+    In VGG and ResNet numbers are of all parts, and torchvision's names say more: features.3.select -> features.3.
+    """
+    if re.match(r"features\.|conv1\.|layer\d", name):
+        return name.removesuffix(".select").removesuffix(".layer")
     number = next((int(part) for part in name.split(".") if part.isdigit()), 0)
     return f"layer {number + 1}" + (" (" + name.split(".")[-2] + ")" if ".first." in name or ".second." in name else "")
 
@@ -389,7 +395,7 @@ def make_parser() -> argparse.ArgumentParser:
     samples.add_argument("--dataset", choices=DATASETS, default="digits", help="data set (default: digits)")
     samples.add_argument("--data_path", help="folder that holds it (default: ./Data)")
     samples.add_argument("--images", type=at_least_one, default=24, help="how many (default: 24)")
-    samples.add_argument("--resize", type=at_least_one, help="side they are resized to")
+    samples.add_argument("--resize", type=at_least_one, nargs="+", help="side they are resized to, or height and width")
     samples.add_argument("--augment", action="store_true", help="random crop and flip")
     samples.add_argument("--noise", type=float, default=0.0, help="standard deviation of noise on pixels from 0 to 1")
     samples.add_argument("--seed", type=at_least_zero, default=0, help="of order, augmentation and noise")

@@ -221,7 +221,11 @@ def draw_option(rows: list[dict], option: str, others: list[str]):
         axis.errorbar(x, top1, spreads, color=color, marker=marker, capsize=2, label=label)
     axis.set_xlabel(option)
     axis.set_ylabel("test top-1 (%)")
-    axis.set_xticks(sorted({row[option] for row in rows if row[option] != ""}))
+    values = sorted({row[option] for row in rows if row[option] != ""})
+    if 0 < 16 * values[0] <= values[-1]:  # as 1, 2, 4, ..., 64, which would lie upon each other
+        axis.set_xscale("log", base=2)
+    axis.set_xticks(values, [f"{value:g}" for value in values])
+    axis.minorticks_off()
     axis.grid(alpha=0.3)
     if others:
         legend_of_sections(figure, sections)

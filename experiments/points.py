@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent  # where the programs are
 KEYS = ("program", "options", "grid", "seed")
 MOST_POINTS = 100_000
 LONGEST_NAME = 255  # bytes, of a folder in most file systems
-SET_BY_THE_SWEEP = ("output_dir", "resume", "test_only", "checkpoint", "export")
+SET_BY_THE_SWEEP = ("output_dir", "resume", "export")
 
 
 class Point(NamedTuple):
@@ -44,12 +44,17 @@ class Point(NamedTuple):
     values: dict  # options by name, as in the sweep
     varying: dict  # those of them in which the points differ
 
+    @property
+    def test_only(self) -> bool:
+        """Whether the run evaluates a checkpoint instead of training."""
+        return str(self.values.get("test_only")).lower() == "true"
+
     def argv(self, folder: Path) -> list[str]:
-        """The command line after the program; it resumes a run in this folder."""
+        """The command line after the program; a training goes on with the run in this folder."""
         words = []
         for name, value in self.values.items():
             words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-        return [*words, "--output_dir", str(folder / self.name), "--resume"]
+        return [*words, "--output_dir", str(folder / self.name), *["--resume"] * (not self.test_only)]
 
 
 def combinations(axes: dict) -> Iterator[dict]:
@@ -224,6 +229,8 @@ def check_points(points: list[Point], folder: Path) -> None:
                 "put what does not vary into options instead of grid, and long values into files that config: names"
             )
         options = resolved(point, folder)
+        if options["test_only"] and not point.test_only:
+            raise ValueError(f"{point.name}: test_only is set by a file of options; set it in the sweep, which must know of it")
         same = runs.setdefault(json.dumps(options | {"output_dir": ""}), point.name)
         if same != point.name:
             raise ValueError(f"{same} and {point.name} are the same run; drop one of them")
@@ -250,10 +257,20 @@ def check_folder(point: Point, options: dict, folder: Path) -> None:
 
 def resolved(point: Point, folder: Path) -> dict:
     """Every option of the point's run by name. Raises ValueError with the message that its program would end with."""
+    return _parsed(point, folder)[0]
+
+
+def stated(point: Point, folder: Path) -> dict:
+    """Those options of the point's run that the sweep or a file that it names gives. Raises ValueError as `resolved` does."""
+    options, names = _parsed(point, folder)
+    return {name: value for name, value in options.items() if name in names}
+
+
+def _parsed(point: Point, folder: Path) -> tuple[dict, set[str]]:
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            options, _ = parse_options(find_program(point.program, point.name), "", point.argv(folder), prog=point.program)
+            options, parser = parse_options(find_program(point.program, point.name), "", point.argv(folder), prog=point.program)
     except SystemExit:
         raise ValueError(f"{point.name}: {message.getvalue().split('error: ', 1)[-1].strip()}") from None
-    return options.as_dict()
+    return options.as_dict(), set(parser.stated)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -116,31 +118,64 @@ def check_finite_weights(weights: dict, source: Path) -> None:
         raise NonFiniteWeights(f"{source} holds numbers that are not finite (NaN or infinity) in {names[0]}{more}")
 
 
-def load_state(model: nn.Module, weights: dict) -> None:
-    """Load a state dict of exactly this architecture. Raises ValueError that names the first difference."""
+class Leeway(NamedTuple):
+    """How far weights may differ from those of the model that they are loaded into."""
+
+    partial: bool = False  # what matches the model's `replaceable` need not be there, or not in that shape
+    resample: bool = False  # positions of another grid are interpolated
+    grid: tuple[int, int] | None = None  # of the patches that those positions are of, where it is known
+
+
+class Loaded(NamedTuple):
+    """What became of the weights in a file, by name."""
+
+    loaded: list[str]
+    new: dict[str, str]  # what this model keeps as it was initialized: shapes there and here
+    unused: list[str]  # what this model has no place for
+    resampled: str = ""  # positions: from which grid to which
+
+
+def load_state(model: nn.Module, weights: dict, leeway: Leeway = Leeway()) -> Loaded:  # noqa: B008  it is immutable
+    """Load a state dict, by default of exactly this architecture. Raises ValueError that names the first difference.
+
+    leeway.partial: what the regular expression `model.replaceable` matches, if there is one, is loaded where name and shape are
+    the same.
+    """
     own = model.state_dict()
+    replaceable = getattr(model, "replaceable", None) if leeway.partial else None
+
+    def check(name: str, why: str) -> None:
+        if replaceable is None or not re.match(replaceable, name):
+            raise ValueError(f"of another architecture{why}")
+
+    new = {}
     for name, value in own.items():
         if name not in weights:
-            raise ValueError(f"of another architecture: it has no {name}")
-        if weights[name].shape != value.shape:
+            check(name, f": it has no {name}")
+            new[name] = f"not there, {tuple(value.shape)} here"
+        elif weights[name].shape != value.shape:
             shapes = f"{tuple(weights[name].shape)} there, {tuple(value.shape)} here"
-            raise ValueError(f"of another architecture or number of classes: {name} is {shapes}")
-        if value.is_floating_point() and not weights[name].is_floating_point():
+            check(name, f" or number of classes: {name} is {shapes}")
+            new[name] = shapes
+        elif value.is_floating_point() and not weights[name].is_floating_point():
             kind = str(weights[name].dtype).removeprefix("torch.")
             raise ValueError(f"not of floating-point numbers: {name} is {kind}, whose scale is not known here")
-    for name in weights:
-        if name not in own:
-            raise ValueError(f"of another architecture: this model has no {name}")
-    model.load_state_dict(weights)
+    unused = [name for name in weights if name not in own]
+    for name in unused:
+        check(name, f": this model has no {name}")
+    fitting = {name: weights[name] for name in own if name not in new}
+    model.load_state_dict(fitting, strict=not new)
+    return Loaded(list(fitting), new, unused)
 
 
 def load_weights(
     model: nn.Module,
     source: Path,
-    load: Callable[[nn.Module, dict], None] = load_state,
+    load: Callable[[nn.Module, dict, Leeway], Loaded] = load_state,
     flag: str = "--checkpoint",
     state: dict | None = None,
-) -> None:
+    leeway: Leeway = Leeway(),  # noqa: B008  it is immutable
+) -> Loaded:
     """Load the weights of the checkpoint that `flag` names; `load` puts a state dict into the model or raises ValueError.
 
     state: what `load_checkpoint` has read from it, if it has. Raises RunError if the file cannot be read or the weights do not
@@ -148,10 +183,11 @@ def load_weights(
     """
     weights = weights_in(load_checkpoint(source) if state is None else state, source)
     try:
-        load(model, weights)
+        loaded = load(model, weights, leeway)
     except ValueError as error:
         raise RunError(f"{flag}: {source} is {error}") from None
     check_finite_weights(weights, source)
+    return loaded
 
 
 # ---------------------------------------------------------------------------------------------------------------

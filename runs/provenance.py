@@ -9,6 +9,9 @@ from pathlib import Path
 
 from options import AsTrained, ModelConfig, Options, as_words, assumed_options, same_value
 from runs import RunError
+from runs.checkpoints import Loaded
+
+HEADS = ("classifier.weight", "classifier.6.weight", "fc.weight")  # the last linear of a ViT or stack, of VGG, of ResNet
 
 
 def options_as_trained(
@@ -45,7 +48,8 @@ def say_what_is_assumed(options: Options, state: dict, path: Path, changes: dict
         print(f"assumed of {path}, which does not say: {words}")
     elif changes:
         words = ", ".join(f"--{name} {as_words(before)}, here {as_words(after)}" for name, (before, after) in changes.items())
-        print(f"warning: --override: {path} was trained with {words}", file=sys.stderr)
+        how = "--override: " * options.train.override
+        print(f"warning: {how}{path} was trained with {words}", file=sys.stderr)
 
 
 def say_what_differs(model: ModelConfig, state: dict, path: Path) -> None:
@@ -59,3 +63,26 @@ def say_what_differs(model: ModelConfig, state: dict, path: Path) -> None:
         ]
         if differences:
             print(f"warning: {path} was trained with {'; '.join(differences)}", file=sys.stderr)
+
+
+def say_what_was_loaded(loaded: Loaded, path: Path) -> None:
+    """A line where the weights in a file are not just those of the model, and one more if the classifier starts anew."""
+    for name in HEADS:
+        if name in loaded.new:
+            print(f"warning: {path}: a new head, {name} is {loaded.new[name]}", file=sys.stderr)
+    if loaded.new or loaded.unused or loaded.resampled:
+        print(f"weights of {path}: {_counts(loaded)}")
+
+
+def _counts(loaded: Loaded) -> str:
+    parts = [f"{len(loaded.loaded)} tensors loaded" + f" (positions from {loaded.resampled})" * bool(loaded.resampled)]
+    parts += [f"{len(names)} {what}" for names, what in ((loaded.new, "new"), (loaded.unused, "not used")) if names]
+    return ", ".join(parts)
+
+
+def list_of_loaded(loaded: Loaded, path: Path) -> str:
+    """What model.txt says of the weights that a run starts from."""
+    lines = [f"new       {name}  ({why})" for name, why in loaded.new.items()]
+    lines += [f"not used  {name}" for name in loaded.unused]
+    lines += [f"loaded    {name}" for name in loaded.loaded]
+    return f"\nweights of {path}: {_counts(loaded)}\n" + "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@ import torch
 import benchmark
 from benchmark import Case, make_mixers, measure, parse, peak_memory, training_flops
 from options import LAYERS1D_NAMES, LAYERS2D_NAMES
+from runs.measure import count_flops, count_parameters
 
 CPU = torch.device("cpu")
 
@@ -48,6 +49,18 @@ def test_images(tmp_path):
     assert float(rows[0]["forward_mflops"]) == 2 * 64 * 4 * 6 * 9 / 1e6
     assert float(rows[0]["forward_backward_mflops"]) == 3 * 2 * 64 * 4 * 6 * 9 / 1e6
     assert not (tmp_path / "out" / "scaling.png").exists()  # there is one size only
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet18"])
+@pytest.mark.parametrize("size", [32, 128])
+def test_a_host_comes_whole_and_with_convolutions_beside_torchvisions(name, size):
+    _, _, configs = parse(f"allconvnet --model {name} --layer ConvNN Conv2d --resolution {size}".split())
+    with torch.device("meta"):
+        assert [label for label, *_ in make_mixers(configs[0], 1)] == [f"{name} with ConvNN"]
+        (ours, *one), (theirs, *other) = make_mixers(configs[1], 1)
+        assert (ours, theirs) == (f"{name} with Conv2d", f"{name} of torchvision")
+        assert count_parameters(one[0]) == count_parameters(other[0])
+        assert count_flops(*one) == count_flops(*other) > 1e8
 
 
 def test_compiled_rows_are_compiled(tmp_path, monkeypatch):

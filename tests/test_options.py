@@ -31,18 +31,25 @@ from options import (
 
 ROOT = Path(__file__).parent.parent
 BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "resume", "test_only", "tensorboard")
-BOOLEANS += ("overwrite", "override")
+BOOLEANS += ("overwrite", "override", "strict", "decay_norms", "batch_norm")
 LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention", "ViG")
 NOTED = ("layer_sha256",)  # what a run notes in its files, and no flag gives
 
 # What `allconvnet_main.py` without a flag resolves to; num_workers depends on the machine.
 DEFAULTS = {
     # model and layer
+    "model": "allconvnet",
     "layer": "ConvNN",
     "mixer_option": None,
     "layer_sha256": None,
     "num_layers": 5,
     "channels": [32, 64, 128, 256, 512],
+    "attention_dropout": 0.0,
+    "convolution_type": "standard",
+    "replace": ["all"],
+    "stem": None,
+    "classifier_width": None,
+    "batch_norm": False,
     "kernel_size": 3,
     "num_heads": 4,
     "shuffle_pattern": "BA",
@@ -109,8 +116,17 @@ DEFAULTS = {
     "kernels": "auto",
     "overwrite": False,
     "override": False,
+    # fine-tuning and regularization
+    "strict": False,
+    "freeze": None,
+    "layer_decay": 1.0,
+    "drop_path": 0.0,
+    "decay_norms": True,
 }
 CHOICES = {
+    "model": ("allconvnet", "vgg11", "vgg13", "vgg16", "vgg19", "resnet18", "resnet34"),
+    "stem": ("small", "imagenet"),
+    "convolution_type": ("standard", "depthwise", "depthwise-separable"),
     "shuffle_pattern": ("BA", "NA", "B", "A"),
     "sampling_type": ("all", "random", "spatial"),
     "magnitude_type": ("similarity", "cosine", "distance", "euclidean", "matmul"),
@@ -707,8 +723,12 @@ def settings_of_a_run(draw):
         **{
             name: st.sampled_from(choices)
             for name, choices in CHOICES.items()
-            if name not in ("shuffle_pattern", "sampling_type", "dataset")
+            if name not in ("shuffle_pattern", "sampling_type", "dataset", "convolution_type")
         },
+        "convolution_type": st.sampled_from(["standard", "depthwise-separable"]),
+        "model": st.sampled_from(CHOICES["model"] if pattern == "NA" else ["allconvnet"]),
+        "replace": st.sampled_from([["all"], ["last", "3"], ["stages", "1", "3"]]),
+        "classifier_width": st.none() | st.integers(1, 9),
     }
     return draw(st.fixed_dictionaries(given))
 
@@ -799,7 +819,8 @@ def test_grids():
 # --- the ViT --------------------------------------------------------------------------------------------------------
 
 # What `vit_main.py` without a flag resolves to, where it differs from `allconvnet_main.py`.
-VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in ("channels", "padding")} | {
+OF_ALLCONVNET = ("channels", "padding", "replace", "stem", "classifier_width", "batch_norm")
+VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in OF_ALLCONVNET} | {
     "model": "vit",
     "layer": "Attention",
     "patch_size": 16,
@@ -810,6 +831,8 @@ VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in (
     "dropout": 0.1,
     "attention_dropout": 0.1,
     "attention_bias": True,
+    "qkv_bias": None,
+    "proj_bias": None,
     "pos_embedding": "sinusoidal",
     "patch_norm": True,
     "final_norm": False,
@@ -845,8 +868,17 @@ VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in (
 }
 for name in ("shuffle_pattern", "shuffle_scale"):
     del VIT_DEFAULTS[name]
-VIT_BOOLEANS = (*BOOLEANS, "attention_bias", "patch_norm", "final_norm", "softmax_topk_val", "coordinate_encoding")
-VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name != "shuffle_pattern"} | {
+VIT_BOOLEANS = (
+    *(name for name in BOOLEANS if name not in OF_ALLCONVNET),
+    "attention_bias",
+    "qkv_bias",
+    "proj_bias",
+    "patch_norm",
+    "final_norm",
+    "softmax_topk_val",
+    "coordinate_encoding",
+)
+VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name not in ("shuffle_pattern", "stem")} | {
     "layer": (
         *("Attention", "ConvNN", "ConvNNAttention", "Conv1d", "Conv1dAttention", "KvtAttention", "LocalAttention"),
         *("SparseAttention", "MaskedAttention", "NeighborhoodAttention", "Linformer", "Performer", "Nystromformer", "Hybrid"),

@@ -18,7 +18,8 @@ import vit_main
 from allconvnet import AllConvNet, AllConvNetConfig
 from options import PROGRAMS, layer_label, parse_options, warn_without_effect
 from own_mixer import split_layers
-from probe import probe
+from probe import probe, trials
+from registry import build_network
 from vit import ViT, ViTConfig
 
 HEAD = """
@@ -180,8 +181,8 @@ def test_what_the_model_gives_is_not_an_option_and_help_says_so(capsys):
     with pytest.raises(SystemExit):
         vit_main.main(["--layer", "mine.py:Kinds", "--help"])
     text = " ".join(capsys.readouterr().out.split("options of ")[1].split())
-    assert "Attention that takes notes. Of the model it gets --window_size, --attention_dropout, " in text
-    assert "--attention_bias (as bias), layout. --mixer_option" in text
+    assert "Attention that takes notes. Of the model it gets layout, --window_size, --attention_dropout, " in text
+    assert "--attention_bias (as bias). --mixer_option" in text
     for line in ("steps=INT how often (default: 2)", "rate=FLOAT how fast (default: 1)", "kind={a,b} (default: a)"):
         assert f"--mixer_option {line}" in text
     assert "pair=FLOAT,FLOAT (default: 0.5,1.0)" in text and "sizes=INT,INT,... (default: 1,2)" in text
@@ -336,6 +337,21 @@ def test_a_trial_changes_nothing():
     state = torch.get_rng_state()
     assert probe(config, torch.device("cpu")) == [] and torch.equal(torch.get_rng_state(), state)
     assert probe(AllConvNetConfig(channels=(4,), image_size=8), torch.device("cpu")) == []
+
+
+def test_each_place_of_a_host_is_tried():
+    values = {"model": "resnet18", "image_size": 8, "in_channels": 1, "replace": ("stages", "1", "2")}
+    config = AllConvNetConfig(layer="mine.py:Scaled", **values)
+    assert [(trial.given[1:], trial.wanted[1:]) for trial in trials(config)] == [
+        ((1, 8, 8), (64, 8, 8)),
+        ((64, 8, 8), (64, 8, 8)),
+        ((64, 8, 8), (128, 4, 4)),  # with a stride, which the class does not know
+        ((128, 4, 4), (128, 4, 4)),
+    ]
+    assert probe(config, torch.device("cpu")) == []
+    # As the host has it: the layer of every such place is the class.
+    layers = [module for module in build_network(config).modules() if type(module).__name__ == "Scaled"]
+    assert [layer.weight.shape[:2] for layer in layers] == [(64, 1), *[(64, 64)] * 4, (128, 64), *[(128, 128)] * 3]
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------

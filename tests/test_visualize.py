@@ -166,6 +166,8 @@ def test_neighbors_are_drawn_where_they_are(class_tokens, padding):
 def test_layer_names():
     assert visualize.layer_number("blocks.2.mixer.select") == "layer 3"
     assert visualize.layer_number("layers.0.mixer.second.select") == "layer 1 (second)"
+    assert visualize.layer_number("features.16.select") == "features.16"
+    assert visualize.layer_number("layer2.0.conv1.layer.select") == "layer2.0.conv1"
 
 
 @pytest.mark.parametrize(
