@@ -8,6 +8,8 @@ python benchmark.py targets
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import math
 import os
@@ -19,7 +21,16 @@ from typing import NamedTuple
 
 from experiments.tables import as_markdown, as_text  # noqa: F401  some are only offered from here as well
 from hosts import VGG
-from options import LAYERS1D_NAMES, LAYERS2D_NAMES, AllConvNetConfig, BenchmarkConfig, ViTConfig, build, read_values
+from options import (
+    LAYERS1D_NAMES,
+    LAYERS2D_NAMES,
+    AllConvNetConfig,
+    BenchmarkConfig,
+    ViTConfig,
+    build,
+    layer_label,
+    read_values,
+)
 from runs.measure import MEASURED, Case, peak_memory, seconds_of, training_flops  # noqa: F401
 from runs.streams import run_program
 
@@ -69,11 +80,15 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
             raise ValueError(
                 f"channels={' '.join(map(str, values['channels']))} must be two numbers here: those into a layer and out of it"
             )
-        configs = []
-        for side, layer in itertools.product(bench.resolution, bench.layer or family.layers):
+        configs, layers = [], bench.layer or family.layers
+        labels = [layer_label(layer) for layer in dict.fromkeys(layers)]
+        if twin := next((label for label in labels if labels.count(label) > 1), None):
+            raise ValueError(f"layer={' '.join(layers)}: two layers would be called {twin}; give the classes different names")
+        given = mixer_options(family, layers, values.pop("mixer_option", None) or ())
+        for side, layer in itertools.product(bench.resolution, layers):
             if family.config is ViTConfig:
                 side *= values.get("patch_size", ViTConfig.patch_size)
-            configs.append(build(family.config, values, layer=layer, image_size=side))
+            configs.append(build(family.config, values, layer=layer, mixer_option=given[layer] or None, image_size=side))
     except ValueError as error:
         parser.error(str(error))
     parser.warn_repeated()
@@ -85,6 +100,19 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
 def has_baseline(config: ViTConfig | AllConvNetConfig) -> bool:
     """Whether `make_mixers` knows another form of this layer or network to compare it with."""
     return config.layer == "Attention" if isinstance(config, ViTConfig) else config.is_host and config.layer == "Conv2d"
+
+
+def mixer_options(family: Family, layers: tuple[str, ...], given: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Those of the `name=value` texts that each layer has. What none has goes to all that could: their configs refuse it."""
+    own = {layer: {name for mixer in family.config.own_mixers(layer) for name in mixer.arguments} for layer in layers}
+    known = set().union(*own.values())
+    could = [layer for layer in layers if ":" in layer] or layers
+    return {
+        layer: tuple(
+            text for text in given if (name := text.partition("=")[0]) in own[layer] or (name not in known and layer in could)
+        )
+        for layer in layers
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -115,7 +143,8 @@ def make_mixers(
         from allconvnet import make_layer2d
 
         inputs, outputs = config.channels
-        yield config.layer, make_layer2d(config, inputs, outputs), torch.randn(batch_size, inputs, *config.image_size)
+        x = torch.randn(batch_size, inputs, *config.image_size)
+        yield layer_label(config.layer), make_layer2d(config, inputs, outputs), x
         return
     from layers1d import MultiHeadAttention
     from vit import TokenLayout, make_layer1d
@@ -131,7 +160,7 @@ def make_mixers(
 
     layout = TokenLayout(*config.grid, config.class_tokens)
     x = torch.randn(batch_size, layout.num_tokens, config.d_model)
-    yield config.layer, make_layer1d(config, layout), x
+    yield layer_label(config.layer), make_layer1d(config, layout), x
     if baseline and has_baseline(config):
         apart = Separate(config.d_model, config.num_heads, attention_dropout=config.attention_dropout, bias=config.biases)
         yield "Attention (q, k, v apart)", apart, x.clone()
@@ -281,6 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     # torch takes seconds to import: only once the options are known to be right.
     from tqdm import tqdm
 
+    from probe import probe
     from runs import RunError
     from runs.files import WriteError, check_writable
     from runs.measure import device_name, versions
@@ -292,7 +322,13 @@ def main(argv: list[str] | None = None) -> int:
         device = pick_device(bench.device)
         choose_kernels(bench.kernels, device)
         check_writable(folder, "--output_dir")
-    except RunError as error:
+        for config in configs:
+            if isinstance(config, AllConvNetConfig):  # of one layer, from as many channels as are measured
+                inputs, *outputs = config.channels
+                config = dataclasses.replace(config, in_channels=inputs, channels=outputs, num_layers=None)
+            with contextlib.suppress(OutOfMemory), making("a trial of it"):  # its row will say so
+                probe(config, device)
+    except (RunError, ValueError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
     folder.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,10 @@ class Spec(NamedTuple):
     least: float | None = None
     aliases: tuple[str, ...] = ()
     group: str = ""  # heading in --help; empty: that of the config
+    metavar: str = ""  # what --help calls a value; empty: its choices or its kind
+    repeat: bool = False  # of many values: given again, the flag adds to them, and flags add to those of a file
+    flag: bool = True  # False: files have it, command lines do not
+    address: bool = False  # beside the choices, the address of a class goes as well: FILE.py:Class, package.module:Class
 
 
 class NotGiven:
@@ -88,9 +92,16 @@ def specs(config: type) -> dict[str, Spec]:
 
 
 def did_you_mean(name: str, valid) -> str:
-    names = {one.lower(): one for one in valid}
+    names = {str(one).lower(): one for one in valid}
     close = difflib.get_close_matches(str(name)[:100].lower(), names, n=1, cutoff=0.5)
     return f"; did you mean {names[close[0]]}?" if close else ""
+
+
+def address_hint(name: str, valid) -> str:
+    """What a name that is not one of the valid ones may have meant, where the address of a class goes as well."""
+    if name.endswith(".py"):
+        return f"; name its class as well: {name}:Class"
+    return did_you_mean(name, valid) or "; a class of your own is FILE.py:Class or package.module:Class"
 
 
 def as_words(value) -> str:
@@ -130,7 +141,7 @@ def _as_kind(value, kind: type):
     return value
 
 
-def _check_one(name: str, value, spec: Spec):
+def check_one(name: str, value, spec: Spec):
     """`value` as the option holds it (a whole number becomes a float where a float is asked for). Raises ValueError."""
     value = _as_kind(value, spec.kind)
     if type(value) is not spec.kind:
@@ -139,8 +150,9 @@ def _check_one(name: str, value, spec: Spec):
         value = _check_text(name, value)
     if spec.kind is float and not math.isfinite(value):
         raise ValueError(f"{name}={value} is not a finite number")
-    if spec.choices and value not in spec.choices:
-        raise ValueError(f"{name}={shown(value)} is not one of {', '.join(spec.choices)}{did_you_mean(value, spec.choices)}")
+    if spec.choices and value not in spec.choices and not (spec.address and ":" in value):
+        hint = (address_hint if spec.address else did_you_mean)(value, spec.choices)
+        raise ValueError(f"{name}={shown(value)} is not one of {', '.join(map(str, spec.choices))}{hint}")
     bounds = [f"at least {spec.low}"] * (spec.low is not None) + [f"at most {spec.high}"] * (spec.high is not None)
     bounds += [f"below {spec.below}"] * (spec.below is not None)
     if (
@@ -156,7 +168,7 @@ def _check_one(name: str, value, spec: Spec):
 
 def check_value(name: str, value, kind: type, low: float, high: float):
     """`value` as a Python number. Raises ValueError unless it is one of that kind within the range."""
-    return _check_one(name, value, Spec(kind, "", low=low, high=high))
+    return check_one(name, value, Spec(kind, "", low=low, high=high))
 
 
 def _check_text(name: str, value: str) -> str:
@@ -182,9 +194,9 @@ def check_fields(config) -> None:
                 raise ValueError(
                     f"{name}={shown(value)} is not a list of at least one value; in a file it is written as [1, 2]"
                 )
-            value = tuple(_check_one(name, item, spec) for item in value)
+            value = tuple(check_one(name, item, spec) for item in value)
         else:
-            value = _check_one(name, value, spec)
+            value = check_one(name, value, spec)
         object.__setattr__(config, name, value)
 
 
@@ -230,7 +242,7 @@ class OneLineParser(argparse.ArgumentParser):
         self._print_message(self._line("warning", message), sys.stderr)
 
     def _line(self, what: str, message: str) -> str:
-        names = "|".join(action.dest for action in self._actions)
+        names = "|".join(re.escape(action.dest) for action in self._actions)
         message = re.sub(rf"(?<!\S)({names})=", r"--\1 ", " ".join(message.split()))
         if len(message) > self.LONGEST:
             message = f"{message[: self.LONGEST // 2]} ... {message[-self.LONGEST // 2 :]}"
@@ -255,7 +267,7 @@ class _StoreConst(argparse._StoreConstAction):
 def _add_option(group, name: str, spec: Spec, default) -> None:
     """Values are collected as text; `convert` and the dataclasses give the same errors for flags, YAML and Python."""
     shown = "" if default is None else f" (default: {as_words(default)})".replace("%", "%%")
-    metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper()
+    metavar = spec.metavar or ("{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper())
     flags = [f"--{name}", *(f"--{alias}" for alias in spec.aliases)]
     kwargs = {"dest": name, "default": argparse.SUPPRESS, "help": spec.help + shown, "metavar": metavar}
     if spec.kind is bool:
@@ -263,7 +275,13 @@ def _add_option(group, name: str, spec: Spec, default) -> None:
         no = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         group.add_argument(f"--no-{name}", action="store_const", const="False", **no)
     else:
-        group.add_argument(*flags, **kwargs, nargs="+" if spec.many else None)
+        group.add_argument(*flags, **kwargs, nargs="+" if spec.many else None, action="extend" if spec.repeat else None)
+
+
+def _add_lines(group, lines: dict[str, str]) -> None:
+    """Lines of --help that look like flags; none of them is one, since the parser ends when it has shown them."""
+    for line, help in lines.items():
+        group.add_argument(f"--{line}", action="store_true", default=argparse.SUPPRESS, help=help.replace("%", "%%"))
 
 
 def make_parser(
@@ -280,7 +298,7 @@ def make_parser(
     groups = {}
     for config in (model_type, *others):
         for name, spec in sorted(specs(config).items(), key=lambda one: one[1].group != ""):
-            if config is model_type and name in elsewhere:
+            if not spec.flag or (config is model_type and name in elsewhere):
                 continue
             heading = spec.group or config.heading
             if heading not in groups:
@@ -440,6 +458,14 @@ def _read_options(path: str, known: dict[str, Spec]) -> dict:
     return values
 
 
+def over(values: dict, given: dict, known: dict[str, Spec]) -> dict:
+    """The values with the given ones over them; of an option that may be repeated, those that are given come after."""
+    both = [
+        name for name, spec in known.items() if spec.repeat and isinstance(values.get(name), (list, tuple)) and given.get(name)
+    ]
+    return values | given | {name: [*values[name], *given[name]] for name in both}
+
+
 def _did_you_mean_flag(word: str, flags: list[str]) -> str:
     """A suggestion of a flag; for one letter (`-b`) those that begin with it, as there are no short flags but -h."""
     if re.fullmatch(r"-\w", word):
@@ -459,11 +485,20 @@ def read_values(
 ) -> tuple[dict, OneLineParser]:
     """What flags and, under them, a YAML file give, by name and converted, and the parser, whose `error` ends in one line.
 
-    `model_type.values_that_hold(values, given)` says which values of the file still hold beside those of the command line.
+    `model_type.values_that_hold(values, given)` says which values of the file still hold beside those of the command line, and
+    `model_type.more_help(given)` what --help lists besides: (title, text, {line: help}).
     """
     parser = make_parser(model_type, others, description, defaults, prog)
     known = {name: spec for config in (model_type, *others) for name, spec in specs(config).items()}
-    given, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if asked := {"-h", "--help"}.intersection(argv):
+        given = vars(parser.parse_known_args([word for word in argv if word not in asked])[0])
+        try:
+            for title, text, lines in model_type.more_help(given):
+                _add_lines(parser.add_argument_group(title, text), lines)
+        except ValueError as error:
+            parser.error(str(error))
+    given, rest = parser.parse_known_args(argv)
     given = vars(given)
     if rest:
         flags = [flag for action in parser._actions for flag in action.option_strings]
@@ -475,6 +510,6 @@ def read_values(
     parser.given = frozenset(given)
     try:
         values = {} if path is None else model_type.values_that_hold(_read_options(path, known), given)
-        return {name: convert(name, value, known[name]) for name, value in (values | given).items()}, parser
+        return {name: convert(name, value, known[name]) for name, value in over(values, given, known).items()}, parser
     except ValueError as error:
         parser.error(str(error))

@@ -33,6 +33,7 @@ from options import (  # noqa: F401  some are only offered from here as well
     grid_of,
     sides_of,
 )
+from probe import probe
 from reading import as_text
 from runs import RunError
 from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_state, load_weights
@@ -57,7 +58,14 @@ from runs.optimization import (  # noqa: F401
 from runs.parameters import freeze, layer_scales, start_training
 from runs.processes import Interrupted, ProcessError, Processes, Signals, seed_process
 from runs.progress import Progress, epoch_line
-from runs.provenance import list_of_loaded, options_as_trained, say_what_differs, say_what_is_assumed, say_what_was_loaded
+from runs.provenance import (
+    check_same_class,
+    list_of_loaded,
+    options_as_trained,
+    say_what_differs,
+    say_what_is_assumed,
+    say_what_was_loaded,
+)
 from runs.resume import check_same_state, resumable_state, resume
 from runs.training import Training
 from utils import choose_kernels, pick_device, seed_everything
@@ -312,8 +320,8 @@ class _Run(NamedTuple):
     signals: Signals
 
 
-def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
-    """Everything that can fail before data is read or a file is written."""
+def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device, list[str]]:
+    """Everything that can fail before data is read or a file is written; also what the user should know of the layer."""
     train, processes = run.options.train, run.processes
     if train.batch_size < processes.world * train.accumulate_steps:
         what = f"{processes.world} processes" + f" of {train.accumulate_steps} micro-batches each" * (
@@ -331,11 +339,19 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
         raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard")
     seed_everything(train.seed, train.deterministic)  # before the model: all processes initialize the same weights
     with making(f"the model of --layer {run.options.model.layer}"):
+        try:
+            warnings = probe(run.options.model, device)
+        except ValueError as error:
+            raise RunError(str(error)) from None
+        if warnings and processes.world > 1:
+            raise RunError(
+                f"{warnings[0]}; with several processes each parameter needs one: use it, or set its requires_grad to False"
+            )
         model = run.make_model(run.options.model)
     if not train.test_only:
         freeze(model, train.freeze)
         layer_scales(model, train.layer_decay)  # raises for a model whose blocks it cannot tell
-    return model, RunFolder(train.output_dir), device
+    return model, RunFolder(train.output_dir), device, warnings
 
 
 def _load_data(run: _Run, device: torch.device) -> Data:
@@ -367,13 +383,14 @@ def _test(run: _Run) -> None:
     run = run._replace(options=options)
     train = options.train
     check_writable(Path(train.output_dir), "--output_dir")
-    model, folder, device = _prepare(run)
+    model, folder, device, _ = _prepare(run)
     # Images of another size need no --override: what the model computes is the same function of an image, at that size.
     free = train.override or "resize" in changes or "config" not in state
     leeway = Leeway(resample=not train.strict and free, grid=grid_of(state.get("config")))
     loaded = load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only", state, leeway)
     refused = {} if train.override else {name: change for name, change in changes.items() if name != "resize"}
     if refused:  # they fit, and would give another number than that of the model that was trained
+        check_same_class(options.as_dict(), state["config"], path, "--test_only")
         name, (trained, stated) = next(iter(refused.items()))
         raise RunError(
             f"--test_only: {path} was trained with --{name} {as_words(trained)}, not {as_words(stated)}; leave --{name} out, "
@@ -424,7 +441,7 @@ def _test(run: _Run) -> None:
 
 def _train(run: _Run) -> None:
     """Train from the beginning, from --checkpoint's weights, or from where --resume finds the run; write all outputs."""
-    model, folder, device = _prepare(run)
+    model, folder, device, warnings = _prepare(run)
     options, processes = run.options, run.processes
     train, plain = options.train, options.as_dict()
     found = resumable_state(folder, plain, quiet=not processes.first) if train.resume else None
@@ -434,6 +451,8 @@ def _train(run: _Run) -> None:
     if train.checkpoint and found is None:
         path = Path(train.checkpoint)
         state = load_checkpoint(path)
+        if isinstance(state.get("config"), dict):
+            check_same_class(plain, state["config"], path, "--checkpoint")
         leeway = Leeway(partial=not train.strict, resample=not train.strict, grid=grid_of(state.get("config")))
         loaded = load_weights(model, path, run.load, state=state, leeway=leeway)
         notes = list_of_loaded(loaded, path)
@@ -458,6 +477,8 @@ def _train(run: _Run) -> None:
     facts = _facts(run, model, data, device)
     if processes.first:
         run.announce()
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
         folder.start(plain, model, resumed=found is not None, notes=notes)
         trained = f" ({facts['trained_parameters']:,} of them trained)" if train.freeze else ""
         print(

@@ -26,6 +26,7 @@ from experiments.figures import (
     plot_seeds,
     read_metrics,
 )
+from experiments.points import readable
 from options import DATASETS, PROGRAMS, DataConfig, OneLineParser, Options, ViTConfig, read_yaml, resolve
 from runs.streams import run_program
 
@@ -62,13 +63,16 @@ def load_model(folder: Path, options: Options):
     """
     import utils
     from registry import build_network
+    from runs.provenance import check_same_class
     from vit import ViT
 
     path = folder / "best.pt"
     if not path.exists():
         raise ValueError(f"{folder} holds no best.pt; its run has not ended its first epoch")
     model = (ViT if isinstance(options.model, ViTConfig) else build_network)(options.model)
-    utils.load_weights(model, path, flag="best.pt")
+    state = utils.load_checkpoint(path)
+    check_same_class(options.as_dict(), state.get("config") or {}, path, "best.pt")
+    utils.load_weights(model, path, flag="best.pt", state=state)
     return model.eval()
 
 
@@ -121,7 +125,9 @@ def draw_curves(args: argparse.Namespace) -> Figure:
     groups: dict[str, list[tuple[Path, list[dict]]]] = {}
     for folder in folders_of_runs(args.runs, args.output or default_output(args)):
         rows = read_metrics(folder)
-        values = {name: value for name, value in read_config(folder).items() if name not in NOT_COMPARED}
+        values = {}
+        for name, value in read_config(folder).items():
+            values |= {} if name in NOT_COMPARED else readable(name, value)
         groups.setdefault(json.dumps(values), []).append((folder, rows))
     labels = label_groups([json.loads(key) for key in groups], [[folder for folder, _ in group] for group in groups.values()])
 

@@ -19,7 +19,17 @@ from typing import NamedTuple
 import yaml
 
 from cli import as_words, parse_yaml, specs
-from options import PROGRAMS, RESUME_MAY_CHANGE, Options, Program, did_you_mean, parse_options, read_yaml
+from options import (
+    PROGRAMS,
+    RESUME_MAY_CHANGE,
+    Options,
+    Program,
+    did_you_mean,
+    layer_label,
+    parse_options,
+    read_yaml,
+    same_value,
+)
 from reading import as_path
 
 ROOT = Path(__file__).resolve().parent.parent  # where the programs are
@@ -180,16 +190,28 @@ def name_points(points: list[tuple[str, dict]], axes: list[str]) -> list[Point]:
     named = []
     for program, values in points:
         of_axis = {"program": find_program(program, program).family} | values
-        varying = {name: of_axis[name] for name in axes if name in of_axis}
+        varying = {}
+        for name in (name for name in axes if name in of_axis):
+            varying |= readable(name, of_axis[name])
         named.append(Point(name_of(varying, values), program, values, varying))
     return named
+
+
+def readable(name: str, value) -> dict:
+    """A value on an axis as names, tables and figures have it: a class by its name, options of it as options of their own."""
+    if name == "layer" and isinstance(value, str):
+        return {name: layer_label(value)}
+    if name == "mixer_option":
+        texts = value if isinstance(value, list) else [value] * (value is not None)
+        return {option: setting for option, _, setting in (str(text).partition("=") for text in texts)}
+    return {name: value}
 
 
 def name_of(varying: dict, values: dict) -> str:
     """The folder of the point that has these values, of which `varying` are on the axes."""
     plain = ("program", "layer")
     parts = [as_word(value) if name in plain else f"{name}-{as_word(value)}" for name, value in varying.items()]
-    return as_path("_".join(parts) or as_word(values.get("layer", "run")))
+    return as_path("_".join(parts) or as_word(layer_label(str(values.get("layer", "run")))))
 
 
 def leave_out_unread(points: list[Point]) -> tuple[list[Point], str]:
@@ -250,7 +272,9 @@ def check_points(points: list[Point], folder: Path) -> dict[str, dict]:
             if name in point.values:
                 raise ValueError(f"{point.name}: {name} is set by the sweep; leave it out")
         if counts[point.name] > 1:
-            raise ValueError(f"two points would be named {point.name}; make their values differ in letters or digits")
+            raise ValueError(
+                f"two points would be named {point.name}; make their values differ in letters or digits, and classes in name"
+            )
         if (length := len(os.fsencode(point.name))) > LONGEST_NAME:
             raise ValueError(
                 f"{point.name[:40]}...: the folder's name would have {length} bytes, of which {LONGEST_NAME} are allowed; "
@@ -277,7 +301,7 @@ def check_folder(point: Point, options: dict, folder: Path) -> None:
             may_change = value < options[name] and options["scheduler"] == "none" and not options["early_stopping"]
         elif name == "early_stopping":
             may_change = False
-        if name in options and options[name] != value and not may_change:
+        if name in options and not same_value(name, options[name], value) and not may_change:
             raise ValueError(
                 f"{point.name}: {folder} holds a run with {name}={value}, not {options[name]}; "
                 "remove it, or use another --output_dir"
