@@ -1,13 +1,13 @@
-"""Figures of runs, as PNG: training curves, attention maps, neighbors, local masks, samples of a data set.
+"""Figures of runs, as PNG: training curves, attention maps, neighbors, local masks, samples; and a page to explore neighbors.
 
 python visualize.py curves Output/ViT/*
 python visualize.py neighbors Output/AllConvNet/ConvNN
+python visualize.py explore Output/ViT/ConvNNAttention Output/ViT/KvtAttention
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -15,64 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.figures import COLORS, LINE_STYLES, color_of, label_groups, legend_beside, plot_seeds, read_metrics
-from options import DATASETS, PROGRAMS, DataConfig, OneLineParser, Options, ViTConfig, read_yaml, resolve
+from experiments.trained import as_picture, load_run, read_config, read_options
+from options import DATASETS, DataConfig, OneLineParser, ViTConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # takes most of a second to import
 
 NOT_COMPARED = ("seed", "output_dir", "device", "resume", "num_workers")  # by them runs of one kind may differ
 MOST_WITH_TRAINING = 12  # lines of a panel beside which training curves can still be told apart
-
-# ---------------------------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def read_config(folder: Path) -> dict:
-    """The options of the run in a folder by name, as they were written. Raises ValueError without a run."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise ValueError(f"{folder} holds no run: there is no config.yaml in it")
-    return read_yaml(str(path))
-
-
-def read_options(folder: Path, data_path: str | None = None) -> Options:
-    """The options of the run in a folder, with its data in `data_path` if that is given. Raises ValueError without a run."""
-    values = read_config(folder) | ({"data_path": data_path} if data_path else {})
-    program = PROGRAMS["vit_main.py" if "patch_size" in values else "allconvnet_main.py"]
-    return resolve(program.model, program.family, values)
-
-
-def load_run(folder: Path, images: int, data_path: str | None):
-    """Model with the best weights, `images` test images (n, C, H, W) and their labels, all on the CPU, and class names."""
-    import torch
-
-    import utils
-    from allconvnet import AllConvNet
-    from dataset import load_data
-    from vit import ViT
-
-    options = read_options(folder, data_path)
-    path = folder / "best.pt"
-    if not path.exists():
-        raise ValueError(f"{folder} holds no best.pt; its run has not ended its first epoch")
-    model = (ViT if isinstance(options.model, ViTConfig) else AllConvNet)(options.model)
-    utils.load_weights(model, path, flag="best.pt")
-    config = dataclasses.replace(options.data, test_limit=images, num_workers=0, download=False)
-    data = load_data(config, batch_size=images, seed=options.train.seed, device=torch.device("cpu"), test_only=True)
-    shown, labels = next(iter(data.test.epoch(0)))
-    return model.eval(), shown, labels, data.class_names
-
-
-def as_picture(image, dataset: str):
-    """A normalized image (C, H, W) as matplotlib shows it: (H, W) grey or (H, W, 3), from 0 to 1."""
-    import torch
-
-    from dataset import IMAGENET_STATS, STATS
-
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in STATS.get(dataset, IMAGENET_STATS))
-    pixels = (image * std + mean).clamp(0, 1)
-    return pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
 
 
 def show_picture(axis, picture) -> None:
@@ -258,6 +208,16 @@ def draw_choice(axis, module, grid: tuple[int, ...], index, place: tuple[float, 
     axis.plot(x, y, "*", color=color, ms=10, mec="white", mew=0.8)
 
 
+def write_explorer(args: argparse.Namespace) -> str:
+    """The page on which a token answers with its neighbors, of one or several runs side by side."""
+    from experiments.explorer import LARGEST, explorer_page
+
+    page = explorer_page(args.runs, args.images, args.pairs, args.data_path)
+    if len(page) > LARGEST:
+        print(f"the page has {len(page) / 1e6:.1f} MB; fewer --images or --pairs make it smaller", file=sys.stderr)
+    return page
+
+
 def draw_masks(args: argparse.Namespace) -> Figure:
     """The local masks by type and expansion step, and beside each the pattern around one patch on the grid."""
     from matplotlib.figure import Figure
@@ -355,7 +315,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     def add(name: str, help: str) -> argparse.ArgumentParser:
         one = figures.add_parser(name, help=help, description=help, allow_abbrev=False)
-        one.add_argument("--output", type=Path, metavar="FILE.png", help="where the figure goes")
+        one.add_argument("--output", type=Path, metavar=f"FILE{suffix_of(name)}", help="where it goes")
         return one
 
     curves = add("curves", "loss and accuracy of one or many runs, seeds as a band (default output: curves.png beside them)")
@@ -371,6 +331,11 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "neighbors":
             one.add_argument("--queries", nargs="+", type=place, metavar="Y,X", help="places of the tokens, from 0,0 to 1,1")
             one.add_argument("--head", type=at_least_zero, default=0, help="head, where there are several (default: 0)")
+    explore = add("explore", "a page that shows the neighbors of any token (default output: explorer.html beside the runs)")
+    explore.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="output folders of runs, shown side by side")
+    explore.add_argument("--images", type=at_least_one, default=16, help="test images (default: 16)")
+    explore.add_argument("--pairs", type=at_least_one, help="pairs kept per token where a layer mixes all (default: its K)")
+    explore.add_argument("--data_path", help="folder that holds the data set, if not where the runs found it")
     masks = add("masks", "the local masks by type and expansion step (default output: ./Output/masks.png)")
     masks.add_argument(
         "--grid", nargs=2, type=at_least_one, default=(9, 9), metavar=("HEIGHT", "WIDTH"), help="patches (default: 9 9)"
@@ -394,14 +359,22 @@ DRAW = {
     "curves": draw_curves,
     "attention": draw_attention,
     "neighbors": draw_neighbors,
+    "explore": write_explorer,
     "masks": draw_masks,
     "samples": draw_samples,
 }
 
 
+OF_RUNS = {"curves": "curves.png", "explore": "explorer.html"}  # figures of one or several runs, and their files
+
+
+def suffix_of(figure: str) -> str:
+    return ".html" if figure == "explore" else ".png"
+
+
 def default_output(args: argparse.Namespace) -> Path:
-    if args.figure == "curves":
-        return (args.runs[0] if len(args.runs) == 1 else args.runs[0].parent) / "curves.png"
+    if args.figure in OF_RUNS:
+        return (args.runs[0] if len(args.runs) == 1 else args.runs[0].parent) / OF_RUNS[args.figure]
     if args.figure in ("attention", "neighbors"):
         return args.run / f"{args.figure}.png"
     return Path("Output") / f"{args.dataset if args.figure == 'samples' else args.figure}.png"
@@ -411,14 +384,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     output = args.output or default_output(args)
-    if output.suffix.lower() != ".png":
-        parser.error(f"--output {output} is not a .png file, which is what is drawn")
+    if output.suffix.lower() != (suffix := suffix_of(args.figure)):
+        parser.error(f"--output {output} is not a {suffix} file, which is what is {'drawn' if suffix == '.png' else 'written'}")
     try:
         figure = DRAW[args.figure](args)
         from utils import as_png, write_atomically
 
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, as_png(figure))
+        write_atomically(output, figure.encode() if isinstance(figure, str) else as_png(figure))
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     except Exception as error:
