@@ -1,8 +1,9 @@
-"""Figures of runs, as PNG: training curves, attention maps, neighbors, local masks, samples; and a page to explore neighbors.
+"""Figures of runs: training curves, attention maps, neighbors and what is measured of them, a page to explore, masks, samples.
 
 python visualize.py curves Output/ViT/*
 python visualize.py neighbors Output/AllConvNet/ConvNN
 python visualize.py explore Output/ViT/ConvNNAttention Output/ViT/KvtAttention
+python visualize.py analyze Output/ViT/ConvNNAttention Output/ViT/KvtAttention
 """
 
 from __future__ import annotations
@@ -218,6 +219,19 @@ def write_explorer(args: argparse.Namespace) -> str:
     return page
 
 
+def draw_analysis(args: argparse.Namespace) -> Figure:
+    """Distances, hubs, mass and overlaps of the neighbors of runs, by layer; the numbers go into a table beside the figure."""
+    from experiments import analysis
+    from utils import as_csv, write_atomically
+
+    rows = analysis.analyze_runs(args.runs, args.images, args.pairs, args.noise, args.data_path)
+    table = (args.output or default_output(args)).with_suffix(".csv")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(table, as_csv(rows, analysis.COLUMNS).encode())
+    print(table)
+    return analysis.draw_analysis(rows)
+
+
 def draw_masks(args: argparse.Namespace) -> Figure:
     """The local masks by type and expansion step, and beside each the pattern around one patch on the grid."""
     from matplotlib.figure import Figure
@@ -309,6 +323,16 @@ def place(text: str) -> tuple[float, float]:
     return down, right
 
 
+def deviation(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE", parser_class=OneLineParser)
@@ -331,11 +355,21 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "neighbors":
             one.add_argument("--queries", nargs="+", type=place, metavar="Y,X", help="places of the tokens, from 0,0 to 1,1")
             one.add_argument("--head", type=at_least_zero, default=0, help="head, where there are several (default: 0)")
-    explore = add("explore", "a page that shows the neighbors of any token (default output: explorer.html beside the runs)")
-    explore.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="output folders of runs, shown side by side")
-    explore.add_argument("--images", type=at_least_one, default=16, help="test images (default: 16)")
-    explore.add_argument("--pairs", type=at_least_one, help="pairs kept per token where a layer mixes all (default: its K)")
-    explore.add_argument("--data_path", help="folder that holds the data set, if not where the runs found it")
+    for name, help, images in (
+        ("explore", "a page that shows the neighbors of any token (default output: explorer.html beside the runs)", 16),
+        (
+            "analyze",
+            "distances, hubs and overlaps of neighbors by layer, as a table too (default output: analysis.png)",
+            32,
+        ),
+    ):
+        one = add(name, help)
+        one.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="output folders of runs")
+        one.add_argument("--images", type=at_least_one, default=images, help=f"test images (default: {images})")
+        one.add_argument("--pairs", type=at_least_one, help="pairs kept per token where a layer mixes all (default: its K)")
+        one.add_argument("--data_path", help="folder that holds the data set, if not where the runs found it")
+        if name == "analyze":
+            one.add_argument("--noise", type=deviation, default=0.1, help="deviation of noise on the pixels (default: 0.1)")
     masks = add("masks", "the local masks by type and expansion step (default output: ./Output/masks.png)")
     masks.add_argument(
         "--grid", nargs=2, type=at_least_one, default=(9, 9), metavar=("HEIGHT", "WIDTH"), help="patches (default: 9 9)"
@@ -360,12 +394,18 @@ DRAW = {
     "attention": draw_attention,
     "neighbors": draw_neighbors,
     "explore": write_explorer,
+    "analyze": draw_analysis,
     "masks": draw_masks,
     "samples": draw_samples,
 }
 
 
-OF_RUNS = {"curves": "curves.png", "explore": "explorer.html"}  # figures of one or several runs, and their files
+# Figures of one or several runs, and their files.
+OF_RUNS = {
+    "curves": "curves.png",
+    "explore": "explorer.html",
+    "analyze": "analysis.png",
+}
 
 
 def suffix_of(figure: str) -> str:

@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.trained import as_picture, load_run, read_options
+from experiments.trained import Run, as_picture, load_runs
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from experiments.mixing import Mixing
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
@@ -32,37 +30,30 @@ def explorer_page(folders: list[Path], images: int, pairs: int | None, data_path
     pairs: how many are kept of layers that mix all pairs; None: the K of the run. Raises ValueError for runs on other images
     than the first one's, and for one that has no neighbors and no matrix to show.
     """
-    page: dict = {"images": [], "runs": []}
-    for folder in folders:
-        options = read_options(folder, data_path)
-        model, shown, labels, names = load_run(folder, images, data_path)
-        pictures = [_as_url(as_picture(image, options.data.dataset)) for image in shown]
-        one = [{"src": src, "label": names[label]} for src, label in zip(pictures, labels, strict=True)]
-        size = tuple(shown.shape[2:])
-        if not page["runs"]:
-            page |= {"images": one, "size": size, "dataset": options.data.dataset}
-        elif one != page["images"]:
-            raise ValueError(
-                f"{folder}: its images are of {options.data.dataset} at {_sides(size)} and those of {folders[0]} of "
-                f"{page['dataset']} at {_sides(page['size'])}; runs side by side need the same (--dataset, --resize)"
-            )
-        page["runs"].append(_run(folder, options, model, shown, names, pairs))
-    for run, name in zip(page["runs"], _names(folders), strict=True):
-        run["name"] = name
+    runs = load_runs(folders, images, data_path)
+    first = runs[0]
+    dataset = first.options.data.dataset
+    page = {
+        "dataset": dataset,
+        "images": [
+            {"src": _as_url(as_picture(image, dataset)), "label": first.class_names[label]}
+            for image, label in zip(first.images, first.labels, strict=True)
+        ],
+        "runs": [_as_json(run, pairs or run.options.model.K) for run in runs],
+    }
     text = json.dumps(page, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text)
 
 
-def _run(folder: Path, options, model, images: Tensor, names: list[str], pairs: int | None) -> dict:
-    from experiments.mixing import record_mixing
+def _as_json(run: Run, pairs: int) -> dict:
+    from experiments.mixing import record_run
 
-    logits, found = record_mixing(model, images, pairs or options.model.K)
-    if not found:
-        raise ValueError(f"{folder}: layer={options.model.layer} is a convolution: it has no neighbors or weights to show")
+    logits, found = record_run(run, pairs)
     return {
-        "layer": options.model.layer,
-        "facts": _facts(folder),
-        "predictions": [names[number] for number in logits.argmax(dim=1)],
+        "name": run.name,
+        "layer": run.options.model.layer,
+        "facts": _facts(run.folder),
+        "predictions": [run.class_names[number] for number in logits.argmax(dim=1)],
         "layers": [pack_mixing(mixing) for mixing in found],
     }
 
@@ -73,15 +64,6 @@ def _facts(folder: Path) -> str:
         return ""
     top1 = json.loads(path.read_text(encoding="utf-8")).get("best", {}).get("test_top1")
     return "" if top1 is None else f"{top1:.1f} % of the test images"
-
-
-def _names(folders: list[Path]) -> list[str]:
-    short = [folder.resolve().name for folder in folders]
-    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
-
-
-def _sides(size: tuple[int, ...]) -> str:
-    return " x ".join(map(str, size))
 
 
 def _as_url(picture: np.ndarray) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from experiments.trained import Run
 from layers1d import MultiHeadConvNNAttention, MultiHeadKvtAttention, MultiHeadMixer
 from layers2d import Attention2d, ConvNN2d, ConvNNAttention2d
 from neighbors import find_neighbors, neighbor_scores, neighbor_weights
@@ -64,6 +65,16 @@ def record_mixing(model: nn.Module, images: Tensor, pairs: int) -> tuple[Tensor,
         logits = model(images, output_attentions=True)[0] if isinstance(model, ViT) else model(images)
     for handle in handles:
         handle.remove()
+    return logits, found
+
+
+def record_run(run: Run, pairs: int) -> tuple[Tensor, list[Mixing]]:
+    """`record_mixing` of a run on its images. Raises ValueError where no layer has neighbors or weights."""
+    logits, found = record_mixing(run.model, run.images, pairs)
+    if not found:
+        raise ValueError(
+            f"{run.folder}: layer={run.options.model.layer} has no neighbors or weights to show; a convolution has none"
+        )
     return logits, found
 
 

@@ -1,16 +1,28 @@
-"""A trained run, read from its folder: its options, its model with the best weights, and test images as a person sees them."""
+"""Trained runs, read from their folders: options, models with the best weights, and test images as a person sees them."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from options import PROGRAMS, Options, ViTConfig, read_yaml, resolve
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
+
+
+class Run(NamedTuple):
+    """What is asked of a run when several are looked at together."""
+
+    name: str  # the name of its folder, or its path where two have the same name
+    folder: Path
+    options: Options
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    class_names: list[str]
 
 
 def read_config(folder: Path) -> dict:
@@ -54,6 +66,27 @@ def load_run(folder: Path, images: int, data_path: str | None) -> tuple[nn.Modul
     data = load_data(config, batch_size=images, seed=options.train.seed, device=torch.device("cpu"), test_only=True)
     shown, labels = next(iter(data.test.epoch(0)))
     return model, shown, labels, data.class_names
+
+
+def load_runs(folders: list[Path], images: int, data_path: str | None) -> list[Run]:
+    """Several runs on the same test images. Raises ValueError where a run has others than the first one."""
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    runs: list[Run] = []
+    for name, folder in zip(names, folders, strict=True):
+        run = Run(name, folder, read_options(folder, data_path), *load_run(folder, images, data_path))
+        if runs and not (run.images.shape == runs[0].images.shape and run.images.equal(runs[0].images)):
+            raise ValueError(
+                f"{folder}: its images are {_images_of(run)}, and those of {folders[0]} {_images_of(runs[0])}; "
+                "runs side by side need the same (--dataset, --resize)"
+            )
+        runs.append(run)
+    return runs
+
+
+def _images_of(run: Run) -> str:
+    return f"of {run.options.data.dataset} at {' x '.join(map(str, run.images.shape[2:]))}"
 
 
 def as_picture(image: Tensor, dataset: str) -> np.ndarray:

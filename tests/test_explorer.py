@@ -4,16 +4,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-import yaml
+from tiny_runs import write_run
 from torch import nn
 
 import visualize
-from allconvnet import AllConvNet
 from experiments.explorer import pack_mixing, read_page, unpack_mixing
 from experiments.mixing import Mixing, layer_name, record_mixing
 from experiments.trained import read_options
 from neighbors import find_neighbors
-from vit import ViT
 
 VIT = {"resize": 8, "patch_size": 2, "num_layers": 2, "num_heads": 2, "d_model": 8, "d_mlp": 8, "K": 4, "kernel_size": 3}
 IMAGES = {"channels": [4, 6], "K": 4, "shuffle_pattern": "NA", "num_heads": 2}
@@ -39,13 +37,7 @@ def runs(tmp_path_factory):
     """Folders that hold what these commands read of a run: options, and weights of an untrained model."""
     root = tmp_path_factory.mktemp("runs")
     for name, values in RUNS.items():
-        folder = root / name
-        folder.mkdir()
-        (folder / "config.yaml").write_text(yaml.safe_dump(values | {"dataset": "digits"}))
-        torch.manual_seed(len(name))
-        config = read_options(folder).model
-        model = (ViT if "patch_size" in values else AllConvNet)(config)
-        torch.save({"model": model.state_dict()}, folder / "best.pt")
+        write_run(root / name, values)
     return root
 
 
@@ -179,9 +171,9 @@ def test_the_page_goes_beside_the_runs(runs, capsys):
     ("line", "says"),
     [
         ("explore nowhere", "nowhere holds no run"),
-        ("explore conv", "layer=Conv1dAttention is a convolution"),
-        ("explore convnn conv2d", "conv2d: layer=Conv2d is a convolution"),
-        ("explore images larger", "larger: its images are of digits at 12 x 12 and those of images of digits at 8 x 8"),
+        ("explore conv", "layer=Conv1dAttention has no neighbors"),
+        ("explore convnn conv2d", "conv2d: layer=Conv2d has no neighbors"),
+        ("explore images larger", "larger: its images are of digits at 12 x 12, and those of images of digits at 8 x 8"),
         ("explore convnn --output page.png", "--output page.png is not a .html file"),
         ("explore convnn --images 0", "'0' is not a whole number of at least 1"),
         ("explore convnn --pairs 0", "'0' is not a whole number of at least 1"),
