@@ -78,7 +78,7 @@ def _row(run: str, mixing: Mixing, measure: str, of: str, value: float | Tensor)
 def _of_layer(run: str, mixing: Mixing) -> list[dict]:
     rows = _of_choice(run, mixing, mixing.index)
     distances = neighbor_distances(mixing.index, mixing.grid, mixing.padding, mixing.class_tokens)
-    rows += _row(run, mixing, "mean distance, weighed", "", mean_distance(distances, mixing.weights))
+    rows += _row(run, mixing, "weighed mean distance", "", mean_distance(distances, mixing.weights))
     if mixing.index.shape[1] > 1:
         rows += _row(run, mixing, "overlap of heads", "", head_overlap(mixing.index).mean())
     if mixing.is_share and mixing.scored is not None:
@@ -228,7 +228,8 @@ def _draw_distances(axis, rows: list[dict], names: list[str], run: str) -> None:
     for name, layer, looks in lines:
         of = {"run": name, "layer": layer, "measure": "share of distances"}
         shares = [row["value"] for row in rows if of.items() <= row.items()]
-        axis.plot(range(len(shares)), shares, lw=1.2, **looks)
+        if name == run or len(shares) == len(axis.lines[0].get_xdata()):  # on a grid as large as the first run's
+            axis.plot(range(len(shares)), shares, lw=1.2, **looks)
     axis.set_title(run, fontsize=8)
     axis.set_xlabel("distance (tokens, rounded down)", fontsize=8)
     axis.set_ylabel("share of the neighbors", fontsize=8)

@@ -61,7 +61,7 @@ def test_measures_are_those_of_the_mixing_matrix(runs):
         known = chosen & between_patches
         assert value(rows, "convnn", layer, "mean distance") == pytest.approx(float(apart[known].mean()))
         weighed = float((apart * matrix)[known].sum() / matrix[known].sum())
-        assert value(rows, "convnn", layer, "mean distance, weighed") == pytest.approx(weighed)
+        assert value(rows, "convnn", layer, "weighed mean distance") == pytest.approx(weighed)
         for start in range(4):
             is_there = (apart[known] >= start) & ((apart[known] < start + 1) | (start == 3))
             share = value(rows, "convnn", layer, "share of distances", f"from {start}")
