@@ -24,7 +24,7 @@ from layers2d import (
     slot_convolution,
 )
 from neighbors import NeighborConfig, find_scored_neighbors, neighbor_weights, weighted_sum
-from options import branch_widths, check_heads, check_slots, sequence_grid
+from options import branch_widths, check_heads, check_slots, check_temperature, sequence_grid
 from selection import ConstantTables, NeighborSelection
 
 
@@ -196,10 +196,10 @@ class MultiHeadAttention(MultiHeadMixer):
         return attend(query, key, value, dropout=self.dropout, output_matrix=output_matrix)
 
 
-def mixing_matrix(index: Tensor, weights: Tensor, heads: int) -> Tensor:
-    """Weights of the K neighbors (B * H, N, K) scattered to (B, H, N, N)."""
+def mixing_matrix(index: Tensor, weights: Tensor, heads: int, num_keys: int | None = None) -> Tensor:
+    """Weights of the K neighbors (B * H, N, K) scattered to (B, H, N, num_keys), as many keys as queries if not given."""
     BH, N, _ = index.shape
-    return weights.new_zeros(BH, N, N).scatter(2, index, weights).unflatten(0, (-1, heads))
+    return weights.new_zeros(BH, N, num_keys or N).scatter(2, index, weights).unflatten(0, (-1, heads))
 
 
 class MultiHeadConvNNAttention(MultiHeadMixer):
@@ -212,8 +212,9 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
         neighbors: which tokens are neighbors; class tokens are always candidates, at the center of the grid.
         convolution_type: over the slots, standard, depthwise or depthwise-separable, without bias.
         softmax_topk_val: weigh values by the softmax of the scores; False: by the raw scores.
+        score_temperature: what scores are divided by before the softmax; towards 0, the nearest neighbor has all the weight.
 
-    Raises ValueError if K, the samples, the heads or the convolution type do not fit.
+    Raises ValueError if K, the samples, the heads, the temperature or the convolution type do not fit.
     """
 
     def __init__(
@@ -225,10 +226,13 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
         layout: TokenLayout,
         convolution_type: str = "depthwise",
         softmax_topk_val: bool = True,
+        score_temperature: float = 1.0,
         attention_dropout: float = 0.0,
         bias: bool = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
+        check_temperature(score_temperature)
+        self.score_temperature = score_temperature
         grid = layout.grid
         self.select = NeighborSelection(
             neighbors, axes=len(grid), self_first=False, class_tokens=layout.class_tokens, grid=grid
@@ -246,7 +250,9 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B * H, N, d)
         query, key = (self.select.search_features(part, grid) for part in (query, key))
         index, scores = self.select(query, key, grid, scored=True)  # (B * H, N, K) each
-        weights = neighbor_weights(scores, self.select.neighbors.metric, softmax=self.softmax_topk_val)
+        weights = neighbor_weights(
+            scores, self.select.neighbors.metric, softmax=self.softmax_topk_val, temperature=self.score_temperature
+        )
         values = self.select.append_coordinates(value, grid)
         out = slot_convolution(self.conv, values, index, F.dropout(weights, self.dropout))
         return out.unflatten(0, heads), mixing_matrix(index, weights, self.num_heads) if output_matrix else None
@@ -270,20 +276,31 @@ class MultiHeadConvNN(MultiHeadConvNNAttention):
 class MultiHeadKvtAttention(MultiHeadMixer):
     """k-NN attention (KVT, Wang et al., arXiv 2106.00515): softmax over the K largest scores of a query, the rest zero.
 
-    With K = N it is `MultiHeadAttention`. Raises ValueError for a K that is more than there are tokens.
+    With K = N it is `MultiHeadAttention`. Scores are divided by `score_temperature` before the softmax. Raises ValueError for a
+    temperature that is not above 0, and for a K that is more than there are tokens.
     """
 
-    def __init__(self, d_model: int, num_heads: int, K: int, *, attention_dropout: float = 0.0, bias: bool = True):
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        K: int,
+        *,
+        score_temperature: float = 1.0,
+        attention_dropout: float = 0.0,
+        bias: bool = True,
+    ):
         super().__init__(d_model, num_heads, attention_dropout=attention_dropout, bias=bias)
         if K < 1:
             raise ValueError(f"K={K} must be at least 1")
-        self.K = K
+        check_temperature(score_temperature)
+        self.K, self.score_temperature = K, score_temperature
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
         heads = query.shape[:2]
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B * H, N, d)
         index, scores = find_scored_neighbors(query, key, self.K, "matmul")  # (B * H, N, K) each
-        weights = neighbor_weights(scores, "matmul")
+        weights = neighbor_weights(scores, "matmul", temperature=self.score_temperature)
         out = weighted_sum(value, index, F.dropout(weights, self.dropout))
         return out.unflatten(0, heads), mixing_matrix(index, weights, self.num_heads) if output_matrix else None
 
@@ -382,6 +399,7 @@ class BranchingAttention(Branching1d):
         branch_ratio: float = 0.5,
         convolution_type: str = "depthwise",
         softmax_topk_val: bool = True,
+        score_temperature: float = 1.0,
         attention_dropout: float = 0.0,
         bias: bool = True,
     ):
@@ -393,6 +411,7 @@ class BranchingAttention(Branching1d):
             layout=layout,
             convolution_type=convolution_type,
             softmax_topk_val=softmax_topk_val,
+            score_temperature=score_temperature,
             attention_dropout=attention_dropout,
             bias=bias,
         )
@@ -418,6 +437,7 @@ class BranchingConv(Branching1d):
         branch_ratio: float = 0.5,
         convolution_type: str | None = None,
         softmax_topk_val: bool = True,
+        score_temperature: float = 1.0,
         attention_dropout: float = 0.0,
         bias: bool = True,
     ):
@@ -429,6 +449,7 @@ class BranchingConv(Branching1d):
             layout=layout,
             convolution_type=convolution_type or "depthwise",
             softmax_topk_val=softmax_topk_val,
+            score_temperature=score_temperature,
             attention_dropout=attention_dropout,
             bias=bias,
         )

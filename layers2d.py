@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neighbors import NeighborConfig, aggregate, neighbor_weights
-from options import SHUFFLE_PATTERNS, check_slots, shuffle_factors
+from options import SHUFFLE_PATTERNS, check_slots, check_temperature, shuffle_factors
 from selection import NeighborSelection
 
 
@@ -134,10 +134,11 @@ class ConvNNAttention2d(ImageMixer):
         neighbors: which tokens are neighbors; in `all` mode a token competes for its own slots like any other.
         convolution_type: over the slots, standard, depthwise or depthwise-separable, without bias.
         softmax_topk_val: weigh values by the softmax of the scores; False: by the raw scores.
+        score_temperature: what scores are divided by before the softmax.
         attention_dropout: probability of dropping a weight.
         shuffle_pattern, shuffle_scale, image_size: as in `ConvNN2d`.
 
-    Raises ValueError if K, the samples, the shuffle or the convolution type do not fit.
+    Raises ValueError if K, the samples, the shuffle, the temperature or the convolution type do not fit.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class ConvNNAttention2d(ImageMixer):
         *,
         convolution_type: str = "standard",
         softmax_topk_val: bool = True,
+        score_temperature: float = 1.0,
         attention_dropout: float = 0.0,
         shuffle_pattern: str = "NA",
         shuffle_scale: int = 2,
@@ -156,7 +158,8 @@ class ConvNNAttention2d(ImageMixer):
         super().__init__(in_channels, out_channels, shuffle_pattern, shuffle_scale)
         grid = self.token_grid(image_size)
         self.select = NeighborSelection(neighbors, axes=self.axes, self_first=False, grid=grid)
-        self.softmax_topk_val = softmax_topk_val
+        check_temperature(score_temperature)
+        self.softmax_topk_val, self.score_temperature = softmax_topk_val, score_temperature
         inputs, D = self.token_channels
         self.qkv = nn.Linear(inputs, 3 * D)
         self.conv = make_slot_convolution(D, self.axes, neighbors, convolution_type)
@@ -168,7 +171,9 @@ class ConvNNAttention2d(ImageMixer):
         query, key, value = self.qkv(tokens).chunk(3, dim=-1)  # (B, N, D) each
         query, key = (self.select.search_features(part, grid) for part in (query, key))
         index, scores = self.select(query, key, grid, scored=True)  # (B, N, K) each
-        weights = neighbor_weights(scores, self.select.neighbors.metric, softmax=self.softmax_topk_val)
+        weights = neighbor_weights(
+            scores, self.select.neighbors.metric, softmax=self.softmax_topk_val, temperature=self.score_temperature
+        )
         out = slot_convolution(self.conv, self.select.append_coordinates(value, grid), index, self.dropout(weights))
         return self.unfold(self.proj(out), grid)
 

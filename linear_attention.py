@@ -253,7 +253,7 @@ class HybridAttention(MultiHeadMixer):
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
         for dilation in dilations:
-            check_window(window, dilation, (layout.height, layout.width), names=("window", "dilations"))
+            check_window(window, dilation, layout.grid, names=("window", "dilations"))
         tilings = [neighborhood_tiling(layout.height, layout.width, window, dilation) for dilation in dilations]
         self.regional = nn.ModuleList(PlacedPattern([tiling], layout) for tiling in tilings)
         self.context = RandomFeatures(self.head_dim, num_features, kernel)

@@ -40,9 +40,14 @@ def in_square(i: Tensor, j: Tensor, *, width: int, reach: int) -> Tensor:
 
 
 def in_neighborhood(i: Tensor, j: Tensor, *, grid: tuple[int, int], kernel_size: int, dilation: int) -> Tensor:
-    """Whether token j is in the sliding window of token i, along both sides (Hassani et al., CVPR 2023)."""
+    """Whether token j is in the sliding window of token i, along both sides (Hassani et al., CVPR 2023).
+
+    A side of one token, of a sequence without a grid, has a window of one.
+    """
     inside = True
     for own, other, side in zip((i // grid[1], i % grid[1]), (j // grid[1], j % grid[1]), grid, strict=True):
+        if side == 1:
+            continue
         steps = other // dilation - window_start(own, side, kernel_size, dilation)
         inside = inside & (own % dilation == other % dilation) & (steps >= 0) & (steps < kernel_size)
     return inside

@@ -34,6 +34,7 @@ __all__ = [
     "grid_places",
     "join_coordinates",
     "location_neighbors",
+    "max_neighbors",
     "neighbor_scores",
     "neighbor_weights",
     "random_candidates",
@@ -165,13 +166,13 @@ def _unit(x: Tensor) -> Tensor:
     return F.normalize(x.to(accumulator(x.dtype)), dim=-1, eps=1e-6)
 
 
-def neighbor_weights(scores: Tensor, metric: str, *, softmax: bool = True) -> Tensor:
+def neighbor_weights(scores: Tensor, metric: str, *, softmax: bool = True, temperature: float = 1.0) -> Tensor:
     """What the value of each slot is multiplied by, from the scores of the slots (B, N, K): the same.
 
-    softmax over the K scores, or else the raw score: q . k / sqrt(C), the cosine, or 1 / (distance + 1e-8).
+    softmax over the K scores / temperature, or else the raw score: q . k / sqrt(C), the cosine, or 1 / (distance + 1e-8).
     """
     if softmax:
-        return scores.softmax(dim=-1)
+        return (scores if temperature == 1 else scores / temperature).softmax(dim=-1)
     return (1e-8 - scores).reciprocal() if canonical_metric(metric) == "euclidean" else scores
 
 
@@ -202,6 +203,14 @@ def weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """
     (values,) = _autocast(values)
     return _kernels().weighted_sum(values, index, weights)
+
+
+def max_neighbors(values: Tensor, index: Tensor) -> Tensor:
+    """Largest of the values of the neighbors, channel by channel: values (B, M, C), index (B, N, K) -> (B, N, C).
+
+    The gradient goes to the neighbor it came from, of equal ones to that of the first slot.
+    """
+    return _kernels().max_neighbors(values, index)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ __all__ = [
     "CONVIT_SIZES",
     "CONVOLUTION_TYPES",
     "DATASETS",
+    "GRAPH_AGGREGATIONS",
     "LAYERS1D_NAMES",
     "LAYERS1D_ROWS",
     "LAYERS2D_NAMES",
@@ -71,8 +72,10 @@ __all__ = [
     "check_fields",
     "check_heads",
     "check_slots",
+    "check_temperature",
     "check_window",
     "did_you_mean",
+    "dilate",
     "layer_row",
     "make_parser",
     "option",
@@ -80,6 +83,7 @@ __all__ = [
     "read_values",
     "read_yaml",
     "redefault",
+    "region_sides",
     "resolve",
     "sequence_grid",
     "shuffle_factors",
@@ -99,6 +103,7 @@ METRICS = METRIC_ALIASES  # its former name
 SHUFFLE_PATTERNS = ("BA", "NA", "B", "A")
 MASK_TYPES = ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors")
 PERFORMER_KERNELS = ("softmax", "relu")
+GRAPH_AGGREGATIONS = ("max", "mean", "edge")
 CONVIT_SIZES = {"Ti": (192, 4), "Ti_plus": (256, 4), "S": (432, 9), "S_plus": (576, 9), "B": (768, 16), "B_plus": (1024, 16)}
 CONVOLUTION_TYPES = ("standard", "depthwise", "depthwise-separable")
 
@@ -177,15 +182,17 @@ class Row(NamedTuple):
 
 BY_PLACE = "place_attention"
 PAIRS = "attention_dropout bias=attention_bias"  # of layers that weigh pairs of tokens
-CONVNN = f"neighbors layout convolution_type softmax_topk_val {PAIRS}"
+CONVNN = f"neighbors layout convolution_type softmax_topk_val score_temperature {PAIRS}"
+REGIONS = f"layout region_size top_regions {PAIRS}"
 CONV1D = "kernel_size layout convolution_type bias=attention_bias"
 SHUFFLES = "shuffle_pattern shuffle_scale"
 
 LAYERS2D_ROWS = {
     "Conv2d": Row("torch.nn:Conv2d", "kernel_size", fixed=(("padding", "same"),)),
     "ConvNN": Row("layers2d:ConvNN2d", f"neighbors padding image_size {SHUFFLES}"),
-    "ConvNN_Attn": Row("layers2d:ConvNNAttention2d", f"neighbors image_size {SHUFFLES}"),
+    "ConvNN_Attn": Row("layers2d:ConvNNAttention2d", f"neighbors score_temperature image_size {SHUFFLES}"),
     "Attention": Row("layers2d:Attention2d", f"num_heads {SHUFFLES}"),
+    "ViG": Row("graph_layers:GraphConv2d", f"num_heads neighbors aggregation=graph_aggregation image_size {SHUFFLES}"),
 }
 LAYERS1D_ROWS = {
     "Attention": Row("layers1d:MultiHeadAttention", PAIRS),
@@ -193,7 +200,7 @@ LAYERS1D_ROWS = {
     "ConvNNAttention": Row("layers1d:MultiHeadConvNNAttention", CONVNN),
     "Conv1d": Row("layers1d:MultiHeadConv1d", CONV1D),
     "Conv1dAttention": Row("layers1d:MultiHeadConv1dAttention", CONV1D),
-    "KvtAttention": Row("layers1d:MultiHeadKvtAttention", f"K {PAIRS}"),
+    "KvtAttention": Row("layers1d:MultiHeadKvtAttention", f"K score_temperature {PAIRS}"),
     "LocalAttention": Row(f"{BY_PLACE}:MultiHeadLocalAttention", f"layout window_size {PAIRS}"),
     "SparseAttention": Row(
         f"{BY_PLACE}:MultiHeadSparseAttention", f"layout mode=sparse_mode context=sparse_context_window {PAIRS}"
@@ -216,6 +223,12 @@ LAYERS1D_ROWS = {
         "layers1d:BranchingConv", f"branch_ratio kernel_size {CONVNN}", branches=("ConvNNAttention", "Conv1dAttention")
     ),
     "BranchAttention": Row("layers1d:BranchingAttention", f"branch_ratio {CONVNN}", branches=("ConvNNAttention", "Attention")),
+    "ViG": Row("graph_layers:GraphMixer", "neighbors layout aggregation=graph_aggregation dilation bias=attention_bias"),
+    "GreedyViG": Row("graph_layers:AxialGraphMixer", "layout dilation bias=attention_bias"),
+    "BiFormer": Row("region_attention:BiLevelRoutingAttention", REGIONS),
+    "BlockTopK": Row("region_attention:BlockTopKAttention", REGIONS),
+    "PaCa": Row("region_attention:PatchToClusterAttention", f"num_clusters {PAIRS}"),
+    "ContextCluster": Row("region_attention:ContextClusterMixer", "layout region_size bias=attention_bias"),
 }
 LAYERS2D_NAMES = tuple(LAYERS2D_ROWS)
 LAYERS1D_NAMES = tuple(LAYERS1D_ROWS)
@@ -330,6 +343,7 @@ WITHOUT_EFFECT = (
     ("lambda_param", "similarity_type", ("Col", "Loc")),
     ("shuffle_scale", "shuffle_pattern", ("NA",)),
     ("sparse_context_window", "sparse_mode", ("all",)),
+    ("score_temperature", "softmax_topk_val", (False,)),
 )
 
 
@@ -378,7 +392,7 @@ class ModelConfig(NeighborConfig):
         own = specs(type(self))
         found = {name: "layer" for name in own if name in of_layers - read}
         for name, other, values in WITHOUT_EFFECT:
-            if name not in own or name in found:
+            if name not in own or name in found or other not in own or other in found:
                 continue
             # An option at its default says nothing else than the other one, as in --sampling_type all --num_samples -1.
             if getattr(self, other) in values and getattr(self, name) != own[name].default:
@@ -410,6 +424,10 @@ class AllConvNetConfig(ModelConfig):
         "BA", "pixel-unshuffle before (B), shuffle after (A), both (BA) or neither (NA)", choices=SHUFFLE_PATTERNS
     )
     shuffle_scale: int = option(2, "side of the block that a shuffle moves into channels", low=1, high=SIDE)
+    graph_aggregation: str = option("max", "ViG: what a token takes from its neighbors", choices=GRAPH_AGGREGATIONS)
+    score_temperature: float = option(
+        1.0, "ConvNN attention: what scores are divided by before the softmax", low=1e-6, high=1e6
+    )
     padding: int = option(0, "ConvNN: zero ring around the image that takes part in the search", low=0, high=SIDE)
     branch_ratio: float = option(0.5, "A/B: share of the output channels of B; 0 and 1 build the single layer", low=0, high=1)
     magnitude_type: str = redefault(NeighborConfig, "magnitude_type", "similarity")
@@ -569,6 +587,10 @@ class ViTConfig(ModelConfig):
     softmax_topk_val: bool = option(
         True, "ConvNN layers: weigh values by the softmax of the K scores; False: by the raw scores"
     )
+    graph_aggregation: str = option("max", "ViG: what a token takes from its neighbors", choices=GRAPH_AGGREGATIONS)
+    score_temperature: float = option(
+        1.0, "ConvNN layers, KvtAttention: what scores are divided by before the softmax", low=1e-6, high=1e6
+    )
     coordinate_encoding: bool = option(False, "short for --similarity_type Loc_Col")
     kernel_size: int = option(
         9, "Conv1d, Conv1dAttention, BranchConv: tokens; NeighborhoodAttention: side of the window, odd", low=1, high=SIDE
@@ -576,7 +598,15 @@ class ViTConfig(ModelConfig):
     window_size: int = option(16, "LocalAttention: |i - j| <= window_size", low=0, high=TOKENS)
     sparse_mode: str = option("strided", "SparseAttention: which tokens attend to which", choices=("all", "local", "strided"))
     sparse_context_window: int = option(14, "SparseAttention: stride, and twice the reach to either side", low=1, high=TOKENS)
-    dilation: int = option(1, "NeighborhoodAttention: step between the patches of a window", low=1, high=SIDE)
+    dilation: int = option(
+        1,
+        "NeighborhoodAttention, GreedyViG: step between patches; ViG: takes every n-th of the K * n nearest",
+        low=1,
+        high=SIDE,
+    )
+    region_size: int = option(2, "BiFormer, BlockTopK, ContextCluster: side of a region in patches", low=1, high=SIDE)
+    top_regions: int = option(4, "BiFormer, BlockTopK: regions that are attended to", low=1, high=TOKENS)
+    num_clusters: int = option(16, "PaCa: clusters that are attended to", low=1, high=TOKENS)
     branch_ratio: float = option(0.5, "BranchConv, BranchAttention: share of the ConvNN branch", low=0, high=1)
     mask_type: str = option("2d_all_neighbors", "MaskedAttention: which patches are near", choices=MASK_TYPES)
     expansion_step: int = option(1, "MaskedAttention: how far near patches are", low=0, high=SIDE)
@@ -657,11 +687,20 @@ class ViTConfig(ModelConfig):
             tokens = math.prod(self.grid) + self.class_tokens
             if self.K > tokens:
                 raise ValueError(f"K={self.K} is more than the {tokens} tokens there are; K can be 1 to {tokens}")
+        if self.layer == "ViG":
+            dilate(self.neighbors, self.dilation).check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
+        if "region_size" in row.arguments:
+            sides = region_sides(self.region_size, self.grid)
+            regions = math.prod(self.grid) // math.prod(sides)
+            if "top_regions" in row.arguments and self.top_regions > regions:
+                raise ValueError(f"top_regions={self.top_regions} is more than the {regions} regions there are")
         if self.layer == "NeighborhoodAttention":
-            check_window(self.kernel_size, self.dilation, self.grid)
+            check_window(self.kernel_size, self.dilation, sequence_grid(self.grid))
         if self.layer == "Hybrid":
             for dilation in self.hybrid_dilations:
-                check_window(self.hybrid_window, dilation, self.grid, names=("hybrid_window", "hybrid_dilations"))
+                check_window(
+                    self.hybrid_window, dilation, sequence_grid(self.grid), names=("hybrid_window", "hybrid_dilations")
+                )
 
 
 def sequence_grid(grid: tuple[int, int]) -> tuple[int, ...]:
@@ -685,8 +724,36 @@ def check_slots(convolution_type: str, aggregation_type: str) -> None:
         )
 
 
+def check_temperature(score_temperature: float) -> None:
+    if not score_temperature > 0:
+        raise ValueError(f"score_temperature={score_temperature} must be above 0")
+
+
+def dilate(neighbors: NeighborConfig, dilation: int) -> NeighborConfig:
+    """The neighbors of which every `dilation`-th is taken. Raises ValueError where there are not K * dilation candidates."""
+    if dilation < 1:
+        raise ValueError(f"dilation={dilation} must be at least 1")
+    try:
+        return dataclasses.replace(neighbors, K=neighbors.K * dilation)
+    except ValueError as error:
+        raise ValueError(f"dilation={dilation} with K={neighbors.K}: {error}") from None
+
+
+def region_sides(region_size: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a region of patches: a square, in a single row or column of patches a stretch of it.
+
+    Raises ValueError if regions do not divide the grid.
+    """
+    if region_size < 1:
+        raise ValueError(f"region_size={region_size} must be at least 1")
+    sides = tuple(min(region_size, side) if 1 in grid else region_size for side in grid)
+    if any(side % part for side, part in zip(grid, sides, strict=True)):
+        raise ValueError(f"region_size={region_size} does not divide the {_sides(grid)} grid of patches; use one that does")
+    return sides
+
+
 def check_window(
-    kernel_size: int, dilation: int, grid: tuple[int, int], names: tuple[str, str] = ("kernel_size", "dilation")
+    kernel_size: int, dilation: int, grid: tuple[int, ...], names: tuple[str, str] = ("kernel_size", "dilation")
 ) -> None:
     """Raise ValueError, by the names of the two options, if a neighborhood of this size does not lie within the grid."""
     window, step = names

@@ -283,7 +283,8 @@ class NeighborhoodAttention(PlacedAttention):
     """Neighborhood attention (Hassani et al., CVPR 2023; dilated: arXiv 2209.15001), without relative position biases.
 
     Every patch attends to the kernel_size x kernel_size patches around it, `dilation` apart; at the border the window
-    slides inside the grid. A window as large as the grid is `MultiHeadAttention`.
+    slides inside the grid; on a sequence without a grid it has kernel_size tokens. A window as large as the grid is
+    `MultiHeadAttention`.
 
     Raises ValueError if kernel_size is even, or times dilation more than a side of the grid.
     """
@@ -299,7 +300,7 @@ class NeighborhoodAttention(PlacedAttention):
         attention_dropout: float = 0.0,
         bias: bool = True,
     ):
-        check_window(kernel_size, dilation, (layout.height, layout.width))
+        check_window(kernel_size, dilation, layout.grid)
         tiling = neighborhood_tiling(layout.height, layout.width, kernel_size, dilation)
         super().__init__(d_model, num_heads, [tiling], layout=layout, attention_dropout=attention_dropout, bias=bias)
 

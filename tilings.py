@@ -88,6 +88,8 @@ def neighborhood_tiling(height: int, width: int, kernel_size: int, dilation: int
 
     def along(side: int) -> tuple[Tensor, Tensor]:
         """(T, q) and (T, k) positions along one side."""
+        if side == 1:
+            return pad_tiles([[0]]), pad_tiles([[0]])
         starts = window_start(torch.arange(side, device="cpu"), side, kernel_size, dilation).tolist()
         queries, keys = [], []
         for offset in range(dilation):

@@ -271,3 +271,26 @@ def aggregate_backward(
         if need_values:
             grad_values.view(-1, C).index_add_(0, chosen, to_mixed.reshape(-1, C).to(dtype))
     return grad_values.to(values.dtype), grad_weight.to(weight.dtype), grad_scores
+
+
+def max_neighbors(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Slot by slot, so that no more than one neighbor of a row is gathered at a time."""
+    (B, N, K), (M, C) = index.shape, values.shape[1:]
+    flat, rows = values.reshape(-1, C), flat_index(index, M)  # (B * N, K)
+    tokens = index.reshape(-1, K).int()
+    largest, winner = values.new_empty(B * N, C), values.new_empty(B * N, C, dtype=torch.int32)
+    for part in range(0, B * N, rows_per_chunk(C, CHUNK)):
+        part = slice(part, part + rows_per_chunk(C, CHUNK))
+        best, best_token = flat[rows[part, 0]], tokens[part, :1].expand(-1, C)
+        for k in range(1, K):
+            other = flat[rows[part, k]]
+            is_larger = other > best
+            best = torch.where(is_larger, other, best)
+            best_token = torch.where(is_larger, tokens[part, k, None], best_token)
+        largest[part], winner[part] = best, best_token
+    return largest.view(B, N, C), winner.view(B, N, C)
+
+
+def max_neighbors_backward(grad: Tensor, values: Tensor, winner: Tensor) -> Tensor:
+    grad_values = values.new_zeros(values.shape, dtype=accumulator(values.dtype))
+    return grad_values.scatter_add_(1, winner.long(), grad.to(grad_values.dtype)).to(values.dtype)

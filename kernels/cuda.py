@@ -1,9 +1,9 @@
 """The operators of `neighbors.py` as Triton kernels: searching, scoring and aggregating without anything of size N x M.
 
-One function per operator, with its signature; before a call, `covers_search`, `covers_pairs`, `covers_aggregate` or
-`covers_weighted_sum` says whether the kernels take these tensors: on CUDA (or, under TRITON_INTERPRET=1, on a CPU), in float32,
-bfloat16 or float16, K at most 64. Tensors may have any strides. Sums are in float32. The search ranks float32 inputs by
-products of full float32 precision; NaN ranks above infinity, and of equal scores the smallest row of key wins.
+One function per operator, with its signature; before a call, `covers_search`, `covers_pairs`, `covers_aggregate`,
+`covers_weighted_sum` or `covers_max` says whether the kernels take these tensors: on CUDA (or, under TRITON_INTERPRET=1, on
+a CPU), in float32, bfloat16 or float16, K at most 64. Tensors may have any strides. Sums are in float32. The search ranks
+float32 inputs by products of full float32 precision; NaN ranks above infinity, and of equal scores the smallest key wins.
 
 Sums over the pairs that chose a token are atomic additions in any order, or, under `torch.use_deterministic_algorithms`, run
 through the pairs sorted by token. Nothing here waits for the device.
@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.triton_common import INTERPRETED
 from kernels.triton_convolution import convolution, convolution_rows_grad, convolution_weight_grad
 from kernels.triton_search import search
-from kernels.triton_sums import depthwise_weight_grad, dot_pairs, spread, sum_neighbors
+from kernels.triton_sums import depthwise_weight_grad, dot_pairs, max_rows, spread, sum_neighbors
 
 MOST_NEIGHBORS = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,6 +71,14 @@ def covers_weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> bool:
     )
 
 
+def covers_max(values: Tensor, index: Tensor) -> bool:
+    return (
+        values.dtype in DTYPES
+        and max(index.numel(), len(values) * values.shape[1]) <= MOST_ELEMENTS
+        and _covered(index.shape[2], values, index)
+    )
+
+
 def find_neighbors(
     query: Tensor, key: Tensor, K: int, metric: str, candidates: Tensor | None, self_index: Tensor | None
 ) -> Tensor:
@@ -118,3 +126,7 @@ def aggregate_backward(
     grad_values = spread(grad, index, scores, values, weight) if need_values else values.new_empty(0)
     grad_scores = values.new_empty(0, dtype=torch.float32) if scores is None else dot_pairs(grad, values, index, weight)
     return grad_values, depthwise_weight_grad(grad, values, index, scores).to(weight.dtype), grad_scores
+
+
+def max_neighbors(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    return max_rows(values, index)

@@ -262,6 +262,47 @@ def _(grad, values, index, weights, **_kwargs) -> int:
     return 4 * math.prod(index) * values[2]
 
 
+@custom_op("convnn::max_neighbors", mutates_args=())
+def max_neighbors(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest of the neighbors, channel by channel, and the row it came from, of equal ones the first slot's.
+
+    values (B, M, C), index (B, N, K) -> (B, N, C) each.
+    """
+    return chunked.max_neighbors(values, index)
+
+
+@max_neighbors.register_fake
+def _(values, index):
+    shape = *index.shape[:2], values.shape[2]
+    return values.new_empty(shape), values.new_empty(shape, dtype=torch.int32)
+
+
+@custom_op("convnn::max_neighbors_backward", mutates_args=())
+def max_neighbors_backward(grad: Tensor, values: Tensor, winner: Tensor) -> Tensor:
+    """Gradient of the values: that of each largest one goes to the row it came from."""
+    return chunked.max_neighbors_backward(grad, values, winner)
+
+
+@max_neighbors_backward.register_fake
+def _(grad, values, winner):
+    return values.new_empty(values.shape)
+
+
+def _save_max(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _max_gradient(ctx, grad, _):
+    values, winner = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the gradient will be differentiated
+        return *_plain_gradients(lambda v: v.gather(1, winner.long()), (values,), grad), None
+    return torch.ops.convnn.max_neighbors_backward(grad, values, winner), None
+
+
+max_neighbors.register_autograd(_max_gradient, setup_context=_save_max)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Who computes
 # ---------------------------------------------------------------------------------------------------------------
@@ -275,6 +316,8 @@ OPERATORS = (
     aggregate_backward,
     weighted_sum,
     weighted_sum_backward,
+    max_neighbors,
+    max_neighbors_backward,
 )
 
 
@@ -288,6 +331,8 @@ COVERED = {
     "aggregate_backward": lambda kernels, _, *given: kernels.covers_aggregate(*given[:4]),
     "weighted_sum": lambda kernels, *given: kernels.covers_weighted_sum(*given),
     "weighted_sum_backward": lambda kernels, _, *given: kernels.covers_weighted_sum(*given),
+    "max_neighbors": lambda kernels, values, index: kernels.covers_max(values, index),
+    "max_neighbors_backward": lambda *_: False,  # one scatter of PyTorch's
 }
 
 

@@ -81,3 +81,8 @@ def aggregate(values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | No
 def weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     dtype = accumulator(values.dtype)
     return (gather(values.to(dtype), index) * weights.to(dtype)[..., None]).sum(dim=2).to(values.dtype)
+
+
+def max_neighbors(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    largest, slot = gather(values, index).max(dim=2)  # (B, N, C) each
+    return largest, index.gather(2, slot).int()

@@ -1,4 +1,4 @@
-"""Sums over channels, over neighbors, and over those who chose a token: gathers, bound by memory.
+"""Sums over channels, over neighbors, and over those who chose a token, and the largest neighbor: gathers, bound by memory.
 
 The last are atomic additions in any order, or, under `torch.use_deterministic_algorithms`, run through the pairs sorted by
 token.
@@ -89,6 +89,39 @@ def _gather_sum_kernel(
         total += part
     there_too = there[:, None] & (channels < C)[None, :]
     tl.store(output + row.to(tl.int64)[:, None] * C + channels[None, :], total, mask=there_too)
+
+
+@triton.jit
+def _gather_max_kernel(
+    x,
+    x_strides,
+    index,
+    index_strides,
+    largest,
+    winner,
+    count,
+    N,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """For each row and channel the largest of the neighbors, and the row that it came from; the first slot wins ties."""
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    there = row < count
+    channels = tl.program_id(1) * BC + tl.arange(0, BC)
+    slots = index + row_offset(row, N, index_strides)
+    best = load_rows(x, chosen_offset(index, index_strides, row, 0, there, N, x_strides), there, channels, C)
+    token = tl.load(slots, mask=there, other=0).to(tl.int32)[:, None] + tl.zeros((BN, BC), tl.int32)
+    for k in range(1, K):
+        part = load_rows(x, chosen_offset(index, index_strides, row, k, there, N, x_strides), there, channels, C)
+        chosen = tl.load(slots + k, mask=there, other=0).to(tl.int32)
+        token = tl.where(part > best, chosen[:, None], token)
+        best = tl.where(part > best, part, best)
+    there_too = there[:, None] & (channels < C)[None, :]
+    place = row.to(tl.int64)[:, None] * C + channels[None, :]
+    tl.store(largest + place, best, mask=there_too)
+    tl.store(winner + place, token, mask=there_too)
 
 
 @triton.jit
@@ -257,6 +290,25 @@ def sum_neighbors(
         num_warps=4,
     )
     return output
+
+
+def max_rows(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest neighbor by channel, and the row it came from: x (G, M, C), index (G, N, K) -> (G, N, C) each."""
+    (G, N, K), C = index.shape, x.shape[2]
+    largest, winner = x.new_empty((G, N, C)), x.new_empty((G, N, C), dtype=torch.int32)
+    BN, BC = 32, block(C, 64)
+    common.launch(
+        _gather_max_kernel,
+        (triton.cdiv(G * N, BN), triton.cdiv(C, BC)),
+        *(*rows_of(x), *rows_of(index), largest, winner, G * N, N),
+        device=x.device,
+        K=K,
+        C=C,
+        BN=BN,
+        BC=BC,
+        num_warps=4,
+    )
+    return largest, winner
 
 
 def spread(

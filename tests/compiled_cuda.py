@@ -110,6 +110,7 @@ def cases() -> dict[str, tuple]:
                 found[f"{name}, {size}"] = cuda.pair_scores, x, x, index, squared
                 found[f"{name} backward, {size}"] = cuda.pair_scores_backward, scores, x, x, index, squared
             found[f"weighted sum, {size}"] = cuda.weighted_sum, x, index, scores
+            found[f"largest neighbor, {size}"] = cuda.max_neighbors, x, index
             weight = new(K, C, dtype=dtype)
             found[f"depthwise, {size}"] = cuda.aggregate, x, index, weight, scores, True
             found[f"depthwise backward, {size}"] = cuda.aggregate_backward, x, x, index, weight, scores, True, True

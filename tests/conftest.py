@@ -4,14 +4,11 @@ import signal
 
 # Small models are as fast on one core, and the tests, with the programs they start, run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers is more processes that import torch
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # where more are asked for, none may take a core to wait on it
 
 import pytest
-import torch
 from hypothesis import settings
-
-import kernels.cpu
-from kernels.backend import use
 
 # Under nohup it is ignored, by the programs that the tests start too, and runs keep to that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -19,14 +16,27 @@ settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40
 settings.load_profile("ci")
 
 
+def pytest_collection_finish(session):
+    """Where tests are about to run, with their modules imported and nothing computed yet."""
+    import forked
+
+    forked.start()
+
+
+# torch and what needs it are imported in fixtures: the process that hands out tests to others does without.
 @pytest.fixture(autouse=True)
 def fixed_seed():
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(params=["cpu dense", "cpu bags", "cpu gathered", "chunked"])
 def backend(request, monkeypatch):
     """Every way in which the operators can compute here: a test that takes this fixture runs once for each."""
+    import kernels.cpu
+    from kernels.backend import use
+
     device, _, strategy = request.param.partition(" ")
     if strategy:
         monkeypatch.setattr(kernels.cpu, "_dense_pays", lambda index, tokens: strategy == "dense")

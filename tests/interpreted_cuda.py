@@ -17,23 +17,26 @@ from kernels import cuda, triton_convolution
 
 torch.set_default_device(os.environ.get("CONVNN_TEST_DEVICE", "cpu"))  # cuda: not interpreted, where there is a GPU
 METRICS = ("cosine", "euclidean", "matmul")
-TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 # B, N, M, C, K, type, with scores: N ragged, rows in one part and in several, more queries than keys and fewer, channels in
 # one block and in several.
+SIZES = [
+    ((2, 37, 9, 12, 9), torch.float32, True),
+    ((1, 300, 5, 24, 1), torch.float32, False),
+    ((1, 5, 12, 70, 4), torch.float32, True),
+    ((1, 9, 30, 20, 16), torch.float16, True),
+    ((1, 3, 6, 5, 32), torch.float16, False),
+]
+# And two forms: each size in both, with sums in one order for the one and in the other for the other, so that every pair of
+# form, order and type occurs.
 CASES = pytest.mark.parametrize(
-    "size, dtype, scored",
-    [
-        ((2, 37, 9, 12, 9), torch.float32, True),
-        ((1, 300, 5, 24, 1), torch.float32, False),
-        ((1, 5, 12, 70, 4), torch.float32, True),
-        ((1, 9, 30, 20, 16), torch.float16, True),
-        ((1, 3, 6, 5, 32), torch.float16, False),
-    ],
+    "size, dtype, scored, form, in_order",
+    [(*case, form, (number + form) % 2 == 1) for number, case in enumerate(SIZES) for form in (0, 1)],
     ids=str,
+    indirect=["in_order"],
 )
 
 
-@pytest.fixture(params=[False, True], ids=["atomic", "in order"])
+@pytest.fixture
 def in_order(request):
     """Sums over the pairs that chose a token in either way."""
     torch.use_deterministic_algorithms(request.param)
@@ -97,7 +100,7 @@ def gradients(function, grad, *inputs):
 # --- search ---------------------------------------------------------------------------------------------------------
 
 
-@TYPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_search(metric, dtype):
     B, N, M, C, K = 1, 40, 97, 12, 9
@@ -193,9 +196,9 @@ def test_euclidean_search_far_from_the_origin():
 
 
 @CASES
-@pytest.mark.parametrize("squared", [False, True], ids=["dot", "squared distance"])
-def test_pair_scores(size, dtype, scored, squared, in_order):
+def test_pair_scores(size, dtype, scored, form, in_order):
     query, key, index, grad = problem(size, dtype)
+    squared = form == 1  # distances, else products
 
     def plain(query, key):
         rows = gather(key, index)
@@ -209,8 +212,17 @@ def test_pair_scores(size, dtype, scored, squared, in_order):
     assert_close(found[1], to_key, dtype)
 
 
+@pytest.mark.parametrize("size, dtype, scored", SIZES, ids=str)
+def test_max_neighbors(size, dtype, scored):
+    _, values, index, _ = problem(size, dtype)
+    expected, slot = gather(values.double(), index).max(dim=2)
+    largest, winner = cuda.max_neighbors(strided(values), strided(index))
+    assert largest.dtype == dtype and winner.dtype == torch.int32 and torch.equal(largest.double(), expected)
+    assert torch.equal(winner.long(), index.gather(2, slot)) or torch.equal(values.double().gather(1, winner.long()), expected)
+
+
 @CASES
-def test_weighted_sum(size, dtype, scored, in_order):
+def test_weighted_sum(size, dtype, scored, form, in_order):
     grad, values, index, weights = problem(size, dtype)
     expected, to_values, to_weights = gradients(
         lambda values, weights: (gather(values, index) * weights[..., None]).sum(2), grad, values, weights
@@ -225,12 +237,11 @@ def test_weighted_sum(size, dtype, scored, in_order):
 
 
 @CASES
-@pytest.mark.parametrize("width", [None, 20], ids=["depthwise", "standard"])
-def test_aggregate(size, dtype, scored, width, in_order, monkeypatch):
+def test_aggregate(size, dtype, scored, form, in_order, monkeypatch):
     monkeypatch.setattr(triton_convolution, "ORDERED_ELEMENTS", 1)  # one group at a time
-    (C, K), depthwise = size[3:], width is None
+    (C, K), depthwise = size[3:], form == 0
     _, values, index, pair_scores = problem(size, dtype)
-    D = C if depthwise else width
+    D = C if depthwise else 20
     slots = (torch.randn(D, 1 if depthwise else C, K) / math.sqrt(K * C)).to(dtype)  # as nn.Conv1d holds it
     weight = slots.view(C, K).t() if depthwise else slots.transpose(1, 2).reshape(D, K * C)
     grad = torch.randn(*index.shape[:2], D).to(dtype)

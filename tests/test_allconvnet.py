@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from allconvnet import LAYERS2D, AllConvNet, AllConvNetConfig, make_layer2d
+from graph_layers import GraphConv2d
 from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d
 from options import LAYERS2D_NAMES
 from utils import count_flops, count_parameters
@@ -20,7 +21,7 @@ def make(**options):
 
 
 def test_option_names_are_the_registry():
-    assert tuple(LAYERS2D) == LAYERS2D_NAMES and len(PAIRS) == 12
+    assert tuple(LAYERS2D) == LAYERS2D_NAMES and len(PAIRS) == 20
 
 
 def combinations():
@@ -57,6 +58,7 @@ def test_every_layer_trains_a_step(layer, sampling, samples, magnitude_type, pat
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers_are_what_the_name_says(layer):
     types = {"Conv2d": nn.Conv2d, "ConvNN": ConvNN2d, "ConvNN_Attn": ConvNNAttention2d, "Attention": Attention2d}
+    types["ViG"] = GraphConv2d
     config = AllConvNetConfig(layer=layer, channels=[8], K=3, image_size=4, branch_ratio=0.25)
     mixer = make_layer2d(config, 3, 8)
     if "/" not in layer:
@@ -131,23 +133,28 @@ def test_patterns_that_change_the_size_of_the_map(layer, pattern, sizes):
 
 @pytest.mark.parametrize("layer", LAYERS2D)
 def test_compiles_without_a_graph_break(layer):
+    """In training, with candidates that are drawn inside the graph."""
+    model, x = make(layer=layer, sampling_type="random", num_samples=4).double(), torch.randn(2, 3, 4, 6).double()
     torch._dynamo.reset()
-    model = make(layer=layer, sampling_type="random", num_samples=4).eval()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 3, 4, 6)
-    torch.testing.assert_close(compiled(x), model(x))
-    model.train()
-    compiled(x).sum().backward()
+    results = []
+    for call in (torch.compile(model, backend="aot_eager", fullgraph=True), model):
+        torch.manual_seed(1)
+        logits = call(x)
+        results.append((logits, *torch.autograd.grad(logits.square().sum(), model.parameters())))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
 
 
 def test_inductor_equals_eager():
+    """Two branches; the rest of the network is PyTorch's own."""
     torch._dynamo.reset()
-    model = make(layer="Conv2d/ConvNN_Attn", channels=(8,)).double().eval()
+    mixer = make(layer="Conv2d/ConvNN_Attn", channels=(8,)).layers[0][0].double()
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
-    compiled = torch.compile(model)
-    torch.testing.assert_close(compiled(x), model(x), atol=1e-9, rtol=0)
-    ours, theirs = (torch.autograd.grad(call(x).square().sum(), [x, *model.parameters()]) for call in (compiled, model))
-    for a, b in zip(ours, theirs, strict=True):
+    results = []
+    for call in (torch.compile(mixer, fullgraph=True), mixer):
+        y = call(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()])))
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
@@ -158,7 +165,7 @@ def test_recomputed_activations_change_nothing():
     for recompute in (False, True):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = make(layer="ConvNN/ConvNN_Attn", sampling_type="random", num_samples=4)
+        model = make(layer="ConvNN_Attn", sampling_type="random", num_samples=4)
         model.recompute = recompute
         saved = []
         torch.manual_seed(1)

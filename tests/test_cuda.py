@@ -24,6 +24,7 @@ HEAVIEST = [
     "search_kernel: search, euclidean, own first, candidates, bf16, C 64, K 9",
     "key_terms_kernel: search, cosine, own first, bf16, C 256, K 9",
     "pair_kernel: depthwise backward, fp32, C 64, K 16",
+    "gather_max_kernel: largest neighbor, fp32, C 64, K 16",
     "gather_sum_kernel: squared distances backward, fp32, C 64, K 16",
     "spread_atomic_kernel: squared distances backward, fp32, C 64, K 16",
     "spread_sorted_kernel: squared distances backward, fp32, C 64, K 16",
@@ -91,6 +92,7 @@ def calls(dtype):
     yield cuda.weighted_sum, (key, index, pairs), [rows]
     yield cuda.weighted_sum, (key.mT.contiguous().mT, index[:1].expand(B, -1, -1), pairs.to(dtype)), [rows]
     yield cuda.weighted_sum_backward, (query, key, index, pairs.to(dtype)), [keys, ((B, N, K), dtype)]
+    yield cuda.max_neighbors, (key, index), [rows, ((B, N, C), torch.int32)]
     for depthwise in (True, False):
         weight, out = (new(K, C), C) if depthwise else (new(D, K * C), D)
         for scores in (None, pairs):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 
 import allconvnet_main
 import train_eval
@@ -94,15 +95,28 @@ def test_a_stream_that_nobody_reads_goes_nowhere():
     stream.close()
 
 
-@pytest.mark.parametrize("redirection", ["| head -1", ">&- 2>&-", "2>&-", "0<&- >&-"])
-def test_a_run_whose_streams_are_closed_goes_on(redirection, tmp_path):
-    command = f"{sys.executable} allconvnet_main.py {LINE} --num_epochs 2 --save_minutes 0 --output_dir {tmp_path / 'run'}"
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", f"{command} {redirection}"], cwd=ROOT, capture_output=True, text=True
-    )
+def run_of_its_own(folder):
+    return f"allconvnet_main.py {LINE} --num_epochs 2 --save_minutes 0 --output_dir {folder}".split()
+
+
+def has_finished(folder):
+    summary = (folder / "summary.json").read_text()
+    return torch.load(folder / "last.pt", weights_only=True)["epoch"] == 2 and "finished" in summary
+
+
+def test_a_run_whose_reader_has_seen_enough_goes_on(tmp_path):
+    command = f"set -o pipefail; {sys.executable} {' '.join(run_of_its_own(tmp_path / 'run'))} | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 2
-    assert "finished" in (tmp_path / "run" / "summary.json").read_text()
+    assert has_finished(tmp_path / "run")
+
+
+@pytest.mark.parametrize("closed", [(1, 2), (2,), (0, 1)], ids=["output and errors", "errors", "input and output"])
+def test_a_run_whose_streams_are_closed_goes_on(closed, tmp_path):
+    process = Forked(run_of_its_own(tmp_path / "run"), closed=closed, cwd=ROOT)
+    _, error = process.communicate()
+    assert process.returncode == 0 and error == "", error
+    assert has_finished(tmp_path / "run")
 
 
 # --- signals --------------------------------------------------------------------------------------------------------

@@ -263,19 +263,29 @@ def test_autocast(layer_type, dtype):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["image_size known", "tables on the first forward"])
-@pytest.mark.parametrize("similarity", ["Col", "Loc", "Loc_Col"])
-@pytest.mark.parametrize(("sampling", "samples"), SAMPLING)
+def compilations():
+    """(sampling, samples, similarity, known): tables made on the first forward for all, in the constructor where a table is."""
+    for sampling, samples in SAMPLING:
+        for similarity in ("Col", "Loc", "Loc_Col"):
+            yield sampling, samples, similarity, False
+            if similarity == "Loc" or (sampling, similarity) == ("spatial", "Col"):
+                yield sampling, samples, similarity, True
+
+
+@pytest.mark.parametrize(("sampling", "samples", "similarity", "known"), list(compilations()))
 @pytest.mark.parametrize("layer_type", [ConvNN2d, ConvNNAttention2d])
 def test_compiles_without_a_graph_break(layer_type, sampling, samples, similarity, known):
+    """In training, with random candidates drawn inside the graph."""
     cfg = NeighborConfig(K=3, sampling_type=sampling, num_samples=samples, similarity_type=similarity)
-    layer = layer_type(3, 4, cfg, image_size=(4, 6) if known else None).eval()
+    layer = layer_type(3, 4, cfg, image_size=(4, 6) if known else None).double()
     torch._dynamo.reset()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 3, 4, 6)
-    torch.testing.assert_close(compiled(x), layer(x))
-    layer.train()
-    compiled(x).sum().backward()  # random: draws inside the graph
+    x, results = torch.randn(2, 3, 4, 6).double(), []
+    for call in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):
+        torch.manual_seed(1)
+        y = call(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), layer.parameters())))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from neighbors import (
     grid_places,
     join_coordinates,
     location_neighbors,
+    max_neighbors,
     neighbor_scores,
     neighbor_weights,
     random_candidates,
@@ -344,6 +345,26 @@ def test_weighted_sum(backend, problem):
     assert_same_gradients(weighted_sum(values, index, weights), theirs, (values, weights))
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problem=problems())
+def test_max_neighbors(backend, problem):
+    query, values, K = problem
+    index = torch.randint(0, values.shape[1], (*query.shape[:2], K))
+    theirs = gather(values.requires_grad_(), index).max(dim=2).values  # in two slots one token: any of them passes it on
+    assert_same_gradients(max_neighbors(values, index), theirs, (values,))
+    twice = []  # gradients of the gradient
+    for largest in (max_neighbors(values, index), gather(values, index).amax(2)):
+        (gradient,) = torch.autograd.grad(largest.square().sum(), values, create_graph=True)
+        twice.append(torch.autograd.grad(gradient.square().sum(), values)[0])
+    torch.testing.assert_close(*twice)
+
+
+def test_of_equal_values_the_first_slot_has_the_gradient(backend):
+    values = torch.ones(1, 3, 2, requires_grad=True)
+    max_neighbors(values, torch.tensor([[[2, 0], [1, 2]]])).sum().backward()
+    assert values.grad[0].tolist() == [[0, 0], [1, 1], [1, 1]]
+
+
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_aggregate_and_scores_in_chunks(chunks, backend, depthwise):
     values, query = (torch.randn(2, 9, 3).double().requires_grad_() for _ in range(2))
@@ -358,6 +379,7 @@ def test_aggregate_and_scores_in_chunks(chunks, backend, depthwise):
     ones, factors = torch.ones(3, 1, 4).double(), torch.rand(2, 9, 4).double().requires_grad_()
     theirs = naive_aggregate(values, index, ones, factors, 3)
     assert_same_gradients(weighted_sum(values, index, factors), theirs, (values, factors))
+    assert_same_gradients(max_neighbors(values, index), gather(values, index).amax(2), (values,))
 
 
 def test_aggregate_under_autocast_is_bfloat16_with_float32_weights():
@@ -470,6 +492,7 @@ def test_operators_follow_the_rules_of_torch_library(depthwise):
     torch.library.opcheck(torch.ops.convnn.find_scored_neighbors, search, test_utils=checks)
     torch.library.opcheck(torch.ops.convnn.pair_scores, (x, x, index, True))
     torch.library.opcheck(torch.ops.convnn.weighted_sum, (x, index, factors))
+    torch.library.opcheck(torch.ops.convnn.max_neighbors, (x, index), test_utils=checks)
     torch.library.opcheck(torch.ops.convnn.aggregate, (x, index, weight.requires_grad_(), factors, depthwise))
 
 

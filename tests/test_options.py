@@ -32,7 +32,7 @@ from options import (
 ROOT = Path(__file__).parent.parent
 BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "resume", "test_only", "tensorboard")
 BOOLEANS += ("overwrite", "override")
-LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention")
+LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention", "ViG")
 
 # What `allconvnet_main.py` without a flag resolves to; num_workers depends on the machine.
 DEFAULTS = {
@@ -46,6 +46,8 @@ DEFAULTS = {
     "shuffle_scale": 2,
     "padding": 0,
     "branch_ratio": 0.5,
+    "graph_aggregation": "max",
+    "score_temperature": 1.0,
     # neighbors
     "K": 9,
     "sampling_type": "all",
@@ -818,6 +820,9 @@ VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in (
     "mask_type": "2d_all_neighbors",
     "expansion_step": 1,
     "dilation": 1,
+    "region_size": 2,
+    "top_regions": 4,
+    "num_clusters": 16,
     "linformer_k": 64,
     "performer_features": 64,
     "performer_kernel": "softmax",
@@ -839,7 +844,7 @@ VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name != "sh
     "layer": (
         *("Attention", "ConvNN", "ConvNNAttention", "Conv1d", "Conv1dAttention", "KvtAttention", "LocalAttention"),
         *("SparseAttention", "MaskedAttention", "NeighborhoodAttention", "Linformer", "Performer", "Nystromformer", "Hybrid"),
-        *("GPSA", "BranchConv", "BranchAttention"),
+        *("GPSA", "BranchConv", "BranchAttention", "ViG", "GreedyViG", "BiFormer", "BlockTopK", "PaCa", "ContextCluster"),
     ),
     "model": ("vit", "convit_ti", "convit_ti_plus", "convit_s", "convit_s_plus", "convit_b", "convit_b_plus"),
     "pos_embedding": ("sinusoidal", "learned", "none"),

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from PIL import Image
 
 import allconvnet_main
@@ -202,15 +203,16 @@ def test_a_run_stopped_again_and_again(tmp_path, monkeypatch):
 
 def test_a_compiled_run_stopped_before_a_short_batch(tmp_path, monkeypatch):
     """The resumed one begins with a size of batch that the whole one saw last."""
-    line = f"{CONVNET} --layer Conv2d --channels 4 --use_compiled"
+    line = f"{CONVNET} --layer Conv2d --channels 4 --use_compiled --train_limit 20 --test_limit 16"
     run(line, tmp_path / "whole")
-    kill_at(monkeypatch, train_eval.Training, "update", 6)
+    kill_at(monkeypatch, train_eval.Training, "update", 1)
     torch._dynamo.reset()
     run(line, tmp_path / "run")
     monkeypatch.undo()
     torch._dynamo.reset()
     assert run(f"{line} --resume", tmp_path / "run") == 0
     assert same(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
+    assert not any("_orig_mod" in name for name in state_of(tmp_path / "run")["model"])
 
 
 def test_a_finished_run_resumed_for_fewer_epochs_stays_as_it_is(tmp_path):
@@ -272,9 +274,8 @@ def test_a_signal_before_anything_was_done(tmp_path, monkeypatch, capsys):
 def test_a_signal_to_the_whole_group_from_outside(images, tmp_path):
     """As clusters send it: to the program and to the processes that read images for it."""
     line = f"{FOLDER} --num_workers 2 --data_path {images} --device cpu --num_epochs 4000 --save_minutes 0 --output_dir"
-    command = [sys.executable, "allconvnet_main.py", *shlex.split(line), str(tmp_path / "run")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    command = ["allconvnet_main.py", *shlex.split(line), str(tmp_path / "run")]
+    process = Forked(command, cwd=ROOT, start_new_session=True)
     for text in process.stdout:
         if text.startswith("epoch   3"):
             break
@@ -343,9 +344,7 @@ def test_a_kill_within_a_save_leaves_a_good_checkpoint(tmp_path):
 
 
 KILLED = """
-import sys
-sys.path[:0] = [{tests!r}]
-import torch, utils, vit_main
+import sys, utils, vit_main
 from test_resume import die_within_a_save
 original, saves = utils.RunFolder.save, []
 def save(self, *args):
@@ -360,14 +359,17 @@ vit_main.main(sys.argv[1:])
 
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     """Within the bytes of a save; what the other places leave is the same, as the test above shows."""
-    line = f"{VIT} --dropout 0.2 --ema_decay 0.9 --device cpu --num_epochs 3 --output_dir {tmp_path / 'run'}"
-    script = KILLED.format(tests=str(ROOT / "tests"))
-    killed = subprocess.run([sys.executable, "-c", script, *shlex.split(line)], cwd=ROOT, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+    def run_in_a_fork(folder, *program):
+        line = f"{VIT} --dropout 0.2 --ema_decay 0.9 --device cpu --num_epochs 3 --output_dir {folder} --resume"
+        process = Forked([*program, *shlex.split(line)], cwd=ROOT)
+        return process.communicate() and process.returncode
+
+    assert run_in_a_fork(tmp_path / "run", "-c", KILLED) == -signal.SIGKILL
     assert list((tmp_path / "run").glob(".*.tmp"))
-    assert run(f"{VIT} --dropout 0.2 --ema_decay 0.9 --resume", tmp_path / "run", program=vit_main, epochs=3) == 0
+    assert run_in_a_fork(tmp_path / "run", "vit_main.py") == 0
     assert not list((tmp_path / "run").glob(".*"))
-    run(f"{VIT} --dropout 0.2 --ema_decay 0.9", tmp_path / "whole", program=vit_main, epochs=3)
+    assert run_in_a_fork(tmp_path / "whole", "vit_main.py") == 0
     assert same(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
     assert table(tmp_path / "run") == table(tmp_path / "whole")
 

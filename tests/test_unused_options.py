@@ -37,6 +37,8 @@ VIT = [
     ("--K 5 --layer Linformer", ["--K 5"]),
     ("--K 5 --layer KvtAttention --magnitude_type cosine", ["--magnitude_type cosine"]),
     ("--layer ConvNNAttention --kernel_size 3 --K 5 --no-softmax_topk_val", ["--kernel_size 3"]),
+    ("--layer ConvNN --no-softmax_topk_val --score_temperature 2", ["--score_temperature 2.0"]),
+    ("--layer KvtAttention --no-softmax_topk_val --score_temperature 2", ["--softmax_topk_val False"]),
     ("--layer Conv1d --attention_dropout 0.2 --kernel_size 3", ["--attention_dropout 0.2"]),
     ("--layer Conv1d --num_local_layers 2 --attention_dropout 0.2", []),  # of the Attention after them
     ("--layer Conv1d --num_local_layers 0 --kernel_size 3", ["--kernel_size 3 is not used by --num_local_layers 0"]),
@@ -150,6 +152,11 @@ VIT_VALUES = TWO_VALUES | {
     "sparse_mode": ("strided", "local"),
     "sparse_context_window": (3, 5),
     "dilation": (1, 2),
+    "graph_aggregation": ("max", "edge"),
+    "score_temperature": (1.0, 2.0),
+    "region_size": (2, 1),
+    "top_regions": (2, 3),
+    "num_clusters": (5, 4),
     "branch_ratio": (0.5, 0.25),
     "mask_type": ("2d_cardinal", "1d_cardinal"),
     "expansion_step": (1, 2),
@@ -170,6 +177,8 @@ ALLCONVNET_VALUES = TWO_VALUES | {
     "shuffle_scale": (2, 1),
     "padding": (0, 1),
     "branch_ratio": (0.5, 0.25),
+    "graph_aggregation": ("max", "edge"),
+    "score_temperature": (1.0, 2.0),
 }
 
 
@@ -198,10 +207,10 @@ def check_table(make, config, values, size):
 @pytest.mark.parametrize("layer", LAYERS1D)
 def test_the_table_of_the_vit_is_true(layer):
     def config(**values):
-        sizes = {"image_size": (24, 28), "patch_size": 4, "num_layers": 1, "num_heads": 4, "d_model": 16, "d_mlp": 8}
+        sizes = {"image_size": (24, 32), "patch_size": 4, "num_layers": 1, "num_heads": 4, "d_model": 16, "d_mlp": 8}
         return ViTConfig(layer=layer, pool="mean", **sizes, **values)
 
-    check_table(ViT, config, VIT_VALUES, (24, 28))
+    check_table(ViT, config, VIT_VALUES, (24, 32))
 
 
 @pytest.mark.parametrize("layer", [*options.LAYERS2D_NAMES, "Conv2d/ConvNN", "ConvNN_Attn/Attention"])

@@ -53,7 +53,7 @@ TYPES = {
     "BranchConv": BranchingConv,
     "BranchAttention": BranchingAttention,
 }
-CONVOLUTIONS = ("Conv1d", "Conv1dAttention")
+WITHOUT_MATRIX = ("Conv1d", "Conv1dAttention", "ViG", "GreedyViG")
 
 
 def make_config(**options):
@@ -74,6 +74,7 @@ def make_config(**options):
         "nystrom_landmarks": 5,
         "nystrom_conv_kernel": 3,
         "hybrid_dilations": (1,),
+        "region_size": 1,
         "dropout": 0.0,
         "attention_dropout": 0.0,
         "num_classes": 5,
@@ -106,7 +107,7 @@ def test_layers_are_what_the_name_says_and_follow_the_flags(layer):
         window_size=7,
         sparse_mode="local",
         sparse_context_window=6,
-        dilation=3,
+        dilation=2 if layer == "ViG" else 3,  # of its K * dilation nearest neighbors, there are 13
         mask_type="1d_cardinal",
         expansion_step=2,
         linformer_k=7,
@@ -117,6 +118,9 @@ def test_layers_are_what_the_name_says_and_follow_the_flags(layer):
         hybrid_window=1,
         hybrid_dilations=(3, 1, 2),
         locality_strength=3.0,
+        graph_aggregation="mean",
+        top_regions=3,
+        num_clusters=7,
         branch_ratio=0.25,
         convolution_type="standard",
         softmax_topk_val=False,
@@ -132,7 +136,7 @@ def test_layers_are_what_the_name_says_and_follow_the_flags(layer):
     parts = [mixer.first, mixer.second] if layer.startswith("Branch") else [mixer]
     for part in parts:
         assert part.num_heads == 4
-        if layer not in CONVOLUTIONS and not isinstance(part, MultiHeadConv1dAttention):
+        if "attention_dropout" in LAYERS1D_ROWS[layer].options and not isinstance(part, MultiHeadConv1dAttention):
             assert part.attention_dropout == 0.3
         if isinstance(part, MultiHeadConvNNAttention):
             assert part.select.neighbors == config.neighbors and not part.softmax_topk_val
@@ -143,6 +147,12 @@ def test_layers_are_what_the_name_says_and_follow_the_flags(layer):
         assert mixer.widths == (4, 12)
     if layer == "KvtAttention":
         assert mixer.K == 5
+    if layer == "ViG":
+        assert mixer.dilation == 2 and mixer.select.neighbors.K == 10 and mixer.graph.kind == "mean"
+    if layer in ("BiFormer", "BlockTopK"):
+        assert mixer.regions.shape == (12, 1) and mixer.top_regions == 3
+    if layer == "PaCa":
+        assert mixer.cluster.weight.shape == (7, 16)
     if layer == "Linformer":
         assert mixer.key_projection.shape == mixer.value_projection.shape == (7, 13)
     if layer == "Performer":
@@ -193,11 +203,11 @@ def test_every_layer_trains_a_step(layer, pool):
     torch.testing.assert_close(logits, model(x))
     assert logits.shape == (4, 5) and len(matrices) == 2
     for matrix in matrices:
-        if layer in CONVOLUTIONS:
+        if layer in WITHOUT_MATRIX:
             assert matrix is None
         else:
             assert matrix.shape == (4, 2, tokens, tokens)
-            if layer not in ("Linformer", "Nystromformer"):
+            if layer not in ("Linformer", "Nystromformer", "ContextCluster"):
                 torch.testing.assert_close(matrix.sum(3), torch.ones(4, 2, tokens))
 
 
@@ -245,24 +255,27 @@ def test_bfloat16_autocast(layer):
 
 @pytest.mark.parametrize("layer", LAYERS1D)
 def test_compiles_without_a_graph_break(layer):
+    """In training, with activations that are recomputed and candidates that are drawn inside the graph."""
     options = {"sampling_type": "random", "num_samples": 5, "similarity_type": "Loc_Col"}
-    model = make(layer=layer, num_layers=1, **options).eval()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = images()
-    torch.testing.assert_close(compiled(x), model(x))
-    model.train()
+    model, x = make(layer=layer, num_layers=1, **options).double(), images().double()
     model.recompute = True
-    compiled(x).sum().backward()
+    torch._dynamo.reset()
+    results = []
+    for call in (torch.compile(model, backend="aot_eager", fullgraph=True), model):
+        torch.manual_seed(1)
+        logits = call(x)
+        results.append((logits, *torch.autograd.grad(logits.square().sum(), model.parameters())))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("layer", ["ConvNNAttention", "SparseAttention"])
 def test_inductor_gives_the_same_gradients(layer):
-    model, x = make(layer=layer, num_layers=1).double(), images().double()
-    expected = torch.autograd.grad(model(x).square().sum(), model.parameters())
+    mixer, x = make(layer=layer).blocks[0].mixer.double(), torch.randn(2, 13, 16).double()
+    expected = torch.autograd.grad(mixer(x).square().sum(), mixer.parameters())
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True)
-    for a, b in zip(torch.autograd.grad(compiled(x).square().sum(), model.parameters()), expected, strict=True):
+    compiled = torch.compile(mixer, fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(x).square().sum(), mixer.parameters()), expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
