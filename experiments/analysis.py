@@ -82,9 +82,9 @@ def _of_layer(run: str, mixing: Mixing) -> list[dict]:
     if mixing.index.shape[1] > 1:
         rows += _row(run, mixing, "overlap of heads", "", head_overlap(mixing.index).mean())
     if mixing.is_share and mixing.scored is not None:
-        query, key, metric = mixing.scored
+        query, key, metric, temperature = mixing.scored
         parts = [part.flatten(0, 1) for part in (query, key, mixing.index)]
-        rows += _row(run, mixing, "softmax mass", "", softmax_mass(*parts, metric).mean())
+        rows += _row(run, mixing, "softmax mass", "", softmax_mass(*parts, metric, temperature).mean())
     elif mixing.is_share and not mixing.is_whole:
         rows += _row(run, mixing, "softmax mass", "", mixing.share.mean())
     return rows

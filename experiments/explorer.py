@@ -1,7 +1,7 @@
 """The explorer: one HTML file in which a reader points at a token and sees its neighbors, layer by layer and head by head.
 
 The page is `explorer.html`; here it gets its data, as JSON: per run and layer the K neighbors of every token of every image
-and their weights, as base64 of one or two bytes each.
+and their weights, of one or two bytes each, deflated, as base64.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,7 @@ def _as_url(picture: np.ndarray) -> str:
 
 
 def pack_mixing(mixing: Mixing) -> dict:
-    """A layer as JSON: index and weights of shape (B, H, N, K), share of shape (B, H, N), each as base64 of its bytes."""
+    """A layer as JSON: index and weights of shape (B, H, N, K), share of shape (B, H, N), each as base64 of deflated bytes."""
     weights = mixing.weights.numpy()
     scale = float(np.abs(weights).max()) or 1.0
     zero = 128 if weights.min() < 0 else 0
@@ -108,8 +109,8 @@ def pack_mixing(mixing: Mixing) -> dict:
 
 def unpack_mixing(layer: dict) -> tuple[np.ndarray, np.ndarray]:
     """What the page makes of `pack_mixing`: index (B, H, N, K), the number of keys where absent, and weights."""
-    index = np.frombuffer(base64.b64decode(layer["index"]), "u1" if layer["bytes"] == 1 else "<u2")
-    parts = np.frombuffer(base64.b64decode(layer["weights"]), "u1").astype(float)
+    index = _as_values(layer["index"], "u1" if layer["bytes"] == 1 else "<u2")
+    parts = _as_values(layer["weights"], "u1").astype(float)
     parts = (parts - layer["zero"]) / (255 - layer["zero"])
     return index.reshape(layer["shape"]).astype(int), (layer["scale"] * parts * np.abs(parts)).reshape(layer["shape"])
 
@@ -120,4 +121,8 @@ def read_page(text: str) -> dict:
 
 
 def _as_text(values: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(values).tobytes(), 9)).decode()
+
+
+def _as_values(text: str, kind: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), kind)

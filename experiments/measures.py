@@ -100,10 +100,10 @@ def mirrored(index: Tensor, grid: tuple[int, int], padding: int = 0, class_token
     return torch.where(index < 0, index, keys[index.clamp_min(0)])[..., own, :]
 
 
-def softmax_mass(query: Tensor, key: Tensor, index: Tensor, metric: str) -> Tensor:
+def softmax_mass(query: Tensor, key: Tensor, index: Tensor, metric: str, temperature: float = 1.0) -> Tensor:
     """What the K neighbors hold of the softmax over all keys: query (B, N, C), key (B, M, C), index (B, N, K) -> (B, N).
 
-    metric: matmul, cosine or euclidean, as `neighbor_scores`.
+    metric: matmul, cosine or euclidean, as `neighbor_scores`; scores are divided by the temperature.
     """
     if metric == "cosine":
         query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
@@ -112,7 +112,7 @@ def softmax_mass(query: Tensor, key: Tensor, index: Tensor, metric: str) -> Tens
         scores = -torch.cdist(q, k) if metric == "euclidean" else q @ k.mT
         if metric == "matmul":
             scores = scores / math.sqrt(q.shape[-1])
-        mass.append(scores.softmax(dim=-1).gather(-1, chosen).sum(dim=-1))
+        mass.append((scores / temperature).softmax(dim=-1).gather(-1, chosen).sum(dim=-1))
     return torch.stack(mass)
 
 

@@ -18,15 +18,21 @@ IMAGES = {"channels": [4, 6], "K": 4, "shuffle_pattern": "NA", "num_heads": 2}
 RUNS = {
     "convnn": VIT | {"layer": "ConvNNAttention"},
     "joined": VIT | {"layer": "ConvNNAttention", "similarity_type": "Loc_Col", "magnitude_type": "euclidean"},
+    "warm": VIT | {"layer": "ConvNNAttention", "score_temperature": 0.5},
     "scores": VIT | {"layer": "ConvNNAttention", "softmax_topk_val": False},
     "kvt": VIT | {"layer": "KvtAttention"},
     "attention": VIT | {"layer": "Attention", "num_local_layers": 1},
     "branches": VIT | {"layer": "BranchAttention"},
     "near": VIT | {"layer": "NeighborhoodAttention", "pool": "mean"},
+    "vig": VIT | {"layer": "ViG", "dilation": 2},
+    "mean": VIT | {"layer": "ViG", "graph_aggregation": "mean"},
+    "axes": VIT | {"layer": "GreedyViG"},
+    "regions": VIT | {"layer": "BlockTopK", "top_regions": 2},
     "conv": VIT | {"layer": "Conv1dAttention"},
     "images": IMAGES | {"layer": "Conv2d/ConvNN", "padding": 1},
     "projected": IMAGES | {"layer": "ConvNN_Attn", "shuffle_pattern": "BA"},
     "dense": IMAGES | {"layer": "Attention", "shuffle_pattern": "BA"},
+    "graph": IMAGES | {"layer": "ViG", "graph_aggregation": "edge"},
     "conv2d": IMAGES | {"layer": "Conv2d"},
     "larger": IMAGES | {"layer": "ConvNN", "resize": 12},
 }
@@ -106,7 +112,7 @@ def test_neighbors_of_features_in_a_ring_of_padding(runs):
         assert weights == pytest.approx(np.broadcast_to((norms / norms.sum()).numpy(), weights.shape), abs=0.005)
 
 
-@pytest.mark.parametrize("name", ["convnn", "joined", "scores", "kvt", "attention", "branches", "near"])
+@pytest.mark.parametrize("name", ["convnn", "joined", "scores", "warm", "kvt", "attention", "branches", "near", "regions"])
 def test_recorded_weights_are_the_largest_of_the_mixing_matrix(runs, name):
     model, images, _, _ = visualize.load_run(runs / name, 2, None)
     logits, found = record_mixing(model, images, 3)
@@ -121,17 +127,49 @@ def test_recorded_weights_are_the_largest_of_the_mixing_matrix(runs, name):
         return
     assert [mixing.class_tokens for mixing in found] == {"attention": [0, 1], "near": [0, 0]}.get(name, [1, 1])
     for mixing, matrix in zip(found, matrices, strict=True):
-        K = 3 if name in ("attention", "near") else 4
+        K = 3 if name in ("attention", "near", "regions") else 4
         assert mixing.index.shape == (*matrix.shape[:3], K) and mixing.num_keys == matrix.shape[-1]
         torch.testing.assert_close(matrix.gather(3, mixing.index), mixing.weights)
         others = matrix.scatter(3, mixing.index, 0)
         torch.testing.assert_close(mixing.share, 1 - others.sum(dim=3) / matrix.sum(dim=3))
-        assert mixing.is_whole == (name not in ("attention", "near"))
+        assert mixing.is_whole == (name not in ("attention", "near", "regions"))
         assert mixing.is_share == (name != "scores")
         if mixing.is_whole:
             assert not others.any()
         else:
             assert (mixing.weights.amin(dim=3) >= others.amax(dim=3)).all()
+
+
+@pytest.mark.parametrize("name", ["vig", "mean", "axes", "graph"])
+def test_neighbors_of_a_graph_are_those_it_takes_features_from(runs, name):
+    """A maximum has no mixing matrix: the weight of a neighbor is the share of the features that are its own."""
+    model, images, _, _ = visualize.load_run(runs / name, 2, None)
+    taken = []
+    for module in model.modules():
+        if type(module).__name__ == "GraphAggregation" and name != "axes":
+            module.register_forward_hook(lambda module, inputs, output: taken.append((module, *inputs)))
+        if name == "axes" and type(module).__name__ == "AxialGraphMixer":
+            find = module.near_candidates
+            module.near_candidates = lambda x, find=find: taken.append((None, x, find(x))) or taken[-1][2]
+    with torch.no_grad():
+        _, found = record_mixing(model, images, 17)
+    assert len(found) == 2
+    taken = taken if name != "axes" else taken[::2]  # each is asked for by the layer, then by the record
+    for mixing, (graph, x, index) in zip(found, taken, strict=True):
+        assert mixing.index.shape[1] == 1 and mixing.is_share
+        assert mixing.weights.sum(dim=3) == pytest.approx(torch.ones(mixing.weights.shape[:3]).numpy(), abs=1e-5)
+        if name != "axes":
+            assert torch.equal(mixing.index[:, 0], index)
+        if name == "mean":
+            assert (mixing.weights == 0.25).all()
+            continue
+        values = graph.relative(x).detach() if name == "graph" else x
+        for token in range(mixing.class_tokens, mixing.index.shape[2]):
+            mine = index[1, token - (name == "axes")].tolist()
+            best = values[1, mine].argmax(dim=0)
+            counts = {j: sum(mine[slot] == j for slot in best.tolist()) / len(best) for j in mine}
+            shown = zip(mixing.index[1, 0, token].tolist(), mixing.weights[1, 0, token].tolist(), strict=True)
+            assert {j: w for j, w in shown if w > 0} == pytest.approx({j: w for j, w in counts.items() if w})
 
 
 def test_what_a_layer_packs_is_what_a_page_reads():
@@ -242,6 +280,7 @@ def test_tokens_answer_in_a_browser(runs, browser, tmp_path, width):
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
     page.goto(path.as_uri())
+    page.wait_for_selector(".stage")
 
     def check(image, layer, head, token):
         for (listed, drawn), of_run in zip(page.evaluate(SHOWN), computed, strict=True):
@@ -296,17 +335,19 @@ def test_tokens_answer_in_a_browser(runs, browser, tmp_path, width):
     context.close()
 
 
-@pytest.mark.parametrize("names", [["attention", "images"], ["dense"], ["branches", "scores", "near"]])
+@pytest.mark.parametrize("names", [["attention", "images"], ["dense"], ["branches", "scores", "near", "axes", "vig"]])
 def test_every_layer_draws_in_a_browser(runs, browser, tmp_path, names):
     """Dense layers, rings of padding, raw scores, blocks without the class token: every button, without an error."""
     path = tmp_path / "explorer.html"
     path.write_text(page_of(runs, *names, images=1), encoding="utf-8")
     page = browser.new_page(viewport={"width": 700, "height": 800})
+    page.set_default_timeout(300_000)
     troubles = []
     page.on("console", lambda message: troubles.append(message.text))
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.add_init_script("window.requestAnimationFrame = (draw) => draw()")  # at once, one drawing per button
     page.goto(path.as_uri())
+    page.wait_for_selector(".stage")
     page.evaluate("for (const button of document.querySelectorAll('main button:not([hidden])')) button.click()")
     assert not troubles
     text = page.inner_text("main")

@@ -139,6 +139,8 @@ def test_softmax_mass(metric):
     }[metric]
     largest = scores.softmax(dim=-1).topk(3).values.sum(dim=-1)
     torch.testing.assert_close(softmax_mass(query, key, everyone[:, :, :3], metric), largest)
+    cold = softmax_mass(query, key, everyone[:, :, :1], metric, temperature=0.1)
+    torch.testing.assert_close(cold, (scores / 0.1).softmax(dim=-1).amax(dim=-1))
     torch.testing.assert_close(softmax_mass(query * 0, key, everyone[:, :, :3], "matmul"), torch.full((2, 7), 3 / 9))
 
 
