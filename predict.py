@@ -64,9 +64,9 @@ def predict(run: Path, files: list[Path], device: str, batch_size: int, top: int
     import torch
 
     from dataset import read_image
+    from experiments.trained import as_picture, load_model, read_options
     from runs.progress import Progress
     from utils import pick_device
-    from experiments.trained import as_picture, load_model, read_options
 
     options = read_options(run)
     model, place = load_model(run, options), pick_device(device)
