@@ -279,8 +279,8 @@ def test_half_an_environment_of_several_processes(tmp_path, monkeypatch, capsys)
 
 
 def test_a_batch_of_one_image_without_a_neighbor(tmp_path, capsys):
-    line = "--layer ConvNN --shuffle_pattern B --channels 4 8 8 --K 1 --train_limit 33 --test_limit 10"
-    error = fails(f"{SMALL} {line} --num_epochs 1 --output_dir {tmp_path / 'run'}", capsys)
+    line = "--dataset digits --device cpu --layer ConvNN --shuffle_pattern B --channels 4 8 8 --K 1 --batch_size 32"
+    error = fails(f"{line} --train_limit 33 --test_limit 10 --num_epochs 1 --output_dir {tmp_path / 'run'}", capsys)
     assert "--batch_size 32 leaves a batch with one image" in error
 
 
