@@ -435,7 +435,7 @@ def test_sweeps_name_points_by_classes_and_options(capsys):
         ({"layer": ["mine.py:Kvt", "other.py:Kvt"]}, "two points would be named Kvt"),
         ({"layer": ["mine.py:Kvt"], "mixer_option": ["tap=3"]}, "Kvt has no option tap; did you mean top?"),
         ({"layer": ["Attention", "mine.py:Kvt"], "mixer_option": ["top=3"]}, "is of a class of your own"),
-        ({"layer": ["mine.py:Kvt"], "mixer_option": ["top=4", "top=04"]}, "are the same run"),
+        ({"layer": ["mine.py:Kinds"], "mixer_option": ["rate=2", "rate=2.0"]}, "are the same run"),
     ]:
         Path("s.yaml").write_text(yaml.safe_dump(sweep | {"grid": axes}))
         assert message in line_of(run_experiments.main, "s.yaml --dry_run", capsys)
