@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from layers1d import MultiHeadAttention, TokenLayout
 from options import CONVIT_SIZES
 from place_attention import GatedPositionalSelfAttention
-from vit import Block, init_vit_weights, prepend
+from vit import Block, drop_path_rates, init_vit_weights, prepend
 
 __all__ = ["ConViTBackbone", "ConViTConfig", "ConViTLayer", "ConViTWithLinearClassifier", "GatedPositionalSelfAttention"]
 
@@ -37,6 +38,8 @@ class ConViTConfig:
         ff_dropout: probability of dropping a hidden or an output feature of the feed-forward.
         attention_dropout: probability of dropping a weight of a pair of tokens.
         token_dropout: probability of dropping a patch.
+        drop_path: probability of skipping the attention or the feed-forward of the last layer for an image; it rises to this
+            linearly, from 0 in the first.
         pred_act_fnc_name: activation (a class of `torch.nn`) between the class token and the linear classifier; the
             presets, as the paper, have none: `Identity`.
 
@@ -58,18 +61,19 @@ class ConViTConfig:
     ff_dropout: float = 0.0
     attention_dropout: float = 0.0
     token_dropout: float = 0.0
+    drop_path: float = 0.0
     pred_act_fnc_name: str = "ReLU"
 
     def __post_init__(self):
         for name in ("image_channel", "patch_size", "dim", "num_classes", "heads", "head_dim", "ff_dim"):
-            check_whole(name, getattr(self, name), low=1)
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), low=1))
         for name in ("num_local_layers", "num_nonlocal_layers"):
-            check_whole(name, getattr(self, name), low=0)
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), low=0))
         if self.num_local_layers + self.num_nonlocal_layers == 0:
             raise ValueError("num_local_layers=0 and num_nonlocal_layers=0 leave no layer; one of them must be at least 1")
         if not 0 <= self.locality_strength < math.inf:
             raise ValueError(f"locality_strength={self.locality_strength} must be at least 0 and finite")
-        for name in ("ff_dropout", "attention_dropout", "token_dropout"):
+        for name in ("ff_dropout", "attention_dropout", "token_dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         patch_grid(self.image_size, self.patch_size)
@@ -112,16 +116,22 @@ class ConViTConfig:
         return cls.preset("B_plus", num_classes, **changes)
 
 
-def check_whole(name: str, value: int | None, low: int) -> None:
-    if value is not None and (type(value) is not int or value < low):
+def check_whole(name: str, value: int | None, low: int) -> int | None:
+    """The value as Python's int, whatever type of whole number it has. Raises ValueError."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low:
         raise ValueError(f"{name}={value} must be a whole number of at least {low}")
+    return int(value)
 
 
 def patch_grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
     """Rows and columns of patches."""
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
-        raise ValueError(f"image_size={image_size} must be a whole number, or two of them: height and width")
+    try:
+        height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+        sides = check_whole("height", height, low=1), check_whole("width", width, low=1)
+    except ValueError:
+        raise ValueError(f"image_size={image_size} must be a whole number, or two of them: height and width") from None
     if any(side % patch_size for side in sides):
         raise ValueError(f"patch_size={patch_size} does not divide image_size={image_size}")
     return sides[0] // patch_size, sides[1] // patch_size
@@ -147,12 +157,20 @@ class ConViTLayer(Block):
         mixer: a module on (B, N, dim): `GatedPositionalSelfAttention` in local layers, `MultiHeadAttention` in others.
         ff_dim: hidden features of the feed-forward; None: 4 * dim.
         ff_dropout: probability of dropping a hidden or an output feature of the feed-forward.
+        drop_path: probability of adding nothing to a sample.
     """
 
     def __init__(
-        self, dim: int, mixer: nn.Module, *, pre_norm: bool = False, ff_dim: int | None = None, ff_dropout: float = 0.0
+        self,
+        dim: int,
+        mixer: nn.Module,
+        *,
+        pre_norm: bool = False,
+        ff_dim: int | None = None,
+        ff_dropout: float = 0.0,
+        drop_path: float = 0.0,
     ):
-        super().__init__(dim, 4 * dim if ff_dim is None else ff_dim, mixer, ff_dropout)
+        super().__init__(dim, 4 * dim if ff_dim is None else ff_dim, mixer, ff_dropout, drop_path)
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
@@ -160,11 +178,11 @@ class ConViTLayer(Block):
         inputs = self.norm1(x) if self.pre_norm else x
         mixed, matrix = self.mixer(inputs, True) if output_attentions else (self.mixer(inputs), None)
         if self.pre_norm:
-            x = x + mixed
-            x = x + self.feed_forward(self.norm2(x))
+            x = x + self.drop_path(mixed)
+            x = x + self.drop_path(self.feed_forward(self.norm2(x)))
         else:
-            x = self.norm1(x + mixed)
-            x = self.norm2(x + self.feed_forward(x))
+            x = self.norm1(x + self.drop_path(mixed))
+            x = self.norm2(x + self.drop_path(self.feed_forward(x)))
         return (x, matrix) if output_attentions else x
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -201,7 +219,10 @@ class ConViTBackbone(nn.Module):
         mixers = [GatedPositionalSelfAttention(dim, config.heads, **local, **attention) for _ in range(config.num_local_layers)]
         mixers += [MultiHeadAttention(dim, config.heads, **attention) for _ in range(config.num_nonlocal_layers)]
         layer = {"pre_norm": config.pre_norm, "ff_dim": config.ff_dim, "ff_dropout": config.ff_dropout}
-        self.blocks = nn.ModuleList(ConViTLayer(dim, mixer, **layer) for mixer in mixers)
+        rates = drop_path_rates(config.drop_path, len(mixers))
+        self.blocks = nn.ModuleList(
+            ConViTLayer(dim, mixer, **layer, drop_path=rate) for mixer, rate in zip(mixers, rates, strict=True)
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-6) if config.pre_norm else nn.Identity()
         init_vit_weights(self, std=0.02)
 

@@ -17,6 +17,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +42,7 @@ from data_files import (  # noqa: F401  some only offered from here as well
     read_idx,
 )
 from hashing import gaussian, keys, uniform
-from options import DATASETS, DataConfig
+from options import DATASETS, DataConfig, sides_of
 from runs.processes import Signals
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -52,6 +53,7 @@ STATS = {  # mean and standard deviation of each channel, of pixels from 0 to 1
     "fashion_mnist": ((0.2860,), (0.3530,)),
     "digits": ((0.3054,), (0.3760,)),
 }
+BILINEAR = 2  # of PIL
 NO_FLIP = ("mnist", "digits")  # a mirrored 2 is no digit
 CROP, ORDER, WORKER, NOISE = range(4)  # streams: independent numbers for independent purposes
 NOISE_STREAM = {"train": NOISE, "val": NOISE + 1, "test": NOISE + 2}
@@ -77,9 +79,9 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, paddi
     return padded.gather(2, pixel.view(B, 1, H * W).expand(B, C, H * W)).view(B, C, H, W)
 
 
-def resize_images(images: Tensor, size: int) -> Tensor:
-    """Pixels from 0 to 255 (B, C, H, W) -> float32 (B, C, size, size), whole numbers as PIL's bilinear resize gives."""
-    images = F.interpolate(images.float(), size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+def resize_images(images: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Pixels from 0 to 255 (B, C, H, W) -> float32 (B, C, *size), whole numbers as PIL's bilinear resize gives."""
+    images = F.interpolate(images.float(), size=sides_of(size), mode="bilinear", align_corners=False, antialias=True)
     return images.round_().clamp_(0, 255)
 
 
@@ -91,7 +93,7 @@ class Recipe:
     part: str  # train (a new order every epoch), val or test
     batch_size: int
     seed: int
-    resize: int  # side of the images that leave
+    resize: int | tuple[int, int]  # side of the images that leave, or height and width
     device: torch.device
     augment: bool = False
     noise: float = 0.0  # standard deviation, of pixels from 0 to 1
@@ -137,7 +139,7 @@ class Batches:
         return mine + [batches[0][:0]] * (len(self) - len(mine))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (B, C, resize, resize) float32, normalized, and labels (B,) int64, both on the device.
+        """Images (B, C, height, width) float32, normalized, and labels (B,) int64, both on the device.
 
         Begins at batch number `start`, with exactly the batches that `epoch(epoch)` gives from there on. Raises DataError
         for an image that cannot be read.
@@ -154,8 +156,8 @@ class Batches:
 
     def _nothing(self, channels: int) -> tuple[Tensor, Tensor]:
         """A batch without images."""
-        size, device = self.recipe.resize, self.recipe.device
-        return torch.empty(0, channels, size, size, device=device), torch.empty(0, dtype=torch.int64, device=device)
+        size, device = sides_of(self.recipe.resize), self.recipe.device
+        return torch.empty(0, channels, *size, device=device), torch.empty(0, dtype=torch.int64, device=device)
 
     def _finish(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
         """float32 pixels from 0 to 255, changed in place -> noisy and normalized."""
@@ -190,7 +192,7 @@ class DeviceBatches(Batches):
             images, index = self._images[chosen], self._index[chosen]
             if self.recipe.augment:
                 images = self._augment(images, index, epoch)
-            native = images.shape[-1] == self.recipe.resize
+            native = tuple(images.shape[2:]) == sides_of(self.recipe.resize)
             images = images.float() if native else resize_images(images, self.recipe.resize)
             yield self._finish(images, index, epoch), self._labels[chosen]
 
@@ -202,17 +204,39 @@ class DeviceBatches(Batches):
         return crop_and_flip(images, top, left, flip, padding)
 
 
+def cover(sides: tuple[int, int], image):
+    """A PIL image resized, in its own proportions, to the smallest that covers (height, width)."""
+    (width, height), (rows, columns) = image.size, sides
+    if rows * width >= columns * height:
+        return image.resize((rows * width // height, rows), BILINEAR)
+    return image.resize((columns, columns * height // width), BILINEAR)
+
+
+def read_image(path: str | os.PathLike, config: DataConfig) -> Tensor:
+    """Any image file as evaluation under these options would see it: normalized (C, *config.resize).
+
+    Cut to the middle in the proportions of the model's images; data sets of small images are not cut at their border otherwise.
+    Raises DataError for a file that cannot be read.
+    """
+    v2, info, sides = import_torchvision().transforms.v2, DATASETS[config.dataset], sides_of(config.resize)
+    image = decode_image(os.fspath(path)).convert("L" if info.channels == 1 else "RGB")
+    larger = tuple(round(side * 256 / 224) for side in sides) if info.streamed else sides
+    pixels = v2.functional.pil_to_tensor(v2.functional.center_crop(cover(larger, image), list(sides)))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in STATS.get(config.dataset, IMAGENET_STATS))
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
 class _ImageFiles(Dataset):
-    """(epoch, row) -> image (3, S, S) uint8, label, index; or the DataError, which the main process then raises."""
+    """(epoch, row) -> image (3, height, width) uint8, label, index; or the DataError, which the main process then raises."""
 
     def __init__(self, files: np.ndarray, labels: np.ndarray, index: np.ndarray, recipe: Recipe):
         self.files, self.labels, self.index = files, labels, index
         self.seed = recipe.seed
-        v2 = import_torchvision().transforms.v2
+        v2, sides = import_torchvision().transforms.v2, sides_of(recipe.resize)
         if recipe.augment:
-            steps = [v2.RandomResizedCrop(recipe.resize), v2.RandomHorizontalFlip()]
+            steps = [v2.RandomResizedCrop(sides), v2.RandomHorizontalFlip()]
         else:
-            steps = [v2.Resize(round(recipe.resize * 256 / 224)), v2.CenterCrop(recipe.resize)]
+            steps = [partial(cover, tuple(round(side * 256 / 224) for side in sides)), v2.CenterCrop(sides)]
         self.transform = v2.Compose([*steps, v2.PILToTensor()])
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | DataError:
@@ -370,7 +394,7 @@ def load_data(
     rank: int = 0,
     world: int = 1,
 ) -> Data:
-    """The batches of the data set that `config` names; `config.resize` and `config.num_workers` must be numbers by now.
+    """The batches of the data set that `config` names; `config.resize` and `config.num_workers` must be known by now.
 
     batch_size: images of a batch, over all `world` processes, of which this is number `rank`. With `test_only` the training
     images are not read. Raises DataError if data is missing or wrong, and for limits and fractions that it cannot meet.
@@ -383,13 +407,15 @@ def load_data(
     for warning in source.warnings if rank == 0 else ():
         print(f"warning: {warning}", file=sys.stderr)
 
+    def check(images: Images, index: np.ndarray) -> None:
+        if DATASETS[config.dataset].streamed:  # now, not in the middle of the first epoch or at its end
+            check_images(images.data[index], threads=max(config.num_workers, 1), quiet=rank > 0, rank=rank, world=world)
+
     def batches(images: Images, index: np.ndarray, part: str) -> Batches:
         augment = config.augment and part == "train"
         recipe = Recipe(config.dataset, part, batch_size, seed, config.resize, device, augment, config.noise, rank, world)
         data, labels = images.data[index], images.labels[index]
         if DATASETS[config.dataset].streamed:
-            # Now, not in the middle of the first epoch or at its end. Each process checks its share.
-            check_images(data[rank::world], threads=max(config.num_workers, 1), quiet=rank > 0)
             return StreamedBatches(data, labels, index, recipe, config.num_workers)
         return DeviceBatches(data, labels, index, recipe)
 
@@ -397,6 +423,7 @@ def load_data(
     if not test_only:
         images = source.parts["train"]
         index = _limited(images.labels, config, "train")
+        check(images, index)
         if config.val_fraction:
             kept, held = stratified_split(images.labels[index], config.val_fraction)
             if not len(kept) or not len(held):
@@ -405,5 +432,8 @@ def load_data(
             val = batches(images, index[held], "val")
             index = index[kept]
         train = batches(images, index, "train")
-    test = batches(source.parts["test"], _limited(source.parts["test"].labels, config, "test"), "test")
+    images = source.parts["test"]
+    index = _limited(images.labels, config, "test")
+    check(images, index)
+    test = batches(images, index, "test")
     return Data(train, val, test, source.class_names)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers1d import MultiHeadMixer, TokenLayout
+from layers1d import Bias, MultiHeadMixer, TokenLayout, both_biases
 from layers2d import ImageMixer
 from neighbors import NeighborConfig, max_neighbors, neighbor_scores, weighted_sum
 from options import GRAPH_AGGREGATIONS, dilate
@@ -82,7 +82,7 @@ class GraphMixer(MultiHeadMixer):
         layout: TokenLayout,
         aggregation: str = "max",
         dilation: int = 1,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, bias=bias)
         grid = layout.grid
@@ -91,8 +91,9 @@ class GraphMixer(MultiHeadMixer):
         )
         self.dilation = dilation
         coordinates = len(grid) * (neighbors.aggregation_type == "Loc_Col")
-        self.input = nn.Linear(d_model + coordinates, d_model, bias=bias)
-        self.graph = GraphAggregation(d_model, d_model, num_heads, aggregation, bias)
+        before, _ = both_biases(bias)
+        self.input = nn.Linear(d_model + coordinates, d_model, bias=before)
+        self.graph = GraphAggregation(d_model, d_model, num_heads, aggregation, before)
 
     def make_projection(self, d_model: int, bias: bool) -> None:
         """`input`, once the grid is known, whose coordinates may join the features."""
@@ -118,11 +119,11 @@ class AxialGraphMixer(MultiHeadMixer):
     Raises ValueError for a dilation below 1, or heads that do not divide d_model.
     """
 
-    def __init__(self, d_model: int, num_heads: int, *, layout: TokenLayout, dilation: int = 1, bias: bool = True):
+    def __init__(self, d_model: int, num_heads: int, *, layout: TokenLayout, dilation: int = 1, bias: Bias = True):
         super().__init__(d_model, num_heads, layout=layout, bias=bias)
         if dilation < 1:
             raise ValueError(f"dilation={dilation} must be at least 1")
-        self.graph = GraphAggregation(d_model, d_model, num_heads, "max", bias)
+        self.graph = GraphAggregation(d_model, d_model, num_heads, "max", both_biases(bias)[0])
         self.set_tables(lambda: axial_candidates(layout, dilation))
 
     def make_projection(self, d_model: int, bias: bool) -> None:

@@ -127,6 +127,13 @@ def attend(
     return F.dropout(matrix, dropout).to(value.dtype) @ value, matrix
 
 
+Bias = bool | tuple[bool, bool]  # of all projections, or of those before mixing and of the one after it
+
+
+def both_biases(bias: Bias) -> tuple[bool, bool]:
+    return bias if isinstance(bias, tuple) else (bias, bias)
+
+
 class MultiHeadMixer(ConstantTables):
     """What mixers of tokens (B, N, d_model) -> (B, N, d_model) share: projections, heads, and the mixing matrix.
 
@@ -136,7 +143,7 @@ class MultiHeadMixer(ConstantTables):
         num_heads: heads of d_model / num_heads features each; raises ValueError if that is not whole.
         layout: what the tokens are, where that matters to the mixer.
         attention_dropout: probability of dropping a weight of a pair of tokens.
-        bias: of all projections.
+        bias: of all projections, or (of those before mixing, of the one after it).
     """
 
     def __init__(
@@ -146,7 +153,7 @@ class MultiHeadMixer(ConstantTables):
         *,
         layout: TokenLayout | None = None,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         super().__init__()
         check_heads(d_model, num_heads)
@@ -154,8 +161,9 @@ class MultiHeadMixer(ConstantTables):
         self.head_dim = d_model // num_heads
         self.layout = layout
         self.attention_dropout = attention_dropout
-        self.make_projection(d_model, bias)
-        self.proj = nn.Linear(d_model, d_model, bias=bias)
+        before, after = both_biases(bias)
+        self.make_projection(d_model, before)
+        self.proj = nn.Linear(d_model, d_model, bias=after)
 
     def forward(self, x: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
         """x (B, N, d_model) -> the same; with output_attentions also the mixing matrix (B, H, N, N), None for convolutions."""
@@ -228,7 +236,7 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
         softmax_topk_val: bool = True,
         score_temperature: float = 1.0,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
         check_temperature(score_temperature)
@@ -288,7 +296,7 @@ class MultiHeadKvtAttention(MultiHeadMixer):
         *,
         score_temperature: float = 1.0,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, attention_dropout=attention_dropout, bias=bias)
         if K < 1:
@@ -325,7 +333,7 @@ class MultiHeadConv1dAttention(MultiHeadMixer):
         *,
         layout: TokenLayout,
         convolution_type: str = "standard",
-        bias: bool = True,
+        bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, bias=bias)
         check_slots(convolution_type, "Col")
@@ -364,12 +372,12 @@ class Branching1d(nn.Module):
     head, weighed by their features; a convolution has none.
     """
 
-    def __init__(self, first: nn.Module, second: nn.Module, widths: tuple[int, int], *, bias: bool = True):
+    def __init__(self, first: nn.Module, second: nn.Module, widths: tuple[int, int], *, bias: Bias = True):
         super().__init__()
         self.first = first
         self.second = second
         self.widths = widths
-        self.proj = nn.Linear(sum(widths), sum(widths), bias=bias)
+        self.proj = nn.Linear(sum(widths), sum(widths), bias=both_biases(bias)[1])
 
     def forward(self, x: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
         parts = x.split(self.widths, dim=2)
@@ -401,7 +409,7 @@ class BranchingAttention(Branching1d):
         softmax_topk_val: bool = True,
         score_temperature: float = 1.0,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         widths = branch_widths(d_model, num_heads, branch_ratio)
         convnn = MultiHeadConvNNAttention(
@@ -439,7 +447,7 @@ class BranchingConv(Branching1d):
         softmax_topk_val: bool = True,
         score_temperature: float = 1.0,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         widths = branch_widths(d_model, num_heads, branch_ratio)
         convnn = MultiHeadConvNNAttention(

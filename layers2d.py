@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neighbors import NeighborConfig, aggregate, neighbor_weights
+from neighbors import NeighborConfig, aggregate, coordinates, grid_places, neighbor_weights
 from options import SHUFFLE_PATTERNS, check_slots, check_temperature, shuffle_factors
-from selection import NeighborSelection
+from selection import GridTables, NeighborSelection
 
 
 class ImageMixer(nn.Module):
@@ -211,6 +211,64 @@ class Attention2d(ImageMixer):
         dropout = self.attention_dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         return self.unfold(self.proj(out.transpose(1, 2).flatten(2)), grid)
+
+
+class CoordConv2d(GridTables):
+    """Convolution of the channels and two more, the coordinates of each pixel (CoordConv; Liu et al., arXiv 1807.03247):
+    (B, C_in, H, W) -> (B, C_out, H / stride, W / stride).
+
+    Coordinates run from -1 to 1 along each side, row first; the ring of zeros around the map has none. Arguments are those of
+    `make_conv2d`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, image_size=None, **geometry):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels + 2, out_channels, kernel_size, **geometry)
+        if image_size is not None:
+            self._tables(tuple(image_size), device=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = tuple(x.shape[2:])
+        places = coordinates(self._tables(grid, x.device)["places"], grid, x.dtype)  # (N, 2)
+        return self.conv(torch.cat([x, places.T.unflatten(1, grid).expand(x.shape[0], -1, -1, -1)], dim=1))
+
+    def _make_tables(self, grid: tuple[int, ...]) -> dict[str, Tensor]:
+        return {"places": grid_places(grid)}
+
+
+def make_conv2d(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    *,
+    aggregation_type: str = "Col",
+    image_size: tuple[int, int] | None = None,
+    stride: int = 1,
+    bias: bool = True,
+) -> nn.Module:
+    """A convolution that keeps the size of the map, but for its stride; with aggregation_type Loc_Col a `CoordConv2d`."""
+    geometry = {"padding": "same"} if stride == 1 else {"padding": kernel_size // 2, "stride": stride}
+    if aggregation_type == "Loc_Col":
+        return CoordConv2d(in_channels, out_channels, kernel_size, image_size=image_size, bias=bias, **geometry)
+    return nn.Conv2d(in_channels, out_channels, kernel_size, bias=bias, **geometry)
+
+
+class Strided2d(nn.Module):
+    """A mixer of which every `stride`-th row and column is kept, as of a convolution with a stride.
+
+    (B, C_in, H, W) -> (B, C_out, H / stride, W / stride), rounded up.
+    """
+
+    def __init__(self, layer: nn.Module, stride: int):
+        super().__init__()
+        self.layer = layer
+        self.stride = stride
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[:, :, :: self.stride, :: self.stride]
 
 
 class Branching2d(nn.Module):

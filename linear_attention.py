@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers1d import MultiHeadMixer, TokenLayout, attend
+from layers1d import Bias, MultiHeadMixer, TokenLayout, attend
 from options import PERFORMER_KERNELS, check_window
 from place_attention import PlacedPattern
 from tilings import neighborhood_tiling
@@ -54,7 +54,7 @@ class LinformerAttention(LinearMixer):
         *,
         layout: TokenLayout,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
         if k < 1:
@@ -144,7 +144,7 @@ class PerformerAttention(LinearMixer):
         *,
         kernel: str = "softmax",
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, attention_dropout=attention_dropout, bias=bias)
         self.random = RandomFeatures(self.head_dim, num_features, kernel)
@@ -175,7 +175,7 @@ class NystromformerAttention(LinearMixer):
         layout: TokenLayout,
         conv_kernel: int = 0,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
         if num_landmarks < 1:
@@ -249,7 +249,7 @@ class HybridAttention(MultiHeadMixer):
         num_features: int,
         kernel: str = "softmax",
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
         for dilation in dilations:

@@ -8,6 +8,7 @@ How flags and YAML are read is in `cli.py`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -19,6 +20,7 @@ from typing import ClassVar, NamedTuple
 from cli import (
     OneLineParser,
     Spec,
+    address_hint,
     as_words,
     build,
     check_fields,
@@ -27,14 +29,17 @@ from cli import (
     did_you_mean,
     make_parser,
     option,
+    over,
     read_values,
     read_yaml,
     redefault,
     shown,
     specs,
 )
+from hosts import HOSTS, RESNET, STEMS, VGG, Place, choose, default_stem, places_of
 from machine import cpu_cores
-from reading import what_is_wrong_with
+from own_mixer import NO_FLAGS, OwnMixer, flag_of, is_address, label_of, lines_of_help, load, settle, split_layers
+from reading import as_text, what_is_wrong_with
 
 __all__ = [
     "CONVIT_SIZES",
@@ -76,6 +81,7 @@ __all__ = [
     "check_window",
     "did_you_mean",
     "dilate",
+    "layer_label",
     "layer_row",
     "make_parser",
     "option",
@@ -85,9 +91,11 @@ __all__ = [
     "redefault",
     "region_sides",
     "resolve",
+    "same_value",
     "sequence_grid",
     "shuffle_factors",
     "specs",
+    "warn_fitted",
     "warn_oversized",
     "warn_without_effect",
 ]
@@ -133,18 +141,19 @@ class DatasetInfo(NamedTuple):
     channels: int
     classes: int | None  # None: as many as the training folder has
     streamed: bool  # read from files as training goes, instead of held on the device
+    images: tuple[int, int] | None  # for training and for testing; None: as many as there are in the folder
 
 
 DATASETS = {
-    "cifar10": DatasetInfo(32, 3, 10, False),
-    "cifar100": DatasetInfo(32, 3, 100, False),
-    "imagenet": DatasetInfo(224, 3, 1000, True),
-    "imagenet100": DatasetInfo(224, 3, 100, True),
-    "imagenette": DatasetInfo(224, 3, 10, True),
-    "mnist": DatasetInfo(28, 1, 10, False),
-    "fashion_mnist": DatasetInfo(28, 1, 10, False),
-    "digits": DatasetInfo(8, 1, 10, False),
-    "folder": DatasetInfo(224, 3, None, True),
+    "cifar10": DatasetInfo(32, 3, 10, False, (50_000, 10_000)),
+    "cifar100": DatasetInfo(32, 3, 100, False, (50_000, 10_000)),
+    "imagenet": DatasetInfo(224, 3, 1000, True, (1_281_167, 50_000)),
+    "imagenet100": DatasetInfo(224, 3, 100, True, None),
+    "imagenette": DatasetInfo(224, 3, 10, True, (9_469, 3_925)),
+    "mnist": DatasetInfo(28, 1, 10, False, (60_000, 10_000)),
+    "fashion_mnist": DatasetInfo(28, 1, 10, False, (60_000, 10_000)),
+    "digits": DatasetInfo(8, 1, 10, False, (1_437, 360)),
+    "folder": DatasetInfo(224, 3, None, True, None),
 }
 
 
@@ -161,8 +170,9 @@ class Row(NamedTuple):
     """
 
     target: str  # "module:Class"
-    # Names of options, argument=option where the constructor calls it otherwise. `neighbors` is a NeighborConfig, `layout` what
-    # the tokens are, and `image_size` the sides of the map.
+    # Names of options, argument=option where the constructor calls it otherwise, and of what the model knows: `neighbors`, a
+    # NeighborConfig; `layout`, what the tokens are; `image_size`, the sides of the map; `biases`, whether the projections have
+    # any; `stride` and `bias`, as a host of convolutions wants.
     takes: str
     fixed: tuple[tuple[str, object], ...] = ()  # arguments that are not options
     branches: tuple[str, ...] = ()  # of two layers side by side: what is built at branch_ratio 1, and at 0
@@ -177,21 +187,27 @@ class Row(NamedTuple):
     def options(self) -> set[str]:
         """Names of the options that the layer reads."""
         names = set(self.arguments.values())
-        return names - {"layout", "image_size", "neighbors"} | (NEIGHBOR_OPTIONS if "neighbors" in names else set())
+        several = {"neighbors": NEIGHBOR_OPTIONS, "biases": BIASES}
+        own = names - several.keys() - {*NO_FLAGS}
+        return own | {option for name in names & several.keys() for option in several[name]}
 
 
 BY_PLACE = "place_attention"
-PAIRS = "attention_dropout bias=attention_bias"  # of layers that weigh pairs of tokens
+PAIRS = "attention_dropout bias=biases"  # of layers that weigh pairs of tokens
 CONVNN = f"neighbors layout convolution_type softmax_topk_val score_temperature {PAIRS}"
 REGIONS = f"layout region_size top_regions {PAIRS}"
-CONV1D = "kernel_size layout convolution_type bias=attention_bias"
+CONV1D = "kernel_size layout convolution_type bias=biases"
+BIASES = {"attention_bias", "qkv_bias", "proj_bias"}
 SHUFFLES = "shuffle_pattern shuffle_scale"
 
 LAYERS2D_ROWS = {
-    "Conv2d": Row("torch.nn:Conv2d", "kernel_size", fixed=(("padding", "same"),)),
-    "ConvNN": Row("layers2d:ConvNN2d", f"neighbors padding image_size {SHUFFLES}"),
-    "ConvNN_Attn": Row("layers2d:ConvNNAttention2d", f"neighbors score_temperature image_size {SHUFFLES}"),
-    "Attention": Row("layers2d:Attention2d", f"num_heads {SHUFFLES}"),
+    "Conv2d": Row("layers2d:make_conv2d", "kernel_size aggregation_type image_size stride bias"),
+    "ConvNN": Row("layers2d:ConvNN2d", f"neighbors padding image_size bias {SHUFFLES}"),
+    "ConvNN_Attn": Row(
+        "layers2d:ConvNNAttention2d",
+        f"neighbors score_temperature convolution_type attention_dropout image_size {SHUFFLES}",
+    ),
+    "Attention": Row("layers2d:Attention2d", f"num_heads attention_dropout {SHUFFLES}"),
     "ViG": Row("graph_layers:GraphConv2d", f"num_heads neighbors aggregation=graph_aggregation image_size {SHUFFLES}"),
 }
 LAYERS1D_ROWS = {
@@ -223,15 +239,25 @@ LAYERS1D_ROWS = {
         "layers1d:BranchingConv", f"branch_ratio kernel_size {CONVNN}", branches=("ConvNNAttention", "Conv1dAttention")
     ),
     "BranchAttention": Row("layers1d:BranchingAttention", f"branch_ratio {CONVNN}", branches=("ConvNNAttention", "Attention")),
-    "ViG": Row("graph_layers:GraphMixer", "neighbors layout aggregation=graph_aggregation dilation bias=attention_bias"),
-    "GreedyViG": Row("graph_layers:AxialGraphMixer", "layout dilation bias=attention_bias"),
+    "ViG": Row("graph_layers:GraphMixer", "neighbors layout aggregation=graph_aggregation dilation bias=biases"),
+    "GreedyViG": Row("graph_layers:AxialGraphMixer", "layout dilation bias=biases"),
     "BiFormer": Row("region_attention:BiLevelRoutingAttention", REGIONS),
     "BlockTopK": Row("region_attention:BlockTopKAttention", REGIONS),
     "PaCa": Row("region_attention:PatchToClusterAttention", f"num_clusters {PAIRS}"),
-    "ContextCluster": Row("region_attention:ContextClusterMixer", "layout region_size bias=attention_bias"),
+    "ContextCluster": Row("region_attention:ContextClusterMixer", "layout region_size bias=biases"),
 }
 LAYERS2D_NAMES = tuple(LAYERS2D_ROWS)
 LAYERS1D_NAMES = tuple(LAYERS1D_ROWS)
+
+
+def layers_of(layer: str) -> list[str]:
+    """The layers of A/B, or the one there is: names, and addresses of classes of one's own."""
+    return split_layers(layer, {*LAYERS1D_NAMES, *LAYERS2D_NAMES})
+
+
+def layer_label(layer: str) -> str:
+    """A layer as folders and figures call it: an address by its class."""
+    return label_of(layer, {*LAYERS1D_NAMES, *LAYERS2D_NAMES})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -353,13 +379,28 @@ def layer_row(rows: dict[str, Row], layer: str, branch_ratio: float) -> Row:
     return rows[branches[int(branch_ratio == 0)]] if branches and branch_ratio in (0, 1) else rows[layer]
 
 
+OWN_LAYER = "; FILE.py:Class or package.module:Class is one of your own"
+MIXER_OPTION = "an option of a layer of your own, repeatable; --help beside --layer FILE.py:Class lists them"
+LAYER_SHA256 = "of the file of a layer of your own, as a run notes it"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(NeighborConfig):
-    """What both models have: neighbors, layers that stand in `rows`, and the three fields that the data set decides."""
+    """What both models have: neighbors, layers that stand in `rows`, and the three fields that the data set decides.
+
+    The `rows` of a config whose layer is a class of one's own have that as well, under its address.
+    """
 
     heading = "model and layer"
     rows: ClassVar[dict[str, Row]] = {}
+    sizes: ClassVar[tuple[str, str]]  # what a layer gets by position
 
+    drop_path: float = option(
+        0.0,
+        "ViT: probability of skipping a block's mixer or MLP for an image, rising linearly over the blocks to this",
+        low=0,
+        below=1,
+    )
     image_size: int | tuple[int, int] = 32
     in_channels: int = 3
     num_classes: int = 10
@@ -373,17 +414,77 @@ class ModelConfig(NeighborConfig):
         object.__setattr__(self, "image_size", tuple(check_value("image_size", side, int, 1, SIDE) for side in sides))
         for name in ("in_channels", "num_classes"):
             object.__setattr__(self, name, check_value(name, getattr(self, name), int, 1, WIDTH))
+        self._take_own_mixers()
+
+    @classmethod
+    def own_mixers(cls, layer: str) -> list[OwnMixer]:
+        """The classes that a layer names by address, imported. Raises ValueError for one that cannot be a mixer."""
+        # Words that a row may take: the options of the layers, by their own names, and what the model makes of its options.
+        words = {name: name for row in cls.rows.values() for name in row.arguments.values()}
+        words |= {name: name for name in specs(NeighborConfig)}
+        words |= {"bias": "biases"} if "biases" in words else {}
+        return [load(name, cls.sizes, words) for name in layers_of(layer) if is_address(name)]
+
+    def _take_own_mixers(self) -> None:
+        """Import the classes that `layer` names by address; then the config holds their rows, whole addresses and hashes."""
+        mixers = self.own_mixers(self.layer)
+        if not mixers:
+            for name in ("mixer_option", "layer_sha256"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={as_words(getattr(self, name))} is of a class of your own, as layer=FILE.py:Class, and not of "
+                        f"{self.layer}, whose options are flags"
+                    )
+            return
+        addresses = iter([mixer.address for mixer in mixers])
+        layer = "/".join(next(addresses) if is_address(name) else name for name in layers_of(self.layer))
+        sha256 = "/".join(mixer.sha256 for mixer in mixers)
+        if self.layer_sha256 not in (None, sha256):
+            raise ValueError(
+                f"layer={layer} has changed: its SHA-256 was {self.layer_sha256} and is now {sha256}; give its file the former "
+                "content back, or take it as it is now: by the flag --layer for a new run, by --override under --test_only"
+            )
+        values, settled = settle(mixers, self.mixer_option or ())
+        rows = {
+            mixer.address: Row(mixer.target, " ".join(f"{a}={o}" for a, o in mixer.takes.items()), fixed=tuple(own.items()))
+            for mixer, own in zip(mixers, values, strict=True)
+        }
+        found = {"layer": layer, "layer_sha256": sha256, "mixer_option": settled or None, "rows": self.rows | rows}
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def more_help(cls, given: dict) -> list[tuple[str, str, dict[str, str]]]:
+        """What --help lists of the classes that --layer names by address: title, text, and a line for each option."""
+        layers = given.get("layer") or []
+        mixers = [mixer for layer in ([layers] if isinstance(layers, str) else layers) for mixer in cls.own_mixers(layer)]
+        result = []
+        for mixer in mixers:
+            sources = {argument: flag_of(name) for argument, name in mixer.takes.items()}
+            flags = [flag + f" (as {a})" * (flag != f"--{a}") if flag else a for a, flag in sources.items()]
+            text = mixer.about + f" Of the model it gets {', '.join(flags)}." * bool(flags)
+            result.append((f"options of {mixer.address}", text, lines_of_help(mixer)))
+        return result
 
     @property
     def neighbors(self) -> NeighborConfig:
         return NeighborConfig(**{f.name: getattr(self, f.name) for f in fields(NeighborConfig)})
 
+    @property
+    def title(self) -> str:
+        """What a run is of, in its first line."""
+        return layer_label(self.layer)
+
     def layers_in_use(self) -> list[str]:
         """Names of the layers that the model is made of."""
         raise NotImplementedError
 
-    def without_effect(self) -> dict[str, str]:
-        """Options that this model does not read, each with the option that makes it so."""
+    def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
+        """Options that this model does not read, each with the option that makes it so.
+
+        An option at its default says nothing else than the other one, as in --sampling_type all --num_samples -1: it is left
+        out here unless `defaults`.
+        """
         in_use = self.layers_in_use()
         if not self.rows.keys() >= set(in_use):
             return {}  # a layer of another library: what it reads is not known here
@@ -391,11 +492,12 @@ class ModelConfig(NeighborConfig):
         of_layers = {name for row in self.rows.values() for name in row.options}
         own = specs(type(self))
         found = {name: "layer" for name in own if name in of_layers - read}
+        if self.mixer_option and not any(map(is_address, in_use)):
+            found["mixer_option"] = "layer"
         for name, other, values in WITHOUT_EFFECT:
             if name not in own or name in found or other not in own or other in found:
                 continue
-            # An option at its default says nothing else than the other one, as in --sampling_type all --num_samples -1.
-            if getattr(self, other) in values and getattr(self, name) != own[name].default:
+            if getattr(self, other) in values and (defaults or getattr(self, name) != own[name].default):
                 found[name] = other
         return found
 
@@ -405,23 +507,51 @@ class ModelConfig(NeighborConfig):
 
     @staticmethod
     def values_that_hold(values: dict, given: dict) -> dict:
-        """Of the values in a YAML file those that still hold beside the ones that the command line gives."""
-        return values
+        """Of the values in a YAML file those that still hold beside the ones that the command line gives.
+
+        A layer that is given is another one than the file's, or the same in another place.
+        """
+        if "layer" not in given:
+            return values
+        is_same = layer_label(str(given["layer"])) == layer_label(str(values.get("layer")))
+        dropped = {"layer_sha256"} if is_same else {"layer_sha256", "mixer_option"}
+        return {name: value for name, value in values.items() if name not in dropped}
+
+
+of_model = functools.partial(option, decided=True)  # an option that `model` may decide
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllConvNetConfig(ModelConfig):
-    """An all-convolutional network: one mixer, BatchNorm and ReLU per entry of `channels`."""
+    """A convolutional network whose convolutions are a mixer: one, BatchNorm and ReLU per entry of `channels`, or a host.
+
+    In a host (`hosts.py`) every layer has the options that its map allows: `at`.
+    """
 
     rows: ClassVar[dict[str, Row]] = LAYERS2D_ROWS
 
-    layer: str = option("ConvNN", f"{', '.join(LAYERS2D_NAMES)}, or A/B of two different ones side by side")
+    sizes: ClassVar[tuple[str, str]] = ("in_channels", "out_channels")
+
+    model: str = option(
+        "allconvnet",
+        "a stack of --channels, or VGG, ResNet with --layer for 3 x 3 convolutions",
+        choices=("allconvnet", *HOSTS),
+    )
+    layer: str = option("ConvNN", f"{', '.join(LAYERS2D_NAMES)}, or A/B of two different ones side by side{OWN_LAYER}")
+    mixer_option: tuple[str, ...] | None = option(None, MIXER_OPTION, kind=str, many=True, metavar="NAME=VALUE", repeat=True)
+    layer_sha256: str | None = option(None, LAYER_SHA256, kind=str, flag=False)
     num_layers: int | None = option(None, "must match the length of --channels if given", kind=int, low=1, high=LAYERS)
     channels: tuple[int, ...] = option((32, 64, 128, 256, 512), "output channels of each layer", low=1, high=WIDTH)
     kernel_size: int = option(3, "Conv2d: side of the window", low=1, high=SIDE)
     num_heads: int = option(4, "Attention: heads", low=1, high=WIDTH)
-    shuffle_pattern: str = option(
-        "BA", "pixel-unshuffle before (B), shuffle after (A), both (BA) or neither (NA)", choices=SHUFFLE_PATTERNS
+    attention_dropout: float = option(
+        0.0, "ConvNN_Attn, Attention: probability of dropping a weight of a pair of tokens", low=0, below=1
+    )
+    convolution_type: str = option("standard", "ConvNN_Attn: convolution over the K slots", choices=CONVOLUTION_TYPES)
+    shuffle_pattern: str = of_model(
+        "BA",
+        "pixel-unshuffle before (B), shuffle after (A), both (BA) or neither (NA, the default in VGG and ResNet)",
+        choices=SHUFFLE_PATTERNS,
     )
     shuffle_scale: int = option(2, "side of the block that a shuffle moves into channels", low=1, high=SIDE)
     graph_aggregation: str = option("max", "ViG: what a token takes from its neighbors", choices=GRAPH_AGGREGATIONS)
@@ -430,49 +560,148 @@ class AllConvNetConfig(ModelConfig):
     )
     padding: int = option(0, "ConvNN: zero ring around the image that takes part in the search", low=0, high=SIDE)
     branch_ratio: float = option(0.5, "A/B: share of the output channels of B; 0 and 1 build the single layer", low=0, high=1)
+    replace: tuple[str, ...] = option(
+        ("all",), "VGG, ResNet: the 3 x 3 convolutions that --layer replaces: all, last n, or stages 3 4"
+    )
+    stem: str | None = option(
+        None,
+        "ResNet: a 3 x 3 convolution, or 7 x 7 and a pooling; VGG: classifier on 1 x 1, or on 7 x 7 pixels (default: small "
+        "for images below 128 pixels)",
+        kind=str,
+        choices=STEMS,
+    )
+    classifier_width: int | None = option(
+        None,
+        "VGG: hidden features of the classifier (default: 512 with the small stem, else 4096)",
+        kind=int,
+        low=1,
+        high=WIDTH,
+    )
+    batch_norm: bool = option(False, "VGG: BatchNorm after each convolution")
     magnitude_type: str = redefault(NeighborConfig, "magnitude_type", "similarity")
 
     def __post_init__(self):
+        decide(self, {"shuffle_pattern": "NA"} if str(self.model) in HOSTS else {})
+        if isinstance(self.replace, (list, tuple)):  # [last, 3] in a file
+            object.__setattr__(self, "replace", tuple(str(word) if type(word) is int else word for word in self.replace))
         self._check_ranges()
+        self._check_names()
+        if self.is_host:
+            self._settle()
+            return
         if self.num_layers not in (None, len(self.channels)):
             raise ValueError(
                 f"num_layers={self.num_layers} does not match channels={as_words(self.channels)}; drop one of them"
             )
         object.__setattr__(self, "num_layers", len(self.channels))
-        names = self.layer.split("/")
-        for name in names:
-            if name not in LAYERS2D_NAMES:
-                valid = ", ".join(LAYERS2D_NAMES)
-                raise ValueError(
-                    f"layer={self.layer!r} is not one of {valid} or A/B of two{did_you_mean(name, LAYERS2D_NAMES)}"
-                )
-        if len(names) > 2 or len(set(names)) != len(names):
-            raise ValueError(f"layer={self.layer!r} must be one layer, or A/B of two different ones")
         for index, grid in enumerate(self.grids()):
             for name, width in self.branches(self.channels[index]):
                 self._check_layer(name, width, grid)
 
+    @property
+    def is_host(self) -> bool:
+        """Whether the layers replace convolutions of a network that exists without them."""
+        return self.model in HOSTS
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} with {layer_label(self.layer)}" if self.is_host else layer_label(self.layer)
+
+    def _check_names(self) -> None:
+        names = layers_of(self.layer)
+        for name in names:
+            if name not in self.rows:
+                valid, whole = ", ".join(LAYERS2D_NAMES), self.layer if self.layer.endswith(".py") else name
+                raise ValueError(
+                    f"layer={self.layer!r} is not one of {valid} or A/B of two{address_hint(whole, LAYERS2D_NAMES)}"
+                )
+        if len(names) > 2 or len(set(names)) != len(names):
+            raise ValueError(f"layer={self.layer!r} must be one layer, or A/B of two different ones")
+
+    def _settle(self) -> None:
+        """What a host decides by the size of the images, and whether every layer fits its place."""
+        stem = self.stem or default_stem(self.image_size)
+        object.__setattr__(self, "stem", stem)
+        if self.model in VGG and self.classifier_width is None:
+            object.__setattr__(self, "classifier_width", 512 if stem == "small" else 4096)
+        takers = [name for name in self.layers_in_use() if "shuffle_pattern" in self.rows[name].arguments]
+        if takers and self.shuffle_pattern in ("A", "B"):
+            raise ValueError(
+                f"shuffle_pattern={self.shuffle_pattern} changes the size of the map, which model={self.model} decides; "
+                "use BA or NA"
+            )
+        if self.model in RESNET and "Conv2d" in self.layers_in_use() and self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={self.kernel_size} must be odd in model={self.model}, where it has strides")
+        for place in dict.fromkeys(self.places()):
+            if place.is_replaced:
+                try:
+                    self.at(place)
+                except ValueError as error:
+                    where = f"layer={self.layer} on the {_sides(place.grid)} map of stage {place.stage} of model={self.model}"
+                    raise ValueError(f"{where}: {error}; or let it stay a convolution (replace)") from None
+
+    def places(self) -> list[Place]:
+        """The 3 x 3 convolutions of a host in their order, and which of them `layer` replaces."""
+        return choose(self.replace, places_of(self.model, self.stem, self.image_size), self.model)
+
+    def at(self, place: Place) -> AllConvNetConfig:
+        """The config of the single layer at this place of a host.
+
+        A token cannot have more neighbors than its map has tokens: there K is their number. Where the samples are more than
+        there are tokens, or than there are rows or columns, all tokens are candidates. Raises ValueError if something else
+        does not fit.
+        """
+        own = {"model": "allconvnet", "channels": (place.out_channels,), "num_layers": None, "image_size": place.grid}
+        grids = [self._tokens(name, place.grid) for name in self.layers_in_use() if "neighbors" in self.rows[name].arguments]
+        if grids:
+            grid = min(grids, key=math.prod)
+            most = {"all": math.inf, "random": math.prod(grid), "spatial": min(grid) - 2 * self.sample_padding}
+            fitted = {"num_samples": self.num_samples if self.num_samples <= most[self.sampling] else -1}
+            own |= fitted | {"K": min(self.K, math.prod(grid))}
+        return dataclasses.replace(self, **own)
+
+    def _tokens(self, name: str, grid: tuple[int, int]) -> tuple[int, int]:
+        """Sides of the grid of tokens that this layer makes of a map. Raises ValueError if the shuffle does not divide it."""
+        options = self.rows[name].arguments
+        if "shuffle_pattern" in options and self.shuffle_pattern in ("B", "BA"):
+            self._check_divides(grid)
+            grid = tuple(side // self.shuffle_scale for side in grid)
+        ring = 2 * self.padding if "padding" in options else 0
+        return tuple(side + ring for side in grid)
+
     @staticmethod
     def values_that_hold(values: dict, given: dict) -> dict:
-        """Without num_layers beside other channels: config.yaml holds the length of those it was written with."""
-        return {name: value for name, value in values.items() if name != "num_layers" or "channels" not in given}
+        """Without num_layers beside other channels: config.yaml holds the length of those it was written with.
+
+        And without what the file's model decided, beside another model.
+        """
+        values = ModelConfig.values_that_hold(values, given)
+        dropped = {"num_layers"} if "channels" in given else set()
+        if "model" in given and given["model"] != values.get("model", "allconvnet"):
+            dropped |= {"shuffle_pattern", "stem", "classifier_width"}
+        return {name: value for name, value in values.items() if name not in dropped}
 
     def layers_in_use(self) -> list[str]:
         return [name for name, _ in self.branches(2)]
 
-    def without_effect(self) -> dict[str, str]:
-        found = super().without_effect()
-        if "/" not in self.layer:
+    def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
+        found = super().without_effect(defaults=defaults)
+        own = {"channels", "num_layers"} if self.is_host else {"replace", "stem"}
+        own |= set() if self.model in VGG else {"classifier_width", "batch_norm"}
+        found |= dict.fromkeys(own, "model")
+        if len(layers_of(self.layer)) == 1:
             found["branch_ratio"] = "layer"
+        found["drop_path"] = "layer"  # a stack, and a host of convolutions, has none in its blocks
         if self.similarity_type == "Loc" and "ConvNN_Attn" not in self.layers_in_use():
             found.setdefault("magnitude_type", "similarity_type")  # ConvNN ranks by distance then and has no scores
         return found
 
     def branches(self, out_channels: int) -> list[tuple[str, int]]:
         """(layer, its share of the output channels) of the one or two layers side by side."""
-        first, _, second = self.layer.partition("/")
-        if not second or self.branch_ratio == 0:
+        first, *others = layers_of(self.layer)
+        if not others or self.branch_ratio == 0:
             return [(first, out_channels)]
+        (second,) = others
         if self.branch_ratio == 1:
             return [(second, out_channels)]
         if out_channels < 2:
@@ -494,12 +723,18 @@ class AllConvNetConfig(ModelConfig):
         result = []
         for _ in self.channels:
             result.append((height, width))
-            if self.shuffle_pattern == "A":
-                height, width = height * self.shuffle_scale, width * self.shuffle_scale
-            else:
-                self._check_divides((height, width))
-                height, width = height // self.shuffle_scale, width // self.shuffle_scale
+            height, width = self.grid_after(names[0], (height, width))
         return result
+
+    def grid_after(self, layer: str, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the map that leaves a layer."""
+        pattern = self.shuffle_pattern if "shuffle_pattern" in self.rows[layer].arguments else "NA"
+        if pattern == "A":
+            return grid[0] * self.shuffle_scale, grid[1] * self.shuffle_scale
+        if pattern == "B":
+            self._check_divides(grid)
+            return grid[0] // self.shuffle_scale, grid[1] // self.shuffle_scale
+        return grid
 
     def _check_divides(self, grid: tuple[int, int]) -> None:
         if any(side % self.shuffle_scale for side in grid):
@@ -511,17 +746,16 @@ class AllConvNetConfig(ModelConfig):
     def _check_layer(self, name: str, out_channels: int, grid: tuple[int, int]) -> None:
         """Relations between options that only matter for the layers in use."""
         options = self.rows[name].arguments
-        pattern = self.shuffle_pattern if "shuffle_pattern" in options else "NA"
-        if pattern in ("B", "BA"):
-            self._check_divides(grid)
-            grid = tuple(side // self.shuffle_scale for side in grid)
+        grid = self._tokens(name, grid)
         if "num_heads" in options:
+            pattern = self.shuffle_pattern if "shuffle_pattern" in options else "NA"
             width = out_channels * shuffle_factors(pattern, self.shuffle_scale, 2)[1]
             if width % self.num_heads:
                 raise ValueError(f"num_heads={self.num_heads} does not divide the {width} channels that attention runs on")
         if "neighbors" in options:
-            ring = 2 * self.padding if "padding" in options else 0
-            self.neighbors.check_candidates(tuple(side + ring for side in grid))
+            self.neighbors.check_candidates(grid)
+        if "convolution_type" in options:
+            check_slots(self.convolution_type, self.aggregation_type)
 
 
 # What `model` stands for (ConViT: d'Ascoli et al., arXiv 2103.10697).
@@ -543,9 +777,7 @@ VIT_MODELS = {"vit": {}} | {
     }
     for size, (dim, heads) in CONVIT_SIZES.items()
 }
-
-
-of_model = functools.partial(option, decided=True)  # an option that a model of VIT_MODELS may decide
+CONVITS = VIT_MODELS.keys() - {"vit"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -556,9 +788,12 @@ class ViTConfig(ModelConfig):
     """
 
     rows: ClassVar[dict[str, Row]] = LAYERS1D_ROWS
+    sizes: ClassVar[tuple[str, str]] = ("d_model", "num_heads")
 
     model: str = option("vit", "ViT, or the flags of a ConViT; others given beside it win", choices=tuple(VIT_MODELS))
-    layer: str = of_model("Attention", "token mixer of the blocks", choices=LAYERS1D_NAMES)
+    layer: str = of_model("Attention", f"token mixer of the blocks{OWN_LAYER}", choices=LAYERS1D_NAMES, address=True)
+    mixer_option: tuple[str, ...] | None = option(None, MIXER_OPTION, kind=str, many=True, metavar="NAME=VALUE", repeat=True)
+    layer_sha256: str | None = option(None, LAYER_SHA256, kind=str, flag=False)
     patch_size: int = option(16, "side of a patch in pixels", low=1, high=SIDE)
     num_layers: int = of_model(8, "blocks", low=1, high=LAYERS)
     num_heads: int = of_model(8, "heads; 1 gives ConvNN attention without head splitting", low=1, high=WIDTH)
@@ -567,6 +802,8 @@ class ViTConfig(ModelConfig):
     dropout: float = of_model(0.1, "probability of dropping what a mixer or MLP adds", low=0, below=1)
     attention_dropout: float = of_model(0.1, "probability of dropping a weight of a pair of tokens", low=0, below=1)
     attention_bias: bool = of_model(True, "biases of the q, k, v and output projections")
+    qkv_bias: bool | None = option(None, "biases of the q, k, v projections; none: --attention_bias", kind=bool)
+    proj_bias: bool | None = option(None, "bias of the output projection; none: --attention_bias", kind=bool)
     pos_embedding: str = of_model("sinusoidal", "positions added to the tokens", choices=("sinusoidal", "learned", "none"))
     patch_norm: bool = of_model(True, "LayerNorm after the patch embedding")
     final_norm: bool = of_model(False, "LayerNorm after the last block")
@@ -625,6 +862,11 @@ class ViTConfig(ModelConfig):
 
     def __post_init__(self):
         decide(self, VIT_MODELS.get(str(self.model), {}))
+        if is_address(str(self.layer)) and len(layers_of(self.layer)) > 1:
+            raise ValueError(
+                f"layer={self.layer!r} must be one layer; two side by side are of allconvnet_main.py, and a folder that is "
+                "called as a layer is written ./Attention/file.py:Class"
+            )
         self._check_ranges()
         if any(side % self.patch_size for side in self.image_size):
             raise ValueError(
@@ -647,6 +889,7 @@ class ViTConfig(ModelConfig):
     @staticmethod
     def values_that_hold(values: dict, given: dict) -> dict:
         """Without what the file's model stands for, beside another model: it says nothing of that one."""
+        values = ModelConfig.values_that_hold(values, given)
         if "model" not in given or given["model"] == values.get("model", "vit"):
             return values
         return {name: value for name, value in values.items() if name not in VIT_MODELS["convit_ti"]}
@@ -655,8 +898,10 @@ class ViTConfig(ModelConfig):
         local = [] if self.num_local_layers == 0 else [self.layer]
         return local if self.num_local_layers is None else [*local, "Attention"]
 
-    def without_effect(self) -> dict[str, str]:
-        found = super().without_effect()
+    def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
+        found = super().without_effect(defaults=defaults)
+        if self.num_layers == 1:
+            found["drop_path"] = "num_layers"  # it rises from 0 in the first block
         no_layer = self.num_local_layers == 0  # which is why the options of `layer` are not read
         return {name: "num_local_layers" if no_layer and other == "layer" else other for name, other in found.items()}
 
@@ -664,6 +909,12 @@ class ViTConfig(ModelConfig):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def biases(self) -> bool | tuple[bool, bool]:
+        """Of all projections in a mixer, or of those before mixing and of the one after it where they differ."""
+        pair = tuple(self.attention_bias if one is None else one for one in (self.qkv_bias, self.proj_bias))
+        return pair[0] if pair[0] == pair[1] else pair
 
     @property
     def class_tokens(self) -> int:
@@ -680,7 +931,8 @@ class ViTConfig(ModelConfig):
         if "neighbors" in row.arguments:
             grid = sequence_grid(self.grid)
             self.check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
-            check_slots(self.convolution_type or "depthwise", self.aggregation_type)
+            if "convolution_type" in row.arguments:
+                check_slots(self.convolution_type or "depthwise", self.aggregation_type)
             if self.coordinate_encoding and self.similarity_type == "Loc":
                 raise ValueError("coordinate_encoding=True is short for similarity_type=Loc_Col, not Loc; drop one of them")
         elif "K" in row.arguments:
@@ -792,7 +1044,9 @@ class DataConfig:
 
     dataset: str = option("cifar10", "data set; digits is embedded, folder has train/ and val/", choices=tuple(DATASETS))
     data_path: str = option("./Data", "folder that holds the data sets")
-    resize: int | None = option(None, "side the images are resized to", kind=int, low=1, high=SIDE)
+    resize: int | tuple[int, int] | None = option(
+        None, "side the images are resized to, or height and width", kind=int, many=True, low=1, high=SIDE
+    )
     val_fraction: float = option(
         0.0, "share of the training set held out; the best epoch then goes by it, not by the test set", low=0, below=1
     )
@@ -808,7 +1062,14 @@ class DataConfig:
     test_limit: int | None = option(None, "test on the first n images, balanced by class", kind=int, low=1, high=IMAGES)
 
     def __post_init__(self):
+        if self.resize is not None and not isinstance(self.resize, (list, tuple)):
+            object.__setattr__(self, "resize", (self.resize,))
         check_fields(self)
+        if self.resize is not None:
+            if len(self.resize) > 2:
+                raise ValueError(f"resize={as_words(self.resize)} is neither a side nor height and width")
+            if len(set(self.resize)) == 1:
+                object.__setattr__(self, "resize", self.resize[0])
 
 
 KERNELS = ("auto", "chunked", "triton")
@@ -818,7 +1079,7 @@ SYSTEM = {"group": "system and output"}
 # its numbers by rounding only. All else would make it another run.
 RESUME_MAY_CHANGE = set(
     "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
-    "tensorboard early_stopping use_compiled compile_mode kernels overwrite override".split()
+    "tensorboard early_stopping use_compiled compile_mode kernels overwrite override strict".split()
 )
 
 
@@ -843,6 +1104,11 @@ class BenchmarkConfig:
         "measure the naive form of each layer beside it, if it has one, and the ratios to it",
         kind=str,
         choices=("naive",),
+    )
+    baseline: bool = option(
+        False,
+        "also what it is compared with: Attention of vit with three projections instead of a merged one, torchvision's "
+        "network beside a host (--model) of Conv2d",
     )
     repeats: int = option(7, "measurements of each row, in turns; medians count", low=1, high=10**6)
     device: str = option("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cpu", "cuda", "mps"))
@@ -889,6 +1155,11 @@ class TrainConfig:
     optimizer: str = option("adamw", "optimizer", choices=("adam", "sgd", "adamw"))
     lr: float = option(1e-3, "learning rate", low=0, high=LARGEST)
     weight_decay: float = option(1e-6, "weight decay", low=0, high=1e6)
+    decay_norms: bool = option(True, "weight decay of norms, biases, positions and the class token too")
+    layer_decay: float = option(
+        1.0, "each block learns at this times the learning rate of the one after it; embeddings slowest", low=0.01, high=1
+    )
+    freeze: str | None = option(None, "backbone: train the classifier only", kind=str, choices=("backbone",))
     momentum: float = option(0.9, "sgd: momentum", low=0, below=1)
     scheduler: str = option(
         "none",
@@ -922,6 +1193,9 @@ class TrainConfig:
     checkpoint: str | None = option(
         None, "weights to start from, or to evaluate with --test_only: FILE.pt or FILE.safetensors", kind=str, **SYSTEM
     )
+    strict: bool = option(
+        False, "checkpoint: refuse one that does not hold every weight of this model in its shape, and no others", **SYSTEM
+    )
     save_minutes: float = option(
         10.0, "write last.pt this often within an epoch too; 0: only at its end", low=0, high=10**7, **SYSTEM
     )
@@ -950,6 +1224,11 @@ class TrainConfig:
             raise ValueError(f"export={self.export!r} must end in .safetensors or .onnx")
         if self.override and not self.test_only:
             raise ValueError("override=True is of test_only=True: training takes all options as they are given")
+        if self.freeze and self.layer_decay != 1:
+            raise ValueError(
+                f"layer_decay={self.layer_decay} is of a backbone that learns, and freeze={self.freeze} keeps it as it is; "
+                "drop one of them"
+            )
         if self.export and self.test_only:
             raise ValueError(f"export={self.export!r} writes weights and test_only=True writes only its results; drop one")
         if self.checkpoint and not self.checkpoint.endswith((".pt", ".pth", ".safetensors")):
@@ -978,7 +1257,8 @@ class Options(NamedTuple):
         for config in self:
             for name in specs(type(config)):
                 value = getattr(config, name)
-                values[name] = list(value) if isinstance(value, tuple) else value
+                value = list(value) if isinstance(value, tuple) else value
+                values[name] = as_text(value) if isinstance(value, str) else value
         return values
 
 
@@ -1007,6 +1287,8 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
     """Options from plain values by name; what the data set decides is filled in. Raises ValueError."""
 
     data, train = build(DataConfig, values), build(TrainConfig, values)
+    if train.override:  # the file of a layer may be another than the one that was trained
+        values = {name: value for name, value in values.items() if name != "layer_sha256"}
     info = DATASETS[data.dataset]
     data = dataclasses.replace(
         data,
@@ -1016,9 +1298,9 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
     classes = info.classes or _count_classes(data.data_path)
     model = build(model_type, values, image_size=data.resize, in_channels=info.channels, num_classes=classes)
     if train.output_dir is None:
-        is_preset = getattr(model, "model", "vit") != "vit"
-        name = model.model if is_preset else model.layer.replace("/", "-")
-        train = dataclasses.replace(train, output_dir=f"./Output/{family}/{name}")
+        name, preset = layer_label(model.layer).replace("/", "-"), getattr(model, "model", None)
+        folder = f"{preset}/{name}" if preset in HOSTS else f"{family}/{preset if preset in CONVITS else name}"
+        train = dataclasses.replace(train, output_dir=f"./Output/{folder}")
     _check_paths(data, train)
     return Options(model, data, train)
 
@@ -1042,20 +1324,27 @@ def parse_options(
 ) -> tuple[Options, OneLineParser]:
     """Flags over YAML over defaults -> checked options of a run, and the parser, whose `error` ends it in one line."""
     values, parser = read_values(program.model, (DataConfig, TrainConfig), description, argv, program.defaults, prog)
+    parser.stated, wrong = values, None
     try:
-        options = resolve(program.model, program.family, program.defaults | values)
-        parser.stated = values
-        return options, parser
+        return resolve(program.model, program.family, program.defaults | values), parser
     except ValueError as error:
-        parser.error(str(error))
+        wrong = error
+    if values.get("test_only") and "resize" in values:
+        # The size is of images for the model that a checkpoint names, which these options need not be.
+        with contextlib.suppress(ValueError):
+            others = {name: value for name, value in values.items() if name != "resize"}
+            options = resolve(program.model, program.family, program.defaults | others)
+            return options._replace(data=build(DataConfig, options.as_dict() | {"resize": values["resize"]})), parser
+    parser.error(str(wrong))
 
 
 # Options of a model that change neither its weights nor what it computes when it is evaluated.
-ONLY_IN_TRAINING = {"dropout", "attention_dropout", "initializer_range"}
+ONLY_IN_TRAINING = {"dropout", "attention_dropout", "drop_path", "initializer_range"}
 # Those that the shapes of its weights show; `model` stands for others.
 SHOWN_BY_SHAPES = set(
-    "model num_layers channels patch_size d_model d_mlp kernel_size attention_bias patch_norm final_norm pos_embedding pool "
-    "linformer_k convolution_type branch_ratio shuffle_pattern shuffle_scale".split()
+    "model num_layers channels patch_size d_model d_mlp kernel_size attention_bias qkv_bias proj_bias patch_norm final_norm "
+    "pos_embedding pool linformer_k convolution_type branch_ratio shuffle_pattern shuffle_scale replace stem classifier_width "
+    "batch_norm".split()
 )
 
 
@@ -1088,20 +1377,47 @@ def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
     own = {name: trained[name] for name in (*model, "dataset", "data_path", "resize", "criterion") if name in trained}
     if "dataset" in stated:
         own.pop("data_path", None)
-    values = program.defaults | program.model.values_that_hold(own, stated) | stated
+    held = program.defaults | program.model.values_that_hold(own, stated)
+    values = over(held, stated, specs(program.model))
     options = resolve(program.model, program.family, values)
     now, unused = options.as_dict(), options.model.without_effect().keys() | ONLY_IN_TRAINING
+    if "resize" in own and isinstance(options.model, AllConvNetConfig):
+        # Its layers run on maps of any size; those of a host would have other K, and so other weights, in a model for this one.
+        options = options._replace(model=dataclasses.replace(options.model, image_size=own["resize"]))
     both = {name: (own[name], now[name]) for name in (*model, "resize") if name in own and name not in unused}
-    return AsTrained(options, {name: pair for name, pair in both.items() if len({_plain(name, one) for one in pair}) > 1})
+    return AsTrained(options, {name: pair for name, pair in both.items() if not same_value(name, *pair)})
+
+
+def same_value(name: str, first, second) -> bool:
+    """Whether two values of an option mean the same; a layer by address is the same wherever its file lies."""
+    return _plain(name, first) == _plain(name, second)
+
+
+def sides_of(resize: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width: one number is a square."""
+    return (resize, resize) if isinstance(resize, int) else tuple(resize)
 
 
 def _plain(name: str, value):
     """A value in the one form, of several, that means the same."""
-    if name == "resize" and isinstance(value, int):
-        return (value, value)
+    if name == "layer":
+        return layer_label(str(value))
+    if name == "resize":
+        return sides_of(value)
     if name == "magnitude_type":
         return canonical_metric(value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def grid_of(trained: dict | None) -> tuple[int, int] | None:
+    """Rows and columns of patches in the model that had these options, if they say so."""
+    if not isinstance(trained, dict):
+        return None
+    size, patch = trained.get("resize"), trained.get("patch_size")
+    sides = (size, size) if isinstance(size, int) else size
+    numbers = (*sides, patch) if isinstance(sides, (list, tuple)) else ()
+    is_known = len(numbers) == 3 and all(type(one) is int and one > 0 for one in numbers)
+    return (sides[0] // patch, sides[1] // patch) if is_known else None
 
 
 def assumed_options(model: ModelConfig) -> dict:
@@ -1118,10 +1434,26 @@ def warn_without_effect(model: ModelConfig, parser: OneLineParser) -> None:
             parser.warn(f"{name}={as_words(getattr(model, name))} is not used by {other}={as_words(getattr(model, other))}")
 
 
+def warn_fitted(model: AllConvNetConfig, parser: OneLineParser) -> None:
+    """A line on stderr where maps of a host have fewer tokens than neighbors or samples are asked for."""
+    if not model.is_host:
+        return
+    found: dict[str, list[str]] = {}
+    for place in dict.fromkeys(place for place in model.places() if place.is_replaced):
+        one = model.at(place)
+        for name in ("K", "num_samples"):
+            if getattr(one, name) != getattr(model, name):
+                value = "all" if name == "num_samples" else one.K
+                found.setdefault(name, []).append(f"{value} on the {_sides(place.grid)} map of stage {place.stage}")
+    for name, maps in found.items():
+        given = f"{name}={getattr(model, name)}"
+        parser.warn(f"{given} does not fit all maps of model={model.model}: it is {', '.join(dict.fromkeys(maps))}")
+
+
 def warn_oversized(model: AllConvNetConfig, parser: OneLineParser) -> None:
     """A line on stderr where the default network, made for 32 x 32 pixels, meets images of at most 8 x 8."""
     spec = specs(AllConvNetConfig)["channels"]
-    if max(model.image_size) <= 8 and model.channels == spec.default and "channels" not in parser.given:
+    if not model.is_host and max(model.image_size) <= 8 and model.channels == spec.default and "channels" not in parser.given:
         parser.warn(
             f"the default channels={as_words(spec.default)} are for images of 32 x 32 and learn {_sides(model.image_size)} "
             "slowly and badly; channels=16 32 64, as in configs/demo.yaml, would fit"

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from block_masks import BLOCK, BlockSparsePattern
 from kernels import backend
-from layers1d import MultiHeadMixer, TokenLayout, attend
+from layers1d import Bias, MultiHeadMixer, TokenLayout, attend
 from options import MASK_TYPES, check_window
 from selection import ConstantTables
 from tilings import (  # noqa: F401  (some are only offered from here, as before)
@@ -168,7 +168,7 @@ class PlacedAttention(MultiHeadMixer):
         *,
         layout: TokenLayout,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
         self.pattern = PlacedPattern(tilings, layout)
@@ -194,7 +194,7 @@ class MultiHeadLocalAttention(PlacedAttention):
         layout: TokenLayout,
         window_size: int,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         if window_size < 0:
             raise ValueError(f"window_size={window_size} must be at least 0")
@@ -238,7 +238,7 @@ class MultiHeadSparseAttention(PlacedAttention):
         mode: str,
         context: int,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         if mode not in ("all", "local", "strided"):
             raise ValueError(f"mode={mode!r} is not one of all, local, strided")
@@ -269,7 +269,7 @@ class MultiHeadMaskedAttention(PlacedAttention):
         mask_type: str,
         expansion_step: int,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         if mask_type not in MASK_TYPES:
             raise ValueError(f"mask_type={mask_type!r} is not one of {', '.join(MASK_TYPES)}")
@@ -298,7 +298,7 @@ class NeighborhoodAttention(PlacedAttention):
         kernel_size: int,
         dilation: int = 1,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         check_window(kernel_size, dilation, layout.grid)
         tiling = neighborhood_tiling(layout.height, layout.width, kernel_size, dilation)
@@ -328,7 +328,7 @@ class GatedPositionalSelfAttention(MultiHeadMixer):
         layout: TokenLayout,
         locality_strength: float = 1.0,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
         self.locality_strength = locality_strength

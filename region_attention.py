@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers1d import MultiHeadMixer, TokenLayout, attend, mixing_matrix
+from layers1d import Bias, MultiHeadMixer, TokenLayout, attend, mixing_matrix
 from neighbors import find_neighbors, neighbor_scores, neighbor_weights, weighted_sum
 from options import region_sides
 
@@ -44,7 +44,7 @@ class RegionMixer(MultiHeadMixer):
         region_size: int,
         top_regions: int,
         attention_dropout: float = 0.0,
-        bias: bool = True,
+        bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
         self.set_tables(partial(region_tables, layout, region_size))
@@ -137,7 +137,7 @@ class PatchToClusterAttention(MultiHeadMixer):
     Raises ValueError for fewer than one cluster.
     """
 
-    def __init__(self, d_model: int, num_heads: int, *, num_clusters: int, attention_dropout: float = 0.0, bias: bool = True):
+    def __init__(self, d_model: int, num_heads: int, *, num_clusters: int, attention_dropout: float = 0.0, bias: Bias = True):
         super().__init__(d_model, num_heads, attention_dropout=attention_dropout, bias=bias)
         if num_clusters < 1:
             raise ValueError(f"num_clusters={num_clusters} must be at least 1")
@@ -173,7 +173,7 @@ class ContextClusterMixer(MultiHeadMixer):
     Raises ValueError if regions of this side do not divide the grid.
     """
 
-    def __init__(self, d_model: int, num_heads: int, *, layout: TokenLayout, region_size: int, bias: bool = True):
+    def __init__(self, d_model: int, num_heads: int, *, layout: TokenLayout, region_size: int, bias: Bias = True):
         super().__init__(d_model, num_heads, layout=layout, bias=bias)
         self.set_tables(partial(region_tables, layout, region_size))
         self.scale = nn.Parameter(torch.ones(()))

@@ -52,11 +52,28 @@ class ConstantTables(nn.Module):
         return self
 
 
-class NeighborSelection(ConstantTables):
-    """Which K tokens each token is mixed with: a `NeighborConfig` applied to grids of tokens.
+class GridTables(ConstantTables):
+    """Constant tables that depend on the shape of a grid only, made once per shape: what `_make_tables` returns.
 
-    What depends on the shape of the grid only is made once per shape: in the constructor where `grid` is known, else in the
-    first forward pass (a compiled one makes it every time).
+    In the constructor where the grid is known, else in the first forward pass (a compiled one makes them every time).
+    """
+
+    def _tables(self, grid: tuple[int, ...], device) -> dict[str, Tensor]:
+        """Constant tables of this shape of grid, by name."""
+        suffix = "".join(f"_{side}" for side in grid)
+        if f"places{suffix}" not in self._buffers:
+            if torch.compiler.is_compiling():  # a graph that changed its module could not be recomputed by checkpointing
+                return {name: table.to(device) for name, table in self._make_tables(grid).items()}
+            self.set_tables(lambda: {name + suffix: table for name, table in self._make_tables(grid).items()}, device)
+        return {name.removesuffix(suffix): table for name, table in self._buffers.items() if name.endswith(suffix)}
+
+    def _make_tables(self, grid: tuple[int, ...]) -> dict[str, Tensor]:
+        """Tables by name, one of which is `places`."""
+        raise NotImplementedError
+
+
+class NeighborSelection(GridTables):
+    """Which K tokens each token is mixed with: a `NeighborConfig` applied to grids of tokens.
 
     Args:
         neighbors: the rules.
@@ -143,15 +160,6 @@ class NeighborSelection(ConstantTables):
         """Places in half pixels from the center of the grid, where class tokens are: whole numbers, so distances are exact."""
         offsets = [2 * places[:, axis] - (side - 1) for axis, side in enumerate(grid)]
         return F.pad(torch.stack(offsets, dim=1), (0, 0, self.class_tokens, 0))
-
-    def _tables(self, grid: tuple[int, ...], device) -> dict[str, Tensor]:
-        """Constant tables of this shape of grid, by name."""
-        suffix = "".join(f"_{side}" for side in grid)
-        if f"places{suffix}" not in self._buffers:
-            if torch.compiler.is_compiling():  # a graph that changed its module could not be recomputed by checkpointing
-                return {name: table.to(device) for name, table in self._make_tables(grid).items()}
-            self.set_tables(lambda: {name + suffix: table for name, table in self._make_tables(grid).items()}, device)
-        return {name.removesuffix(suffix): table for name, table in self._buffers.items() if name.endswith(suffix)}
 
     def _make_tables(self, grid: tuple[int, ...]) -> dict[str, Tensor]:
         cfg, pad, class_tokens = self.neighbors, self.padding, self.class_tokens

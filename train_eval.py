@@ -7,11 +7,12 @@ Losses and counts stay on the device; the CPU synchronizes with it every 20 step
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -23,16 +24,26 @@ from tqdm import tqdm
 from cli import as_words
 from dataset import Data, DataError, import_torchvision, load_data
 from kernels import backend
-from options import AsTrained, ModelConfig, Options, TrainConfig, evaluation_options  # noqa: F401  offered from here as well
+from options import (  # noqa: F401  some are only offered from here as well
+    AsTrained,
+    ModelConfig,
+    Options,
+    TrainConfig,
+    evaluation_options,
+    grid_of,
+    sides_of,
+)
+from probe import probe
+from reading import as_text
 from runs import RunError
-from runs.checkpoints import load_checkpoint, load_state, load_weights
+from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_state, load_weights
 from runs.endings import STOPPED, exit_status
 from runs.export import check_export, export
-from runs.files import WriteError, check_writable  # noqa: F401  WriteError is only offered from here
-from runs.folder import RunFolder, summarize
+from runs.files import ReadError, WriteError, check_writable  # noqa: F401  WriteError is only offered from here
+from runs.folder import RunFolder, costs_of, summarize
 from runs.measure import count_flops, count_parameters, device_name
 from runs.memory import making
-from runs.metrics import Meter, Metrics, history_row
+from runs.metrics import Confusion, Meter, Metrics, history_row
 from runs.optimization import (  # noqa: F401
     Average,
     LearningRate,
@@ -44,14 +55,23 @@ from runs.optimization import (  # noqa: F401
     make_optimizer,
     new_step,
 )
+from runs.parameters import freeze, layer_scales, start_training
 from runs.processes import Interrupted, ProcessError, Processes, Signals, seed_process
 from runs.progress import Progress, epoch_line
-from runs.provenance import options_as_trained, say_what_differs, say_what_is_assumed
+from runs.provenance import (
+    check_same_class,
+    list_of_loaded,
+    options_as_trained,
+    say_what_differs,
+    say_what_is_assumed,
+    say_what_was_loaded,
+)
 from runs.resume import check_same_state, resumable_state, resume
 from runs.training import Training
 from utils import choose_kernels, pick_device, seed_everything
 
 MEMORY_ADVICE = "a smaller --batch_size, --accumulate_steps, --use_amp or --use_compiled --compile_mode reduce-memory need less"
+MOST_CONFUSED = 200  # classes, of which test_results.json holds the matrix
 READ_EVERY, READ_SECONDS = 20, 5  # steps, or seconds, between two synchronizations with the device
 
 
@@ -73,7 +93,7 @@ def train_one_epoch(
     `save_minutes`, at a step's end. Returns the means over the images of the epoch, as they were when trained on.
     Raises NonFiniteLoss, and Interrupted at the end of a step after a signal.
     """
-    training.model.train()
+    start_training(training.model)
     config, processes = training.config, training.processes
     if training.step == 0:
         training.lr = training.schedule.now
@@ -120,10 +140,11 @@ def evaluate(
     title: str = "test",
     processes: Processes | None = None,
     check: Callable[[], object] = lambda: None,
+    seen: Callable[[torch.Tensor, torch.Tensor], object] = lambda logits, labels: None,
 ) -> Metrics:
     """Means over all images of `batches`, every one counted once; `compiled` is the compiled model if there is one.
 
-    `check` is called after every batch, equally often on all processes.
+    `check` is called after every batch, equally often on all processes; `seen` with the logits and labels of every batch.
     """
     model.eval()
     compiled = model if compiled is None else compiled
@@ -137,6 +158,7 @@ def evaluate(
             if len(images):
                 with autocast():
                     logits = compiled(images).float()
+                seen(logits, labels)
                 rows[step * processes.world + processes.rank] = meter.tally(loss_function(logits, labels), logits, labels)
             progress.advance(batches.images_in(step))
             check()
@@ -257,7 +279,7 @@ def run(
     options: Options,
     make_model: Callable[[ModelConfig], nn.Module],
     fail: Callable[[str], None],
-    load: Callable[[nn.Module, dict], None] = load_state,
+    load: Callable[[nn.Module, dict, Leeway], Loaded] = load_state,
     as_trained: Callable[[dict], AsTrained] | None = None,
     announce: Callable[[], None] = lambda: None,
 ) -> int:
@@ -291,15 +313,15 @@ def run(
 class _Run(NamedTuple):
     options: Options
     make_model: Callable[[ModelConfig], nn.Module]
-    load: Callable[[nn.Module, dict], None]
+    load: Callable[[nn.Module, dict, Leeway], Loaded]
     as_trained: Callable[[dict], AsTrained] | None
     announce: Callable[[], None]
     processes: Processes
     signals: Signals
 
 
-def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
-    """Everything that can fail before data is read or a file is written."""
+def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device, list[str]]:
+    """Everything that can fail before data is read or a file is written; also what the user should know of the layer."""
     train, processes = run.options.train, run.processes
     if train.batch_size < processes.world * train.accumulate_steps:
         what = f"{processes.world} processes" + f" of {train.accumulate_steps} micro-batches each" * (
@@ -309,8 +331,6 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
     device = pick_device(train.device, processes)
     choose_kernels(train.kernels, device)
     autocast_for(train, device)  # raises for a dtype that the device does not have
-    folder = RunFolder(train.output_dir)
-    check_writable(folder.path, "--output_dir")
     if train.export:
         check_export(train)
     if train.mixup or train.cutmix:
@@ -319,7 +339,19 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
         raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard")
     seed_everything(train.seed, train.deterministic)  # before the model: all processes initialize the same weights
     with making(f"the model of --layer {run.options.model.layer}"):
-        return run.make_model(run.options.model), folder, device
+        try:
+            warnings = probe(run.options.model, device)
+        except ValueError as error:
+            raise RunError(str(error)) from None
+        if warnings and processes.world > 1:
+            raise RunError(
+                f"{warnings[0]}; with several processes each parameter needs one: use it, or set its requires_grad to False"
+            )
+        model = run.make_model(run.options.model)
+    if not train.test_only:
+        freeze(model, train.freeze)
+        layer_scales(model, train.layer_decay)  # raises for a model whose blocks it cannot tell
+    return model, RunFolder(train.output_dir), device, warnings
 
 
 def _load_data(run: _Run, device: torch.device) -> Data:
@@ -349,21 +381,34 @@ def _test(run: _Run) -> None:
     state = load_checkpoint(path)
     options, changes = options_as_trained(options, run.as_trained, state, path)
     run = run._replace(options=options)
-    model, folder, device = _prepare(run)
     train = options.train
-    load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only", state)
-    if changes and not train.override:  # they fit, and would give another number than that of the model that was trained
-        name, (trained, stated) = next(iter(changes.items()))
+    check_writable(Path(train.output_dir), "--output_dir")
+    model, folder, device, _ = _prepare(run)
+    # Images of another size need no --override: what the model computes is the same function of an image, at that size.
+    free = train.override or "resize" in changes or "config" not in state
+    leeway = Leeway(resample=not train.strict and free, grid=grid_of(state.get("config")))
+    loaded = load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only", state, leeway)
+    refused = {} if train.override else {name: change for name, change in changes.items() if name != "resize"}
+    if refused:  # they fit, and would give another number than that of the model that was trained
+        check_same_class(options.as_dict(), state["config"], path, "--test_only")
+        name, (trained, stated) = next(iter(refused.items()))
         raise RunError(
             f"--test_only: {path} was trained with --{name} {as_words(trained)}, not {as_words(stated)}; leave --{name} out, "
             "or evaluate its weights in another model than theirs with --override"
         )
+    shape = (options.model.in_channels, *sides_of(options.data.resize))
+    try:
+        flops = count_flops(model, torch.zeros(1, *shape))
+    except ValueError as error:  # of a layer that cannot run on maps of this size
+        raise RunError(f"--test_only: --resize {as_words(options.data.resize)} with {path}: {error}") from None
     if processes.first:
         say_what_is_assumed(options, state, path, changes)
+        say_what_was_loaded(loaded, path)
     processes.connect(device)
     data = _load_data(run, device)
     model.to(device)
-    with making(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE):
+    confusion = Confusion(options.model.num_classes, device)
+    with making(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE), _reading():
         metrics = evaluate(
             model,
             data.test,
@@ -372,13 +417,21 @@ def _test(run: _Run) -> None:
             compiled=compile_for(train, model),
             autocast=autocast_for(train, device),
             processes=processes,
+            seen=confusion.add,
         )
+        processes.sum_(confusion.counts)
     if not processes.first:
         return
     if not math.isfinite(metrics.loss):
         raise NonFiniteLoss(f"the test loss of {path} is not finite: its weights overflow in this model")
     print(f"test top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  ({path})")
-    results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": str(path)}
+    results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": as_text(str(path))}
+    results["parameters"] = count_parameters(model)
+    results["flops_per_image"] = flops
+    results |= costs_of(model, shape, device)
+    results["classes"] = confusion.by_class(data.class_names)
+    if len(data.class_names) <= MOST_CONFUSED:
+        results["confusion"] = confusion.counts.tolist()
     results["options"] = evaluation_options(options)
     results["override"] = {name: {"trained": before, "here": after} for name, (before, after) in changes.items()}
     written = folder.write_test_results(results)
@@ -388,20 +441,30 @@ def _test(run: _Run) -> None:
 
 def _train(run: _Run) -> None:
     """Train from the beginning, from --checkpoint's weights, or from where --resume finds the run; write all outputs."""
-    model, folder, device = _prepare(run)
+    model, folder, device, warnings = _prepare(run)
     options, processes = run.options, run.processes
     train, plain = options.train, options.as_dict()
     found = resumable_state(folder, plain, quiet=not processes.first) if train.resume else None
     if train.export and found is not None and found[0]["best"] and not folder.best.exists():
         raise RunError(f"--export: {folder.best} of epoch {found[0]['best']['epoch']} is gone; leave --export out")
+    notes = ""  # for model.txt
     if train.checkpoint and found is None:
         path = Path(train.checkpoint)
         state = load_checkpoint(path)
-        load_weights(model, path, run.load, state=state)
+        if isinstance(state.get("config"), dict):
+            check_same_class(plain, state["config"], path, "--checkpoint")
+        leeway = Leeway(partial=not train.strict, resample=not train.strict, grid=grid_of(state.get("config")))
+        loaded = load_weights(model, path, run.load, state=state, leeway=leeway)
+        notes = list_of_loaded(loaded, path)
         if processes.first:
             say_what_differs(options.model, state, path)
+            say_what_was_loaded(loaded, path)
     elif train.checkpoint and processes.first:
         print(f"warning: --checkpoint {train.checkpoint} is not read: --resume goes on from {found[1]}", file=sys.stderr)
+    elif processes.first and found is None:
+        unread = f"--freeze {train.freeze}" if train.freeze else "--strict" if train.strict else ""
+        if unread:
+            print(f"warning: {unread} goes with the weights of a --checkpoint, and none is given", file=sys.stderr)
     processes.connect(device)
     check_same_state(processes, folder, found)
     data = _load_data(run, device)
@@ -414,15 +477,19 @@ def _train(run: _Run) -> None:
     facts = _facts(run, model, data, device)
     if processes.first:
         run.announce()
-        folder.start(plain, model, resumed=found is not None)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        folder.start(plain, model, resumed=found is not None, notes=notes)
+        trained = f" ({facts['trained_parameters']:,} of them trained)" if train.freeze else ""
         print(
-            f"{options.model.layer} on {options.data.dataset}: {facts['parameters']:,} parameters, "
+            f"{options.model.title} on {options.data.dataset}: {facts['parameters']:,} parameters{trained}, "
             f"{facts['flops_per_image'] / 1e6:,.2f} MFLOPs per image, {facts['train_images']:,} training and "
             f"{facts['test_images']:,} test images, on {device_name(device)}"
             + (f", {processes.world} processes" if processes.world > 1 else ""),
             flush=True,
         )
-    best = fit(training, data, folder, plain, facts)
+    with _reading():
+        best = fit(training, data, folder, plain, facts)
     if not processes.first:
         return
     if train.export:
@@ -431,16 +498,27 @@ def _train(run: _Run) -> None:
     print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
 
 
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """A context in which data that turns out to be wrong ends the run as whatever happens on the way, with status 1."""
+    try:
+        yield
+    except DataError as error:
+        raise ReadError(str(error)) from None
+
+
 def _facts(run: _Run, model: nn.Module, data: Data, device: torch.device) -> dict:
     """What summary.json says of the model and the data."""
     shape = (run.options.model.in_channels, *run.options.model.image_size)
     return {
         "parameters": count_parameters(model),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "flops_per_image": count_flops(model, torch.zeros(1, *shape, device=device)),
         "image_shape": shape,
         "num_classes": run.options.model.num_classes,
         "train_images": data.train.num_samples,
         "test_images": data.test.num_samples,
+        "class_names": data.class_names,
         "processes": run.processes.world,
         "kernels": backend.running_on(device),
     }

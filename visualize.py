@@ -10,14 +10,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.figures import COLORS, LINE_STYLES, color_of, label_groups, legend_beside, plot_seeds, read_metrics
-from experiments.trained import as_picture, load_run, read_config, read_options
+from cli import as_number, new_path, number_type
+from experiments.figures import (
+    COLORS,
+    LINE_STYLES,
+    color_of,
+    draw_confusion,
+    label_groups,
+    legend_beside,
+    plot_seeds,
+    read_metrics,
+)
+from experiments.points import readable
+from experiments.trained import as_picture, load_model, load_run, read_config, read_options  # noqa: F401  some only offered
 from options import DATASETS, DataConfig, OneLineParser, ViTConfig
+from runs.streams import run_program
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # takes most of a second to import
@@ -50,7 +63,9 @@ def draw_curves(args: argparse.Namespace) -> Figure:
     groups: dict[str, list[tuple[Path, list[dict]]]] = {}
     for folder in folders_of_runs(args.runs, args.output or default_output(args)):
         rows = read_metrics(folder)
-        values = {name: value for name, value in read_config(folder).items() if name not in NOT_COMPARED}
+        values = {}
+        for name, value in read_config(folder).items():
+            values |= {} if name in NOT_COMPARED else readable(name, value)
         groups.setdefault(json.dumps(values), []).append((folder, rows))
     labels = label_groups([json.loads(key) for key in groups], [[folder for folder, _ in group] for group in groups.values()])
 
@@ -89,6 +104,19 @@ def folders_of_runs(paths: list[Path], output: Path) -> list[Path]:
     if named := [str(path) for path in others if path.resolve() != output.resolve()]:
         print(f"left out, as there is no metrics.csv in them: {', '.join(named)}", file=sys.stderr)
     return runs
+
+
+def draw_confusion_of(args: argparse.Namespace) -> Figure:
+    """The confusion matrix in the run's test_results.json."""
+    path = args.run / "test_results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        names, counts = list(results["classes"]), results["confusion"]
+    except FileNotFoundError:
+        raise ValueError(f"{args.run} holds no test_results.json; evaluate the run with --test_only first") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} holds no confusion matrix, as evaluations of up to 200 classes write it") from None
+    return draw_confusion(names, counts)
 
 
 def draw_attention(args: argparse.Namespace) -> Figure:
@@ -178,7 +206,12 @@ def draw_neighbors(args: argparse.Namespace) -> Figure:
 
 
 def layer_number(name: str) -> str:
-    """The layer that a module is part of, by the first number in its name: layers.0.mixer.select -> layer 1."""
+    """The layer that a module is part of, by the first number in its name: layers.0.mixer.select -> layer 1.
+
+    In VGG and ResNet numbers are of all parts, and torchvision's names say more: features.3.select -> features.3.
+    """
+    if re.match(r"features\.|conv1\.|layer\d", name):
+        return name.removesuffix(".select").removesuffix(".layer")
     number = next((int(part) for part in name.split(".") if part.isdigit()), 0)
     return f"layer {number + 1}" + (" (" + name.split(".")[-2] + ")" if ".first." in name or ".second." in name else "")
 
@@ -301,21 +334,13 @@ def draw_samples(args: argparse.Namespace) -> Figure:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def at_least_one(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def at_least_zero(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
+at_least_one, at_least_zero = number_type(int, 1, 2**31 - 1), number_type(int, 0, 2**31 - 1)
+pictures = number_type(int, 1, 400)  # beyond it, nobody could see any
 
 
 def place(text: str) -> tuple[float, float]:
     try:
-        down, right = (float(part) for part in text.split(","))
+        down, right = (as_number(part, float) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not two numbers, as 0.5,0.25") from None
     if not (0 <= down <= 1 and 0 <= right <= 1):
@@ -325,7 +350,7 @@ def place(text: str) -> tuple[float, float]:
 
 def deviation(text: str) -> float:
     try:
-        value = float(text)
+        value = as_number(text, float)
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
@@ -333,24 +358,27 @@ def deviation(text: str) -> float:
     return value
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE", parser_class=OneLineParser)
 
     def add(name: str, help: str) -> argparse.ArgumentParser:
         one = figures.add_parser(name, help=help, description=help, allow_abbrev=False)
-        one.add_argument("--output", type=Path, metavar=f"FILE{suffix_of(name)}", help="where it goes")
+        one.set_defaults(parser=one)
+        one.add_argument("--output", type=new_path, metavar=f"FILE{suffix_of(name)}", help="where it goes")
         return one
 
     curves = add("curves", "loss and accuracy of one or many runs, seeds as a band (default output: curves.png beside them)")
     curves.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="output folders of runs")
+    confusion = add("confusion", "which classes are taken for which (default output: confusion.png in the run's folder)")
+    confusion.add_argument("run", type=Path, metavar="DIR", help="output folder of a run that --test_only has evaluated")
     for name, help in (
         ("attention", "images beside what the class token attends to, per block and averaged"),
         ("neighbors", "the K neighbors that some tokens pick in each layer, on the image, the nearest boldest"),
     ):
         one = add(name, f"{help} (default output: {name}.png in the run's folder)")
         one.add_argument("run", type=Path, metavar="DIR", help="output folder of a run")
-        one.add_argument("--images", type=at_least_one, default=4, help="test images (default: 4)")
+        one.add_argument("--images", type=pictures, default=4, help="test images (default: 4)")
         one.add_argument("--data_path", help="folder that holds the data set, if not where the run found it")
         if name == "neighbors":
             one.add_argument("--queries", nargs="+", type=place, metavar="Y,X", help="places of the tokens, from 0,0 to 1,1")
@@ -381,16 +409,19 @@ def make_parser() -> argparse.ArgumentParser:
     samples = add("samples", "training images with their labels, as a model sees them (default output: ./Output/<dataset>.png)")
     samples.add_argument("--dataset", choices=DATASETS, default="digits", help="data set (default: digits)")
     samples.add_argument("--data_path", help="folder that holds it (default: ./Data)")
-    samples.add_argument("--images", type=at_least_one, default=24, help="how many (default: 24)")
-    samples.add_argument("--resize", type=at_least_one, help="side they are resized to")
+    samples.add_argument("--images", type=pictures, default=24, help="how many (default: 24)")
+    samples.add_argument("--resize", type=at_least_one, nargs="+", help="side they are resized to, or height and width")
     samples.add_argument("--augment", action="store_true", help="random crop and flip")
-    samples.add_argument("--noise", type=float, default=0.0, help="standard deviation of noise on pixels from 0 to 1")
+    samples.add_argument(
+        "--noise", type=number_type(float), default=0.0, help="standard deviation of noise on pixels from 0 to 1"
+    )
     samples.add_argument("--seed", type=at_least_zero, default=0, help="of order, augmentation and noise")
     return parser
 
 
 DRAW = {
     "curves": draw_curves,
+    "confusion": draw_confusion_of,
     "attention": draw_attention,
     "neighbors": draw_neighbors,
     "explore": write_explorer,
@@ -415,7 +446,7 @@ def suffix_of(figure: str) -> str:
 def default_output(args: argparse.Namespace) -> Path:
     if args.figure in OF_RUNS:
         return (args.runs[0] if len(args.runs) == 1 else args.runs[0].parent) / OF_RUNS[args.figure]
-    if args.figure in ("attention", "neighbors"):
+    if args.figure in ("attention", "neighbors", "confusion"):
         return args.run / f"{args.figure}.png"
     return Path("Output") / f"{args.dataset if args.figure == 'samples' else args.figure}.png"
 
@@ -423,6 +454,7 @@ def default_output(args: argparse.Namespace) -> Path:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
+    args.parser.warn_repeated()
     output = args.output or default_output(args)
     if output.suffix.lower() != (suffix := suffix_of(args.figure)):
         parser.error(f"--output {output} is not a {suffix} file, which is what is {'drawn' if suffix == '.png' else 'written'}")
@@ -432,18 +464,20 @@ def main(argv: list[str] | None = None) -> int:
 
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, figure.encode() if isinstance(figure, str) else as_png(figure))
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
     except Exception as error:
         from dataset import DataError  # late, as torch takes seconds to import
-        from utils import RunError
+        from runs.checkpoints import NonFiniteWeights
+        from runs.memory import is_out_of_memory
+        from utils import RunError, WriteError
 
-        if isinstance(error, (DataError, RunError)):
-            parser.error(str(error))
-        raise
+        if is_out_of_memory(error):
+            parser.error(f"out of memory while drawing {args.figure}; a smaller picture, or fewer, need less")
+        if not isinstance(error, (ValueError, OSError, DataError, NonFiniteWeights, RunError, WriteError)):
+            raise
+        parser.error(" ".join(str(error).split()))
     print(output)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

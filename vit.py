@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from layers1d import MultiHeadMixer, TokenLayout
 from options import LAYERS1D_ROWS, ViTConfig, layer_row
 from registry import build_layer
+from runs.checkpoints import Leeway, Loaded, load_state
 from selection import ConstantTables
-from utils import load_state
 
 __all__ = ["LAYERS1D", "TokenLayout", "ViT", "ViTConfig", "load_vit_weights", "make_layer1d"]
 
@@ -24,8 +27,8 @@ __all__ = ["LAYERS1D", "TokenLayout", "ViT", "ViTConfig", "load_vit_weights", "m
 
 
 def _make(name: str, config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    """The mixer of this name with the options of the config, on tokens of this layout."""
-    row = layer_row(LAYERS1D_ROWS, name, config.branch_ratio)
+    """The mixer of this name, or at this address, with the options of the config, on tokens of this layout."""
+    row = layer_row(config.rows, name, config.branch_ratio)
     return build_layer(row, config, config.d_model, config.num_heads, layout=layout)
 
 
@@ -34,7 +37,7 @@ LAYERS1D = {name: partial(_make, name) for name in LAYERS1D_ROWS}
 
 def make_layer1d(config: ViTConfig, layout: TokenLayout) -> nn.Module:
     """The mixer that `config.layer` names, on tokens of this layout."""
-    return LAYERS1D[config.layer](config, layout)
+    return _make(config.layer, config, layout)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -79,22 +82,53 @@ def init_vit_weights(model: nn.Module, std: float | None = None, token_std: floa
             module.init_weights()
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block: x + drop(mixer(norm(x))), then x + drop(mlp(norm(x))). (B, N, d_model) -> the same."""
+def drop_path(x: Tensor, rate: float) -> Tensor:
+    """Stochastic depth (Huang et al., arXiv 1603.09382): x (B, ...) -> zeros for a sample at this rate, else x / (1 - rate)."""
+    kept = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - rate)
+    return x * kept.div_(1 - rate)
 
-    def __init__(self, d_model: int, d_mlp: int, mixer: nn.Module, dropout: float):
+
+class DropPath(nn.Module):
+    """`drop_path` in training, for what a residual block adds; nothing in evaluation."""
+
+    def __init__(self, rate: float = 0.0):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop_path(x, self.rate) if self.rate and self.training else x
+
+    def extra_repr(self) -> str:
+        return f"{self.rate:.3g}"
+
+
+def drop_path_rates(rate: float, num_layers: int) -> list[float]:
+    """From 0 in the first block to `rate` in the last, as in timm."""
+    return torch.linspace(0, rate, num_layers, device="cpu").tolist()
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + drop(mixer(norm(x))), then x + drop(mlp(norm(x))). (B, N, d_model) -> the same.
+
+    Args:
+        dropout: probability of dropping a feature of what is added.
+        drop_path: probability of adding nothing to a sample.
+    """
+
+    def __init__(self, d_model: int, d_mlp: int, mixer: nn.Module, dropout: float, drop_path: float = 0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(d_model, eps=1e-6)
         self.mixer = mixer
         self.norm2 = nn.LayerNorm(d_model, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(d_model, d_mlp), nn.GELU(), nn.Linear(d_mlp, d_model))
         self.dropout = nn.Dropout(dropout)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
         """With output_attentions also the mixing matrix of the mixer."""
         mixed, matrix = self.mixer(self.norm1(x), True) if output_attentions else (self.mixer(self.norm1(x)), None)
-        x = x + self.dropout(mixed)
-        x = x + self.dropout(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.dropout(mixed))
+        x = x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
         return (x, matrix) if output_attentions else x
 
 
@@ -109,8 +143,11 @@ class ViT(ConstantTables):
 
     Patches, in raster order, after the class token if `pool="cls"`. Under `num_local_layers` the first blocks mix
     patches only, and the class token joins after them (d'Ascoli et al., arXiv 2103.10697). `recompute` keeps only the
-    inputs of the blocks for the backward pass.
+    inputs of the blocks for the backward pass. Images of another size than `config.image_size` are seen by `resized`, with
+    the same weights.
     """
+
+    replaceable = r"classifier\.|blocks\.\d+\.mixer\."  # what other weights need not have (`runs.checkpoints.Leeway`)
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -128,19 +165,54 @@ class ViT(ConstantTables):
         self.num_local_layers = config.num_layers if config.num_local_layers is None else config.num_local_layers
         mixers = [make_layer1d(config, local) for _ in range(self.num_local_layers)]
         mixers += [LAYERS1D["Attention"](config, local) for _ in range(config.num_layers - self.num_local_layers)]
-        self.blocks = nn.ModuleList(Block(d, config.d_mlp, mixer, config.dropout) for mixer in mixers)
+        rates = drop_path_rates(config.drop_path, config.num_layers)
+        self.blocks = nn.ModuleList(
+            Block(d, config.d_mlp, mixer, config.dropout, rate) for mixer, rate in zip(mixers, rates, strict=True)
+        )
         self.norm = nn.LayerNorm(d, eps=1e-6) if config.final_norm else nn.Identity()
         self.classifier = nn.Linear(d, config.num_classes)
         self.recompute = False
+        self._resized: dict[tuple[int, int], ViT] = {}  # no submodules: they share this one's parameters
         # Positions and class token start at the scale of the tokens they are added to: 1 after a LayerNorm.
         init_vit_weights(self, config.initializer_range, token_std=1.0 if config.patch_norm else 0.02)
+
+    def resized(self, image_size: tuple[int, int]) -> ViT:
+        """This network for images of another size: the same parameters, tables of the other grid.
+
+        Learned positions are those of `resample_positions`, sinusoidal ones go by their formula. Raises ValueError where a
+        mixer has parameters for every token, or does not fit the grid.
+        """
+        new = self._resized.get(image_size)
+        if new is None:
+            with torch.device("meta"):  # it gets the parameters of this one; tables are made on the CPU all the same
+                new = ViT(dataclasses.replace(self.config, image_size=image_size))
+            self._resized[image_size] = new
+        new.recompute = self.recompute
+        for name, module in self.named_modules():
+            other = new.get_submodule(name)
+            other.training = module.training
+            for own, shared in ((module._parameters, other._parameters), (module._buffers, other._buffers)):
+                for key, value in own.items():
+                    if value is None or key in module._non_persistent_buffers_set:
+                        continue  # a table
+                    if key == "pos_embedding":
+                        value = resample_positions(value, self.config.grid, new.config.grid, self.config.class_tokens)
+                    elif value.shape != shared[key].shape:
+                        here, there = (f"{one.config.grid[0]} x {one.config.grid[1]}" for one in (self, new))
+                        raise ValueError(
+                            f"layer={self.config.layer} has parameters for every token ({name}.{key}), so it runs on the "
+                            f"{here} patches that it was made for, not on {there}"
+                        )
+                    shared[key] = value
+            for key, table in getattr(other, "_constants", {}).items():
+                weight = self.classifier.weight
+                other._buffers[key] = table.to(weight.device, weight.dtype if table.is_floating_point() else table.dtype)
+        return new
 
     def forward(self, images: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, list[Tensor | None]]:
         """images (B, channels, H, W) -> logits; with output_attentions also a mixing matrix (B, heads, N, N) per block."""
         if tuple(images.shape[2:]) != self.config.image_size:
-            raise ValueError(
-                f"images of {tuple(images.shape[2:])} were given, and the model was made for {self.config.image_size}"
-            )
+            return self.resized(tuple(images.shape[2:]))(images, output_attentions)
         x = self.patch_norm(self.patch_embedding(images).flatten(2).transpose(1, 2))  # (B, N, d)
         if self.config.class_tokens:
             x = prepend(self.class_token, x)
@@ -180,6 +252,7 @@ TIMM = {
     r"patch_embed\.proj\.": "patch_embedding.",
     r"cls_token": "class_token",
     r"pos_embed": "pos_embedding",
+    r"blocks\.(\d+)\.attn\.gating_param": r"blocks.\1.mixer.gate",
     r"blocks\.(\d+)\.attn\.": r"blocks.\1.mixer.",
     r"blocks\.(\d+)\.mlp\.fc1\.": r"blocks.\1.mlp.0.",
     r"blocks\.(\d+)\.mlp\.fc2\.": r"blocks.\1.mlp.2.",
@@ -188,11 +261,56 @@ TIMM = {
 }
 
 
-def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], class_tokens: int = 0) -> Tensor:
+    """Learned positions (1, class_tokens + h w, d) of a grid of patches, interpolated to another grid: bicubic, antialiased.
+
+    Those of class tokens stay. Equal to timm's `resample_abs_pos_embed`.
+    """
+    if old == new:
+        return table
+    first, patches = table[:, :class_tokens], table[:, class_tokens:]
+    image = patches.float().unflatten(1, old).permute(0, 3, 1, 2)  # (1, d, h, w)
+    image = F.interpolate(image, size=new, mode="bicubic", antialias=True)
+    return torch.cat([first, image.flatten(2).mT.to(table.dtype)], dim=1)
+
+
+def fit_positions(model: nn.Module, table: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, str]:
+    """Learned positions as this model has them, and what was done, in words. grid: theirs; None: the model's own, or a square.
+
+    A class token that joins after the local layers has no position: where the other model's has one it is left out, and where
+    ours has one it starts at zero. Raises ValueError where the grid cannot be told.
+    """
+    new, count, ours = model.config.grid, table.shape[1], model.config.class_tokens
+    if grid is None:
+        side = math.isqrt(count)  # of a square grid, with or without a class token
+        grid = new if table.shape == model.pos_embedding.shape else (side, side)
+    theirs = count - math.prod(grid)
+    if theirs not in (0, 1) or 0 in grid:
+        raise ValueError(
+            f"of an unknown grid: its {count} positions are not of a square of patches, with or without a class token"
+        )
+    table = resample_positions(table, grid, new, theirs)
+    table = table[:, 1:] if theirs > ours else F.pad(table, (0, 0, ours - theirs, 0))
+    return table, "" if grid == new else f"{grid[0]} x {grid[1]} to {new[0]} x {new[1]} patches"
+
+
+def joined_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the queries, keys and values of timm's ConViT, which are `qk` and `v` there, as one `qkv`."""
+    joined = dict(weights)
+    for name in weights:
+        value = name.replace(".mixer.qk.", ".mixer.v.")
+        if value != name and value in weights and weights[name].shape[1:] == weights[value].shape[1:]:
+            joined[name.replace(".qk.", ".qkv.")] = torch.cat([joined.pop(name), joined.pop(value)])
+    return joined
+
+
+def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], leeway: Leeway = Leeway()) -> Loaded:  # noqa: B008  it is immutable
     """Load a state dict of this model, or of the same architecture by torchvision or timm (`vit_b_16`, `vit_base_patch16_224`).
 
     Theirs have patch_norm=False, final_norm=True, pos_embedding="learned", and as many classes as the model must have; timm's
-    with `fc_norm` are of another architecture. Raises ValueError that names the first difference.
+    ConViT (`convit_tiny`) is `model="convit_ti"` with proj_bias=True, and timm's with `fc_norm` are of another architecture.
+
+    leeway: how far they may differ; by default not at all. Raises ValueError that names the first difference.
     """
     foreign = {"conv_proj.weight": TORCHVISION, "patch_embed.proj.weight": TIMM}
     names = next((table for name, table in foreign.items() if name in state_dict), {})
@@ -203,13 +321,25 @@ def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
                 return re.sub(pattern, replacement, name, count=1)
         return name
 
+    weights, resampled = joined_projections({ours(name): value for name, value in state_dict.items()}), ""
     try:
-        load_state(model, {ours(name): value for name, value in state_dict.items()})
+        table = weights.get("pos_embedding")
+        if leeway.resample and table is not None and table.ndim == 3 and model.config.pos_embedding == "learned":
+            weights["pos_embedding"], resampled = fit_positions(model, table, leeway.grid)
+        return load_state(model, weights, leeway)._replace(resampled=resampled)
     except ValueError as error:
         given = {"--no-patch_norm": not model.config.patch_norm, "--final_norm": model.config.final_norm}
         given |= {"--pos_embedding learned": model.config.pos_embedding == "learned"}
         needed = " ".join(flag for flag, is_given in given.items() if not is_given)
         advice = f"; those of torchvision and timm need {needed}" if names and needed else ""
+        if names is TIMM and "blocks.0.attn.gating_param" in state_dict and model.config.biases != (False, True):
+            advice += "; those of timm's ConViT need --no-attention_bias --proj_bias"
+        new, old = model.config.grid, leeway.grid
+        if leeway.resample and old not in (None, new) and ".mixer." in str(error):
+            advice += (
+                f"; --layer {model.config.layer} has parameters for every token, so it runs on the {old[0]} x {old[1]} patches "
+                "that it was made for"
+            )
         first = next((name for name in ("conv_proj.weight", "patch_embed.proj.weight") if name in state_dict), None)
         if first and state_dict[first].ndim == 4 and state_dict[first].shape[1] != model.config.in_channels:
             advice += (

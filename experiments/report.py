@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from experiments.figures import draw, draw_curves, read_metrics
-from experiments.points import Point, as_word, resolved
+from experiments.points import Point, as_word, resolved, stated
+from experiments.published import NOTE, Published, as_text, put_beside
 from options import read_yaml
 
 FAILURE = "failure.txt"  # in the folder of a point whose last run failed
@@ -24,6 +25,7 @@ MEASURES = {  # column -> where it stands in summary.json, and what it is divide
     "latency_ms_per_image": (("latency_ms_per_image",), 1),
     "peak_memory_mb": (("peak_memory_bytes",), 1e6),
 }
+COSTS_OF_MODEL = ("parameters", "flops_per_image", "latency_ms_per_image", "peak_memory_bytes")  # which an evaluation has too
 
 
 @functools.cache
@@ -49,8 +51,29 @@ def measure_in(summary: dict, name: str) -> float:
     return summary / unit
 
 
+def read_evaluation(point: Point, folder: Path) -> dict | None:
+    """What a point with test_only has found, in the form of a run's summary; None if it has not been evaluated so."""
+    try:
+        wanted = stated(point, folder)
+    except ValueError:  # of another sweep, whose `config:` or checkpoint is gone
+        wanted = point.values
+    for path in sorted((folder / point.name).glob("test_results*.json")):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            given = found["options"] | {"checkpoint": found["checkpoint"]}
+            if all(given[name] == value for name, value in wanted.items() if name in given):
+                row = {f"test_{name}": found[name] for name in ("top1", "top5", "loss")}
+                costs = {name: found[name] for name in COSTS_OF_MODEL}
+                return {"finished": True, "epochs": 0, "final": row, "best": row, "average_epoch_seconds": math.nan, **costs}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
 def finished_summary(point: Point, folder: Path) -> dict | None:
     """The summary of the point's run if it has ended: by early stopping, or after as many epochs as are asked for now."""
+    if point.test_only:
+        return read_evaluation(point, folder)
     summary = read_summary(folder / point.name)
     if not summary or not summary["finished"]:
         return None
@@ -105,7 +128,7 @@ def summarize(points: list[Point], folder: Path) -> list[dict]:
         row = {name: as_cell(group[0].varying.get(name, "")) for name in columns}
         row |= {"runs": len(summaries), "of": len(group), "failed": len(failed)}
         for measure in MEASURES:
-            values = [measure_in(summary, measure) for summary in summaries]
+            values = [value for summary in summaries if not is_nan(value := measure_in(summary, measure))]
             row[measure] = statistics.fmean(values) if values else math.nan
             row[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else math.nan
         rows.append(row)
@@ -133,24 +156,34 @@ def failure_of(point: Point, folder: Path) -> str:
         return ""
 
 
-def update_summary(points: list[Point], folder: Path, draw_plots: bool = True) -> bool:
+def update_summary(
+    points: list[Point], folder: Path, draw_plots: bool = True, published: dict[str, Published] | None = None
+) -> bool:
     """`write_summary`; where it cannot be written, a warning instead, as runs are worth more than tables of them."""
     from utils import WriteError
 
     try:
-        write_summary(points, folder, draw_plots)
+        write_summary(points, folder, draw_plots, published)
     except WriteError as error:
         print(f"warning: {error}", file=sys.stderr)
         return False
     return True
 
 
-def write_summary(points: list[Point], folder: Path, draw_plots: bool = True) -> None:
-    """summary.csv, summary.md and the plots, from whatever has ended so far."""
+def write_summary(
+    points: list[Point], folder: Path, draw_plots: bool = True, published: dict[str, Published] | None = None
+) -> None:
+    """summary.csv, summary.md and the plots, from whatever has ended so far.
+
+    published: what others found, by the name of the point; it stands beside ours.
+    """
     from runs.files import as_csv, as_png, write_atomically
 
     points = with_earlier(points, folder)
     rows = summarize(points, folder)
+    if published:
+        of_group = [next((published[p.name] for p in group if p.name in published), None) for group in group_points(points)]
+        rows = put_beside(rows, of_group)
     cells = [{name: "" if is_nan(value) else value for name, value in row.items()} for row in rows]
     write_atomically(folder / "summary.csv", as_csv(cells))
     failures = {point.name: failure_of(point, folder) for point in points if not is_finished(point, folder)}
@@ -171,7 +204,7 @@ def curves_of(group: list[Point], folder: Path) -> list[list[float]]:
     """Test top-1 by epoch of the points that have ended. One whose table cannot be read is left out, with a warning."""
     curves = []
     for point in group:
-        if is_finished(point, folder):
+        if not point.test_only and is_finished(point, folder):
             try:
                 curves.append([row["test_top1"] for row in read_metrics(folder / point.name)])
             except ValueError as error:
@@ -185,13 +218,19 @@ def is_nan(value) -> bool:
 
 def as_markdown(rows: list[dict], failures: dict[str, str] | None = None) -> str:
     """Means, with standard deviations over seeds where they are of interest, and why points failed, by name."""
-    columns = [name for name in rows[0] if not name.endswith("_std")]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    ours = [name for name in rows[0] if not name.startswith("published_")]
+    columns = [
+        name for name in rows[0] if not name.endswith("_std") and (name in ours or name.removeprefix("published_") in ours)
+    ]
+    heads = [name.replace("published_", "published ") for name in columns]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = []
         for name in columns:
             value, spread = row[name], row.get(f"{name}_std", math.nan)
-            if is_nan(value):
+            if name.startswith("published_"):
+                cells.append(as_text(row, name.removeprefix("published_")))
+            elif is_nan(value):
                 cells.append("")
             elif name == "parameters":
                 cells.append(f"{value:,.0f}")
@@ -201,9 +240,10 @@ def as_markdown(rows: list[dict], failures: dict[str, str] | None = None) -> str
                 cells.append(str(value))
         lines.append("| " + " | ".join(cells) + " |")
     note = (
-        "top1 and top5 are of the last epoch, on the test set, in percent; means of the runs that ended, ± standard deviation."
+        "top1 and top5 are of the last epoch, or of the evaluated checkpoint, on the test set, in percent; means of the "
+        "runs that ended, ± standard deviation."
     )
-    lines += ["", note]
+    lines += ["", note, *(["", NOTE] if "published_source" in rows[0] else [])]
     if failures:
         lines += ["", "Failed, and tried again by the next call of the sweep:", ""]
         lines += [f"- {name}: {why}" for name, why in failures.items()]

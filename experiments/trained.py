@@ -43,14 +43,17 @@ def read_options(folder: Path, data_path: str | None = None) -> Options:
 def load_model(folder: Path, options: Options, weights: str = "best.pt") -> nn.Module:
     """The model of a run in eval mode on the CPU, with the weights in one of its files. Raises ValueError without that file."""
     import utils
-    from allconvnet import AllConvNet
+    from registry import build_network
+    from runs.provenance import check_same_class
     from vit import ViT
 
     path = folder / weights
     if not path.exists():
         raise ValueError(f"{folder} holds no {weights}; its run has not ended its first epoch")
-    model = (ViT if isinstance(options.model, ViTConfig) else AllConvNet)(options.model)
-    utils.load_weights(model, path, flag=weights)
+    model = (ViT if isinstance(options.model, ViTConfig) else build_network)(options.model)
+    state = utils.load_checkpoint(path)
+    check_same_class(options.as_dict(), state.get("config") or {}, path, weights)
+    utils.load_weights(model, path, flag=weights, state=state)
     return model.eval()
 
 

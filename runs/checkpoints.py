@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -51,7 +54,8 @@ def load_checkpoint(path: Path) -> dict:
         # torch.load does not verify checksums and would return numbers in which some bits have changed.
         if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"checksum of {part}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that `weights_in` refuses
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost anything
         code = "it is a pickle with code, which is not run: it holds more than tensors and plain values"
         reason = code if _names_code(error) else "damaged, or another kind of file"
@@ -74,7 +78,26 @@ def load_run_state(path: Path) -> dict:
     missing = [name for name in STATE if name not in state]
     if missing or not isinstance(state["config"], dict):
         raise DamagedError(f"{path} is not the state of a run: it holds no {', '.join(missing) or 'options'}")
+    if wrong := _contradiction(state):
+        raise DamagedError(f"{path} is not the state of a run: its {wrong}")
     return state
+
+
+def _contradiction(state: dict) -> str:
+    """What in the state of a run cannot be, as somebody who edited it may have left it; its checksums are right."""
+    for name in ("epoch", "step"):
+        if type(state[name]) is not int or state[name] < 0:
+            return f"{name} is {state[name]!r}"
+    history, best, sampler = state["history"], state["best"], state["sampler"]
+    if not (isinstance(history, list) and all(isinstance(row, dict) for row in history) and isinstance(best, dict)):
+        return "history or best epoch is no table"
+    if [row.get("epoch") for row in history] != list(range(1, state["epoch"] + 1)) or (history and best not in history):
+        return f"history does not lead to epoch {state['epoch']}"
+    if not isinstance(sampler, dict) or not all(isinstance(sampler.get(name), (int, float)) for name in ("seconds", "lr")):
+        return "times and learning rate are no numbers"
+    if not (isinstance(state["rng"], list) and state["rng"]):
+        return "random states are missing"
+    return ""
 
 
 def evaluated_weights(source: Path) -> dict:
@@ -98,7 +121,11 @@ def weights_in(state: dict, source: Path) -> dict:
         for kind, holds in kinds.items():
             if holds:
                 raise RunError(f"{source} cannot be used: {name} is {kind}; save it as a dense tensor of real numbers")
-    return {_plain_name(name): value for name, value in weights.items()}
+    plain = {_plain_name(name): value for name, value in weights.items()}
+    if len(plain) < len(weights):
+        name = next(name for name in weights if _plain_name(name) != name and _plain_name(name) in weights)
+        raise RunError(f"{source} cannot be used: it holds {_plain_name(name)} twice, also as {name}; save it with one of them")
+    return plain
 
 
 def _plain_name(name: str) -> str:
@@ -116,31 +143,64 @@ def check_finite_weights(weights: dict, source: Path) -> None:
         raise NonFiniteWeights(f"{source} holds numbers that are not finite (NaN or infinity) in {names[0]}{more}")
 
 
-def load_state(model: nn.Module, weights: dict) -> None:
-    """Load a state dict of exactly this architecture. Raises ValueError that names the first difference."""
+class Leeway(NamedTuple):
+    """How far weights may differ from those of the model that they are loaded into."""
+
+    partial: bool = False  # what matches the model's `replaceable` need not be there, or not in that shape
+    resample: bool = False  # positions of another grid are interpolated
+    grid: tuple[int, int] | None = None  # of the patches that those positions are of, where it is known
+
+
+class Loaded(NamedTuple):
+    """What became of the weights in a file, by name."""
+
+    loaded: list[str]
+    new: dict[str, str]  # what this model keeps as it was initialized: shapes there and here
+    unused: list[str]  # what this model has no place for
+    resampled: str = ""  # positions: from which grid to which
+
+
+def load_state(model: nn.Module, weights: dict, leeway: Leeway = Leeway()) -> Loaded:  # noqa: B008  it is immutable
+    """Load a state dict, by default of exactly this architecture. Raises ValueError that names the first difference.
+
+    leeway.partial: what the regular expression `model.replaceable` matches, if there is one, is loaded where name and shape are
+    the same.
+    """
     own = model.state_dict()
+    replaceable = getattr(model, "replaceable", None) if leeway.partial else None
+
+    def check(name: str, why: str) -> None:
+        if replaceable is None or not re.match(replaceable, name):
+            raise ValueError(f"of another architecture{why}")
+
+    new = {}
     for name, value in own.items():
         if name not in weights:
-            raise ValueError(f"of another architecture: it has no {name}")
-        if weights[name].shape != value.shape:
+            check(name, f": it has no {name}")
+            new[name] = f"not there, {tuple(value.shape)} here"
+        elif weights[name].shape != value.shape:
             shapes = f"{tuple(weights[name].shape)} there, {tuple(value.shape)} here"
-            raise ValueError(f"of another architecture or number of classes: {name} is {shapes}")
-        if value.is_floating_point() and not weights[name].is_floating_point():
+            check(name, f" or number of classes: {name} is {shapes}")
+            new[name] = shapes
+        elif value.is_floating_point() and not weights[name].is_floating_point():
             kind = str(weights[name].dtype).removeprefix("torch.")
             raise ValueError(f"not of floating-point numbers: {name} is {kind}, whose scale is not known here")
-    for name in weights:
-        if name not in own:
-            raise ValueError(f"of another architecture: this model has no {name}")
-    model.load_state_dict(weights)
+    unused = [name for name in weights if name not in own]
+    for name in unused:
+        check(name, f": this model has no {name}")
+    fitting = {name: weights[name] for name in own if name not in new}
+    model.load_state_dict(fitting, strict=not new)
+    return Loaded(list(fitting), new, unused)
 
 
 def load_weights(
     model: nn.Module,
     source: Path,
-    load: Callable[[nn.Module, dict], None] = load_state,
+    load: Callable[[nn.Module, dict, Leeway], Loaded] = load_state,
     flag: str = "--checkpoint",
     state: dict | None = None,
-) -> None:
+    leeway: Leeway = Leeway(),  # noqa: B008  it is immutable
+) -> Loaded:
     """Load the weights of the checkpoint that `flag` names; `load` puts a state dict into the model or raises ValueError.
 
     state: what `load_checkpoint` has read from it, if it has. Raises RunError if the file cannot be read or the weights do not
@@ -148,10 +208,11 @@ def load_weights(
     """
     weights = weights_in(load_checkpoint(source) if state is None else state, source)
     try:
-        load(model, weights)
+        loaded = load(model, weights, leeway)
     except ValueError as error:
         raise RunError(f"{flag}: {source} is {error}") from None
     check_finite_weights(weights, source)
+    return loaded
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -50,11 +50,19 @@ class Found(NamedTuple):
 
 
 def describe_model(model: nn.Module) -> str:
-    """The text of model.txt: module tree and parameter table."""
-    rows = [(name, "x".join(map(str, p.shape)) or "1", f"{p.numel():,}") for name, p in model.named_parameters()]
-    rows.append(("total", "", f"{count_parameters(model):,}"))
+    """The text of model.txt: module tree and parameter table, which says what is frozen."""
+    named = list(model.named_parameters())
+    rows = [
+        (name, "x".join(map(str, p.shape)) or "1", f"{p.numel():,}", "" if p.requires_grad else "frozen") for name, p in named
+    ]
+    rows.append(("total", "", f"{count_parameters(model):,}", ""))
+    learning = [p.numel() for _, p in named if p.requires_grad]
+    if len(learning) < len(named):
+        rows.append(("trained", "", f"{sum(learning):,}", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    table = [f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {count:>{widths[2]}}".rstrip() for name, shape, count in rows]
+    table = [
+        f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {count:>{widths[2]}}  {note}".rstrip() for name, shape, count, note in rows
+    ]
     return f"{model}\n\n" + "\n".join(table) + "\n"
 
 
@@ -142,10 +150,10 @@ class RunFolder:
         """A context in which the folder is this run's: nobody else writes there, and it holds nothing that would be lost."""
         check_writable(self.path, "--output_dir")
         with locked(self.path):
-            self.check(train.resume, train.overwrite)
+            self.check(train.resume, train.overwrite, train.save_every)
             yield
 
-    def check(self, resume: bool, overwrite: bool) -> None:
+    def check(self, resume: bool, overwrite: bool, save_every: int = 0) -> None:
         """Raise RunError, with what to do, if a run that starts here would write over what it must not.
 
         A run of ours is written over only under --overwrite, and what no run of ours made never.
@@ -156,8 +164,11 @@ class RunFolder:
         goes_on = resume and any((self.path / name).exists() for name in CHECKPOINTS)
         if goes_on:
             return  # `resumable_state` looks at the checkpoints themselves
-        if found.foreign:
-            names = ", ".join(found.foreign)
+        foreign = found.foreign
+        if found.options is None and save_every:
+            foreign = foreign + [path.name for path in self._matching(self.path, r"epoch_\d+\.pt")]
+        if foreign:
+            names = ", ".join(foreign)
             raise RunError(
                 f"{where} holds {names} without the config.yaml of a run of this program, and a run would write over them; "
                 "use another --output_dir"
@@ -174,8 +185,11 @@ class RunFolder:
         keep = "keep it" if found.finished else "go on with it"
         raise RunError(f"{where} holds {what}; use --resume to {keep}, another --output_dir, or --overwrite to write over it")
 
-    def start(self, options: dict, model: nn.Module, resumed: bool) -> None:
-        """Create the folder and write what is known before training. Another run that is there is written over."""
+    def start(self, options: dict, model: nn.Module, resumed: bool, notes: str = "") -> None:
+        """Create the folder and write what is known before training. Another run that is there is written over.
+
+        notes: what else model.txt says of a run that begins. That of a run that is resumed stays.
+        """
         if not resumed:
             self._clear()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -184,7 +198,8 @@ class RunFolder:
         self._write("args.txt", "".join(f"{name}: {value}\n" for name, value in shown.items()))
         # Whoever runs this file again has not said that a run may be written over.
         self._write("config.yaml", yaml.safe_dump(options | {"overwrite": False}, sort_keys=False))
-        self._write("model.txt", describe_model(model))
+        if not resumed or not (self.path / "model.txt").exists():
+            self._write("model.txt", describe_model(model) + notes)
 
     def _clear(self) -> None:
         """Take away the outputs of the run that is there, and nothing else."""
@@ -249,12 +264,19 @@ class RunFolder:
         write_atomically(self.path / name, text)
 
 
+def costs_of(model: nn.Module, image_shape: tuple[int, ...], device: torch.device) -> dict:
+    """Latency of one image, which takes a second to measure, and the peak memory of this process so far."""
+    image = torch.zeros(1, *image_shape, device=device)
+    return {**process_peak_memory(device), "latency_ms_per_image": measure_latency(model, image)}
+
+
 def summarize(training: Training, selection_split: str, facts: dict, ended: bool) -> dict:
     """What summary.json holds; facts: of the model and the data."""
     chosen = {"val": "validation set", "test": "test set"}[selection_split]
     note = "The best epoch was chosen on the test set; --val_fraction chooses it on held-out images."
     seconds = [row["seconds"] for row in training.history]
-    image = torch.zeros(1, *facts["image_shape"], device=training.device)
+    device = training.device
+    costs = costs_of(training.model, facts["image_shape"], device) if ended else process_peak_memory(device)
     return {
         "finished": ended,
         "epochs": len(training.history),
@@ -264,9 +286,9 @@ def summarize(training: Training, selection_split: str, facts: dict, ended: bool
         "best": training.best,
         "average_epoch_seconds": sum(seconds) / len(seconds),
         **facts,
-        **process_peak_memory(training.device),
-        "latency_ms_per_image": measure_latency(training.model, image) if ended else None,  # it takes a second
-        "device": device_name(training.device),
+        "latency_ms_per_image": None,
+        **costs,
+        "device": device_name(device),
         "versions": versions(),
     }
 

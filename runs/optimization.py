@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from options import TrainConfig
 from runs import RunError
+from runs.parameters import parameter_groups
 from runs.processes import Processes
 
 
@@ -43,15 +44,15 @@ def make_mix(mixup: float, cutmix: float, num_classes: int) -> Callable | None:
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """A fused optimizer: it can skip a step on the device, without the CPU having to know."""
-    shared = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    groups = parameter_groups(model, config)
     if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), momentum=config.momentum, **shared)
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
         if config.momentum:
             # torch creates these in the first step, uninitialized: a fused step that is skipped would leave them so.
-            for parameter in model.parameters():
+            for parameter in (parameter for group in groups for parameter in group["params"]):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](model.parameters(), **shared)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](groups, fused=True)
 
 
 class LearningRate:
@@ -93,6 +94,7 @@ class LearningRate:
 
     @property
     def now(self) -> float:
+        """The learning rate itself, without layer_decay: that of the first group."""
         return self.optimizer.param_groups[0]["lr"]
 
     def state_dict(self) -> dict:

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from options import AsTrained, ModelConfig, Options, as_words, assumed_options
+from options import AsTrained, ModelConfig, Options, as_words, assumed_options, same_value
 from runs import RunError
+from runs.checkpoints import Loaded
+
+HEADS = ("classifier.weight", "classifier.6.weight", "fc.weight")  # the last linear of a ViT or stack, of VGG, of ResNet
 
 
 def options_as_trained(
@@ -27,13 +30,26 @@ def options_as_trained(
     return found, changes
 
 
+def check_same_class(options: dict, trained: dict, path: Path, flag: str) -> None:
+    """Raise RunError where a layer of one's own is called as the trained one, and its file has another content."""
+    now, then = options.get("layer_sha256"), trained.get("layer_sha256")
+    if then and now and now != then and same_value("layer", options["layer"], trained.get("layer")):
+        raise RunError(
+            f"{flag}: {path} was trained with another content of --layer {options['layer']}: its SHA-256 was {then} and is now "
+            f"{now}; give its file the former content back"
+            + ", or take it as it is now by --override"
+            * (flag == "--test_only")
+        )
+
+
 def say_what_is_assumed(options: Options, state: dict, path: Path, changes: dict) -> None:
     if not isinstance(state.get("config"), dict):
         words = " ".join(f"--{name} {as_words(value)}" for name, value in assumed_options(options.model).items())
         print(f"assumed of {path}, which does not say: {words}")
     elif changes:
         words = ", ".join(f"--{name} {as_words(before)}, here {as_words(after)}" for name, (before, after) in changes.items())
-        print(f"warning: --override: {path} was trained with {words}", file=sys.stderr)
+        how = "--override: " * options.train.override
+        print(f"warning: {how}{path} was trained with {words}", file=sys.stderr)
 
 
 def say_what_differs(model: ModelConfig, state: dict, path: Path) -> None:
@@ -43,7 +59,30 @@ def say_what_differs(model: ModelConfig, state: dict, path: Path) -> None:
         differences = [
             f"--{name} {as_words(trained[name])}, here {as_words(value)}"
             for name, value in assumed_options(model).items()
-            if name in trained and as_words(trained[name]) != as_words(value)
+            if name in trained and not same_value(name, trained[name], value)
         ]
         if differences:
             print(f"warning: {path} was trained with {'; '.join(differences)}", file=sys.stderr)
+
+
+def say_what_was_loaded(loaded: Loaded, path: Path) -> None:
+    """A line where the weights in a file are not just those of the model, and one more if the classifier starts anew."""
+    for name in HEADS:
+        if name in loaded.new:
+            print(f"warning: {path}: a new head, {name} is {loaded.new[name]}", file=sys.stderr)
+    if loaded.new or loaded.unused or loaded.resampled:
+        print(f"weights of {path}: {_counts(loaded)}")
+
+
+def _counts(loaded: Loaded) -> str:
+    parts = [f"{len(loaded.loaded)} tensors loaded" + f" (positions from {loaded.resampled})" * bool(loaded.resampled)]
+    parts += [f"{len(names)} {what}" for names, what in ((loaded.new, "new"), (loaded.unused, "not used")) if names]
+    return ", ".join(parts)
+
+
+def list_of_loaded(loaded: Loaded, path: Path) -> str:
+    """What model.txt says of the weights that a run starts from."""
+    lines = [f"new       {name}  ({why})" for name, why in loaded.new.items()]
+    lines += [f"not used  {name}" for name in loaded.unused]
+    lines += [f"loaded    {name}" for name in loaded.loaded]
+    return f"\nweights of {path}: {_counts(loaded)}\n" + "\n".join(lines) + "\n"

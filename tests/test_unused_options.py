@@ -57,6 +57,9 @@ VIT = [
     ("--layer BranchConv --branch_ratio 0.25 --K 5 --kernel_size 3", []),
     ("--branch_ratio 0.25", ["--branch_ratio 0.25 is not used by --layer Attention"]),
     ("--model convit_ti --window_size 4 --locality_strength 2", ["--window_size 4 is not used by --layer GPSA"]),
+    ("--drop_path 0.1 --qkv_bias False", []),
+    ("--drop_path 0.1 --num_layers 1", ["--drop_path 0.1 is not used by --num_layers 1"]),
+    ("--layer Conv1d --no-proj_bias --num_local_layers 0", []),
     ("--pool mean --lr 0.1 --patch_size 32 --momentum 0.5 --d_hidden 64 --num_heads 2", []),
 ]  # fmt: skip
 ALLCONVNET = [
@@ -70,7 +73,14 @@ ALLCONVNET = [
     ("--similarity_type Loc --magnitude_type matmul", ["--magnitude_type matmul is not used by --similarity_type Loc"]),
     ("--similarity_type Loc --magnitude_type matmul --layer ConvNN_Attn", []),
     ("--sampling_type spatial --num_samples 8", []),
-]
+    ("--drop_path 0.1", ["--drop_path 0.1 is not used by --layer ConvNN"]),
+    ("--layer Conv2d --aggregation_type Loc_Col --attention_dropout 0.1", ["--attention_dropout 0.1"]),
+    ("--layer Attention --attention_dropout 0.1 --convolution_type depthwise", ["--convolution_type depthwise"]),
+    ("--stem small --replace last 2", ["--stem small is not used by --model allconvnet", "--replace last 2"]),
+    ("--model vgg11 --channels 8 8 --stem small --batch_norm --classifier_width 8", ["--channels 8 8"]),
+    ("--model resnet18 --batch_norm --classifier_width 8 --num_layers 3 --replace last 2",
+     ["--batch_norm True is not used by --model resnet18", "--classifier_width 8", "--num_layers 3"]),
+]  # fmt: skip
 LINES = [("vit_main.py", *one) for one in VIT] + [("allconvnet_main.py", *one) for one in ALLCONVNET]
 
 
@@ -173,6 +183,8 @@ ALLCONVNET_VALUES = TWO_VALUES | {
     "magnitude_type": ("similarity", "distance"),
     "kernel_size": (3, 1),
     "num_heads": (2, 4),
+    "attention_dropout": (0.2, 0.7),
+    "convolution_type": ("standard", "depthwise-separable"),
     "shuffle_pattern": ("BA", "NA"),
     "shuffle_scale": (2, 1),
     "padding": (0, 1),

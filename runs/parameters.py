@@ -1,0 +1,69 @@
+"""Which parameters learn, how fast, and which of them decay: `--freeze`, `--layer_decay`, `--decay_norms`."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from options import TrainConfig
+from runs import RunError
+
+HEAD = "classifier."  # of a model that does not say otherwise by its `head`
+BLOCK = re.compile(r"(?:blocks|layers)\.(\d+)\.")
+UNDECAYED = ("pos_embedding", "class_token")  # and all vectors: norms, biases, gates
+
+
+def freeze(model: nn.Module, part: str | None) -> None:
+    """Under `backbone` let the classifier alone learn. Raises RunError for a model without one."""
+    if part is None:
+        return
+    head = getattr(model, "head", HEAD)
+    if not any(name.startswith(head) for name, _ in model.named_parameters()):
+        raise RunError(f"--freeze {part}: this model has no parameter {head}*, which is what would be left to train")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(head))
+
+
+def start_training(model: nn.Module) -> None:
+    """Training mode, but for the parts that are frozen: they compute what they compute in evaluation.
+
+    So the statistics of their BatchNorm stay those of the checkpoint, nothing in them is dropped, and candidates are not drawn.
+    """
+    model.train()
+    for part in model.children():
+        learns = [parameter.requires_grad for parameter in part.parameters()]
+        if learns and not any(learns):
+            part.eval()
+
+
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """What the learning rate is multiplied by, by the parameter's name (BEiT, arXiv 2106.08254).
+
+    As in timm's `param_groups_layer_decay`: decay ** (L + 1 - i) in block i of L, counted from 1, with the final norm in the
+    last; 1 in the classifier, and decay ** (L + 1) in what comes before the blocks. Raises RunError for a model without
+    numbered blocks.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    number = {name: int(found[1]) + 1 for name in names if (found := BLOCK.match(name))}
+    if decay == 1:
+        return dict.fromkeys(names, 1.0)
+    if not number or not any(name.startswith(HEAD) for name in names):
+        raise RunError(f"--layer_decay {decay}: this model has no blocks.* or layers.* before a {HEAD}*; leave it out")
+    last = max(number.values())
+    others = {name: last + 1 if name.startswith(HEAD) else last if name.startswith("norm.") else 0 for name in names}
+    return {name: decay ** (last + 1 - number.get(name, others[name])) for name in names}
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """The optimizer's groups of the parameters that learn: those of the learning rate itself first, then ever slower ones."""
+    scales = layer_scales(model, config.layer_decay)
+    groups: dict[tuple[float, bool], list] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = config.decay_norms or not (parameter.ndim <= 1 or name.endswith(UNDECAYED))
+            groups.setdefault((scales[name], decays), []).append(parameter)
+    return [
+        {"params": groups[key], "lr": config.lr * key[0], "weight_decay": config.weight_decay * key[1]}
+        for key in sorted(groups, reverse=True)
+    ]
