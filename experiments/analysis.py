@@ -257,7 +257,11 @@ def _draw_epochs(axis, rows: list[dict], names: list[str], _) -> None:
         for layer in dict.fromkeys(row["layer"] for row in found):
             points = [(int(row["of"].split()[-1]), row["value"]) for row in found if row["layer"] == layer]
             axis.plot(*zip(*points, strict=True), ".-", color=color_of(number), lw=0.8)
-            axis.annotate(layer.partition(" ")[2], points[-1], fontsize=6, xytext=(3, 0), textcoords="offset points")
+            axis.annotate(
+                layer.partition(" ")[2], points[0], fontsize=6, xytext=(-4, 0), textcoords="offset points", ha="right"
+            )
+    axis.margins(x=0.1)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("epoch", fontsize=8)
     axis.set_ylabel("overlap with the kept epoch before", fontsize=8)
     axis.set_ylim(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from layers2d import Attention2d, ConvNN2d, ConvNNAttention2d
 from neighbors import find_neighbors, gather_neighbors, neighbor_scores, neighbor_weights
 from vit import ViT
 
+KINDS = (MultiHeadMixer, ConvNN2d, ConvNNAttention2d, Attention2d, GraphConv2d)
 ABSENT = -1  # in an index: a place that no token takes, as the token has fewer neighbors
 
 
@@ -50,7 +52,7 @@ def record_mixing(model: nn.Module, images: Tensor, pairs: int) -> tuple[Tensor,
 
     def hook(name: str):
         def record(module: nn.Module, inputs: tuple, output) -> None:
-            if isinstance(module, MultiHeadMixer):
+            if isinstance(model, ViT):
                 mixing = _of_sequence(module, inputs[0], output[1], model.config.grid, pairs)
             else:
                 mixing = _of_image(module, inputs[0], pairs)
@@ -60,8 +62,11 @@ def record_mixing(model: nn.Module, images: Tensor, pairs: int) -> tuple[Tensor,
 
         return record
 
-    kinds = (MultiHeadMixer, ConvNN2d, ConvNNAttention2d, Attention2d, GraphConv2d)
-    handles = [part.register_forward_hook(hook(name)) for name, part in model.named_modules() if isinstance(part, kinds)]
+    parts = {name: part for name, part in model.named_modules() if isinstance(part, KINDS)}
+    if isinstance(model, ViT):  # mixers of the user's own too, by their matrix
+        own = {f"blocks.{number}.mixer": block.mixer for number, block in enumerate(model.blocks)}
+        parts |= {name: part for name, part in own.items() if not any(isinstance(inner, KINDS) for inner in part.modules())}
+    handles = [part.register_forward_hook(hook(name)) for name, part in parts.items()]
     with torch.no_grad():
         logits = model(images, output_attentions=True)[0] if isinstance(model, ViT) else model(images)
     for handle in handles:
@@ -80,7 +85,12 @@ def record_run(run: Run, pairs: int) -> tuple[Tensor, list[Mixing]]:
 
 
 def layer_name(module: str, kind: str) -> str:
-    """What the layer is called that a module is part of: blocks.2.mixer.first -> block 3 (first)."""
+    """What the layer is called that a module is part of: blocks.2.mixer.first -> block 3 (first).
+
+    In VGG and ResNet numbers are of all parts, and torchvision's names say more: features.3 -> layer features.3.
+    """
+    if re.match(r"features\.|conv1|layer\d", module):
+        return f"{kind} {module.removesuffix('.layer')}"
     parts = module.split(".")
     number = next((int(part) for part in parts if part.isdigit()), 0)
     branch = next((f" ({part})" for part in parts if part in ("first", "second")), "")

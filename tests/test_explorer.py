@@ -229,6 +229,34 @@ def test_errors_are_one_line(line, says, runs, capsys, monkeypatch):
 def test_layer_names():
     assert layer_name("blocks.2.mixer", "block") == "block 3"
     assert layer_name("layers.0.0.second", "layer") == "layer 1 (second)"
+    assert layer_name("features.16", "layer") == "layer features.16"
+    assert layer_name("layer2.0.conv1.layer", "layer") == "layer layer2.0.conv1"
+
+
+def test_every_layer_of_a_host_has_a_name_of_its_own(tmp_path):
+    values = {"resize": 32, "layer": "ConvNN", "K": 4, "sampling_type": "spatial", "num_samples": 2}
+    run = write_run(tmp_path / "run", values | {"model": "resnet18"})
+    model, images, _, _ = visualize.load_run(run, 1, None)
+    _, found = record_mixing(model, images, 4)
+    assert len({mixing.name for mixing in found}) == len(found) > 4
+
+
+def test_a_mixer_of_the_users_own_is_shown_by_its_matrix(runs):
+    class Mean(nn.Module):
+        """Every token becomes the mean of all."""
+
+        def forward(self, x, output_attentions=False):
+            matrix = x.new_full((len(x), 1, x.shape[1], x.shape[1]), 1 / x.shape[1])
+            out = matrix[:, 0] @ x
+            return (out, matrix) if output_attentions else out
+
+    model, images, _, _ = visualize.load_run(runs / "convnn", 2, None)
+    model.blocks[1].mixer = Mean()
+    _, found = record_mixing(model, images, 17)
+    assert [mixing.name for mixing in found] == ["block 1", "block 2"]
+    assert (
+        found[1].weights == pytest.approx(1 / 17) and found[1].index.sort(dim=3).values.tolist() == [[[[*range(17)]] * 17]] * 2
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------

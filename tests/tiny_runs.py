@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from allconvnet import AllConvNet
 from experiments.trained import read_options
+from registry import build_network
 from vit import ViT
 
 
@@ -16,6 +16,6 @@ def write_run(folder: Path, values: dict, weights: tuple[str, ...] = ("best.pt",
     (folder / "config.yaml").write_text(yaml.safe_dump(values | {"dataset": "digits"}))
     torch.manual_seed(seed)
     for name in weights:
-        model = (ViT if "patch_size" in values else AllConvNet)(read_options(folder).model)
+        model = (ViT if "patch_size" in values else build_network)(read_options(folder).model)
         torch.save({"model": model.state_dict()}, folder / name)
     return folder
