@@ -407,13 +407,15 @@ def load_data(
     for warning in source.warnings if rank == 0 else ():
         print(f"warning: {warning}", file=sys.stderr)
 
+    def check(images: Images, index: np.ndarray) -> None:
+        if DATASETS[config.dataset].streamed:  # now, not in the middle of the first epoch or at its end
+            check_images(images.data[index], threads=max(config.num_workers, 1), quiet=rank > 0, rank=rank, world=world)
+
     def batches(images: Images, index: np.ndarray, part: str) -> Batches:
         augment = config.augment and part == "train"
         recipe = Recipe(config.dataset, part, batch_size, seed, config.resize, device, augment, config.noise, rank, world)
         data, labels = images.data[index], images.labels[index]
         if DATASETS[config.dataset].streamed:
-            # Now, not in the middle of the first epoch or at its end. Each process checks its share.
-            check_images(data[rank::world], threads=max(config.num_workers, 1), quiet=rank > 0)
             return StreamedBatches(data, labels, index, recipe, config.num_workers)
         return DeviceBatches(data, labels, index, recipe)
 
@@ -421,6 +423,7 @@ def load_data(
     if not test_only:
         images = source.parts["train"]
         index = _limited(images.labels, config, "train")
+        check(images, index)
         if config.val_fraction:
             kept, held = stratified_split(images.labels[index], config.val_fraction)
             if not len(kept) or not len(held):
@@ -429,5 +432,8 @@ def load_data(
             val = batches(images, index[held], "val")
             index = index[kept]
         train = batches(images, index, "train")
-    test = batches(source.parts["test"], _limited(source.parts["test"].labels, config, "test"), "test")
+    images = source.parts["test"]
+    index = _limited(images.labels, config, "test")
+    check(images, index)
+    test = batches(images, index, "test")
     return Data(train, val, test, source.class_names)
