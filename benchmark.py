@@ -19,7 +19,16 @@ from typing import NamedTuple
 
 from experiments.tables import as_markdown, as_text  # noqa: F401  some are only offered from here as well
 from hosts import VGG
-from options import LAYERS1D_NAMES, LAYERS2D_NAMES, AllConvNetConfig, BenchmarkConfig, ViTConfig, build, read_values
+from options import (
+    LAYERS1D_NAMES,
+    LAYERS2D_NAMES,
+    AllConvNetConfig,
+    BenchmarkConfig,
+    ViTConfig,
+    build,
+    check_environment,
+    read_values,
+)
 from runs.measure import MEASURED, Case, peak_memory, seconds_of, training_flops  # noqa: F401
 from runs.streams import run_program
 
@@ -62,6 +71,7 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
     others, about = (BenchmarkConfig,), "What a mixer costs."
     values, parser = read_values(family.config, others, about, argv[1:], defaults, prog=f"{prog} {argv[0]}")
     try:
+        check_environment()
         bench = build(BenchmarkConfig, values)
         values = defaults | values
         one_layer = family.config is AllConvNetConfig and values.get("model", "allconvnet") == "allconvnet"
