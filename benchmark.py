@@ -28,6 +28,7 @@ from options import (
     BenchmarkConfig,
     ViTConfig,
     build,
+    check_environment,
     layer_label,
     read_values,
 )
@@ -73,6 +74,7 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
     others, about = (BenchmarkConfig,), "What a mixer costs."
     values, parser = read_values(family.config, others, about, argv[1:], defaults, prog=f"{prog} {argv[0]}")
     try:
+        check_environment()
         bench = build(BenchmarkConfig, values)
         values = defaults | values
         one_layer = family.config is AllConvNetConfig and values.get("model", "allconvnet") == "allconvnet"

@@ -1074,6 +1074,8 @@ class DataConfig:
 
 KERNELS = ("auto", "chunked", "triton")
 KERNELS_HELP = "what searches and aggregates: the fastest for the device, PyTorch in chunks, or Triton (CUDA)"
+# What the environment variable may say instead of --kernels; the last one is for tests.
+KERNELS_VARIABLE, KERNELS_IN_ENVIRONMENT = "CONVNN_KERNELS", (*KERNELS, "reference")
 SYSTEM = {"group": "system and output"}
 # What may differ when a run is resumed: how long and where it runs, and what it writes; device and compilation change
 # its numbers by rounding only. All else would make it another run.
@@ -1244,6 +1246,13 @@ class TrainConfig:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def check_environment() -> None:
+    """Raise ValueError for a variable that would end the import of the kernels."""
+    kernels = os.environ.get(KERNELS_VARIABLE, "auto")
+    if kernels not in KERNELS_IN_ENVIRONMENT:
+        raise ValueError(f"{KERNELS_VARIABLE}={shown(kernels)} is not one of {', '.join(KERNELS_IN_ENVIRONMENT)}")
+
+
 class Options(NamedTuple):
     """The resolved options of one run."""
 
@@ -1326,6 +1335,7 @@ def parse_options(
     values, parser = read_values(program.model, (DataConfig, TrainConfig), description, argv, program.defaults, prog)
     parser.stated, wrong = values, None
     try:
+        check_environment()
         return resolve(program.model, program.family, program.defaults | values), parser
     except ValueError as error:
         wrong = error

@@ -366,6 +366,14 @@ def test_of_a_flag_that_is_given_twice_the_last_counts_and_is_named(capsys):
     ]
 
 
+def test_a_variable_for_kernels_that_are_not_there_is_one_line(monkeypatch, capsys):
+    from kernels.backend import BACKENDS
+
+    assert options.KERNELS_IN_ENVIRONMENT == BACKENDS
+    monkeypatch.setenv("CONVNN_KERNELS", "bad")
+    assert_says(error_of(parse, "", capsys=capsys), "CONVNN_KERNELS='bad'; auto, chunked, triton, reference")
+
+
 def test_a_run_takes_one_file_of_options(capsys):
     for name in ("a.yaml", "b.yaml"):
         Path(name).write_text("K: 3")
