@@ -942,6 +942,14 @@ class DataConfig:
         0.0, "share of the training set held out; the best epoch then goes by it, not by the test set", low=0, below=1
     )
     augment: bool = option(False, "random crop, and horizontal flip where the class survives it")
+    auto_augment: str = option(
+        "none",
+        "after --augment, torchvision's RandAugment (two operations of magnitude 9) or TrivialAugmentWide (one operation)",
+        choices=("none", "rand", "trivial"),
+    )
+    random_erasing: float = option(
+        0.0, "probability that a training image gets a box of the mean color, by torchvision's RandomErasing", low=0, high=1
+    )
     noise: float = option(
         0.0, "standard deviation of Gaussian noise on training and test images, whose values run from 0 to 1", low=0, high=1000
     )

@@ -322,7 +322,8 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
     check_writable(folder.path, "--output_dir")
     if train.export:
         check_export(train)
-    if train.mixup or train.cutmix:
+    data = run.options.data
+    if train.mixup or train.cutmix or data.auto_augment != "none" or data.random_erasing:
         import_torchvision()
     if train.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard")
