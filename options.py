@@ -978,7 +978,7 @@ SYSTEM = {"group": "system and output"}
 # its numbers by rounding only. All else would make it another run.
 RESUME_MAY_CHANGE = set(
     "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
-    "tensorboard early_stopping use_compiled compile_mode kernels overwrite override strict".split()
+    "tensorboard wandb early_stopping use_compiled compile_mode kernels overwrite override strict".split()
 )
 
 
@@ -1107,6 +1107,7 @@ class TrainConfig:
         False, "test_only: model options that are given win over those that the checkpoint was trained with", **SYSTEM
     )
     tensorboard: bool = option(False, "write event files for TensorBoard too", **SYSTEM)
+    wandb: bool = option(False, "log to Weights & Biases too; WANDB_MODE=offline keeps that in the output directory", **SYSTEM)
 
     def __post_init__(self):
         check_fields(self)

@@ -57,6 +57,7 @@ from runs.processes import Interrupted, ProcessError, Processes, Signals, seed_p
 from runs.progress import Progress, epoch_line
 from runs.provenance import list_of_loaded, options_as_trained, say_what_differs, say_what_is_assumed, say_what_was_loaded
 from runs.resume import check_same_state, resumable_state, resume
+from runs.tracking import Tracker, is_installed
 from runs.training import Training
 from utils import choose_kernels, pick_device, seed_everything
 
@@ -185,10 +186,12 @@ def fit(
     folder: RunFolder,
     options: dict,
     facts: dict,
+    tracker: Tracker | None = None,
 ) -> dict:
     """Train until the last epoch or until early stopping, writing the outputs after every epoch.
 
-    options: what `args.txt` holds; facts: of the model, for `summary.json`. Returns the row of the best epoch.
+    options: what `args.txt` holds; facts: of the model, for `summary.json`; tracker: gets the row of every epoch too. Returns
+    the row of the best one.
     """
     config, processes = training.config, training.processes
     # Label smoothing is for training: losses of different settings compare only without it.
@@ -236,6 +239,8 @@ def fit(
                     for name, value in row.items():
                         board.add_scalar(name, value, epoch)
                     board.flush()
+                if tracker is not None:
+                    tracker.epoch_done(row)
     except Interrupted as interrupted:  # by all processes at the same step
         save()
         processes.finish()
@@ -327,6 +332,8 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
         import_torchvision()
     if train.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard")
+    if train.wandb and not is_installed():
+        raise RunError("--wandb needs the package wandb: pip install wandb")
     seed_everything(train.seed, train.deterministic)  # before the model: all processes initialize the same weights
     with making(f"the model of --layer {run.options.model.layer}"):
         model = run.make_model(run.options.model)
@@ -458,13 +465,14 @@ def _train(run: _Run) -> None:
             + (f", {processes.world} processes" if processes.world > 1 else ""),
             flush=True,
         )
-    best = fit(training, data, folder, plain, facts)
-    if not processes.first:
-        return
-    if train.export:
-        export(Path(train.export), model, folder.best, facts["image_shape"])
-    split = selection_split(data)
-    print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
+    with Tracker(folder.path, plain) if train.wandb and processes.first else nullcontext() as tracker:
+        best = fit(training, data, folder, plain, facts, tracker)
+        if not processes.first:
+            return
+        if train.export:
+            export(Path(train.export), model, folder.best, facts["image_shape"])
+        split = selection_split(data)
+        print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
 
 
 def _facts(run: _Run, model: nn.Module, data: Data, device: torch.device) -> dict:

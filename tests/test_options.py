@@ -31,7 +31,7 @@ from options import (
 
 ROOT = Path(__file__).parent.parent
 BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "resume", "test_only", "tensorboard")
-BOOLEANS += ("overwrite", "override", "strict", "decay_norms", "batch_norm")
+BOOLEANS += ("overwrite", "override", "strict", "decay_norms", "batch_norm", "wandb")
 LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention", "ViG")
 
 # What `allconvnet_main.py` without a flag resolves to; num_workers depends on the machine.
@@ -112,6 +112,7 @@ DEFAULTS = {
     "export": None,
     "test_only": False,
     "tensorboard": False,
+    "wandb": False,
     "kernels": "auto",
     "overwrite": False,
     "override": False,
@@ -1110,7 +1111,7 @@ def test_vit_presets(name):
 
 # --- speed ----------------------------------------------------------------------------------------------------------
 
-HEAVY = {"torch", "torchvision", "numpy", "matplotlib", "PIL", "safetensors", "tqdm", "tensorboard"}
+HEAVY = {"torch", "torchvision", "numpy", "matplotlib", "PIL", "safetensors", "tqdm", "tensorboard", "wandb"}
 
 
 @pytest.mark.parametrize(
