@@ -774,6 +774,40 @@ def test_preset_demo():
     assert found["dataset"] == "digits" and stated == {name: found[name] for name in stated}
 
 
+PRESETS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_says_what_it_resolves_to_and_its_header_is_a_command(name):
+    file = ROOT / "configs" / name
+    text = file.read_text()
+    header = re.match(rf"# python (\w+\.py) (--config configs/{name}.*?)(  .*)?\n#\n# [A-Z]", text)
+    program, line = header[1], header[2]
+    for checkpoint in re.findall(r"--checkpoint (\S+)", line):
+        Path(checkpoint).touch()
+    options, parser = parse_options(PROGRAMS[program], "", shlex.split(line.replace("configs/", f"{ROOT}/configs/")))
+    found, stated = options.as_dict(), yaml.safe_load(text)
+    assert {key: found[key] for key in stated.keys() - parser.given} == {
+        key: stated[key] for key in stated.keys() - parser.given
+    }
+
+
+RECIPES = {
+    "vgg11_cifar10": ("allconvnet_main.py", {"model": "vgg11", "dataset": "cifar10", "batch_norm": True, "optimizer": "sgd"}),
+    "vit_cifar10": ("vit_main.py", {"dataset": "cifar10", "patch_size": 4, "auto_augment": "trivial", "random_erasing": 0.25}),
+    "finetune_224": ("vit_main.py", {"resize": 224, "layer_decay": 0.65, "decay_norms": False, "auto_augment": "rand"}),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_state_nothing_that_their_model_does_not_read(name):
+    program, expected = RECIPES[name]
+    options = parse_options(PROGRAMS[program], "", ["--config", f"{ROOT}/configs/{name}.yaml"])[0]
+    found, stated = options.as_dict(), yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
+    assert {key: found[key] for key in expected} == expected
+    assert not stated.keys() & options.model.without_effect().keys()
+
+
 # --- sizes ----------------------------------------------------------------------------------------------------------
 
 
