@@ -1051,6 +1051,14 @@ class DataConfig:
         0.0, "share of the training set held out; the best epoch then goes by it, not by the test set", low=0, below=1
     )
     augment: bool = option(False, "random crop, and horizontal flip where the class survives it")
+    auto_augment: str = option(
+        "none",
+        "after --augment, torchvision's RandAugment (two operations of magnitude 9) or TrivialAugmentWide (one operation)",
+        choices=("none", "rand", "trivial"),
+    )
+    random_erasing: float = option(
+        0.0, "probability that a training image gets a box of the mean color, by torchvision's RandomErasing", low=0, high=1
+    )
     noise: float = option(
         0.0, "standard deviation of Gaussian noise on training and test images, whose values run from 0 to 1", low=0, high=1000
     )
@@ -1081,7 +1089,7 @@ SYSTEM = {"group": "system and output"}
 # its numbers by rounding only. All else would make it another run.
 RESUME_MAY_CHANGE = set(
     "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
-    "tensorboard early_stopping use_compiled compile_mode kernels overwrite override strict".split()
+    "tensorboard wandb early_stopping use_compiled compile_mode kernels overwrite override strict".split()
 )
 
 
@@ -1215,6 +1223,7 @@ class TrainConfig:
         False, "test_only: model options that are given win over those that the checkpoint was trained with", **SYSTEM
     )
     tensorboard: bool = option(False, "write event files for TensorBoard too", **SYSTEM)
+    wandb: bool = option(False, "log to Weights & Biases too; WANDB_MODE=offline keeps that in the output directory", **SYSTEM)
 
     def __post_init__(self):
         check_fields(self)

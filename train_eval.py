@@ -67,6 +67,7 @@ from runs.provenance import (
     say_what_was_loaded,
 )
 from runs.resume import check_same_state, resumable_state, resume
+from runs.tracking import Tracker, is_installed
 from runs.training import Training
 from utils import choose_kernels, pick_device, seed_everything
 
@@ -198,10 +199,12 @@ def fit(
     folder: RunFolder,
     options: dict,
     facts: dict,
+    tracker: Tracker | None = None,
 ) -> dict:
     """Train until the last epoch or until early stopping, writing the outputs after every epoch.
 
-    options: what `args.txt` holds; facts: of the model, for `summary.json`. Returns the row of the best epoch.
+    options: what `args.txt` holds; facts: of the model, for `summary.json`; tracker: gets the row of every epoch too. Returns
+    the row of the best one.
     """
     config, processes = training.config, training.processes
     # Label smoothing is for training: losses of different settings compare only without it.
@@ -249,6 +252,8 @@ def fit(
                     for name, value in row.items():
                         board.add_scalar(name, value, epoch)
                     board.flush()
+                if tracker is not None:
+                    tracker.epoch_done(row)
     except Interrupted as interrupted:  # by all processes at the same step
         save()
         processes.finish()
@@ -333,10 +338,13 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device, list[str]]:
     autocast_for(train, device)  # raises for a dtype that the device does not have
     if train.export:
         check_export(train)
-    if train.mixup or train.cutmix:
+    data = run.options.data
+    if train.mixup or train.cutmix or data.auto_augment != "none" or data.random_erasing:
         import_torchvision()
     if train.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard")
+    if train.wandb and not is_installed():
+        raise RunError("--wandb needs the package wandb: pip install wandb")
     seed_everything(train.seed, train.deterministic)  # before the model: all processes initialize the same weights
     with making(f"the model of --layer {run.options.model.layer}"):
         try:
@@ -488,14 +496,15 @@ def _train(run: _Run) -> None:
             + (f", {processes.world} processes" if processes.world > 1 else ""),
             flush=True,
         )
-    with _reading():
-        best = fit(training, data, folder, plain, facts)
-    if not processes.first:
-        return
-    if train.export:
-        export(Path(train.export), model, folder.best, facts["image_shape"])
-    split = selection_split(data)
-    print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
+    with Tracker(folder.path, plain) if train.wandb and processes.first else nullcontext() as tracker:
+        with _reading():
+            best = fit(training, data, folder, plain, facts, tracker)
+        if not processes.first:
+            return
+        if train.export:
+            export(Path(train.export), model, folder.best, facts["image_shape"])
+        split = selection_split(data)
+        print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
 
 
 @contextlib.contextmanager

@@ -312,7 +312,7 @@ def draw_samples(args: argparse.Namespace) -> Figure:
 
     from dataset import load_data
 
-    values = {name: getattr(args, name) for name in ("dataset", "augment", "noise")}
+    values = {name: getattr(args, name) for name in ("dataset", "augment", "auto_augment", "random_erasing", "noise")}
     size = args.resize or DATASETS[args.dataset].size
     config = DataConfig(**values, data_path=args.data_path or "./Data", resize=size, num_workers=0, download=False)
     data = load_data(config, batch_size=args.images, seed=args.seed, device=torch.device("cpu"))
@@ -412,6 +412,8 @@ def make_parser() -> OneLineParser:
     samples.add_argument("--images", type=pictures, default=24, help="how many (default: 24)")
     samples.add_argument("--resize", type=at_least_one, nargs="+", help="side they are resized to, or height and width")
     samples.add_argument("--augment", action="store_true", help="random crop and flip")
+    samples.add_argument("--auto_augment", choices=("none", "rand", "trivial"), default="none", help="torchvision's policy")
+    samples.add_argument("--random_erasing", type=number_type(float), default=0.0, help="probability of an erased box")
     samples.add_argument(
         "--noise", type=number_type(float), default=0.0, help="standard deviation of noise on pixels from 0 to 1"
     )

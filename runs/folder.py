@@ -25,6 +25,7 @@ from runs.files import as_csv, as_png, check_writable, remove_temporaries, write
 from runs.lock import locked
 from runs.measure import count_parameters, device_name, measure_latency, process_peak_memory, versions
 from runs.progress import epoch_line
+from runs.tracking import ID_FILE
 from runs.training import Training
 
 COLUMNS = (
@@ -32,7 +33,7 @@ COLUMNS = (
 )  # and, where a validation set is held out, val_loss val_top1 val_top5
 
 
-TEXTS = "args.txt config.yaml model.txt train_eval_results.txt metrics.csv summary.json curves.png".split()
+TEXTS = ["args.txt", "config.yaml", "model.txt", "train_eval_results.txt", "metrics.csv", "summary.json", "curves.png", ID_FILE]
 CHECKPOINTS = "last.pt previous.pt best.pt".split()
 # Options that every config.yaml of a run holds; a file of options that somebody wrote seldom holds them all.
 ALWAYS = {"layer", "dataset", "num_epochs", "seed", "output_dir", "batch_size", "lr", "save_every", "tensorboard"}

@@ -299,18 +299,20 @@ def test_noise():
 
 def test_global_generators_are_left_alone(tmp_path):
     write_folder(tmp_path)
-    streamed = load("folder", tmp_path, resize=16, augment=True, noise=0.1)
+    options = {"augment": True, "auto_augment": "rand", "random_erasing": 0.5, "noise": 0.1}
+    streamed = load("folder", tmp_path, resize=16, **options)
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    for batches in (device_batches(random_images(20), augment=True, noise=0.1), streamed.train, streamed.test):
+    for batches in (device_batches(random_images(20), **options), streamed.train, streamed.test):
         everything(batches)
         assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_gives_the_same_batches_without_waiting():
+@pytest.mark.parametrize("more", [{}, {"auto_augment": "trivial", "random_erasing": 0.5}], ids=["plain", "policy"])
+def test_cuda_gives_the_same_batches_without_waiting(more):
     images = random_images(64)
-    options = {"augment": True, "noise": 0.1, "resize": 48}
+    options = {"augment": True, "noise": 0.1, "resize": 48, **more}
     expected, _ = everything(device_batches(images, **options))
     on_gpu = device_batches(images, **options | {"device": torch.device("cuda")}).epoch(0)
     first = next(on_gpu)  # the order is copied to the device once an epoch
@@ -784,6 +786,7 @@ def test_kinds_of_image_files(tmp_path):
 def test_workers_give_the_same_batches_and_epochs_can_be_left_and_resumed(tmp_path):
     write_folder(tmp_path, train=7, suffix="jpg")
     options = {"resize": 16, "batch_size": 4, "augment": True, "noise": 0.1, "val_fraction": 0.2}
+    options |= {"auto_augment": "trivial", "random_erasing": 0.5}
     alone, workers = (load("folder", tmp_path, num_workers=n, **options) for n in (0, 2))
     assert (alone.train.num_samples, alone.val.num_samples) == (17, 4)
     torch.manual_seed(3)

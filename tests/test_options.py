@@ -31,7 +31,7 @@ from options import (
 
 ROOT = Path(__file__).parent.parent
 BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "resume", "test_only", "tensorboard")
-BOOLEANS += ("overwrite", "override", "strict", "decay_norms", "batch_norm")
+BOOLEANS += ("overwrite", "override", "strict", "decay_norms", "batch_norm", "wandb")
 LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention", "ViG")
 NOTED = ("layer_sha256",)  # what a run notes in its files, and no flag gives
 
@@ -73,6 +73,8 @@ DEFAULTS = {
     "resize": 32,
     "val_fraction": 0.0,
     "augment": False,
+    "auto_augment": "none",
+    "random_erasing": 0.0,
     "noise": 0.0,
     "download": True,
     "num_workers": ...,
@@ -113,6 +115,7 @@ DEFAULTS = {
     "export": None,
     "test_only": False,
     "tensorboard": False,
+    "wandb": False,
     "kernels": "auto",
     "overwrite": False,
     "override": False,
@@ -136,6 +139,7 @@ CHOICES = {
         *("cifar10", "cifar100", "imagenet", "imagenet100", "imagenette"),
         *("mnist", "fashion_mnist", "digits", "folder"),
     ),
+    "auto_augment": ("none", "rand", "trivial"),
     "amp_dtype": ("bfloat16", "float16"),
     "compile_mode": ("default", "reduce-overhead", "reduce-memory", "max-autotune"),
     "criterion": ("CrossEntropy", "MSE"),
@@ -423,6 +427,9 @@ BAD = [
     ("--channels", "--channels; at least one"),
     ("--channels 8 x", "--channels 'x'; whole number"),
     ("--channels 8,16", "--channels '8,16'; whole number"),
+    ("--auto_augment randaugment", "--auto_augment 'randaugment'; none, rand, trivial"),
+    ("--random_erasing 1.1", "--random_erasing 1.1; 1"),
+    ("--random_erasing -0.1", "--random_erasing -0.1; 0"),
     ("--augment maybe", "--augment 'maybe'; True or False"),
     ("--augment 1", "--augment '1'; True or False"),
     ("--no-augment True", "'True'"),
@@ -839,6 +846,40 @@ def test_preset_demo():
     assert found["dataset"] == "digits" and stated == {name: found[name] for name in stated}
 
 
+PRESETS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_says_what_it_resolves_to_and_its_header_is_a_command(name):
+    file = ROOT / "configs" / name
+    text = file.read_text()
+    header = re.match(rf"# python (\w+\.py) (--config configs/{name}.*?)(  .*)?\n#\n# [A-Z]", text)
+    program, line = header[1], header[2]
+    for checkpoint in re.findall(r"--checkpoint (\S+)", line):
+        Path(checkpoint).touch()
+    options, parser = parse_options(PROGRAMS[program], "", shlex.split(line.replace("configs/", f"{ROOT}/configs/")))
+    found, stated = options.as_dict(), yaml.safe_load(text)
+    assert {key: found[key] for key in stated.keys() - parser.given} == {
+        key: stated[key] for key in stated.keys() - parser.given
+    }
+
+
+RECIPES = {
+    "vgg11_cifar10": ("allconvnet_main.py", {"model": "vgg11", "dataset": "cifar10", "batch_norm": True, "optimizer": "sgd"}),
+    "vit_cifar10": ("vit_main.py", {"dataset": "cifar10", "patch_size": 4, "auto_augment": "trivial", "random_erasing": 0.25}),
+    "finetune_224": ("vit_main.py", {"resize": 224, "layer_decay": 0.65, "decay_norms": False, "auto_augment": "rand"}),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_state_nothing_that_their_model_does_not_read(name):
+    program, expected = RECIPES[name]
+    options = parse_options(PROGRAMS[program], "", ["--config", f"{ROOT}/configs/{name}.yaml"])[0]
+    found, stated = options.as_dict(), yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
+    assert {key: found[key] for key in expected} == expected
+    assert not stated.keys() & options.model.without_effect().keys()
+
+
 # --- sizes ----------------------------------------------------------------------------------------------------------
 
 
@@ -1177,7 +1218,7 @@ def test_vit_presets(name):
 
 # --- speed ----------------------------------------------------------------------------------------------------------
 
-HEAVY = {"torch", "torchvision", "numpy", "matplotlib", "PIL", "safetensors", "tqdm", "tensorboard"}
+HEAVY = {"torch", "torchvision", "numpy", "matplotlib", "PIL", "safetensors", "tqdm", "tensorboard", "wandb"}
 
 
 @pytest.mark.parametrize(

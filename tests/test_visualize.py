@@ -195,10 +195,12 @@ def test_masks(line, grid, patch, steps):
     assert next(axes, None) is None
 
 
-@pytest.mark.parametrize("more", ["", "--augment --noise 0.2 --resize 12"])
+@pytest.mark.parametrize("more", ["", "--augment --auto_augment rand --random_erasing 1 --noise 0.2 --resize 12"])
 def test_samples_are_the_first_training_images(more):
     axes = drawn("samples", "--images", 10, "--seed", 3, *more.split()).axes
-    options = {"resize": 12, "augment": True, "noise": 0.2} if more else {"resize": 8}
+    options = (
+        {"resize": 12, "augment": True, "auto_augment": "rand", "random_erasing": 1.0, "noise": 0.2} if more else {"resize": 8}
+    )
     config = DataConfig(dataset="digits", num_workers=0, **options)
     data = load_data(config, batch_size=10, seed=3, device=torch.device("cpu"))
     images, labels = next(iter(data.train.epoch(0)))
