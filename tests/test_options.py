@@ -853,7 +853,7 @@ PRESETS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 def test_every_preset_says_what_it_resolves_to_and_its_header_is_a_command(name):
     file = ROOT / "configs" / name
     text = file.read_text()
-    header = re.match(rf"# python (\w+\.py) (--config configs/{name}.*?)(  .*)?\n#\n# [A-Z]", text)
+    header = re.match(rf"# python (\w+\.py) (--config configs/{name}.*?)(  .*)?\n#\n# \S", text)
     program, line = header[1], header[2]
     for checkpoint in re.findall(r"--checkpoint (\S+)", line):
         Path(checkpoint).touch()
