@@ -111,6 +111,7 @@ METRICS = METRIC_ALIASES  # its former name
 SHUFFLE_PATTERNS = ("BA", "NA", "B", "A")
 MASK_TYPES = ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors")
 PERFORMER_KERNELS = ("softmax", "relu")
+BRANCH_JOINS = ("relu", "conv1x1")
 GRAPH_AGGREGATIONS = ("max", "mean", "edge")
 CONVIT_SIZES = {"Ti": (192, 4), "Ti_plus": (256, 4), "S": (432, 9), "S_plus": (576, 9), "B": (768, 16), "B_plus": (1024, 16)}
 CONVOLUTION_TYPES = ("standard", "depthwise", "depthwise-separable")
@@ -560,6 +561,7 @@ class AllConvNetConfig(ModelConfig):
     )
     padding: int = option(0, "ConvNN: zero ring around the image that takes part in the search", low=0, high=SIDE)
     branch_ratio: float = option(0.5, "A/B: share of the output channels of B; 0 and 1 build the single layer", low=0, high=1)
+    branch_join: str = option("relu", "A/B: ReLU after each, or a 1 x 1 convolution of both", choices=BRANCH_JOINS)
     replace: tuple[str, ...] = option(
         ("all",), "VGG, ResNet: the 3 x 3 convolutions that --layer replaces: all, last n, or stages 3 4"
     )
@@ -690,7 +692,9 @@ class AllConvNetConfig(ModelConfig):
         own |= set() if self.model in VGG else {"classifier_width", "batch_norm"}
         found |= dict.fromkeys(own, "model")
         if len(layers_of(self.layer)) == 1:
-            found["branch_ratio"] = "layer"
+            found["branch_ratio"] = found["branch_join"] = "layer"
+        elif self.branch_ratio in (0, 1):
+            found["branch_join"] = "branch_ratio"
         found["drop_path"] = "layer"  # a stack, and a host of convolutions, has none in its blocks
         if self.similarity_type == "Loc" and "ConvNN_Attn" not in self.layers_in_use():
             found.setdefault("magnitude_type", "similarity_type")  # ConvNN ranks by distance then and has no scores

@@ -56,6 +56,7 @@ DEFAULTS = {
     "shuffle_scale": 2,
     "padding": 0,
     "branch_ratio": 0.5,
+    "branch_join": "relu",
     "graph_aggregation": "max",
     "score_temperature": 1.0,
     # neighbors
@@ -127,6 +128,7 @@ DEFAULTS = {
     "decay_norms": True,
 }
 CHOICES = {
+    "branch_join": ("relu", "conv1x1"),
     "model": ("allconvnet", "vgg11", "vgg13", "vgg16", "vgg19", "resnet18", "resnet34"),
     "stem": ("small", "imagenet"),
     "convolution_type": ("standard", "depthwise", "depthwise-separable"),
@@ -926,7 +928,7 @@ def test_grids():
 # --- the ViT --------------------------------------------------------------------------------------------------------
 
 # What `vit_main.py` without a flag resolves to, where it differs from `allconvnet_main.py`.
-OF_ALLCONVNET = ("channels", "padding", "replace", "stem", "classifier_width", "batch_norm")
+OF_ALLCONVNET = ("channels", "padding", "branch_join", "replace", "stem", "classifier_width", "batch_norm")
 VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in OF_ALLCONVNET} | {
     "model": "vit",
     "layer": "Attention",
@@ -985,7 +987,7 @@ VIT_BOOLEANS = (
     "softmax_topk_val",
     "coordinate_encoding",
 )
-VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name not in ("shuffle_pattern", "stem")} | {
+VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name not in ("branch_join", "shuffle_pattern", "stem")} | {
     "layer": (
         *("Attention", "ConvNN", "ConvNNAttention", "Conv1d", "Conv1dAttention", "KvtAttention", "LocalAttention"),
         *("SparseAttention", "MaskedAttention", "NeighborhoodAttention", "Linformer", "Performer", "Nystromformer", "Hybrid"),
