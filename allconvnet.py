@@ -22,16 +22,16 @@ from registry import build_layer
 __all__ = ["LAYERS2D", "AllConvNet", "AllConvNetConfig", "make_convolution", "make_layer2d"]
 
 
-def _make(
+def make_single2d(
     name: str, config: AllConvNetConfig, in_channels: int, out_channels: int, *, stride: int = 1, bias: bool = True
 ) -> nn.Module:
-    """The mixer of this name with the options of the config, on maps of its size."""
-    row = LAYERS2D_ROWS[name]
+    """The mixer of this name, or at this address, with the options of the config, on maps of its size."""
+    row = config.rows[name]
     layer = build_layer(row, config, in_channels, out_channels, stride=stride, bias=bias)
     return layer if stride == 1 or "stride" in row.arguments else Strided2d(layer, stride)
 
 
-LAYERS2D = {name: partial(_make, name) for name in LAYERS2D_ROWS}
+LAYERS2D = {name: partial(make_single2d, name) for name in LAYERS2D_ROWS}
 
 
 def make_layer2d(
@@ -44,7 +44,7 @@ def make_layer2d(
     """
     branches = config.branches(out_channels)
     bias = bias or len(branches) > 1
-    layers = [LAYERS2D[name](config, in_channels, width, stride=stride, bias=bias) for name, width in branches]
+    layers = [make_single2d(name, config, in_channels, width, stride=stride, bias=bias) for name, width in branches]
     return layers[0] if len(layers) == 1 else Branching2d(*layers)
 
 

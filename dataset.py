@@ -234,6 +234,20 @@ def cover(sides: tuple[int, int], image):
     return image.resize((columns, columns * height // width), BILINEAR)
 
 
+def read_image(path: str | os.PathLike, config: DataConfig) -> Tensor:
+    """Any image file as evaluation under these options would see it: normalized (C, *config.resize).
+
+    Cut to the middle in the proportions of the model's images; data sets of small images are not cut at their border otherwise.
+    Raises DataError for a file that cannot be read.
+    """
+    v2, info, sides = import_torchvision().transforms.v2, DATASETS[config.dataset], sides_of(config.resize)
+    image = decode_image(os.fspath(path)).convert("L" if info.channels == 1 else "RGB")
+    larger = tuple(round(side * 256 / 224) for side in sides) if info.streamed else sides
+    pixels = v2.functional.pil_to_tensor(v2.functional.center_crop(cover(larger, image), list(sides)))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in STATS.get(config.dataset, IMAGENET_STATS))
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
 class _ImageFiles(Dataset):
     """(epoch, row) -> image (3, height, width) uint8, label, index; or the DataError, which the main process then raises."""
 
@@ -417,14 +431,16 @@ def load_data(
     for warning in source.warnings if rank == 0 else ():
         print(f"warning: {warning}", file=sys.stderr)
 
+    def check(images: Images, index: np.ndarray) -> None:
+        if DATASETS[config.dataset].streamed:  # now, not in the middle of the first epoch or at its end
+            check_images(images.data[index], threads=max(config.num_workers, 1), quiet=rank > 0, rank=rank, world=world)
+
     def batches(images: Images, index: np.ndarray, part: str) -> Batches:
         names = ("augment", "auto_augment", "random_erasing") if part == "train" else ()
         options = {name: getattr(config, name) for name in (*names, "noise")}
         recipe = Recipe(config.dataset, part, batch_size, seed, config.resize, device, **options, rank=rank, world=world)
         data, labels = images.data[index], images.labels[index]
         if DATASETS[config.dataset].streamed:
-            # Now, not in the middle of the first epoch or at its end. Each process checks its share.
-            check_images(data[rank::world], threads=max(config.num_workers, 1), quiet=rank > 0)
             return StreamedBatches(data, labels, index, recipe, config.num_workers)
         return DeviceBatches(data, labels, index, recipe)
 
@@ -432,6 +448,7 @@ def load_data(
     if not test_only:
         images = source.parts["train"]
         index = _limited(images.labels, config, "train")
+        check(images, index)
         if config.val_fraction:
             kept, held = stratified_split(images.labels[index], config.val_fraction)
             if not len(kept) or not len(held):
@@ -440,5 +457,8 @@ def load_data(
             val = batches(images, index[held], "val")
             index = index[kept]
         train = batches(images, index, "train")
-    test = batches(source.parts["test"], _limited(source.parts["test"].labels, config, "test"), "test")
+    images = source.parts["test"]
+    index = _limited(images.labels, config, "test")
+    check(images, index)
+    test = batches(images, index, "test")
     return Data(train, val, test, source.class_names)

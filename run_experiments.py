@@ -2,6 +2,7 @@
 
 python run_experiments.py configs/sweeps/mixers.yaml --jobs 2
 python run_experiments.py configs/sweeps/mixers.yaml --set seed=0,1,2 --set num_epochs=3 --dry_run
+python run_experiments.py configs/sweeps/paper/vit_k.yaml --scale 0.05 --published docs/published.csv
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import yaml
 
+from cli import new_path, number_type, parse_yaml
 from experiments.figures import draw, draw_option, label_of  # noqa: F401  some only offered from here as well
 from experiments.points import (  # noqa: F401  some only offered from here as well
     KEYS,
@@ -29,11 +31,13 @@ from experiments.points import (  # noqa: F401  some only offered from here as w
     combinations,
     find_config,
     find_program,
+    leave_out_unread,
     name_points,
     parse_change,
     read_sweep,
     resolved,
 )
+from experiments.published import Published, match, read_published
 from experiments.report import (  # noqa: F401
     MEASURES,
     as_cell,
@@ -59,10 +63,12 @@ from experiments.runner import (  # noqa: F401
     submit,
     visible_gpus,
 )
+from experiments.scaling import check_scale, scale_points
 from options import PROGRAMS, RESUME_MAY_CHANGE, OneLineParser, Program, did_you_mean, parse_options, read_yaml  # noqa: F401
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
+    several = number_type(int, 1, 10**4)
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("sweep", metavar="SWEEP.yaml", help="program, options, grid and seed; see configs/sweeps")
     parser.add_argument(
@@ -72,14 +78,30 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME=V1,V2",
         help="set or replace an option or an axis of the grid; repeatable",
     )
-    parser.add_argument("--output_dir", type=Path, help="folder of the sweep (default: ./Output/sweeps/<name of the file>)")
+    parser.add_argument(
+        "--output_dir",
+        type=new_path,
+        help="folder of the sweep (default: ./Output/sweeps/<name of the file>, and _scale-<s> behind it under --scale)",
+    )
+    parser.add_argument(
+        "--scale",
+        type=number_type(float),
+        help="the same sweep small: this share of its epochs and images, such as 0.05",
+    )
+    parser.add_argument(
+        "--published",
+        metavar="FILE.csv",
+        help="numbers of others to put beside ours in the summary, such as docs/published.csv",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the points and stop")
     parser.add_argument(
-        "--gpus_per_run", type=int, default=1, help="GPUs of one run; more than 1 start it by torchrun (default: 1)"
+        "--gpus_per_run", type=several, default=1, help="GPUs of one run; more than 1 start it by torchrun (default: 1)"
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
-    where.add_argument("--gpus", type=int, help="run on so many GPUs, one run on each (or on --gpus_per_run of them) at a time")
+    where.add_argument("--jobs", type=several, default=1, help="runs at a time, which share the cores (default: 1)")
+    where.add_argument(
+        "--gpus", type=several, help="run on so many GPUs, one run on each (or --gpus_per_run of them) at a time"
+    )
     where.add_argument(
         "--slurm",
         nargs="*",
@@ -97,8 +119,8 @@ def slurm_parameters(words: list[str]) -> dict:
         if not name or not equals:
             raise ValueError(f"--slurm {word!r} is not name=value")
         try:
-            parameters[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
+            parameters[name] = parse_yaml(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise ValueError(f"--slurm {word!r} has a value that YAML cannot read") from None
     return parameters
 
@@ -114,22 +136,34 @@ def show_points(points: list[Point], folder: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    folder = args.output_dir or Path("Output/sweeps") / Path(args.sweep).stem
+    small = "" if args.scale is None else f"_scale-{args.scale:g}"  # so that small runs and whole ones never share a folder
+    folder = args.output_dir or Path("Output/sweeps") / f"{Path(args.sweep).stem}{small}"
+    said, published = "", {}
     try:
-        for name in ("jobs", "gpus", "gpus_per_run"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
         if args.gpus_per_run > 1 and args.gpus is None and args.slurm is None:
             raise ValueError(f"--gpus_per_run {args.gpus_per_run} goes with --gpus or --slurm")
         if args.gpus and args.gpus < args.gpus_per_run:
             raise ValueError(f"--gpus_per_run {args.gpus_per_run} is more than --gpus {args.gpus}")
         points = find_config(name_points(*read_sweep(args.sweep, args.set)), args.sweep)
-        check_points(points, folder)
+        points, left_out = leave_out_unread(points)
+        if args.scale is not None:
+            check_scale(args.scale)
+            points, said = scale_points(points, args.scale, folder)
+        options = check_points(points, folder)
+        if args.published is not None:
+            published = match(read_published(args.published, points), options)
         parameters = None if args.slurm is None else slurm_parameters(args.slurm)
         if args.gpus and not args.dry_run and args.gpus > len(visible_gpus()):
             raise ValueError(f"--gpus {args.gpus} is more than the {len(visible_gpus())} GPUs that can be used here")
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--output_dir {folder} is not a folder")
+        parser.warn_repeated()
+        if left_out:
+            parser.warn(left_out)
+        if args.published is not None and not published:
+            parser.warn(f"--published {args.published}: none of its rows matches a run of this sweep")
+        if said:
+            say(said)
         if args.dry_run:
             show_points(points, folder)
             return 0
@@ -141,11 +175,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"--output_dir {folder}: {error.strerror}")
     if parameters is not None:
-        return run_on_cluster(points, folder, parameters, args.gpus_per_run, parser)
+        return run_on_cluster(points, folder, parameters, args.gpus_per_run, published, parser)
     from tqdm import tqdm
 
     slots = args.gpus // args.gpus_per_run if args.gpus else args.jobs
-    sweep = Sweep(points, folder, slots, gpus=bool(args.gpus), gpus_per_run=args.gpus_per_run)
+    sweep = Sweep(points, folder, slots, bool(args.gpus), args.gpus_per_run, published=published)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with tqdm(total=len(points), unit="run", disable=None) as progress:
@@ -153,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130
-    is_written = update_summary(points, folder)
+    is_written = update_summary(points, folder, published=published)
     if is_written:
         say((folder / "summary.md").read_text(encoding="utf-8"))
     if sweep.failed:
@@ -163,10 +197,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_on_cluster(
-    points: list[Point], folder: Path, parameters: dict, gpus_per_run: int, parser: argparse.ArgumentParser
+    points: list[Point],
+    folder: Path,
+    parameters: dict,
+    gpus_per_run: int,
+    published: dict[str, Published],
+    parser: argparse.ArgumentParser,
 ) -> int:
     try:
-        jobs = submit(points, folder, parameters, gpus_per_run)
+        jobs = submit(points, folder, parameters, gpus_per_run, published)
     except ModuleNotFoundError:
         parser.error("--slurm needs the package submitit: pip install submitit")
     except (RuntimeError, NameError, TypeError, ValueError) as error:  # no sbatch here, or a parameter that it does not know

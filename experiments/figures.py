@@ -103,7 +103,8 @@ def label_groups(kinds: list[dict], folders: list[list[Path]]) -> list[str]:
     """
     if len({"patch_size" in kind for kind in kinds}) > 1:  # runs of both programs, which share some options only
         kinds = [{"program": "ViT" if "patch_size" in kind else "AllConvNet"} | kind for kind in kinds]
-    names = dict.fromkeys(name for kind in kinds for name in kind)
+    # A hash says nothing to a reader: where nothing else differs, the folders tell groups apart.
+    names = dict.fromkeys(name for kind in kinds for name in kind if name != "layer_sha256")
     differing = [name for name in names if len({str(kind[name]) for kind in kinds if name in kind}) > 1]
     labels = []
     for kind in kinds:
@@ -331,3 +332,28 @@ def panel_option(rows: list[dict], swept: list[str]) -> str | None:
         if len(set(values)) <= 12 and max(map(values.count, values)) <= MOST_LINES:
             return name
     return None
+
+
+def draw_confusion(names: list[str], counts: list[list[int]]):
+    """Which classes are taken for which: shares of each class's images in percent, and the accuracy of each class."""
+    from matplotlib.figure import Figure
+
+    shares = [[100 * n / max(sum(row), 1) for n in row] for row in counts]
+    size = min(14, max(4.5, 0.45 * len(names)))
+    figure = Figure(figsize=(size + 1.2, size), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, ax=axis, label="% of the class", shrink=0.8)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("class")
+    if len(names) > 60:  # too many to be read
+        return figure
+    labels = [f"{name[:18]} ({row[number]:.0f} %)" for number, (name, row) in enumerate(zip(names, shares, strict=True))]
+    axis.set_xticks(range(len(names)), [name[:18] for name in names], rotation=90, fontsize=7)
+    axis.set_yticks(range(len(names)), labels, fontsize=7)
+    if len(names) <= 20:
+        for y, row in enumerate(counts):
+            for x, count in enumerate(row):
+                if count:
+                    axis.text(x, y, str(count), ha="center", va="center", fontsize=6, color="w" if shares[y][x] > 60 else "k")
+    return figure

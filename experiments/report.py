@@ -11,6 +11,7 @@ from pathlib import Path
 
 from experiments.figures import draw, draw_curves, read_metrics
 from experiments.points import Point, as_word, resolved, stated
+from experiments.published import NOTE, Published, as_text, put_beside
 from options import read_yaml
 
 FAILURE = "failure.txt"  # in the folder of a point whose last run failed
@@ -155,24 +156,34 @@ def failure_of(point: Point, folder: Path) -> str:
         return ""
 
 
-def update_summary(points: list[Point], folder: Path, draw_plots: bool = True) -> bool:
+def update_summary(
+    points: list[Point], folder: Path, draw_plots: bool = True, published: dict[str, Published] | None = None
+) -> bool:
     """`write_summary`; where it cannot be written, a warning instead, as runs are worth more than tables of them."""
     from utils import WriteError
 
     try:
-        write_summary(points, folder, draw_plots)
+        write_summary(points, folder, draw_plots, published)
     except WriteError as error:
         print(f"warning: {error}", file=sys.stderr)
         return False
     return True
 
 
-def write_summary(points: list[Point], folder: Path, draw_plots: bool = True) -> None:
-    """summary.csv, summary.md and the plots, from whatever has ended so far."""
+def write_summary(
+    points: list[Point], folder: Path, draw_plots: bool = True, published: dict[str, Published] | None = None
+) -> None:
+    """summary.csv, summary.md and the plots, from whatever has ended so far.
+
+    published: what others found, by the name of the point; it stands beside ours.
+    """
     from runs.files import as_csv, as_png, write_atomically
 
     points = with_earlier(points, folder)
     rows = summarize(points, folder)
+    if published:
+        of_group = [next((published[p.name] for p in group if p.name in published), None) for group in group_points(points)]
+        rows = put_beside(rows, of_group)
     cells = [{name: "" if is_nan(value) else value for name, value in row.items()} for row in rows]
     write_atomically(folder / "summary.csv", as_csv(cells))
     failures = {point.name: failure_of(point, folder) for point in points if not is_finished(point, folder)}
@@ -207,13 +218,19 @@ def is_nan(value) -> bool:
 
 def as_markdown(rows: list[dict], failures: dict[str, str] | None = None) -> str:
     """Means, with standard deviations over seeds where they are of interest, and why points failed, by name."""
-    columns = [name for name in rows[0] if not name.endswith("_std")]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    ours = [name for name in rows[0] if not name.startswith("published_")]
+    columns = [
+        name for name in rows[0] if not name.endswith("_std") and (name in ours or name.removeprefix("published_") in ours)
+    ]
+    heads = [name.replace("published_", "published ") for name in columns]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = []
         for name in columns:
             value, spread = row[name], row.get(f"{name}_std", math.nan)
-            if is_nan(value):
+            if name.startswith("published_"):
+                cells.append(as_text(row, name.removeprefix("published_")))
+            elif is_nan(value):
                 cells.append("")
             elif name == "parameters":
                 cells.append(f"{value:,.0f}")
@@ -226,7 +243,7 @@ def as_markdown(rows: list[dict], failures: dict[str, str] | None = None) -> str
         "top1 and top5 are of the last epoch, or of the evaluated checkpoint, on the test set, in percent; means of the "
         "runs that ended, ± standard deviation."
     )
-    lines += ["", note]
+    lines += ["", note, *(["", NOTE] if "published_source" in rows[0] else [])]
     if failures:
         lines += ["", "Failed, and tried again by the next call of the sweep:", ""]
         lines += [f"- {name}: {why}" for name, why in failures.items()]

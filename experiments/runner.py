@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.points import ROOT, Point, program_path
+from experiments.published import Published
 from experiments.report import FAILURE, finished_summary, is_finished, update_summary
 from machine import cpu_cores as cores
 from runs.lock import VARIABLE, LockedError, identity, release, take
@@ -50,6 +51,7 @@ class Sweep:
     gpus: bool = False  # each slot has GPUs of its own
     gpus_per_run: int = 1  # with more than one, torchrun starts as many processes
     failed: list[str] = field(default_factory=list)
+    published: dict[str, Published] = field(default_factory=dict)  # by the name of the point, for the summary
 
     def start(self, point: Point, slot: int, descriptor: int) -> Running:
         """Start a point, whose lock we hold. Raises OSError or WriteError if its folder cannot be written to."""
@@ -115,7 +117,7 @@ class Sweep:
                     release(self.folder / run.point.name, run.descriptor)
                     progress.update()
                     is_due = time.monotonic() > draw_again
-                    update_summary(self.points, self.folder, draw_plots=is_due)
+                    update_summary(self.points, self.folder, is_due, self.published)
                     draw_again = time.monotonic() + PLOTS_EVERY if is_due else draw_again
                 elsewhere = len(waiting) if len(running) < self.slots else 0
                 note = f", {elsewhere} run by another process" if elsewhere else ""
@@ -170,7 +172,14 @@ class ClusterRun:
 
     process: subprocess.Popen | None = None
 
-    def __call__(self, point: Point, points: list[Point], folder: Path, gpus_per_run: int) -> str:
+    def __call__(
+        self,
+        point: Point,
+        points: list[Point],
+        folder: Path,
+        gpus_per_run: int,
+        published: dict[str, Published] | None = None,
+    ) -> str:
         descriptor = lock(folder / point.name)
         if descriptor is not None and not is_finished(point, folder):
             sweep = Sweep([point], folder, slots=1, gpus_per_run=gpus_per_run)
@@ -183,7 +192,7 @@ class ClusterRun:
                 raise RuntimeError(message)
         if descriptor is not None:
             release(folder / point.name, descriptor)
-        update_summary(points, folder)
+        update_summary(points, folder, published=published)
         return point.name
 
     def checkpoint(self, *arguments):
@@ -196,7 +205,13 @@ class ClusterRun:
         return DelayedSubmission(ClusterRun(), *arguments)
 
 
-def submit(points: list[Point], folder: Path, parameters: dict, gpus_per_run: int) -> list:
+def submit(
+    points: list[Point],
+    folder: Path,
+    parameters: dict,
+    gpus_per_run: int,
+    published: dict[str, Published] | None = None,
+) -> list:
     """One job per point that is not finished, as an array; returns submitit's jobs."""
     from submitit import AutoExecutor
 
@@ -207,7 +222,7 @@ def submit(points: list[Point], folder: Path, parameters: dict, gpus_per_run: in
     executor = AutoExecutor(folder=folder / "jobs", cluster="slurm")
     executor.update_parameters(name=folder.name, **parameters)
     with executor.batch():
-        return [executor.submit(ClusterRun(), point, points, folder, gpus_per_run) for point in points_left]
+        return [executor.submit(ClusterRun(), point, points, folder, gpus_per_run, published) for point in points_left]
 
 
 def last_line(path: Path) -> str:

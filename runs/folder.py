@@ -151,10 +151,10 @@ class RunFolder:
         """A context in which the folder is this run's: nobody else writes there, and it holds nothing that would be lost."""
         check_writable(self.path, "--output_dir")
         with locked(self.path):
-            self.check(train.resume, train.overwrite)
+            self.check(train.resume, train.overwrite, train.save_every)
             yield
 
-    def check(self, resume: bool, overwrite: bool) -> None:
+    def check(self, resume: bool, overwrite: bool, save_every: int = 0) -> None:
         """Raise RunError, with what to do, if a run that starts here would write over what it must not.
 
         A run of ours is written over only under --overwrite, and what no run of ours made never.
@@ -165,8 +165,11 @@ class RunFolder:
         goes_on = resume and any((self.path / name).exists() for name in CHECKPOINTS)
         if goes_on:
             return  # `resumable_state` looks at the checkpoints themselves
-        if found.foreign:
-            names = ", ".join(found.foreign)
+        foreign = found.foreign
+        if found.options is None and save_every:
+            foreign = foreign + [path.name for path in self._matching(self.path, r"epoch_\d+\.pt")]
+        if foreign:
+            names = ", ".join(foreign)
             raise RunError(
                 f"{where} holds {names} without the config.yaml of a run of this program, and a run would write over them; "
                 "use another --output_dir"

@@ -41,6 +41,25 @@ class Meter:
         return Metrics(loss / seen, 100 * top1 / seen, 100 * top5 / seen)
 
 
+class Confusion:
+    """Counts of (class, predicted class) over images, on the device."""
+
+    def __init__(self, classes: int, device: torch.device):
+        self.counts = torch.zeros(classes, classes, device=device, dtype=torch.int64)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        predicted = logits.argmax(dim=1)
+        self.counts.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+
+    def by_class(self, names: list[str]) -> dict[str, dict]:
+        """Images and top-1 (percent, None without images) of every class, by name."""
+        images, right = self.counts.sum(dim=1).tolist(), self.counts.diagonal().tolist()
+        return {
+            name: {"images": n, "top1": 100 * correct / n if n else None}
+            for name, n, correct in zip(names, images, right, strict=True)
+        }
+
+
 def history_row(epoch: int, lr: float, metrics: dict[str, Metrics], images: int, seconds: float) -> dict:
     """One epoch of the history: metrics "train", "test" and perhaps "val", and how long training on `images` took."""
     row = {"epoch": epoch, "lr": lr}

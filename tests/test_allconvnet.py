@@ -146,16 +146,11 @@ def test_compiles_without_a_graph_break(layer):
 
 
 def test_inductor_equals_eager():
-    """Two branches; the rest of the network is PyTorch's own."""
+    """Of a network the mixer: the rest is PyTorch's own. Gradients in test_layers.py and test_vit.py."""
     torch._dynamo.reset()
-    mixer = make(layer="Conv2d/ConvNN_Attn", channels=(8,)).layers[0][0].double()
-    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
-    results = []
-    for call in (torch.compile(mixer, fullgraph=True), mixer):
-        y = call(x)
-        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()])))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+    mixer, x = make(layer="ConvNN_Attn", channels=(8,)).layers[0][0].double(), torch.randn(2, 3, 4, 6).double()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(mixer, fullgraph=True)(x), mixer(x), atol=1e-9, rtol=0)
 
 
 def test_recomputed_activations_change_nothing():

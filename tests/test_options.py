@@ -33,12 +33,15 @@ ROOT = Path(__file__).parent.parent
 BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "resume", "test_only", "tensorboard")
 BOOLEANS += ("overwrite", "override", "strict", "decay_norms", "batch_norm", "wandb")
 LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention", "ViG")
+NOTED = ("layer_sha256",)  # what a run notes in its files, and no flag gives
 
 # What `allconvnet_main.py` without a flag resolves to; num_workers depends on the machine.
 DEFAULTS = {
     # model and layer
     "model": "allconvnet",
     "layer": "ConvNN",
+    "mixer_option": None,
+    "layer_sha256": None,
     "num_layers": 5,
     "channels": [32, 64, 128, 256, 512],
     "attention_dropout": 0.0,
@@ -204,7 +207,8 @@ def test_defaults_are_those_of_the_reference():
 def test_flags_are_those_of_the_reference_and_no_others():
     _, parser = parse_options(PROGRAMS["allconvnet_main.py"], "Train.", [])
     found = {flag for action in parser._actions for flag in action.option_strings}
-    assert found == {"-h", "--help", "--config"} | {f"--{name}" for name in DEFAULTS} | {f"--no-{name}" for name in BOOLEANS}
+    flags = {f"--{name}" for name in DEFAULTS if name not in NOTED} | {f"--no-{name}" for name in BOOLEANS}
+    assert found == {"-h", "--help", "--config"} | flags
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -257,6 +261,8 @@ def test_help_names_every_flag_and_default(capsys):
     text = capsys.readouterr().out
     assert not stop.value.code
     for name, default in DEFAULTS.items():
+        if name in NOTED:
+            continue
         section = re.search(rf"^  --{name} (.*?)(?=^  --|^\S|\Z)", text, re.M | re.S)
         assert section, name
         stated = re.search(r"\(default: ([^)]*)\)", " ".join(section[1].split()))
@@ -336,6 +342,42 @@ def test_lists():
     assert values("--channels 8 16 --num_layers 2")["num_layers"] == 2
 
 
+def test_texts_are_not_taken_for_numbers_and_truth_values():
+    for text in ("no", "off", "Yes", "1_0", "0x10", "1:30", "010", "2_0.5"):
+        assert parse_yaml(f"output_dir: {text}").as_dict()["output_dir"] == text
+        assert parse_yaml(yaml.safe_dump({"output_dir": text})).as_dict()["output_dir"] == text
+    found = parse_yaml(
+        "seed: 0\nlr: 0.5\nmomentum: .5\nnoise: 1.\nweight_decay: 2.5e-3\naugment: TRUE\nbatch_size: +7"
+    ).as_dict()
+    expected = {"seed": 0, "lr": 0.5, "momentum": 0.5, "noise": 1.0, "weight_decay": 0.0025, "augment": True, "batch_size": 7}
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_of_a_flag_that_is_given_twice_the_last_counts_and_is_named(capsys):
+    def repeated(line):
+        found, parser = parse_options(PROGRAMS["allconvnet_main.py"], "Train.", shlex.split(line))
+        assert capsys.readouterr().err == ""  # it is said when training begins: an error before stays one line
+        parser.warn_repeated()
+        return found.as_dict(), sorted(line.split("warning: ")[1] for line in capsys.readouterr().err.splitlines())
+
+    assert repeated("--lr 0.1 --K 3 --lr 0.1 --augment --augment True")[1] == []
+    found, lines = repeated("--lr 0.1 --channels 8 --no-augment --lr 0.2 --augment --lr 0.3 --channels 16")
+    assert (found["lr"], found["augment"], found["channels"]) == (0.3, True, [16])
+    assert lines == [
+        "--augment is given more than once: True counts, not False",
+        "--channels is given more than once: 16 counts, not 8",
+        "--lr is given more than once: 0.3 counts, not 0.1",
+    ]
+
+
+def test_a_run_takes_one_file_of_options(capsys):
+    for name in ("a.yaml", "b.yaml"):
+        Path(name).write_text("K: 3")
+    assert parse("--config a.yaml --config a.yaml").model.K == 3
+    line = error_of(parse, "--config a.yaml --lr 1 --config b.yaml", capsys=capsys)
+    assert_says(line, "--config; more than once; a.yaml, b.yaml")
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 # Command line, and what the one line must say: the flag, the value, and what would work.
@@ -366,6 +408,14 @@ BAD = [
     ("--K none", "--K 'none'; whole number"),
     ("--num_epochs 1e2", "--num_epochs '1e2'; whole number"),
     ("--lr fast", "--lr 'fast'; number"),
+    ("--K 1_0", "--K '1_0'; whole number; plain decimal digits"),
+    ("--K 0x10", "--K '0x10'; whole number; plain decimal digits"),
+    ("--K 010", "--K '010'; whole number; plain decimal digits"),
+    ("--K ' 3'", "--K ' 3'; whole number"),
+    ("--K \u0663", "--K '\u0663'; whole number"),
+    ("--channels 8 1_6", "--channels '1_6'; whole number"),
+    ("--lr 1_0.5", "--lr '1_0.5'; number; plain decimal digits"),
+    ("--lr 1e-0_3", "--lr '1e-0_3'; number"),
     ("--channels", "--channels; at least one"),
     ("--channels 8 x", "--channels 'x'; whole number"),
     ("--channels 8,16", "--channels '8,16'; whole number"),
@@ -502,7 +552,21 @@ BAD_YAML = [
     ("[" * 5000, "--config 'c.yaml'"),
     (b"K: \xff", "--config 'c.yaml'; utf-8"),
     (b"K: \x00", "--config 'c.yaml'"),
+    ("batch_size: !!int 1:30", "--config 'c.yaml'; line 1; a tag; without it"),
+    ("lr: !!timestamp x", "--config 'c.yaml'; a tag"),
+    ("channels: !!set {4, 8}", "--config 'c.yaml'; a tag"),
+    ("!!omap [K: 3]", "--config 'c.yaml'; a tag"),
     ("K: 3.0", "--K 3.0; whole number"),
+    ("batch_size: 1:30", "--batch_size '1:30'; whole number; plain decimal digits"),
+    ("K: 1_0", "--K '1_0'; whole number"),
+    ("K: 0x10", "--K '0x10'; whole number"),
+    ("K: 0b11", "--K '0b11'; whole number"),
+    ("K: 010", "--K '010'; whole number"),
+    ("lr: 1:30.5", "--lr '1:30.5'; number"),
+    ("lr: 1_0.5", "--lr '1_0.5'; number"),
+    ("channels: [8, 1:30]", "--channels '1:30'; whole number"),
+    ("augment: yes", "--augment 'yes'; True or False"),
+    ("augment: off", "--augment 'off'; True or False"),
     ("K: true", "--K True; whole number"),
     ("K: null", "--K None; whole number"),
     ("K: [3]", "--K [3]; whole number"),
@@ -781,15 +845,14 @@ PRESETS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 def test_every_preset_says_what_it_resolves_to_and_its_header_is_a_command(name):
     file = ROOT / "configs" / name
     text = file.read_text()
-    header = re.match(rf"# python (\w+\.py) (--config configs/{name}.*?)(  .*)?\n#\n# [A-Z]", text)
+    header = re.match(rf"# python (\w+\.py) (--config configs/{name}.*?)(  .*)?\n#\n# \w", text)
     program, line = header[1], header[2]
     for checkpoint in re.findall(r"--checkpoint (\S+)", line):
         Path(checkpoint).touch()
     options, parser = parse_options(PROGRAMS[program], "", shlex.split(line.replace("configs/", f"{ROOT}/configs/")))
     found, stated = options.as_dict(), yaml.safe_load(text)
-    assert {key: found[key] for key in stated.keys() - parser.given} == {
-        key: stated[key] for key in stated.keys() - parser.given
-    }
+    names = stated.keys() - parser.given
+    assert {key: found[key] for key in names} == {key: stated[key] for key in names}
 
 
 RECIPES = {
@@ -945,7 +1008,8 @@ def test_vit_flags_are_those_of_the_reference_and_no_others():
     _, parser = parse_options(PROGRAMS["vit_main.py"], "Train.", [])
     found = {flag for action in parser._actions for flag in action.option_strings}
     negations = {f"--no-{name}" for name in VIT_BOOLEANS}
-    assert found == {"-h", "--help", "--config", "--d_hidden"} | {f"--{name}" for name in VIT_DEFAULTS} | negations
+    flags = {f"--{name}" for name in VIT_DEFAULTS if name not in NOTED}
+    assert found == {"-h", "--help", "--config", "--d_hidden"} | flags | negations
 
 
 @pytest.mark.parametrize("name", VIT_CHOICES)
@@ -964,7 +1028,7 @@ def test_vit_help_names_every_flag(capsys):
     with pytest.raises(SystemExit):
         parse_vit("--help")
     text = capsys.readouterr().out
-    assert all(f"\n  --{name} " in text for name in VIT_DEFAULTS) and "--d_hidden" in text
+    assert all(f"\n  --{name} " in text for name in VIT_DEFAULTS if name not in NOTED) and "--d_hidden" in text
 
 
 def test_d_hidden_is_another_name_of_d_model(capsys):

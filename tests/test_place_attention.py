@@ -363,6 +363,8 @@ def test_tiles_under_autocast_and_compiled(strategy, name):
         out = layer(x)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), layer(x), atol=0.03, rtol=0.03)
+    if strategy == math.inf:
+        return  # dense attention is compiled in test_vit.py
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))

@@ -1,0 +1,186 @@
+"""Published numbers beside ours: a table of options and measures, its rows matched with the points of a sweep."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from typing import NamedTuple
+
+from experiments.points import Point, find_program
+from options import PROGRAMS, DataConfig, TrainConfig, canonical_metric, did_you_mean, specs
+from reading import read_text
+
+MEASURES = ("top1", "best_top1", "epoch_seconds")  # as the summary calls them
+ABOUT = ("epochs", "source")
+COMPARED = ("top1", "best_top1")  # seconds are of another machine
+LARGEST = 10_000_000  # bytes of a file
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    options: dict[str, object]  # what it states; the rest matches anything
+    measures: dict[str, tuple[float, float]]  # the least and the largest that was published
+    epochs: int | None
+    source: str
+
+
+class Published(NamedTuple):
+    """What was published for a run."""
+
+    measures: dict[str, tuple[float, float]]
+    source: str
+    is_whole: bool  # the run has as many epochs, and on all images
+
+
+def read_published(path: str, points: list[Point]) -> list[Row]:
+    """The rows of a published.csv. Raises ValueError, naming it, for a file that is none, or a column that is no option."""
+    try:
+        lines = csv.DictReader(io.StringIO(read_text(path, LARGEST).removeprefix("\ufeff"), newline=""), strict=True)
+        columns, rows = lines.fieldnames or [], list(lines)
+    except OSError as error:
+        raise ValueError(f"--published {path}: {error.strerror}") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"--published {path} is not a CSV file: {error}") from None
+    options = known_options(points)
+    for name in columns:
+        if name not in (*MEASURES, *ABOUT, *options):
+            raise ValueError(
+                f"--published {path}: its column {name!r} is no option, nor one of {', '.join((*MEASURES, *ABOUT))}"
+                f"{did_you_mean(name, options)}"
+            )
+        if columns.count(name) > 1:
+            raise ValueError(f"--published {path} has two columns {name!r}; drop one")
+    if not any(name in columns for name in MEASURES):
+        raise ValueError(f"--published {path} has none of the columns {', '.join(MEASURES)}")
+    return [parse_row(row, options, f"--published {path}, row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def known_options(points: list[Point]) -> tuple[str, ...]:
+    """Names of the options of our programs, and of those of the sweep."""
+    programs = [*PROGRAMS.values(), *(find_program(program, program) for program in {point.program for point in points})]
+    configs = [DataConfig, TrainConfig, *(program.model for program in programs)]
+    return tuple(dict.fromkeys(name for config in configs for name in specs(config)))
+
+
+def parse_row(row: dict, options: tuple[str, ...], where: str) -> Row:
+    if None in row or None in row.values():
+        raise ValueError(f"{where} has not as many cells as the first line has names")
+    cells = {name: text.strip() for name, text in row.items() if text.strip()}
+    measures = {name: parse_range(cells[name], f"{where}: {name}") for name in MEASURES if name in cells}
+    epochs = cells.get("epochs")
+    if epochs is not None and not epochs.isdecimal():
+        raise ValueError(f"{where}: epochs {epochs!r} is not a whole number")
+    stated = {name: parse_option(name, cells[name], where) for name in options if name in cells}
+    return Row(stated, measures, epochs and int(epochs), cells.get("source", ""))
+
+
+def parse_range(text: str, where: str) -> tuple[float, float]:
+    """`77.6` or `77.6..78.4`."""
+    try:
+        numbers = [float(word) for word in text.split("..")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or not all(map(math.isfinite, numbers)) or numbers != sorted(numbers):
+        raise ValueError(f"{where} {text!r} is neither a number nor two as in 77.6..78.4")
+    return numbers[0], numbers[-1]
+
+
+def parse_option(name: str, text: str, where: str) -> tuple:
+    """A cell, written as on the command line, as `plain` has it."""
+    try:
+        return plain(name, text.split())
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def plain(name: str, value) -> tuple:
+    """A value in the one form, of several, that means the same: 1e-4 is 0.0001, similarity is cosine, 224 is 224 x 224."""
+    words = []
+    for word in value if isinstance(value, (list, tuple)) else [value]:
+        try:
+            words.append(float(word) if not isinstance(word, bool) else str(word).lower())
+        except (TypeError, ValueError):
+            words.append(str(word).lower())
+    if name == "magnitude_type":
+        words = [canonical_metric(word) for word in words]
+    return tuple(words * 2 if name == "resize" and len(words) == 1 else words)
+
+
+def match(rows: list[Row], runs: dict[str, dict]) -> dict[str, Published]:
+    """What was published for each run, by its name, as its options are by name. Several rows that match make a range.
+
+    Of those the rows with the run's number of epochs count alone, if there are such. Evaluations of a checkpoint match nothing:
+    what it was trained with is not among their options.
+    """
+    found = {}
+    for run, values in runs.items():
+        if values["test_only"]:
+            continue
+        options = {name: plain(name, value) for name, value in values.items()}
+        fitting = [row for row in rows if all(options.get(name) == value for name, value in row.options.items())]
+        epochs = options["num_epochs"][0]
+        same = [row for row in fitting if row.epochs in (epochs, None)]
+        if fitting:
+            is_whole = bool(same) and options["train_limit"] == options["test_limit"] == ("none",)
+            found[run] = merge(same or fitting, is_whole)
+    return found
+
+
+def merge(rows: list[Row], is_whole: bool) -> Published:
+    measures = {}
+    for name in MEASURES:
+        ranges = [row.measures[name] for row in rows if name in row.measures]
+        if ranges:
+            measures[name] = min(low for low, _ in ranges), max(high for _, high in ranges)
+    return Published(measures, "; ".join(dict.fromkeys(row.source for row in rows if row.source)), is_whole)
+
+
+def is_outside(mean: float, deviation: float, low: float, high: float) -> bool:
+    """Whether ours and the middle of the published are further apart than two of our deviations and than half their range."""
+    return abs(mean - (low + high) / 2) > max(2 * deviation, (high - low) / 2)
+
+
+def put_beside(rows: list[dict], found: list[Published | None]) -> list[dict]:
+    """The rows of a summary with what was published for each, behind the measures that it belongs to."""
+    shown = [name for name in MEASURES if any(one and name in one.measures for one in found)]
+    if not shown:
+        return rows
+    wider = []
+    for row, published in zip(rows, found, strict=True):
+        new = {}
+        for name, value in row.items():
+            new[name] = value
+            if (measure := name.removesuffix("_std")) != name and measure in shown:
+                new |= columns_of(measure, row, published)
+        wider.append(new | {"published_source": published.source if published else ""})
+    return wider
+
+
+def columns_of(measure: str, row: dict, published: Published | None) -> dict:
+    low, high = published.measures.get(measure, (math.nan, math.nan)) if published else (math.nan, math.nan)
+    columns = {f"published_{measure}": low, f"published_{measure}_high": high}
+    if measure in COMPARED:
+        mean, deviation = row[measure], row[f"{measure}_std"]
+        is_compared = published and published.is_whole and not math.isnan(deviation + low)  # one seed has no deviation
+        verdict = "outside" if is_compared and is_outside(mean, deviation, low, high) else "within"
+        columns[f"published_{measure}_is"] = verdict if is_compared else ""
+    return columns
+
+
+def as_text(row: dict, measure: str) -> str:
+    """A cell of the readable table: `74.39 to 75.33 (outside)`."""
+    low, high = row[f"published_{measure}"], row[f"published_{measure}_high"]
+    if math.isnan(low):
+        return ""
+    text = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+    return text + (" (outside)" if row.get(f"published_{measure}_is") == "outside" else "")
+
+
+NOTE = (
+    "published is what others found with the same options, as far as they are stated; a range where there are several. It is "
+    "outside where its middle and our mean are further apart than two of our standard deviations and than half its range. Runs "
+    "of one seed have no deviation, and those of other epochs or fewer images are no repetition: there nothing is marked. "
+    "summary.csv names the sources."
+)
