@@ -413,7 +413,9 @@ def make_parser() -> OneLineParser:
     samples.add_argument("--resize", type=at_least_one, nargs="+", help="side they are resized to, or height and width")
     samples.add_argument("--augment", action="store_true", help="random crop and flip")
     samples.add_argument("--auto_augment", choices=("none", "rand", "trivial"), default="none", help="torchvision's policy")
-    samples.add_argument("--random_erasing", type=number_type(float), default=0.0, help="probability of an erased box")
+    samples.add_argument(
+        "--random_erasing", type=number_type(float), default=0.0, help="probability of an erased box (default: 0)"
+    )
     samples.add_argument(
         "--noise", type=number_type(float), default=0.0, help="standard deviation of noise on pixels from 0 to 1"
     )

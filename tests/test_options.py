@@ -861,9 +861,8 @@ def test_every_preset_says_what_it_resolves_to_and_its_header_is_a_command(name)
         Path(checkpoint).touch()
     options, parser = parse_options(PROGRAMS[program], "", shlex.split(line.replace("configs/", f"{ROOT}/configs/")))
     found, stated = options.as_dict(), yaml.safe_load(text)
-    assert {key: found[key] for key in stated.keys() - parser.given} == {
-        key: stated[key] for key in stated.keys() - parser.given
-    }
+    names = stated.keys() - parser.given
+    assert {key: found[key] for key in names} == {key: stated[key] for key in names}
 
 
 RECIPES = {
