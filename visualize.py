@@ -448,7 +448,7 @@ def default_output(args: argparse.Namespace) -> Path:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    args.parser.warn_repeated()
+    args.parser.note_repeated()
     output = args.output or default_output(args)
     if output.suffix.lower() != ".png":
         parser.error(f"--output {output} is not a .png file, which is what is drawn")
