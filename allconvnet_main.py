@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     from train_eval import run
 
     def announce() -> None:
-        parser.warn_repeated()
+        parser.note_repeated()
         warn_without_effect(options.model, parser)
         warn_oversized(options.model, parser)
         warn_fitted(options.model, parser)

@@ -229,10 +229,14 @@ class OneLineParser(argparse.ArgumentParser):
         if self._seen.setdefault(name, value) != value:
             self.repeated[name] = (self._seen[name], value)
 
-    def warn_repeated(self) -> None:
-        """A line on stderr for every flag that was given several times: the last one counts, as everywhere with argparse."""
+    def note_repeated(self) -> None:
+        """A line on stdout for every flag that was given several times: the last one counts, as everywhere with argparse.
+
+        Not a warning on stderr: scripts put their flags behind those of others on purpose.
+        """
         for name, (first, last) in self.repeated.items():
-            self.warn(f"--{name} is given more than once: {as_words(last)} counts, not {as_words(first)}")
+            line = self._line("note", f"--{name} is given more than once: {as_words(last)} counts, not {as_words(first)}")
+            self._print_message(line, sys.stdout)
 
     def error(self, message: str):
         """One line, exit status 2; `name=value` in a message becomes the flag a user would type."""
@@ -344,6 +348,13 @@ def as_number(text: str, kind: type):
         pass
     how = " in plain decimal digits" if re.match(r"[-+]?(0[0-9a-z_]|[0-9][0-9.]*[_:])", text, re.I) else ""
     raise ValueError(f"is not {KINDS[kind]}{how}")
+
+
+def some_path(text: str) -> Path:
+    """A type for `argparse`: a path that is not empty, which would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is empty")
+    return Path(text)
 
 
 def new_path(text: str) -> Path:

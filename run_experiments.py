@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from cli import new_path, number_type, parse_yaml
+from cli import number_type, parse_yaml, some_path
 from experiments.figures import draw, draw_option, label_of  # noqa: F401  some only offered from here as well
 from experiments.points import (  # noqa: F401  some only offered from here as well
     KEYS,
@@ -80,7 +80,7 @@ def make_parser() -> OneLineParser:
     )
     parser.add_argument(
         "--output_dir",
-        type=new_path,
+        type=some_path,
         help="folder of the sweep (default: ./Output/sweeps/<name of the file>, and _scale-<s> behind it under --scale)",
     )
     parser.add_argument(
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--gpus {args.gpus} is more than the {len(visible_gpus())} GPUs that can be used here")
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--output_dir {folder} is not a folder")
-        parser.warn_repeated()
+        parser.note_repeated()
         if left_out:
             parser.warn(left_out)
         if args.published is not None and not published:

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     from vit import ViT, load_vit_weights
 
     def announce() -> None:
-        parser.warn_repeated()
+        parser.note_repeated()
         warn_without_effect(options.model, parser)
 
     stated = partial(as_trained, program, parser.stated)

@@ -358,9 +358,11 @@ def test_texts_are_not_taken_for_numbers_and_truth_values():
 def test_of_a_flag_that_is_given_twice_the_last_counts_and_is_named(capsys):
     def repeated(line):
         found, parser = parse_options(PROGRAMS["allconvnet_main.py"], "Train.", shlex.split(line))
-        assert capsys.readouterr().err == ""  # it is said when training begins: an error before stays one line
-        parser.warn_repeated()
-        return found.as_dict(), sorted(line.split("warning: ")[1] for line in capsys.readouterr().err.splitlines())
+        assert capsys.readouterr().err == ""  # it is said when training begins
+        parser.note_repeated()
+        out, err = capsys.readouterr()
+        assert err == ""
+        return found.as_dict(), sorted(line.split("note: ")[1] for line in out.splitlines())
 
     assert repeated("--lr 0.1 --K 3 --lr 0.1 --augment --augment True")[1] == []
     found, lines = repeated("--lr 0.1 --channels 8 --no-augment --lr 0.2 --augment --lr 0.3 --channels 16")
