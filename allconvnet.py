@@ -22,16 +22,16 @@ from registry import build_layer
 __all__ = ["LAYERS2D", "AllConvNet", "AllConvNetConfig", "make_convolution", "make_layer2d"]
 
 
-def _make(
+def make_single2d(
     name: str, config: AllConvNetConfig, in_channels: int, out_channels: int, *, stride: int = 1, bias: bool = True
 ) -> nn.Module:
-    """The mixer of this name with the options of the config, on maps of its size."""
-    row = LAYERS2D_ROWS[name]
+    """The mixer of this name, or at this address, with the options of the config, on maps of its size."""
+    row = config.rows[name]
     layer = build_layer(row, config, in_channels, out_channels, stride=stride, bias=bias)
     return layer if stride == 1 or "stride" in row.arguments else Strided2d(layer, stride)
 
 
-LAYERS2D = {name: partial(_make, name) for name in LAYERS2D_ROWS}
+LAYERS2D = {name: partial(make_single2d, name) for name in LAYERS2D_ROWS}
 
 
 def make_layer2d(
@@ -40,12 +40,14 @@ def make_layer2d(
     """The mixer that `config.layer` names, on maps of `config.image_size`; A/B splits the output channels.
 
     With a stride every so many rows and columns of its output are left. Without `bias`, because BatchNorm follows, a single
-    layer that could do without has none; two side by side have ReLU in between.
+    layer that could do without has none; two side by side have ReLU, or a 1 x 1 convolution of both, in between.
     """
     branches = config.branches(out_channels)
     bias = bias or len(branches) > 1
-    layers = [LAYERS2D[name](config, in_channels, width, stride=stride, bias=bias) for name, width in branches]
-    return layers[0] if len(layers) == 1 else Branching2d(*layers)
+    layers = [make_single2d(name, config, in_channels, width, stride=stride, bias=bias) for name, width in branches]
+    if len(layers) == 1:
+        return layers[0]
+    return Branching2d(*layers, nn.Conv2d(out_channels, out_channels, 1) if config.branch_join == "conv1x1" else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -74,6 +76,9 @@ def init_for_relu(layer: nn.Module) -> None:
     if isinstance(layer, Branching2d):
         init_for_relu(layer.first)
         init_for_relu(layer.second)
+        if layer.join is not None:  # the branches come without the ReLU that they are initialized for: twice the variance
+            nn.init.normal_(layer.join.weight, std=layer.join.in_channels**-0.5)
+            nn.init.zeros_(layer.join.bias)
     elif isinstance(layer, Strided2d):
         init_for_relu(layer.layer)
     elif isinstance(layer, (nn.Conv2d, CoordConv2d, ConvNN2d)):

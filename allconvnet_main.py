@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     from train_eval import run
 
     def announce() -> None:
+        parser.note_repeated()
         warn_without_effect(options.model, parser)
         warn_oversized(options.model, parser)
         warn_fitted(options.model, parser)

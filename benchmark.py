@@ -8,6 +8,8 @@ python benchmark.py targets
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import math
 import os
@@ -19,8 +21,19 @@ from typing import NamedTuple
 
 from experiments.tables import as_markdown, as_text  # noqa: F401  some are only offered from here as well
 from hosts import VGG
-from options import LAYERS1D_NAMES, LAYERS2D_NAMES, AllConvNetConfig, BenchmarkConfig, ViTConfig, build, read_values
+from options import (
+    LAYERS1D_NAMES,
+    LAYERS2D_NAMES,
+    AllConvNetConfig,
+    BenchmarkConfig,
+    ViTConfig,
+    build,
+    check_environment,
+    layer_label,
+    read_values,
+)
 from runs.measure import MEASURED, Case, peak_memory, seconds_of, training_flops  # noqa: F401
+from runs.streams import run_program
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 KEYS = ("layer", "tokens", "precision", "execution")
@@ -61,6 +74,7 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
     others, about = (BenchmarkConfig,), "What a mixer costs."
     values, parser = read_values(family.config, others, about, argv[1:], defaults, prog=f"{prog} {argv[0]}")
     try:
+        check_environment()
         bench = build(BenchmarkConfig, values)
         values = defaults | values
         one_layer = family.config is AllConvNetConfig and values.get("model", "allconvnet") == "allconvnet"
@@ -68,14 +82,39 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
             raise ValueError(
                 f"channels={' '.join(map(str, values['channels']))} must be two numbers here: those into a layer and out of it"
             )
-        configs = []
-        for side, layer in itertools.product(bench.resolution, bench.layer or family.layers):
+        configs, layers = [], bench.layer or family.layers
+        labels = [layer_label(layer) for layer in dict.fromkeys(layers)]
+        if twin := next((label for label in labels if labels.count(label) > 1), None):
+            raise ValueError(f"layer={' '.join(layers)}: two layers would be called {twin}; give the classes different names")
+        given = mixer_options(family, layers, values.pop("mixer_option", None) or ())
+        for side, layer in itertools.product(bench.resolution, layers):
             if family.config is ViTConfig:
                 side *= values.get("patch_size", ViTConfig.patch_size)
-            configs.append(build(family.config, values, layer=layer, image_size=side))
+            configs.append(build(family.config, values, layer=layer, mixer_option=given[layer] or None, image_size=side))
     except ValueError as error:
         parser.error(str(error))
+    parser.note_repeated()
+    if bench.baseline and not any(map(has_baseline, configs)):
+        parser.warn("baseline=True is not used: only the Attention of vit and a host (model) of Conv2d have one")
     return argv[0], bench, configs
+
+
+def has_baseline(config: ViTConfig | AllConvNetConfig) -> bool:
+    """Whether `make_mixers` knows another form of this layer or network to compare it with."""
+    return config.layer == "Attention" if isinstance(config, ViTConfig) else config.is_host and config.layer == "Conv2d"
+
+
+def mixer_options(family: Family, layers: tuple[str, ...], given: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Those of the `name=value` texts that each layer has. What none has goes to all that could: their configs refuse it."""
+    own = {layer: {name for mixer in family.config.own_mixers(layer) for name in mixer.arguments} for layer in layers}
+    known = set().union(*own.values())
+    could = [layer for layer in layers if ":" in layer] or layers
+    return {
+        layer: tuple(
+            text for text in given if (name := text.partition("=")[0]) in own[layer] or (name not in known and layer in could)
+        )
+        for layer in layers
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -83,10 +122,13 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def make_mixers(config: ViTConfig | AllConvNetConfig, batch_size: int) -> Iterator[tuple[str, object, object]]:
-    """(name, mixer, input) of the layer; attention comes a second time with separate projections of q, k and v.
+def make_mixers(
+    config: ViTConfig | AllConvNetConfig, batch_size: int, baseline: bool = False
+) -> Iterator[tuple[str, object, object]]:
+    """(name, mixer, input) of the layer, or, of a host (--model), the whole network.
 
-    Of a host (--model) the whole network; with convolutions torchvision's comes as well.
+    With `baseline` what it is compared with as well: attention with separate projections of q, k and v, and torchvision's
+    network beside a host of convolutions.
     """
     import torch
     from torch import nn
@@ -96,14 +138,15 @@ def make_mixers(config: ViTConfig | AllConvNetConfig, batch_size: int) -> Iterat
 
         images = torch.randn(batch_size, config.in_channels, *config.image_size)
         yield config.title, build_network(config), images
-        if config.layer == "Conv2d":
+        if baseline and has_baseline(config):
             yield f"{config.model} of torchvision", torchvisions(config), images.clone()
         return
     if isinstance(config, AllConvNetConfig):
         from allconvnet import make_layer2d
 
         inputs, outputs = config.channels
-        yield config.layer, make_layer2d(config, inputs, outputs), torch.randn(batch_size, inputs, *config.image_size)
+        x = torch.randn(batch_size, inputs, *config.image_size)
+        yield layer_label(config.layer), make_layer2d(config, inputs, outputs), x
         return
     from layers1d import MultiHeadAttention
     from vit import TokenLayout, make_layer1d
@@ -119,8 +162,8 @@ def make_mixers(config: ViTConfig | AllConvNetConfig, batch_size: int) -> Iterat
 
     layout = TokenLayout(*config.grid, config.class_tokens)
     x = torch.randn(batch_size, layout.num_tokens, config.d_model)
-    yield config.layer, make_layer1d(config, layout), x
-    if config.layer == "Attention":
+    yield layer_label(config.layer), make_layer1d(config, layout), x
+    if baseline and has_baseline(config):
         apart = Separate(config.d_model, config.num_heads, attention_dropout=config.attention_dropout, bias=config.biases)
         yield "Attention (q, k, v apart)", apart, x.clone()
 
@@ -157,6 +200,7 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
     import torch
 
     from runs.measure import count_flops, count_parameters
+    from runs.memory import is_out_of_memory
 
     torch._dynamo.reset()
     # Each case compiles a graph for one image, a batch and training; beyond the limit torch falls back to eager execution.
@@ -164,7 +208,9 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
     cases, rows = [], []
     for config in configs:
         torch.manual_seed(bench.seed)
-        mixers = [(label, mixer.to(device), x.to(device)) for label, mixer, x in make_mixers(config, bench.batch_size)]
+        mixers = [
+            (label, mixer.to(device), x.to(device)) for label, mixer, x in make_mixers(config, bench.batch_size, bench.baseline)
+        ]
         if bench.against:
             plain, mixers = mixers, [one for mixer in mixers for one in with_naive_form(*mixer)]
             more = (len(mixers) - len(plain)) * len(bench.precision) * len(bench.execution)
@@ -181,7 +227,9 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> Iterator
     for case in cases:
         try:
             case.measure()  # warm-up: tables are built, graphs compiled
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             case.is_too_large = True
         progress.update()
         case.times = {name: [] for name in case.times}
@@ -260,13 +308,15 @@ def main(argv: list[str] | None = None) -> int:
         from experiments import targets
 
         return targets.main(argv[1:])
-    family, bench, configs = parse(argv)
+    _, bench, configs = parse(argv)
     # torch takes seconds to import: only once the options are known to be right.
     from tqdm import tqdm
 
+    from probe import probe
     from runs import RunError
-    from runs.files import check_writable
+    from runs.files import WriteError, check_writable
     from runs.measure import device_name, versions
+    from runs.memory import OutOfMemory, making
     from utils import choose_kernels, pick_device
 
     folder = Path(bench.output_dir)
@@ -274,21 +324,32 @@ def main(argv: list[str] | None = None) -> int:
         device = pick_device(bench.device)
         choose_kernels(bench.kernels, device)
         check_writable(folder, "--output_dir")
-    except RunError as error:
+        for config in configs:
+            if isinstance(config, AllConvNetConfig):  # of one layer, from as many channels as are measured
+                inputs, *outputs = config.channels
+                config = dataclasses.replace(config, in_channels=inputs, channels=outputs, num_layers=None)
+            with contextlib.suppress(OutOfMemory), making("a trial of it"):  # its row will say so
+                probe(config, device)
+    except (RunError, ValueError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
     folder.mkdir(parents=True, exist_ok=True)
     layers = len(configs) // len(bench.resolution)
-    more = any(config.layer == ("Attention" if family == "vit" else "Conv2d" * config.is_host) for config in configs)
+    more = sum(has_baseline(config) for config in configs[:layers]) * bench.baseline
     cases = (layers + more) * len(bench.precision) * len(bench.execution)
     found = versions()
     machine = f"{device_name(device)}, torch {found['torch']}, batch of {bench.batch_size}"
     command = shlex.join(["python", "benchmark.py", *argv])
     rows = []
-    with tqdm(total=cases * len(bench.resolution) * (bench.repeats + 1), unit=" measurements", disable=None) as progress:
-        for start in range(0, len(configs), layers):
-            rows += measure(bench, configs[start : start + layers], device, progress)
-            write(rows, folder, command, machine)  # what there is, in case a larger size does not end well
+    try:
+        with tqdm(total=cases * len(bench.resolution) * (bench.repeats + 1), unit=" measurements", disable=None) as progress:
+            for start, side in zip(range(0, len(configs), layers), bench.resolution, strict=True):
+                with making(f"the layers at --resolution {side}", "smaller sizes, or fewer layers, need less"):
+                    rows += measure(bench, configs[start : start + layers], device, progress)
+                write(rows, folder, command, machine)  # what there is, in case a larger size does not end well
+    except (OutOfMemory, WriteError) as error:
+        print(f"stopped: {error}" + f"; results so far are in {folder}" * bool(rows), file=sys.stderr)
+        return 1
     print(f"{machine}\n\n{as_markdown(rows)}\n\n{UNSEEN}")
     print(f"results are in {folder}")
     return 0
@@ -300,9 +361,10 @@ def write(rows: list[dict], folder: Path, command: str, machine: str) -> None:
 
     write_atomically(folder / "benchmark.csv", as_csv(rows))
     write_atomically(folder / "benchmark.md", f"```\n{command}\n```\n\n{machine}\n\n{as_markdown(rows)}\n\n{UNSEEN}\n")
-    if len({row["tokens"] for row in rows}) > 1:
+    fits = any(not math.isnan(row["forward_backward_ms"]) for row in rows)
+    if fits and len({row["tokens"] for row in rows}) > 1:
         write_atomically(folder / "scaling.png", draw_scaling(rows, machine))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -14,11 +14,12 @@ import re
 import reprlib
 import sys
 from dataclasses import Field, field, fields
+from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
-from reading import read_text
+from reading import as_path, read_text, what_is_wrong_with
 
 # ---------------------------------------------------------------------------------------------------------------
 # Fields that are options
@@ -44,6 +45,10 @@ class Spec(NamedTuple):
     least: float | None = None
     aliases: tuple[str, ...] = ()
     group: str = ""  # heading in --help; empty: that of the config
+    metavar: str = ""  # what --help calls a value; empty: its choices or its kind
+    repeat: bool = False  # of many values: given again, the flag adds to them, and flags add to those of a file
+    flag: bool = True  # False: files have it, command lines do not
+    address: bool = False  # beside the choices, the address of a class goes as well: FILE.py:Class, package.module:Class
 
 
 class NotGiven:
@@ -87,9 +92,16 @@ def specs(config: type) -> dict[str, Spec]:
 
 
 def did_you_mean(name: str, valid) -> str:
-    names = {one.lower(): one for one in valid}
+    names = {str(one).lower(): one for one in valid}
     close = difflib.get_close_matches(str(name)[:100].lower(), names, n=1, cutoff=0.5)
     return f"; did you mean {names[close[0]]}?" if close else ""
+
+
+def address_hint(name: str, valid) -> str:
+    """What a name that is not one of the valid ones may have meant, where the address of a class goes as well."""
+    if name.endswith(".py"):
+        return f"; name its class as well: {name}:Class"
+    return did_you_mean(name, valid) or "; a class of your own is FILE.py:Class or package.module:Class"
 
 
 def as_words(value) -> str:
@@ -129,17 +141,18 @@ def _as_kind(value, kind: type):
     return value
 
 
-def _check_one(name: str, value, spec: Spec):
+def check_one(name: str, value, spec: Spec):
     """`value` as the option holds it (a whole number becomes a float where a float is asked for). Raises ValueError."""
     value = _as_kind(value, spec.kind)
     if type(value) is not spec.kind:
         raise ValueError(f"{name}={shown(value)} is not {KINDS[spec.kind]}")
     if spec.kind is str:
-        _check_text(name, value)
+        value = _check_text(name, value)
     if spec.kind is float and not math.isfinite(value):
         raise ValueError(f"{name}={value} is not a finite number")
-    if spec.choices and value not in spec.choices:
-        raise ValueError(f"{name}={shown(value)} is not one of {', '.join(spec.choices)}{did_you_mean(value, spec.choices)}")
+    if spec.choices and value not in spec.choices and not (spec.address and ":" in value):
+        hint = (address_hint if spec.address else did_you_mean)(value, spec.choices)
+        raise ValueError(f"{name}={shown(value)} is not one of {', '.join(map(str, spec.choices))}{hint}")
     bounds = [f"at least {spec.low}"] * (spec.low is not None) + [f"at most {spec.high}"] * (spec.high is not None)
     bounds += [f"below {spec.below}"] * (spec.below is not None)
     if (
@@ -155,22 +168,19 @@ def _check_one(name: str, value, spec: Spec):
 
 def check_value(name: str, value, kind: type, low: float, high: float):
     """`value` as a Python number. Raises ValueError unless it is one of that kind within the range."""
-    return _check_one(name, value, Spec(kind, "", low=low, high=high))
+    return check_one(name, value, Spec(kind, "", low=low, high=high))
 
 
-def _check_text(name: str, value: str) -> None:
-    """Raise ValueError for what no file, table or terminal can carry on."""
+def _check_text(name: str, value: str) -> str:
+    """The text as the locale's paths are written. Raises ValueError for what no file, table or terminal can carry on."""
     if value == "":
         raise ValueError(f"{name}='' is empty; give a value or leave {name} out")
     if any(ord(character) < 32 or character == "\x7f" for character in value):
         raise ValueError(f"{name}={shown(value)} holds a control character; use letters that can be printed")
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"{name}={shown(value)} is not UTF-8, as config.yaml has it; use another name, or a locale of UTF-8 "
-            "(PYTHONUTF8=1) if it is"
-        ) from None
+        return as_path(value)
+    except UnicodeError:
+        raise ValueError(f"{name}={shown(value)} is not UTF-8, as config.yaml has it; use another name") from None
 
 
 def check_fields(config) -> None:
@@ -184,9 +194,9 @@ def check_fields(config) -> None:
                 raise ValueError(
                     f"{name}={shown(value)} is not a list of at least one value; in a file it is written as [1, 2]"
                 )
-            value = tuple(_check_one(name, item, spec) for item in value)
+            value = tuple(check_one(name, item, spec) for item in value)
         else:
-            value = _check_one(name, value, spec)
+            value = check_one(name, value, spec)
         object.__setattr__(config, name, value)
 
 
@@ -207,6 +217,27 @@ class OneLineParser(argparse.ArgumentParser):
     given: frozenset[str] = frozenset()
     stated: dict = {}  # noqa: RUF012  what the command line and its file give, by name, once it is known
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.repeated: dict[str, tuple] = {}  # flags given several times: the first of their values, and the last
+        self._seen: dict[str, object] = {}
+        for name, action in ((None, _Store), ("store", _Store), ("store_const", _StoreConst)):
+            self.register("action", name, action)
+
+    def see(self, name: str, value) -> None:
+        """Note the value of a flag of the command line."""
+        if self._seen.setdefault(name, value) != value:
+            self.repeated[name] = (self._seen[name], value)
+
+    def note_repeated(self) -> None:
+        """A line on stdout for every flag that was given several times: the last one counts, as everywhere with argparse.
+
+        Not a warning on stderr: scripts put their flags behind those of others on purpose.
+        """
+        for name, (first, last) in self.repeated.items():
+            line = self._line("note", f"--{name} is given more than once: {as_words(last)} counts, not {as_words(first)}")
+            self._print_message(line, sys.stdout)
+
     def error(self, message: str):
         """One line, exit status 2; `name=value` in a message becomes the flag a user would type."""
         self.exit(2, self._line("error", message))
@@ -215,7 +246,7 @@ class OneLineParser(argparse.ArgumentParser):
         self._print_message(self._line("warning", message), sys.stderr)
 
     def _line(self, what: str, message: str) -> str:
-        names = "|".join(action.dest for action in self._actions)
+        names = "|".join(re.escape(action.dest) for action in self._actions)
         message = re.sub(rf"(?<!\S)({names})=", r"--\1 ", " ".join(message.split()))
         if len(message) > self.LONGEST:
             message = f"{message[: self.LONGEST // 2]} ... {message[-self.LONGEST // 2 :]}"
@@ -224,10 +255,23 @@ class OneLineParser(argparse.ArgumentParser):
         return "" if silent else f"{self.prog}: {what}: {message}\n"
 
 
+class _Store(argparse._StoreAction):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if option_string is not None:
+            parser.see(self.dest, values)
+        super().__call__(parser, namespace, values, option_string)
+
+
+class _StoreConst(argparse._StoreConstAction):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.see(self.dest, self.const)
+        super().__call__(parser, namespace, values, option_string)
+
+
 def _add_option(group, name: str, spec: Spec, default) -> None:
     """Values are collected as text; `convert` and the dataclasses give the same errors for flags, YAML and Python."""
     shown = "" if default is None else f" (default: {as_words(default)})".replace("%", "%%")
-    metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper()
+    metavar = spec.metavar or ("{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper())
     flags = [f"--{name}", *(f"--{alias}" for alias in spec.aliases)]
     kwargs = {"dest": name, "default": argparse.SUPPRESS, "help": spec.help + shown, "metavar": metavar}
     if spec.kind is bool:
@@ -235,7 +279,13 @@ def _add_option(group, name: str, spec: Spec, default) -> None:
         no = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         group.add_argument(f"--no-{name}", action="store_const", const="False", **no)
     else:
-        group.add_argument(*flags, **kwargs, nargs="+" if spec.many else None)
+        group.add_argument(*flags, **kwargs, nargs="+" if spec.many else None, action="extend" if spec.repeat else None)
+
+
+def _add_lines(group, lines: dict[str, str]) -> None:
+    """Lines of --help that look like flags; none of them is one, since the parser ends when it has shown them."""
+    for line, help in lines.items():
+        group.add_argument(f"--{line}", action="store_true", default=argparse.SUPPRESS, help=help.replace("%", "%%"))
 
 
 def make_parser(
@@ -252,7 +302,7 @@ def make_parser(
     groups = {}
     for config in (model_type, *others):
         for name, spec in sorted(specs(config).items(), key=lambda one: one[1].group != ""):
-            if config is model_type and name in elsewhere:
+            if not spec.flag or (config is model_type and name in elsewhere):
                 continue
             heading = spec.group or config.heading
             if heading not in groups:
@@ -277,9 +327,59 @@ def convert(name: str, value, spec: Spec):
             raise ValueError(f"{name}={shown(value)} is not True or False")
         return booleans[value.lower()]
     try:
-        return spec.kind(value)
-    except ValueError:
-        raise ValueError(f"{name}={shown(value)} is not {KINDS[spec.kind]}") from None
+        return as_number(value, spec.kind)
+    except ValueError as error:
+        raise ValueError(f"{name}={shown(value)} {error}") from None
+
+
+# Numbers as everybody reads them: no 1_000, 0x10, 010 (8 to some) or 1:30 (90 to YAML).
+WRITTEN = {
+    int: re.compile(r"[-+]?(0|[1-9][0-9]*)"),
+    float: re.compile(r"[-+]?(((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)(e[-+]?[0-9]+)?|inf|infinity|nan)", re.I),
+}
+
+
+def as_number(text: str, kind: type):
+    """The int or float that a text says, in plain decimal digits. Raises ValueError: "is not a whole number"."""
+    try:
+        if WRITTEN[kind].fullmatch(text):
+            return kind(text)
+    except ValueError:  # of more digits than Python reads
+        pass
+    how = " in plain decimal digits" if re.match(r"[-+]?(0[0-9a-z_]|[0-9][0-9.]*[_:])", text, re.I) else ""
+    raise ValueError(f"is not {KINDS[kind]}{how}")
+
+
+def some_path(text: str) -> Path:
+    """A type for `argparse`: a path that is not empty, which would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is empty")
+    return Path(text)
+
+
+def new_path(text: str) -> Path:
+    """A type for `argparse`: a path that can be written to, as far as its name tells."""
+    wrong = "is empty" if not text else what_is_wrong_with(text)
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{text!r}: {wrong}")
+    return Path(text)
+
+
+def number_type(kind: type, low: float | None = None, high: float | None = None):
+    """A type for `argparse`: a number, of at least `low` and at most `high`, in plain decimal digits."""
+
+    def read(text: str):
+        try:
+            value = as_number(text, kind)
+            if low is not None and not value >= low:
+                raise ValueError(f"is not {KINDS[kind]}")
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} {error}" + f" of at least {low}" * (low is not None)) from None
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"{text!r} is more than {high}")
+        return value
+
+    return read
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -291,15 +391,25 @@ MOST_BYTES = 100_000  # of a YAML file: fifty times config.yaml, and what is rea
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error instead of the last one winning, and in which nothing is an alias.
+    """YAML in which a key that is given twice is an error instead of the last one winning, and in which nothing is an alias
+    or has a tag.
 
-    Aliases of aliases make a few hundred bytes stand for billions of values.
+    Aliases of aliases make a few hundred bytes stand for billions of values. As in YAML 1.2, a plain word is a truth value if
+    it is true or false, and a number if it is in decimal digits: `no` and `1:30`, to YAML 1.1 False and 90, are texts.
     """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] not in ("bool", "int", "float")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise ValueError(f"line {event.start_mark.line + 1}: an alias (*{event.anchor}); write the value out")
+        event = self.peek_event()
+        if event.tag is not None:  # which makes 90 of 1:30, a set, a date or an object
+            raise ValueError(f"line {event.start_mark.line + 1}: a tag ({event.tag}); write the value without it")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
@@ -313,10 +423,27 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+for kind, pattern, first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", WRITTEN[int].pattern, "-+0123456789"),
+    (
+        "float",
+        r"[-+]?((0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+):
+    _PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{pattern})\Z"), list(first))
+
+
+def parse_yaml(text: str):
+    """The value that a YAML text says. Raises yaml.YAMLError, ValueError and RecursionError."""
+    return yaml.load(text, Loader=_PlainLoader)
+
+
 def read_yaml(path: str) -> dict:
     """The mapping in a YAML file; ValueError in one line for whatever is wrong with it."""
     try:
-        values = yaml.load(read_text(path, MOST_BYTES), Loader=_PlainLoader)
+        values = parse_yaml(read_text(path, MOST_BYTES))
     except OSError as error:
         raise ValueError(f"config={path!r}: {error.strerror or error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -342,6 +469,14 @@ def _read_options(path: str, known: dict[str, Spec]) -> dict:
     return values
 
 
+def over(values: dict, given: dict, known: dict[str, Spec]) -> dict:
+    """The values with the given ones over them; of an option that may be repeated, those that are given come after."""
+    both = [
+        name for name, spec in known.items() if spec.repeat and isinstance(values.get(name), (list, tuple)) and given.get(name)
+    ]
+    return values | given | {name: [*values[name], *given[name]] for name in both}
+
+
 def _did_you_mean_flag(word: str, flags: list[str]) -> str:
     """A suggestion of a flag; for one letter (`-b`) those that begin with it, as there are no short flags but -h."""
     if re.fullmatch(r"-\w", word):
@@ -361,20 +496,31 @@ def read_values(
 ) -> tuple[dict, OneLineParser]:
     """What flags and, under them, a YAML file give, by name and converted, and the parser, whose `error` ends in one line.
 
-    `model_type.values_that_hold(values, given)` says which values of the file still hold beside those of the command line.
+    `model_type.values_that_hold(values, given)` says which values of the file still hold beside those of the command line, and
+    `model_type.more_help(given)` what --help lists besides: (title, text, {line: help}).
     """
     parser = make_parser(model_type, others, description, defaults, prog)
     known = {name: spec for config in (model_type, *others) for name, spec in specs(config).items()}
-    given, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if asked := {"-h", "--help"}.intersection(argv):
+        given = vars(parser.parse_known_args([word for word in argv if word not in asked])[0])
+        try:
+            for title, text, lines in model_type.more_help(given):
+                _add_lines(parser.add_argument_group(title, text), lines)
+        except ValueError as error:
+            parser.error(str(error))
+    given, rest = parser.parse_known_args(argv)
     given = vars(given)
     if rest:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         what = f"unknown option {rest[0]}" if rest[0].startswith("-") else f"a value without an option: {rest[0]!r}"
         parser.error(f"{what}{_did_you_mean_flag(rest[0].split('=')[0], flags)}")
     path = given.pop("config")
+    if "config" in parser.repeated:
+        parser.error(f"--config is given more than once ({', '.join(parser.repeated['config'])}); a run takes one file")
     parser.given = frozenset(given)
     try:
         values = {} if path is None else model_type.values_that_hold(_read_options(path, known), given)
-        return {name: convert(name, value, known[name]) for name, value in (values | given).items()}, parser
+        return {name: convert(name, value, known[name]) for name, value in over(values, given, known).items()}, parser
     except ValueError as error:
         parser.error(str(error))

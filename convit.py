@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,9 +66,9 @@ class ConViTConfig:
 
     def __post_init__(self):
         for name in ("image_channel", "patch_size", "dim", "num_classes", "heads", "head_dim", "ff_dim"):
-            check_whole(name, getattr(self, name), low=1)
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), low=1))
         for name in ("num_local_layers", "num_nonlocal_layers"):
-            check_whole(name, getattr(self, name), low=0)
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), low=0))
         if self.num_local_layers + self.num_nonlocal_layers == 0:
             raise ValueError("num_local_layers=0 and num_nonlocal_layers=0 leave no layer; one of them must be at least 1")
         if not 0 <= self.locality_strength < math.inf:
@@ -115,16 +116,22 @@ class ConViTConfig:
         return cls.preset("B_plus", num_classes, **changes)
 
 
-def check_whole(name: str, value: int | None, low: int) -> None:
-    if value is not None and (type(value) is not int or value < low):
+def check_whole(name: str, value: int | None, low: int) -> int | None:
+    """The value as Python's int, whatever type of whole number it has. Raises ValueError."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low:
         raise ValueError(f"{name}={value} must be a whole number of at least {low}")
+    return int(value)
 
 
 def patch_grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
     """Rows and columns of patches."""
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
-        raise ValueError(f"image_size={image_size} must be a whole number, or two of them: height and width")
+    try:
+        height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+        sides = check_whole("height", height, low=1), check_whole("width", width, low=1)
+    except ValueError:
+        raise ValueError(f"image_size={image_size} must be a whole number, or two of them: height and width") from None
     if any(side % patch_size for side in sides):
         raise ValueError(f"patch_size={patch_size} does not divide image_size={image_size}")
     return sides[0] // patch_size, sides[1] // patch_size

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import math
 import os
 import pickle
@@ -173,23 +174,46 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(sizes)
 
 
-# The first labels of the data sets whose files have the same names: those of one are often taken for the other's.
+# MD5 of the files of both data sets, which have the same names, unpacked: packing them again changes that of the packed ones.
+CHECKSUMS = {
+    "6bbc9ace898e44ae57da46a324031adb": ("mnist", "train-images-idx3-ubyte"),
+    "a25bea736e30d166cdddb491f175f624": ("mnist", "train-labels-idx1-ubyte"),
+    "2646ac647ad5339dbf082846283269ea": ("mnist", "t10k-images-idx3-ubyte"),
+    "27ae3e4e09519cfbb04c329615203637": ("mnist", "t10k-labels-idx1-ubyte"),
+    "f4a8712d7a061bf5bd6d2ca38dc4d50a": ("fashion_mnist", "train-images-idx3-ubyte"),
+    "9018921c3c673c538a1fc5bad174d6f9": ("fashion_mnist", "train-labels-idx1-ubyte"),
+    "8181f5470baa50b63fa0f6fddb340f0a": ("fashion_mnist", "t10k-images-idx3-ubyte"),
+    "15d484375f8d13e6eb1aabb0c3f46965": ("fashion_mnist", "t10k-labels-idx1-ubyte"),
+}
+# The labels that they begin with, for files that are not whole, or changed.
 FIRST_LABELS = {
-    ("mnist", "train"): [5, 0, 4, 1, 9, 2, 1, 3, 1, 4],
-    ("mnist", "test"): [7, 2, 1, 0, 4, 1, 4, 9, 5, 9],
-    ("fashion_mnist", "train"): [9, 0, 0, 3, 0, 2, 7, 2, 5, 5],
-    ("fashion_mnist", "test"): [9, 2, 1, 1, 6, 1, 4, 6, 5, 7],
+    (5, 0, 4, 1, 9, 2, 1, 3, 1, 4): ("mnist", "train-labels-idx1-ubyte"),
+    (7, 2, 1, 0, 4, 1, 4, 9, 5, 9): ("mnist", "t10k-labels-idx1-ubyte"),
+    (9, 0, 0, 3, 0, 2, 7, 2, 5, 5): ("fashion_mnist", "train-labels-idx1-ubyte"),
+    (9, 2, 1, 1, 6, 1, 4, 6, 5, 7): ("fashion_mnist", "t10k-labels-idx1-ubyte"),
 }
 
 
-def _mistaken(path: Path, labels: np.ndarray, dataset: str, part: str) -> list[str]:
-    """A warning if these labels are those of another data set than the one asked for."""
-    first = labels[:10].tolist()
+def _identified(array: np.ndarray) -> tuple[str, str] | None:
+    """The data set, and the file of it, whose content (without the header) this is; None if it is of neither."""
+    digest = hashlib.md5(bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes(), usedforsecurity=False)
+    digest.update(array)
+    return CHECKSUMS.get(digest.hexdigest()) or (FIRST_LABELS.get(tuple(array[:10].tolist())) if array.ndim == 1 else None)
+
+
+def _mistaken(paths: dict[str, Path], arrays: dict[str, np.ndarray], dataset: str) -> list[str]:
+    """A warning if files are not those of this data set that their names say."""
+    found = {name: _identified(array) for name, array in arrays.items()}
+    wrong = [name for name, what in found.items() if what not in (None, (dataset, name))]
+    if not wrong:
+        return []
+    others = f" (and {len(wrong) - 1} more like it)" * (len(wrong) > 1)
+    of, file = found[wrong[0]]
+    if of == dataset:
+        return [f"{paths[wrong[0]]}{others} has the content of {file}: tests may be on training images"]
     return [
-        f"{path} begins as that of --dataset {name} does, not that of {dataset}: the names of the classes, and mean and "
-        "standard deviation, would be wrong"
-        for (name, of), expected in FIRST_LABELS.items()
-        if name != dataset and of == part and first == expected
+        f"{paths[wrong[0]]}{others} has the content of --dataset {of}, not of {dataset}: the names of the classes, and mean "
+        "and standard deviation, would be wrong"
     ]
 
 
@@ -208,12 +232,12 @@ def _read_mnist(config: DataConfig, parts: tuple[str, ...]) -> Source:
         return None
 
     paths = _find(config, find, f"{', '.join(wanted)} (or .gz) there or in {root / name / 'raw'}", name)
-    read, notes = {}, []
+    arrays = {file: read_idx(paths[file], (28, 28) if "images" in file else ()) for file in wanted}
+    read = {}
     for part in parts:
-        pixels = read_idx(paths[f"{prefix[part]}-images-idx3-ubyte"], (28, 28))
-        path = paths[f"{prefix[part]}-labels-idx1-ubyte"]
-        read[part] = Images(pixels[:, None], _checked(path, read_idx(path, ()), 10, len(pixels)))
-        notes += _mistaken(path, read[part].labels, config.dataset, part)
+        pixels, file = arrays[f"{prefix[part]}-images-idx3-ubyte"], f"{prefix[part]}-labels-idx1-ubyte"
+        read[part] = Images(pixels[:, None], _checked(paths[file], arrays[file], 10, len(pixels)))
+    notes = _mistaken(paths, arrays, config.dataset)
     return Source(read, FASHION_NAMES if name == "FashionMNIST" else DIGIT_NAMES, tuple(notes))
 
 
@@ -354,6 +378,8 @@ def _scan(folder: Path, classes: list[str], *, may_be_empty: bool) -> tuple[Imag
     if not files:
         raise DataError(f"{folder}: has no images ({' '.join(IMAGE_SUFFIXES)}) in its class folders")
     notes = []
+    if beside := sum(entry.is_file() and entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in os.scandir(folder)):
+        notes.append(f"{beside} image{'s' * (beside > 1)} in {folder} itself, in no class folder, are left out")
     if empty:
         named = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
         notes.append(f"{folder} has no images of {len(empty)} of the {len(classes)} classes ({named}): they are not tested")

@@ -2,7 +2,7 @@
 
 Small sets stay on the device as one uint8 tensor and are cropped, flipped, resized and normalized there, a batch at a
 time. Folders of images are decoded by worker processes; noise and normalization follow on the device. `data_files.py` reads
-the files.
+the files; `augmentation.py` has what torchvision draws.
 
 Nothing here draws from a global random number generator: order, augmentation and noise are functions of (seed, epoch,
 index of the image), so they do not depend on batch size, workers, or where a run was interrupted.
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from augmentation import apply_policy, erase, forked_generator, make_policy
 from data_files import (  # noqa: F401  some only offered from here as well
     CIFAR10_NAMES,
     CIFAR100_NAMES,
@@ -55,8 +56,9 @@ STATS = {  # mean and standard deviation of each channel, of pixels from 0 to 1
 }
 BILINEAR = 2  # of PIL
 NO_FLIP = ("mnist", "digits")  # a mirrored 2 is no digit
-CROP, ORDER, WORKER, NOISE = range(4)  # streams: independent numbers for independent purposes
-NOISE_STREAM = {"train": NOISE, "val": NOISE + 1, "test": NOISE + 2}
+# Streams: independent numbers for independent purposes.
+CROP, ORDER, WORKER, TRAIN_NOISE, VAL_NOISE, TEST_NOISE, POLICY, ERASE = range(8)
+NOISE_STREAM = {"train": TRAIN_NOISE, "val": VAL_NOISE, "test": TEST_NOISE}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -96,6 +98,8 @@ class Recipe:
     resize: int | tuple[int, int]  # side of the images that leave, or height and width
     device: torch.device
     augment: bool = False
+    auto_augment: str = "none"
+    random_erasing: float = 0.0  # probability for an image
     noise: float = 0.0  # standard deviation, of pixels from 0 to 1
     rank: int = 0  # of `world` processes this one's share of the images
     world: int = 1
@@ -170,31 +174,49 @@ class Batches:
             images.add_(noise.reshape(images.shape), alpha=recipe.noise)
         return images.sub_(self._mean).div_(self._std)
 
+    def _erase(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
+        """Normalized images, some with a box at the mean of all images; index (B,) is on the CPU."""
+        probability = self.recipe.random_erasing
+        return erase(images, probability, keys(self.recipe.seed, epoch, index, ERASE)) if probability else images
+
 
 class DeviceBatches(Batches):
     """A small data set that stays on the device. images (n, C, H, W) uint8, labels (n,), index (n,)."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, index: np.ndarray, recipe: Recipe):
         super().__init__(index, recipe)
-        self._images = torch.from_numpy(images).to(recipe.device)
-        self._labels = torch.from_numpy(labels).to(recipe.device, torch.int64)
-        self._index = torch.from_numpy(index).to(recipe.device, torch.int64)
+        self._policy = None if recipe.auto_augment == "none" else make_policy(recipe.auto_augment)
+        # A policy runs on the CPU: there the images stay, and each batch goes to the device after it.
+        home = recipe.device if self._policy is None else torch.device("cpu")
+        self._images = torch.from_numpy(images).to(home)
+        self._labels = torch.from_numpy(labels).to(home, torch.int64)
+        self._index = torch.from_numpy(index).to(home, torch.int64)
+        self._numbers = self._index.cpu()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         chunks = self.chunks(epoch)[start:]
         if not chunks:
             return
-        order = torch.cat(chunks).to(self.recipe.device)  # at once, not a copy to the device for every batch
-        for chosen in order.split([len(chunk) for chunk in chunks]):
+        order = torch.cat(chunks).to(self._images.device)  # at once, not a copy to the device for every batch
+        for rows, chosen in zip(chunks, order.split([len(chunk) for chunk in chunks]), strict=True):
             if not len(chosen):
                 yield self._nothing(self._images.shape[1])
                 continue
-            images, index = self._images[chosen], self._index[chosen]
+            images, labels, index = self._images[chosen], self._labels[chosen], self._index[chosen]
             if self.recipe.augment:
                 images = self._augment(images, index, epoch)
+            if self._policy is not None:
+                images = apply_policy(self._policy, images, keys(self.recipe.seed, epoch, index, POLICY))
+                images, labels, index = (self._to_device(tensor) for tensor in (images, labels, index))
             native = tuple(images.shape[2:]) == sides_of(self.recipe.resize)
             images = images.float() if native else resize_images(images, self.recipe.resize)
-            yield self._finish(images, index, epoch), self._labels[chosen]
+            images = self._finish(images, index, epoch)
+            yield self._erase(images, self._numbers[rows], epoch), labels
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """From the CPU, without waiting."""
+        device = self.recipe.device
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
     def _augment(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
         padding = 1 if self.recipe.dataset == "digits" else 4
@@ -237,6 +259,8 @@ class _ImageFiles(Dataset):
             steps = [v2.RandomResizedCrop(sides), v2.RandomHorizontalFlip()]
         else:
             steps = [partial(cover, tuple(round(side * 256 / 224) for side in sides)), v2.CenterCrop(sides)]
+        if recipe.auto_augment != "none":
+            steps.append(make_policy(recipe.auto_augment))
         self.transform = v2.Compose([*steps, v2.PILToTensor()])
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | DataError:
@@ -246,9 +270,8 @@ class _ImageFiles(Dataset):
         except DataError as error:
             return DataError(str(error))  # a copy without traceback, which would keep this frame alive
         index = int(self.index[row])
-        with torch.random.fork_rng(devices=[]):
-            # The CPU generator alone: without workers, torch.manual_seed would reset the GPU's for dropout as well.
-            torch.default_generator.manual_seed(keys(self.seed, epoch, torch.tensor([index]), WORKER).item() % 2**32)
+        with forked_generator() as generator:
+            generator.manual_seed(keys(self.seed, epoch, torch.tensor([index]), WORKER).item() % 2**32)
             return self.transform(image), int(self.labels[row]), index
 
 
@@ -330,7 +353,8 @@ class StreamedBatches(Batches):
                     yield self._nothing(3)
                     continue
                 images, labels, index = (tensor.to(self.recipe.device, non_blocking=True) for tensor in batch)
-                yield self._finish(images.float(), index, epoch), labels
+                images = self._finish(images.float(), index, epoch)
+                yield self._erase(images, batch[2], epoch), labels
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -407,13 +431,16 @@ def load_data(
     for warning in source.warnings if rank == 0 else ():
         print(f"warning: {warning}", file=sys.stderr)
 
+    def check(images: Images, index: np.ndarray) -> None:
+        if DATASETS[config.dataset].streamed:  # now, not in the middle of the first epoch or at its end
+            check_images(images.data[index], threads=max(config.num_workers, 1), quiet=rank > 0, rank=rank, world=world)
+
     def batches(images: Images, index: np.ndarray, part: str) -> Batches:
-        augment = config.augment and part == "train"
-        recipe = Recipe(config.dataset, part, batch_size, seed, config.resize, device, augment, config.noise, rank, world)
+        names = ("augment", "auto_augment", "random_erasing") if part == "train" else ()
+        options = {name: getattr(config, name) for name in (*names, "noise")}
+        recipe = Recipe(config.dataset, part, batch_size, seed, config.resize, device, **options, rank=rank, world=world)
         data, labels = images.data[index], images.labels[index]
         if DATASETS[config.dataset].streamed:
-            # Now, not in the middle of the first epoch or at its end. Each process checks its share.
-            check_images(data[rank::world], threads=max(config.num_workers, 1), quiet=rank > 0)
             return StreamedBatches(data, labels, index, recipe, config.num_workers)
         return DeviceBatches(data, labels, index, recipe)
 
@@ -421,6 +448,7 @@ def load_data(
     if not test_only:
         images = source.parts["train"]
         index = _limited(images.labels, config, "train")
+        check(images, index)
         if config.val_fraction:
             kept, held = stratified_split(images.labels[index], config.val_fraction)
             if not len(kept) or not len(held):
@@ -429,5 +457,8 @@ def load_data(
             val = batches(images, index[held], "val")
             index = index[kept]
         train = batches(images, index, "train")
-    test = batches(source.parts["test"], _limited(source.parts["test"].labels, config, "test"), "test")
+    images = source.parts["test"]
+    index = _limited(images.labels, config, "test")
+    check(images, index)
+    test = batches(images, index, "test")
     return Data(train, val, test, source.class_names)

@@ -275,15 +275,22 @@ class Branching2d(nn.Module):
     """Two mixers side by side: both see the whole input, ReLU after each, channels concatenated.
 
     (B, C_in, H, W) -> (B, C_first + C_second, H, W).
+
+    Args:
+        join: instead of the two ReLUs, what runs on the concatenated channels.
     """
 
-    def __init__(self, first: nn.Module, second: nn.Module):
+    def __init__(self, first: nn.Module, second: nn.Module, join: nn.Module | None = None):
         super().__init__()
         self.first = first
         self.second = second
+        self.join = join
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([F.relu(self.first(x)), F.relu(self.second(x))], dim=1)
+        first, second = self.first(x), self.second(x)
+        if self.join is None:
+            return torch.cat([F.relu(first), F.relu(second)], dim=1)
+        return self.join(torch.cat([first, second], dim=1))
 
 
 def make_convolution(in_channels: int, out_channels: int, kernel_size: int, convolution_type: str, **geometry) -> nn.Module:

@@ -20,6 +20,7 @@ from typing import ClassVar, NamedTuple
 from cli import (
     OneLineParser,
     Spec,
+    address_hint,
     as_words,
     build,
     check_fields,
@@ -28,6 +29,7 @@ from cli import (
     did_you_mean,
     make_parser,
     option,
+    over,
     read_values,
     read_yaml,
     redefault,
@@ -36,7 +38,8 @@ from cli import (
 )
 from hosts import HOSTS, RESNET, STEMS, VGG, Place, choose, default_stem, places_of
 from machine import cpu_cores
-from reading import what_is_wrong_with
+from own_mixer import NO_FLAGS, OwnMixer, flag_of, is_address, label_of, lines_of_help, load, settle, split_layers
+from reading import as_text, what_is_wrong_with
 
 __all__ = [
     "CONVIT_SIZES",
@@ -78,6 +81,7 @@ __all__ = [
     "check_window",
     "did_you_mean",
     "dilate",
+    "layer_label",
     "layer_row",
     "make_parser",
     "option",
@@ -87,6 +91,7 @@ __all__ = [
     "redefault",
     "region_sides",
     "resolve",
+    "same_value",
     "sequence_grid",
     "shuffle_factors",
     "specs",
@@ -106,6 +111,7 @@ METRICS = METRIC_ALIASES  # its former name
 SHUFFLE_PATTERNS = ("BA", "NA", "B", "A")
 MASK_TYPES = ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors")
 PERFORMER_KERNELS = ("softmax", "relu")
+BRANCH_JOINS = ("relu", "conv1x1")
 GRAPH_AGGREGATIONS = ("max", "mean", "edge")
 CONVIT_SIZES = {"Ti": (192, 4), "Ti_plus": (256, 4), "S": (432, 9), "S_plus": (576, 9), "B": (768, 16), "B_plus": (1024, 16)}
 CONVOLUTION_TYPES = ("standard", "depthwise", "depthwise-separable")
@@ -183,11 +189,10 @@ class Row(NamedTuple):
         """Names of the options that the layer reads."""
         names = set(self.arguments.values())
         several = {"neighbors": NEIGHBOR_OPTIONS, "biases": BIASES}
-        own = names - several.keys() - {"layout", "image_size", *OF_HOSTS}
+        own = names - several.keys() - {*NO_FLAGS}
         return own | {option for name in names & several.keys() for option in several[name]}
 
 
-OF_HOSTS = ("stride", "bias")  # what a host of convolutions knows of a layer
 BY_PLACE = "place_attention"
 PAIRS = "attention_dropout bias=biases"  # of layers that weigh pairs of tokens
 CONVNN = f"neighbors layout convolution_type softmax_topk_val score_temperature {PAIRS}"
@@ -244,6 +249,16 @@ LAYERS1D_ROWS = {
 }
 LAYERS2D_NAMES = tuple(LAYERS2D_ROWS)
 LAYERS1D_NAMES = tuple(LAYERS1D_ROWS)
+
+
+def layers_of(layer: str) -> list[str]:
+    """The layers of A/B, or the one there is: names, and addresses of classes of one's own."""
+    return split_layers(layer, {*LAYERS1D_NAMES, *LAYERS2D_NAMES})
+
+
+def layer_label(layer: str) -> str:
+    """A layer as folders and figures call it: an address by its class."""
+    return label_of(layer, {*LAYERS1D_NAMES, *LAYERS2D_NAMES})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -365,12 +380,21 @@ def layer_row(rows: dict[str, Row], layer: str, branch_ratio: float) -> Row:
     return rows[branches[int(branch_ratio == 0)]] if branches and branch_ratio in (0, 1) else rows[layer]
 
 
+OWN_LAYER = "; FILE.py:Class or package.module:Class is one of your own"
+MIXER_OPTION = "an option of a layer of your own, repeatable; --help beside --layer FILE.py:Class lists them"
+LAYER_SHA256 = "of the file of a layer of your own, as a run notes it"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(NeighborConfig):
-    """What both models have: neighbors, layers that stand in `rows`, and the three fields that the data set decides."""
+    """What both models have: neighbors, layers that stand in `rows`, and the three fields that the data set decides.
+
+    The `rows` of a config whose layer is a class of one's own have that as well, under its address.
+    """
 
     heading = "model and layer"
     rows: ClassVar[dict[str, Row]] = {}
+    sizes: ClassVar[tuple[str, str]]  # what a layer gets by position
 
     drop_path: float = option(
         0.0,
@@ -391,6 +415,57 @@ class ModelConfig(NeighborConfig):
         object.__setattr__(self, "image_size", tuple(check_value("image_size", side, int, 1, SIDE) for side in sides))
         for name in ("in_channels", "num_classes"):
             object.__setattr__(self, name, check_value(name, getattr(self, name), int, 1, WIDTH))
+        self._take_own_mixers()
+
+    @classmethod
+    def own_mixers(cls, layer: str) -> list[OwnMixer]:
+        """The classes that a layer names by address, imported. Raises ValueError for one that cannot be a mixer."""
+        # Words that a row may take: the options of the layers, by their own names, and what the model makes of its options.
+        words = {name: name for row in cls.rows.values() for name in row.arguments.values()}
+        words |= {name: name for name in specs(NeighborConfig)}
+        words |= {"bias": "biases"} if "biases" in words else {}
+        return [load(name, cls.sizes, words) for name in layers_of(layer) if is_address(name)]
+
+    def _take_own_mixers(self) -> None:
+        """Import the classes that `layer` names by address; then the config holds their rows, whole addresses and hashes."""
+        mixers = self.own_mixers(self.layer)
+        if not mixers:
+            for name in ("mixer_option", "layer_sha256"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={as_words(getattr(self, name))} is of a class of your own, as layer=FILE.py:Class, and not of "
+                        f"{self.layer}, whose options are flags"
+                    )
+            return
+        addresses = iter([mixer.address for mixer in mixers])
+        layer = "/".join(next(addresses) if is_address(name) else name for name in layers_of(self.layer))
+        sha256 = "/".join(mixer.sha256 for mixer in mixers)
+        if self.layer_sha256 not in (None, sha256):
+            raise ValueError(
+                f"layer={layer} has changed: its SHA-256 was {self.layer_sha256} and is now {sha256}; give its file the former "
+                "content back, or take it as it is now: by the flag --layer for a new run, by --override under --test_only"
+            )
+        values, settled = settle(mixers, self.mixer_option or ())
+        rows = {
+            mixer.address: Row(mixer.target, " ".join(f"{a}={o}" for a, o in mixer.takes.items()), fixed=tuple(own.items()))
+            for mixer, own in zip(mixers, values, strict=True)
+        }
+        found = {"layer": layer, "layer_sha256": sha256, "mixer_option": settled or None, "rows": self.rows | rows}
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def more_help(cls, given: dict) -> list[tuple[str, str, dict[str, str]]]:
+        """What --help lists of the classes that --layer names by address: title, text, and a line for each option."""
+        layers = given.get("layer") or []
+        mixers = [mixer for layer in ([layers] if isinstance(layers, str) else layers) for mixer in cls.own_mixers(layer)]
+        result = []
+        for mixer in mixers:
+            sources = {argument: flag_of(name) for argument, name in mixer.takes.items()}
+            flags = [flag + f" (as {a})" * (flag != f"--{a}") if flag else a for a, flag in sources.items()]
+            text = mixer.about + f" Of the model it gets {', '.join(flags)}." * bool(flags)
+            result.append((f"options of {mixer.address}", text, lines_of_help(mixer)))
+        return result
 
     @property
     def neighbors(self) -> NeighborConfig:
@@ -399,14 +474,18 @@ class ModelConfig(NeighborConfig):
     @property
     def title(self) -> str:
         """What a run is of, in its first line."""
-        return self.layer
+        return layer_label(self.layer)
 
     def layers_in_use(self) -> list[str]:
         """Names of the layers that the model is made of."""
         raise NotImplementedError
 
-    def without_effect(self) -> dict[str, str]:
-        """Options that this model does not read, each with the option that makes it so."""
+    def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
+        """Options that this model does not read, each with the option that makes it so.
+
+        An option at its default says nothing else than the other one, as in --sampling_type all --num_samples -1: it is left
+        out here unless `defaults`.
+        """
         in_use = self.layers_in_use()
         if not self.rows.keys() >= set(in_use):
             return {}  # a layer of another library: what it reads is not known here
@@ -414,11 +493,12 @@ class ModelConfig(NeighborConfig):
         of_layers = {name for row in self.rows.values() for name in row.options}
         own = specs(type(self))
         found = {name: "layer" for name in own if name in of_layers - read}
+        if self.mixer_option and not any(map(is_address, in_use)):
+            found["mixer_option"] = "layer"
         for name, other, values in WITHOUT_EFFECT:
             if name not in own or name in found or other not in own or other in found:
                 continue
-            # An option at its default says nothing else than the other one, as in --sampling_type all --num_samples -1.
-            if getattr(self, other) in values and getattr(self, name) != own[name].default:
+            if getattr(self, other) in values and (defaults or getattr(self, name) != own[name].default):
                 found[name] = other
         return found
 
@@ -428,8 +508,15 @@ class ModelConfig(NeighborConfig):
 
     @staticmethod
     def values_that_hold(values: dict, given: dict) -> dict:
-        """Of the values in a YAML file those that still hold beside the ones that the command line gives."""
-        return values
+        """Of the values in a YAML file those that still hold beside the ones that the command line gives.
+
+        A layer that is given is another one than the file's, or the same in another place.
+        """
+        if "layer" not in given:
+            return values
+        is_same = layer_label(str(given["layer"])) == layer_label(str(values.get("layer")))
+        dropped = {"layer_sha256"} if is_same else {"layer_sha256", "mixer_option"}
+        return {name: value for name, value in values.items() if name not in dropped}
 
 
 of_model = functools.partial(option, decided=True)  # an option that `model` may decide
@@ -444,12 +531,16 @@ class AllConvNetConfig(ModelConfig):
 
     rows: ClassVar[dict[str, Row]] = LAYERS2D_ROWS
 
+    sizes: ClassVar[tuple[str, str]] = ("in_channels", "out_channels")
+
     model: str = option(
         "allconvnet",
         "a stack of --channels, or VGG, ResNet with --layer for 3 x 3 convolutions",
         choices=("allconvnet", *HOSTS),
     )
-    layer: str = option("ConvNN", f"{', '.join(LAYERS2D_NAMES)}, or A/B of two different ones side by side")
+    layer: str = option("ConvNN", f"{', '.join(LAYERS2D_NAMES)}, or A/B of two different ones side by side{OWN_LAYER}")
+    mixer_option: tuple[str, ...] | None = option(None, MIXER_OPTION, kind=str, many=True, metavar="NAME=VALUE", repeat=True)
+    layer_sha256: str | None = option(None, LAYER_SHA256, kind=str, flag=False)
     num_layers: int | None = option(None, "must match the length of --channels if given", kind=int, low=1, high=LAYERS)
     channels: tuple[int, ...] = option((32, 64, 128, 256, 512), "output channels of each layer", low=1, high=WIDTH)
     kernel_size: int = option(3, "Conv2d: side of the window", low=1, high=SIDE)
@@ -470,6 +561,7 @@ class AllConvNetConfig(ModelConfig):
     )
     padding: int = option(0, "ConvNN: zero ring around the image that takes part in the search", low=0, high=SIDE)
     branch_ratio: float = option(0.5, "A/B: share of the output channels of B; 0 and 1 build the single layer", low=0, high=1)
+    branch_join: str = option("relu", "A/B: ReLU after each, or a 1 x 1 convolution of both", choices=BRANCH_JOINS)
     replace: tuple[str, ...] = option(
         ("all",), "VGG, ResNet: the 3 x 3 convolutions that --layer replaces: all, last n, or stages 3 4"
     )
@@ -515,15 +607,15 @@ class AllConvNetConfig(ModelConfig):
 
     @property
     def title(self) -> str:
-        return f"{self.model} with {self.layer}" if self.is_host else self.layer
+        return f"{self.model} with {layer_label(self.layer)}" if self.is_host else layer_label(self.layer)
 
     def _check_names(self) -> None:
-        names = self.layer.split("/")
+        names = layers_of(self.layer)
         for name in names:
-            if name not in LAYERS2D_NAMES:
-                valid = ", ".join(LAYERS2D_NAMES)
+            if name not in self.rows:
+                valid, whole = ", ".join(LAYERS2D_NAMES), self.layer if self.layer.endswith(".py") else name
                 raise ValueError(
-                    f"layer={self.layer!r} is not one of {valid} or A/B of two{did_you_mean(name, LAYERS2D_NAMES)}"
+                    f"layer={self.layer!r} is not one of {valid} or A/B of two{address_hint(whole, LAYERS2D_NAMES)}"
                 )
         if len(names) > 2 or len(set(names)) != len(names):
             raise ValueError(f"layer={self.layer!r} must be one layer, or A/B of two different ones")
@@ -585,6 +677,7 @@ class AllConvNetConfig(ModelConfig):
 
         And without what the file's model decided, beside another model.
         """
+        values = ModelConfig.values_that_hold(values, given)
         dropped = {"num_layers"} if "channels" in given else set()
         if "model" in given and given["model"] != values.get("model", "allconvnet"):
             dropped |= {"shuffle_pattern", "stem", "classifier_width"}
@@ -593,13 +686,15 @@ class AllConvNetConfig(ModelConfig):
     def layers_in_use(self) -> list[str]:
         return [name for name, _ in self.branches(2)]
 
-    def without_effect(self) -> dict[str, str]:
-        found = super().without_effect()
+    def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
+        found = super().without_effect(defaults=defaults)
         own = {"channels", "num_layers"} if self.is_host else {"replace", "stem"}
         own |= set() if self.model in VGG else {"classifier_width", "batch_norm"}
         found |= dict.fromkeys(own, "model")
-        if "/" not in self.layer:
-            found["branch_ratio"] = "layer"
+        if len(layers_of(self.layer)) == 1:
+            found["branch_ratio"] = found["branch_join"] = "layer"
+        elif self.branch_ratio in (0, 1):
+            found["branch_join"] = "branch_ratio"
         found["drop_path"] = "layer"  # a stack, and a host of convolutions, has none in its blocks
         if self.similarity_type == "Loc" and "ConvNN_Attn" not in self.layers_in_use():
             found.setdefault("magnitude_type", "similarity_type")  # ConvNN ranks by distance then and has no scores
@@ -607,9 +702,10 @@ class AllConvNetConfig(ModelConfig):
 
     def branches(self, out_channels: int) -> list[tuple[str, int]]:
         """(layer, its share of the output channels) of the one or two layers side by side."""
-        first, _, second = self.layer.partition("/")
-        if not second or self.branch_ratio == 0:
+        first, *others = layers_of(self.layer)
+        if not others or self.branch_ratio == 0:
             return [(first, out_channels)]
+        (second,) = others
         if self.branch_ratio == 1:
             return [(second, out_channels)]
         if out_channels < 2:
@@ -631,12 +727,18 @@ class AllConvNetConfig(ModelConfig):
         result = []
         for _ in self.channels:
             result.append((height, width))
-            if self.shuffle_pattern == "A":
-                height, width = height * self.shuffle_scale, width * self.shuffle_scale
-            else:
-                self._check_divides((height, width))
-                height, width = height // self.shuffle_scale, width // self.shuffle_scale
+            height, width = self.grid_after(names[0], (height, width))
         return result
+
+    def grid_after(self, layer: str, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the map that leaves a layer."""
+        pattern = self.shuffle_pattern if "shuffle_pattern" in self.rows[layer].arguments else "NA"
+        if pattern == "A":
+            return grid[0] * self.shuffle_scale, grid[1] * self.shuffle_scale
+        if pattern == "B":
+            self._check_divides(grid)
+            return grid[0] // self.shuffle_scale, grid[1] // self.shuffle_scale
+        return grid
 
     def _check_divides(self, grid: tuple[int, int]) -> None:
         if any(side % self.shuffle_scale for side in grid):
@@ -690,9 +792,12 @@ class ViTConfig(ModelConfig):
     """
 
     rows: ClassVar[dict[str, Row]] = LAYERS1D_ROWS
+    sizes: ClassVar[tuple[str, str]] = ("d_model", "num_heads")
 
     model: str = option("vit", "ViT, or the flags of a ConViT; others given beside it win", choices=tuple(VIT_MODELS))
-    layer: str = of_model("Attention", "token mixer of the blocks", choices=LAYERS1D_NAMES)
+    layer: str = of_model("Attention", f"token mixer of the blocks{OWN_LAYER}", choices=LAYERS1D_NAMES, address=True)
+    mixer_option: tuple[str, ...] | None = option(None, MIXER_OPTION, kind=str, many=True, metavar="NAME=VALUE", repeat=True)
+    layer_sha256: str | None = option(None, LAYER_SHA256, kind=str, flag=False)
     patch_size: int = option(16, "side of a patch in pixels", low=1, high=SIDE)
     num_layers: int = of_model(8, "blocks", low=1, high=LAYERS)
     num_heads: int = of_model(8, "heads; 1 gives ConvNN attention without head splitting", low=1, high=WIDTH)
@@ -761,6 +866,11 @@ class ViTConfig(ModelConfig):
 
     def __post_init__(self):
         decide(self, VIT_MODELS.get(str(self.model), {}))
+        if is_address(str(self.layer)) and len(layers_of(self.layer)) > 1:
+            raise ValueError(
+                f"layer={self.layer!r} must be one layer; two side by side are of allconvnet_main.py, and a folder that is "
+                "called as a layer is written ./Attention/file.py:Class"
+            )
         self._check_ranges()
         if any(side % self.patch_size for side in self.image_size):
             raise ValueError(
@@ -783,6 +893,7 @@ class ViTConfig(ModelConfig):
     @staticmethod
     def values_that_hold(values: dict, given: dict) -> dict:
         """Without what the file's model stands for, beside another model: it says nothing of that one."""
+        values = ModelConfig.values_that_hold(values, given)
         if "model" not in given or given["model"] == values.get("model", "vit"):
             return values
         return {name: value for name, value in values.items() if name not in VIT_MODELS["convit_ti"]}
@@ -791,8 +902,8 @@ class ViTConfig(ModelConfig):
         local = [] if self.num_local_layers == 0 else [self.layer]
         return local if self.num_local_layers is None else [*local, "Attention"]
 
-    def without_effect(self) -> dict[str, str]:
-        found = super().without_effect()
+    def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
+        found = super().without_effect(defaults=defaults)
         if self.num_layers == 1:
             found["drop_path"] = "num_layers"  # it rises from 0 in the first block
         no_layer = self.num_local_layers == 0  # which is why the options of `layer` are not read
@@ -824,7 +935,8 @@ class ViTConfig(ModelConfig):
         if "neighbors" in row.arguments:
             grid = sequence_grid(self.grid)
             self.check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
-            check_slots(self.convolution_type or "depthwise", self.aggregation_type)
+            if "convolution_type" in row.arguments:
+                check_slots(self.convolution_type or "depthwise", self.aggregation_type)
             if self.coordinate_encoding and self.similarity_type == "Loc":
                 raise ValueError("coordinate_encoding=True is short for similarity_type=Loc_Col, not Loc; drop one of them")
         elif "K" in row.arguments:
@@ -943,6 +1055,14 @@ class DataConfig:
         0.0, "share of the training set held out; the best epoch then goes by it, not by the test set", low=0, below=1
     )
     augment: bool = option(False, "random crop, and horizontal flip where the class survives it")
+    auto_augment: str = option(
+        "none",
+        "after --augment, torchvision's RandAugment (two operations of magnitude 9) or TrivialAugmentWide (one operation)",
+        choices=("none", "rand", "trivial"),
+    )
+    random_erasing: float = option(
+        0.0, "probability that a training image gets a box of the mean color, by torchvision's RandomErasing", low=0, high=1
+    )
     noise: float = option(
         0.0, "standard deviation of Gaussian noise on training and test images, whose values run from 0 to 1", low=0, high=1000
     )
@@ -966,12 +1086,14 @@ class DataConfig:
 
 KERNELS = ("auto", "chunked", "triton")
 KERNELS_HELP = "what searches and aggregates: the fastest for the device, PyTorch in chunks, or Triton (CUDA)"
+# What the environment variable may say instead of --kernels; the last one is for tests.
+KERNELS_VARIABLE, KERNELS_IN_ENVIRONMENT = "CONVNN_KERNELS", (*KERNELS, "reference")
 SYSTEM = {"group": "system and output"}
 # What may differ when a run is resumed: how long and where it runs, and what it writes; device and compilation change
 # its numbers by rounding only. All else would make it another run.
 RESUME_MAY_CHANGE = set(
     "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
-    "tensorboard early_stopping use_compiled compile_mode kernels overwrite override strict".split()
+    "tensorboard wandb early_stopping use_compiled compile_mode kernels overwrite override strict".split()
 )
 
 
@@ -996,6 +1118,11 @@ class BenchmarkConfig:
         "measure the naive form of each layer beside it, if it has one, and the ratios to it",
         kind=str,
         choices=("naive",),
+    )
+    baseline: bool = option(
+        False,
+        "also what it is compared with: Attention of vit with three projections instead of a merged one, torchvision's "
+        "network beside a host (--model) of Conv2d",
     )
     repeats: int = option(7, "measurements of each row, in turns; medians count", low=1, high=10**6)
     device: str = option("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cpu", "cuda", "mps"))
@@ -1100,6 +1227,7 @@ class TrainConfig:
         False, "test_only: model options that are given win over those that the checkpoint was trained with", **SYSTEM
     )
     tensorboard: bool = option(False, "write event files for TensorBoard too", **SYSTEM)
+    wandb: bool = option(False, "log to Weights & Biases too; WANDB_MODE=offline keeps that in the output directory", **SYSTEM)
 
     def __post_init__(self):
         check_fields(self)
@@ -1131,6 +1259,13 @@ class TrainConfig:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def check_environment() -> None:
+    """Raise ValueError for a variable that would end the import of the kernels."""
+    kernels = os.environ.get(KERNELS_VARIABLE, "auto")
+    if kernels not in KERNELS_IN_ENVIRONMENT:
+        raise ValueError(f"{KERNELS_VARIABLE}={shown(kernels)} is not one of {', '.join(KERNELS_IN_ENVIRONMENT)}")
+
+
 class Options(NamedTuple):
     """The resolved options of one run."""
 
@@ -1144,7 +1279,8 @@ class Options(NamedTuple):
         for config in self:
             for name in specs(type(config)):
                 value = getattr(config, name)
-                values[name] = list(value) if isinstance(value, tuple) else value
+                value = list(value) if isinstance(value, tuple) else value
+                values[name] = as_text(value) if isinstance(value, str) else value
         return values
 
 
@@ -1173,6 +1309,8 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
     """Options from plain values by name; what the data set decides is filled in. Raises ValueError."""
 
     data, train = build(DataConfig, values), build(TrainConfig, values)
+    if train.override:  # the file of a layer may be another than the one that was trained
+        values = {name: value for name, value in values.items() if name != "layer_sha256"}
     info = DATASETS[data.dataset]
     data = dataclasses.replace(
         data,
@@ -1182,7 +1320,7 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
     classes = info.classes or _count_classes(data.data_path)
     model = build(model_type, values, image_size=data.resize, in_channels=info.channels, num_classes=classes)
     if train.output_dir is None:
-        name, preset = model.layer.replace("/", "-"), getattr(model, "model", None)
+        name, preset = layer_label(model.layer).replace("/", "-"), getattr(model, "model", None)
         folder = f"{preset}/{name}" if preset in HOSTS else f"{family}/{preset if preset in CONVITS else name}"
         train = dataclasses.replace(train, output_dir=f"./Output/{folder}")
     _check_paths(data, train)
@@ -1210,6 +1348,7 @@ def parse_options(
     values, parser = read_values(program.model, (DataConfig, TrainConfig), description, argv, program.defaults, prog)
     parser.stated, wrong = values, None
     try:
+        check_environment()
         return resolve(program.model, program.family, program.defaults | values), parser
     except ValueError as error:
         wrong = error
@@ -1261,14 +1400,20 @@ def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
     own = {name: trained[name] for name in (*model, "dataset", "data_path", "resize", "criterion") if name in trained}
     if "dataset" in stated:
         own.pop("data_path", None)
-    values = program.defaults | program.model.values_that_hold(own, stated) | stated
+    held = program.defaults | program.model.values_that_hold(own, stated)
+    values = over(held, stated, specs(program.model))
     options = resolve(program.model, program.family, values)
     now, unused = options.as_dict(), options.model.without_effect().keys() | ONLY_IN_TRAINING
     if "resize" in own and isinstance(options.model, AllConvNetConfig):
         # Its layers run on maps of any size; those of a host would have other K, and so other weights, in a model for this one.
         options = options._replace(model=dataclasses.replace(options.model, image_size=own["resize"]))
     both = {name: (own[name], now[name]) for name in (*model, "resize") if name in own and name not in unused}
-    return AsTrained(options, {name: pair for name, pair in both.items() if len({_plain(name, one) for one in pair}) > 1})
+    return AsTrained(options, {name: pair for name, pair in both.items() if not same_value(name, *pair)})
+
+
+def same_value(name: str, first, second) -> bool:
+    """Whether two values of an option mean the same; a layer by address is the same wherever its file lies."""
+    return _plain(name, first) == _plain(name, second)
 
 
 def sides_of(resize: int | tuple[int, int]) -> tuple[int, int]:
@@ -1278,6 +1423,8 @@ def sides_of(resize: int | tuple[int, int]) -> tuple[int, int]:
 
 def _plain(name: str, value):
     """A value in the one form, of several, that means the same."""
+    if name == "layer":
+        return layer_label(str(value))
     if name == "resize":
         return sides_of(value)
     if name == "magnitude_type":

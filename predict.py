@@ -10,26 +10,27 @@ import signal
 if __name__ == "__main__":  # before other imports: no traceback of one that is interrupted
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
+from cli import number_type
 from options import OneLineParser
 from runs.streams import run_program
 
 SHEET = 64  # images on the contact sheet, at most
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="image files, and folders of them")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="output folder of a run, whose best.pt predicts")
     parser.add_argument(
         "--output", type=Path, metavar="FILE.csv", help="the table (default: predictions.csv in the run's folder)"
     )
-    parser.add_argument("--top", type=int, default=5, help="classes of each image, the likeliest first (default: 5)")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
+    count = number_type(int)
+    parser.add_argument("--top", type=count, default=5, help="classes of each image, the likeliest first (default: 5)")
+    parser.add_argument("--batch_size", type=count, default=64, help="images at a time (default: 64)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where (default: auto)")
     parser.add_argument("--overwrite", action="store_true", help="write over a table that is there")
     return parser
@@ -63,9 +64,9 @@ def predict(run: Path, files: list[Path], device: str, batch_size: int, top: int
     import torch
 
     from dataset import read_image
+    from experiments.trained import as_picture, load_model, read_options
     from runs.progress import Progress
     from utils import pick_device
-    from visualize import as_picture, load_model, read_options
 
     options = read_options(run)
     model, place = load_model(run, options), pick_device(device)
@@ -113,6 +114,7 @@ def draw_sheet(rows: list[dict], pictures: list):
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
+    parser.note_repeated()
     output = args.output or args.run / "predictions.csv"
     sheet = output.with_suffix(".png")
     for name in ("top", "batch_size"):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import yaml
 
+from cli import number_type, parse_yaml, some_path
 from experiments.figures import draw, draw_option, label_of  # noqa: F401  some only offered from here as well
 from experiments.points import (  # noqa: F401  some only offered from here as well
     KEYS,
@@ -30,6 +31,7 @@ from experiments.points import (  # noqa: F401  some only offered from here as w
     combinations,
     find_config,
     find_program,
+    leave_out_unread,
     name_points,
     parse_change,
     read_sweep,
@@ -65,7 +67,8 @@ from experiments.scaling import check_scale, scale_points
 from options import PROGRAMS, RESUME_MAY_CHANGE, OneLineParser, Program, did_you_mean, parse_options, read_yaml  # noqa: F401
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
+    several = number_type(int, 1, 10**4)
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("sweep", metavar="SWEEP.yaml", help="program, options, grid and seed; see configs/sweeps")
     parser.add_argument(
@@ -77,11 +80,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output_dir",
-        type=Path,
+        type=some_path,
         help="folder of the sweep (default: ./Output/sweeps/<name of the file>, and _scale-<s> behind it under --scale)",
     )
     parser.add_argument(
-        "--scale", type=float, help="the same sweep small: this share of its epochs and of its images, such as 0.05"
+        "--scale",
+        type=number_type(float),
+        help="the same sweep small: this share of its epochs and images, such as 0.05",
     )
     parser.add_argument(
         "--published",
@@ -90,11 +95,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry_run", action="store_true", help="print the points and stop")
     parser.add_argument(
-        "--gpus_per_run", type=int, default=1, help="GPUs of one run; more than 1 start it by torchrun (default: 1)"
+        "--gpus_per_run", type=several, default=1, help="GPUs of one run; more than 1 start it by torchrun (default: 1)"
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
-    where.add_argument("--gpus", type=int, help="run on so many GPUs, one run on each (or on --gpus_per_run of them) at a time")
+    where.add_argument("--jobs", type=several, default=1, help="runs at a time, which share the cores (default: 1)")
+    where.add_argument(
+        "--gpus", type=several, help="run on so many GPUs, one run on each (or --gpus_per_run of them) at a time"
+    )
     where.add_argument(
         "--slurm",
         nargs="*",
@@ -112,8 +119,8 @@ def slurm_parameters(words: list[str]) -> dict:
         if not name or not equals:
             raise ValueError(f"--slurm {word!r} is not name=value")
         try:
-            parameters[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
+            parameters[name] = parse_yaml(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise ValueError(f"--slurm {word!r} has a value that YAML cannot read") from None
     return parameters
 
@@ -133,14 +140,12 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.output_dir or Path("Output/sweeps") / f"{Path(args.sweep).stem}{small}"
     said, published = "", {}
     try:
-        for name in ("jobs", "gpus", "gpus_per_run"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
         if args.gpus_per_run > 1 and args.gpus is None and args.slurm is None:
             raise ValueError(f"--gpus_per_run {args.gpus_per_run} goes with --gpus or --slurm")
         if args.gpus and args.gpus < args.gpus_per_run:
             raise ValueError(f"--gpus_per_run {args.gpus_per_run} is more than --gpus {args.gpus}")
         points = find_config(name_points(*read_sweep(args.sweep, args.set)), args.sweep)
+        points, left_out = leave_out_unread(points)
         if args.scale is not None:
             check_scale(args.scale)
             points, said = scale_points(points, args.scale, folder)
@@ -152,6 +157,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--gpus {args.gpus} is more than the {len(visible_gpus())} GPUs that can be used here")
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--output_dir {folder} is not a folder")
+        parser.note_repeated()
+        if left_out:
+            parser.warn(left_out)
         if args.published is not None and not published:
             parser.warn(f"--published {args.published}: none of its rows matches a run of this sweep")
         if said:

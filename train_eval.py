@@ -7,11 +7,12 @@ Losses and counts stay on the device; the CPU synchronizes with it every 20 step
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -32,11 +33,13 @@ from options import (  # noqa: F401  some are only offered from here as well
     grid_of,
     sides_of,
 )
+from probe import probe
+from reading import as_text
 from runs import RunError
 from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_state, load_weights
 from runs.endings import STOPPED, exit_status
 from runs.export import check_export, export
-from runs.files import WriteError, check_writable  # noqa: F401  WriteError is only offered from here
+from runs.files import ReadError, WriteError, check_writable  # noqa: F401  WriteError is only offered from here
 from runs.folder import RunFolder, costs_of, summarize
 from runs.measure import count_flops, count_parameters, device_name
 from runs.memory import making
@@ -55,8 +58,16 @@ from runs.optimization import (  # noqa: F401
 from runs.parameters import freeze, layer_scales, start_training
 from runs.processes import Interrupted, ProcessError, Processes, Signals, seed_process
 from runs.progress import Progress, epoch_line
-from runs.provenance import list_of_loaded, options_as_trained, say_what_differs, say_what_is_assumed, say_what_was_loaded
+from runs.provenance import (
+    check_same_class,
+    list_of_loaded,
+    options_as_trained,
+    say_what_differs,
+    say_what_is_assumed,
+    say_what_was_loaded,
+)
 from runs.resume import check_same_state, resumable_state, resume
+from runs.tracking import Tracker, is_installed
 from runs.training import Training
 from utils import choose_kernels, pick_device, seed_everything
 
@@ -188,10 +199,12 @@ def fit(
     folder: RunFolder,
     options: dict,
     facts: dict,
+    tracker: Tracker | None = None,
 ) -> dict:
     """Train until the last epoch or until early stopping, writing the outputs after every epoch.
 
-    options: what `args.txt` holds; facts: of the model, for `summary.json`. Returns the row of the best epoch.
+    options: what `args.txt` holds; facts: of the model, for `summary.json`; tracker: gets the row of every epoch too. Returns
+    the row of the best one.
     """
     config, processes = training.config, training.processes
     # Label smoothing is for training: losses of different settings compare only without it.
@@ -239,6 +252,8 @@ def fit(
                     for name, value in row.items():
                         board.add_scalar(name, value, epoch)
                     board.flush()
+                if tracker is not None:
+                    tracker.epoch_done(row)
     except Interrupted as interrupted:  # by all processes at the same step
         save()
         processes.finish()
@@ -310,8 +325,8 @@ class _Run(NamedTuple):
     signals: Signals
 
 
-def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
-    """Everything that can fail before data is read or a file is written."""
+def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device, list[str]]:
+    """Everything that can fail before data is read or a file is written; also what the user should know of the layer."""
     train, processes = run.options.train, run.processes
     if train.batch_size < processes.world * train.accumulate_steps:
         what = f"{processes.world} processes" + f" of {train.accumulate_steps} micro-batches each" * (
@@ -321,21 +336,30 @@ def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device]:
     device = pick_device(train.device, processes)
     choose_kernels(train.kernels, device)
     autocast_for(train, device)  # raises for a dtype that the device does not have
-    folder = RunFolder(train.output_dir)
-    check_writable(folder.path, "--output_dir")
     if train.export:
         check_export(train)
-    if train.mixup or train.cutmix:
+    data = run.options.data
+    if train.mixup or train.cutmix or data.auto_augment != "none" or data.random_erasing:
         import_torchvision()
     if train.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard")
+    if train.wandb and not is_installed():
+        raise RunError("--wandb needs the package wandb: pip install wandb")
     seed_everything(train.seed, train.deterministic)  # before the model: all processes initialize the same weights
     with making(f"the model of --layer {run.options.model.layer}"):
+        try:
+            warnings = probe(run.options.model, device)
+        except ValueError as error:
+            raise RunError(str(error)) from None
+        if warnings and processes.world > 1:
+            raise RunError(
+                f"{warnings[0]}; with several processes each parameter needs one: use it, or set its requires_grad to False"
+            )
         model = run.make_model(run.options.model)
     if not train.test_only:
         freeze(model, train.freeze)
         layer_scales(model, train.layer_decay)  # raises for a model whose blocks it cannot tell
-    return model, folder, device
+    return model, RunFolder(train.output_dir), device, warnings
 
 
 def _load_data(run: _Run, device: torch.device) -> Data:
@@ -365,14 +389,16 @@ def _test(run: _Run) -> None:
     state = load_checkpoint(path)
     options, changes = options_as_trained(options, run.as_trained, state, path)
     run = run._replace(options=options)
-    model, folder, device = _prepare(run)
     train = options.train
+    check_writable(Path(train.output_dir), "--output_dir")
+    model, folder, device, _ = _prepare(run)
     # Images of another size need no --override: what the model computes is the same function of an image, at that size.
     free = train.override or "resize" in changes or "config" not in state
     leeway = Leeway(resample=not train.strict and free, grid=grid_of(state.get("config")))
     loaded = load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only", state, leeway)
     refused = {} if train.override else {name: change for name, change in changes.items() if name != "resize"}
     if refused:  # they fit, and would give another number than that of the model that was trained
+        check_same_class(options.as_dict(), state["config"], path, "--test_only")
         name, (trained, stated) = next(iter(refused.items()))
         raise RunError(
             f"--test_only: {path} was trained with --{name} {as_words(trained)}, not {as_words(stated)}; leave --{name} out, "
@@ -390,7 +416,7 @@ def _test(run: _Run) -> None:
     data = _load_data(run, device)
     model.to(device)
     confusion = Confusion(options.model.num_classes, device)
-    with making(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE):
+    with making(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE), _reading():
         metrics = evaluate(
             model,
             data.test,
@@ -407,7 +433,7 @@ def _test(run: _Run) -> None:
     if not math.isfinite(metrics.loss):
         raise NonFiniteLoss(f"the test loss of {path} is not finite: its weights overflow in this model")
     print(f"test top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  ({path})")
-    results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": str(path)}
+    results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": as_text(str(path))}
     results["parameters"] = count_parameters(model)
     results["flops_per_image"] = flops
     results |= costs_of(model, shape, device)
@@ -423,7 +449,7 @@ def _test(run: _Run) -> None:
 
 def _train(run: _Run) -> None:
     """Train from the beginning, from --checkpoint's weights, or from where --resume finds the run; write all outputs."""
-    model, folder, device = _prepare(run)
+    model, folder, device, warnings = _prepare(run)
     options, processes = run.options, run.processes
     train, plain = options.train, options.as_dict()
     found = resumable_state(folder, plain, quiet=not processes.first) if train.resume else None
@@ -433,6 +459,8 @@ def _train(run: _Run) -> None:
     if train.checkpoint and found is None:
         path = Path(train.checkpoint)
         state = load_checkpoint(path)
+        if isinstance(state.get("config"), dict):
+            check_same_class(plain, state["config"], path, "--checkpoint")
         leeway = Leeway(partial=not train.strict, resample=not train.strict, grid=grid_of(state.get("config")))
         loaded = load_weights(model, path, run.load, state=state, leeway=leeway)
         notes = list_of_loaded(loaded, path)
@@ -457,6 +485,8 @@ def _train(run: _Run) -> None:
     facts = _facts(run, model, data, device)
     if processes.first:
         run.announce()
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
         folder.start(plain, model, resumed=found is not None, notes=notes)
         trained = f" ({facts['trained_parameters']:,} of them trained)" if train.freeze else ""
         print(
@@ -466,13 +496,24 @@ def _train(run: _Run) -> None:
             + (f", {processes.world} processes" if processes.world > 1 else ""),
             flush=True,
         )
-    best = fit(training, data, folder, plain, facts)
-    if not processes.first:
-        return
-    if train.export:
-        export(Path(train.export), model, folder.best, facts["image_shape"])
-    split = selection_split(data)
-    print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
+    with Tracker(folder.path, plain) if train.wandb and processes.first else nullcontext() as tracker:
+        with _reading():
+            best = fit(training, data, folder, plain, facts, tracker)
+        if not processes.first:
+            return
+        if train.export:
+            export(Path(train.export), model, folder.best, facts["image_shape"])
+        split = selection_split(data)
+        print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """A context in which data that turns out to be wrong ends the run as whatever happens on the way, with status 1."""
+    try:
+        yield
+    except DataError as error:
+        raise ReadError(str(error)) from None
 
 
 def _facts(run: _Run, model: nn.Module, data: Data, device: torch.device) -> dict:

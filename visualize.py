@@ -1,13 +1,14 @@
-"""Figures of runs, as PNG: training curves, attention maps, neighbors, local masks, samples of a data set.
+"""Figures of runs: training curves, attention maps, neighbors and what is measured of them, a page to explore, masks, samples.
 
 python visualize.py curves Output/ViT/*
 python visualize.py neighbors Output/AllConvNet/ConvNN
+python visualize.py explore Output/ViT/ConvNNAttention Output/ViT/KvtAttention
+python visualize.py analyze Output/ViT/ConvNNAttention Output/ViT/KvtAttention
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cli import as_number, new_path, number_type
 from experiments.figures import (
     COLORS,
     LINE_STYLES,
@@ -25,74 +27,16 @@ from experiments.figures import (
     plot_seeds,
     read_metrics,
 )
-from options import DATASETS, PROGRAMS, DataConfig, OneLineParser, Options, ViTConfig, read_yaml, resolve
+from experiments.points import readable
+from experiments.trained import as_picture, load_model, load_run, read_config, read_options  # noqa: F401  some only offered
+from options import DATASETS, DataConfig, OneLineParser, ViTConfig
+from runs.streams import run_program
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # takes most of a second to import
 
 NOT_COMPARED = ("seed", "output_dir", "device", "resume", "num_workers")  # by them runs of one kind may differ
 MOST_WITH_TRAINING = 12  # lines of a panel beside which training curves can still be told apart
-
-# ---------------------------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def read_config(folder: Path) -> dict:
-    """The options of the run in a folder by name, as they were written. Raises ValueError without a run."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise ValueError(f"{folder} holds no run: there is no config.yaml in it")
-    return read_yaml(str(path))
-
-
-def read_options(folder: Path, data_path: str | None = None) -> Options:
-    """The options of the run in a folder, with its data in `data_path` if that is given. Raises ValueError without a run."""
-    values = read_config(folder) | ({"data_path": data_path} if data_path else {})
-    program = PROGRAMS["vit_main.py" if "patch_size" in values else "allconvnet_main.py"]
-    return resolve(program.model, program.family, values)
-
-
-def load_model(folder: Path, options: Options):
-    """The model of the run in a folder, of these options, with its best weights, for evaluation on the CPU.
-
-    Raises ValueError where the run has left no weights.
-    """
-    import utils
-    from registry import build_network
-    from vit import ViT
-
-    path = folder / "best.pt"
-    if not path.exists():
-        raise ValueError(f"{folder} holds no best.pt; its run has not ended its first epoch")
-    model = (ViT if isinstance(options.model, ViTConfig) else build_network)(options.model)
-    utils.load_weights(model, path, flag="best.pt")
-    return model.eval()
-
-
-def load_run(folder: Path, images: int, data_path: str | None):
-    """Model with the best weights, `images` test images (n, C, H, W) and their labels, all on the CPU, and class names."""
-    import torch
-
-    from dataset import load_data
-
-    options = read_options(folder, data_path)
-    model = load_model(folder, options)
-    config = dataclasses.replace(options.data, test_limit=images, num_workers=0, download=False)
-    data = load_data(config, batch_size=images, seed=options.train.seed, device=torch.device("cpu"), test_only=True)
-    shown, labels = next(iter(data.test.epoch(0)))
-    return model, shown, labels, data.class_names
-
-
-def as_picture(image, dataset: str):
-    """A normalized image (C, H, W) as matplotlib shows it: (H, W) grey or (H, W, 3), from 0 to 1."""
-    import torch
-
-    from dataset import IMAGENET_STATS, STATS
-
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in STATS.get(dataset, IMAGENET_STATS))
-    pixels = (image * std + mean).clamp(0, 1)
-    return pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
 
 
 def show_picture(axis, picture) -> None:
@@ -119,7 +63,9 @@ def draw_curves(args: argparse.Namespace) -> Figure:
     groups: dict[str, list[tuple[Path, list[dict]]]] = {}
     for folder in folders_of_runs(args.runs, args.output or default_output(args)):
         rows = read_metrics(folder)
-        values = {name: value for name, value in read_config(folder).items() if name not in NOT_COMPARED}
+        values = {}
+        for name, value in read_config(folder).items():
+            values |= {} if name in NOT_COMPARED else readable(name, value)
         groups.setdefault(json.dumps(values), []).append((folder, rows))
     labels = label_groups([json.loads(key) for key in groups], [[folder for folder, _ in group] for group in groups.values()])
 
@@ -296,6 +242,29 @@ def draw_choice(axis, module, grid: tuple[int, ...], index, place: tuple[float, 
     axis.plot(x, y, "*", color=color, ms=10, mec="white", mew=0.8)
 
 
+def write_explorer(args: argparse.Namespace) -> str:
+    """The page on which a token answers with its neighbors, of one or several runs side by side."""
+    from experiments.explorer import LARGEST, explorer_page
+
+    page = explorer_page(args.runs, args.images, args.pairs, args.data_path)
+    if len(page) > LARGEST:
+        print(f"the page has {len(page) / 1e6:.1f} MB; fewer --images or --pairs make it smaller", file=sys.stderr)
+    return page
+
+
+def draw_analysis(args: argparse.Namespace) -> Figure:
+    """Distances, hubs, mass and overlaps of the neighbors of runs, by layer; the numbers go into a table beside the figure."""
+    from experiments import analysis
+    from utils import as_csv, write_atomically
+
+    rows = analysis.analyze_runs(args.runs, args.images, args.pairs, args.noise, args.data_path)
+    table = (args.output or default_output(args)).with_suffix(".csv")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(table, as_csv(rows, analysis.COLUMNS).encode())
+    print(table)
+    return analysis.draw_analysis(rows)
+
+
 def draw_masks(args: argparse.Namespace) -> Figure:
     """The local masks by type and expansion step, and beside each the pattern around one patch on the grid."""
     from matplotlib.figure import Figure
@@ -343,7 +312,7 @@ def draw_samples(args: argparse.Namespace) -> Figure:
 
     from dataset import load_data
 
-    values = {name: getattr(args, name) for name in ("dataset", "augment", "noise")}
+    values = {name: getattr(args, name) for name in ("dataset", "augment", "auto_augment", "random_erasing", "noise")}
     size = args.resize or DATASETS[args.dataset].size
     config = DataConfig(**values, data_path=args.data_path or "./Data", resize=size, num_workers=0, download=False)
     data = load_data(config, batch_size=args.images, seed=args.seed, device=torch.device("cpu"))
@@ -365,21 +334,13 @@ def draw_samples(args: argparse.Namespace) -> Figure:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def at_least_one(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def at_least_zero(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
+at_least_one, at_least_zero = number_type(int, 1, 2**31 - 1), number_type(int, 0, 2**31 - 1)
+pictures = number_type(int, 1, 400)  # beyond it, nobody could see any
 
 
 def place(text: str) -> tuple[float, float]:
     try:
-        down, right = (float(part) for part in text.split(","))
+        down, right = (as_number(part, float) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not two numbers, as 0.5,0.25") from None
     if not (0 <= down <= 1 and 0 <= right <= 1):
@@ -387,13 +348,24 @@ def place(text: str) -> tuple[float, float]:
     return down, right
 
 
-def make_parser() -> argparse.ArgumentParser:
+def deviation(text: str) -> float:
+    try:
+        value = as_number(text, float)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def make_parser() -> OneLineParser:
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE", parser_class=OneLineParser)
 
     def add(name: str, help: str) -> argparse.ArgumentParser:
         one = figures.add_parser(name, help=help, description=help, allow_abbrev=False)
-        one.add_argument("--output", type=Path, metavar="FILE.png", help="where the figure goes")
+        one.set_defaults(parser=one)
+        one.add_argument("--output", type=new_path, metavar=f"FILE{suffix_of(name)}", help="where it goes")
         return one
 
     curves = add("curves", "loss and accuracy of one or many runs, seeds as a band (default output: curves.png beside them)")
@@ -406,11 +378,26 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         one = add(name, f"{help} (default output: {name}.png in the run's folder)")
         one.add_argument("run", type=Path, metavar="DIR", help="output folder of a run")
-        one.add_argument("--images", type=at_least_one, default=4, help="test images (default: 4)")
+        one.add_argument("--images", type=pictures, default=4, help="test images (default: 4)")
         one.add_argument("--data_path", help="folder that holds the data set, if not where the run found it")
         if name == "neighbors":
             one.add_argument("--queries", nargs="+", type=place, metavar="Y,X", help="places of the tokens, from 0,0 to 1,1")
             one.add_argument("--head", type=at_least_zero, default=0, help="head, where there are several (default: 0)")
+    for name, help, images in (
+        ("explore", "a page that shows the neighbors of any token (default output: explorer.html beside the runs)", 16),
+        (
+            "analyze",
+            "distances, hubs and overlaps of neighbors by layer, as a table too (default output: analysis.png)",
+            32,
+        ),
+    ):
+        one = add(name, help)
+        one.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="output folders of runs")
+        one.add_argument("--images", type=at_least_one, default=images, help=f"test images (default: {images})")
+        one.add_argument("--pairs", type=at_least_one, help="pairs kept per token where a layer mixes all (default: its K)")
+        one.add_argument("--data_path", help="folder that holds the data set, if not where the runs found it")
+        if name == "analyze":
+            one.add_argument("--noise", type=deviation, default=0.1, help="deviation of noise on the pixels (default: 0.1)")
     masks = add("masks", "the local masks by type and expansion step (default output: ./Output/masks.png)")
     masks.add_argument(
         "--grid", nargs=2, type=at_least_one, default=(9, 9), metavar=("HEIGHT", "WIDTH"), help="patches (default: 9 9)"
@@ -422,10 +409,16 @@ def make_parser() -> argparse.ArgumentParser:
     samples = add("samples", "training images with their labels, as a model sees them (default output: ./Output/<dataset>.png)")
     samples.add_argument("--dataset", choices=DATASETS, default="digits", help="data set (default: digits)")
     samples.add_argument("--data_path", help="folder that holds it (default: ./Data)")
-    samples.add_argument("--images", type=at_least_one, default=24, help="how many (default: 24)")
+    samples.add_argument("--images", type=pictures, default=24, help="how many (default: 24)")
     samples.add_argument("--resize", type=at_least_one, nargs="+", help="side they are resized to, or height and width")
     samples.add_argument("--augment", action="store_true", help="random crop and flip")
-    samples.add_argument("--noise", type=float, default=0.0, help="standard deviation of noise on pixels from 0 to 1")
+    samples.add_argument("--auto_augment", choices=("none", "rand", "trivial"), default="none", help="torchvision's policy")
+    samples.add_argument(
+        "--random_erasing", type=number_type(float), default=0.0, help="probability of an erased box (default: 0)"
+    )
+    samples.add_argument(
+        "--noise", type=number_type(float), default=0.0, help="standard deviation of noise on pixels from 0 to 1"
+    )
     samples.add_argument("--seed", type=at_least_zero, default=0, help="of order, augmentation and noise")
     return parser
 
@@ -435,14 +428,28 @@ DRAW = {
     "confusion": draw_confusion_of,
     "attention": draw_attention,
     "neighbors": draw_neighbors,
+    "explore": write_explorer,
+    "analyze": draw_analysis,
     "masks": draw_masks,
     "samples": draw_samples,
 }
 
 
+# Figures of one or several runs, and their files.
+OF_RUNS = {
+    "curves": "curves.png",
+    "explore": "explorer.html",
+    "analyze": "analysis.png",
+}
+
+
+def suffix_of(figure: str) -> str:
+    return ".html" if figure == "explore" else ".png"
+
+
 def default_output(args: argparse.Namespace) -> Path:
-    if args.figure == "curves":
-        return (args.runs[0] if len(args.runs) == 1 else args.runs[0].parent) / "curves.png"
+    if args.figure in OF_RUNS:
+        return (args.runs[0] if len(args.runs) == 1 else args.runs[0].parent) / OF_RUNS[args.figure]
     if args.figure in ("attention", "neighbors", "confusion"):
         return args.run / f"{args.figure}.png"
     return Path("Output") / f"{args.dataset if args.figure == 'samples' else args.figure}.png"
@@ -451,27 +458,30 @@ def default_output(args: argparse.Namespace) -> Path:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
+    args.parser.note_repeated()
     output = args.output or default_output(args)
-    if output.suffix.lower() != ".png":
-        parser.error(f"--output {output} is not a .png file, which is what is drawn")
+    if output.suffix.lower() != (suffix := suffix_of(args.figure)):
+        parser.error(f"--output {output} is not a {suffix} file, which is what is {'drawn' if suffix == '.png' else 'written'}")
     try:
         figure = DRAW[args.figure](args)
         from utils import as_png, write_atomically
 
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, as_png(figure))
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+        write_atomically(output, figure.encode() if isinstance(figure, str) else as_png(figure))
     except Exception as error:
         from dataset import DataError  # late, as torch takes seconds to import
-        from utils import RunError
+        from runs.checkpoints import NonFiniteWeights
+        from runs.memory import is_out_of_memory
+        from utils import RunError, WriteError
 
-        if isinstance(error, (DataError, RunError)):
-            parser.error(str(error))
-        raise
+        if is_out_of_memory(error):
+            parser.error(f"out of memory while drawing {args.figure}; a smaller picture, or fewer, need less")
+        if not isinstance(error, (ValueError, OSError, DataError, NonFiniteWeights, RunError, WriteError)):
+            raise
+        parser.error(" ".join(str(error).split()))
     print(output)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

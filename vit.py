@@ -27,8 +27,8 @@ __all__ = ["LAYERS1D", "TokenLayout", "ViT", "ViTConfig", "load_vit_weights", "m
 
 
 def _make(name: str, config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    """The mixer of this name with the options of the config, on tokens of this layout."""
-    row = layer_row(LAYERS1D_ROWS, name, config.branch_ratio)
+    """The mixer of this name, or at this address, with the options of the config, on tokens of this layout."""
+    row = layer_row(config.rows, name, config.branch_ratio)
     return build_layer(row, config, config.d_model, config.num_heads, layout=layout)
 
 
@@ -37,7 +37,7 @@ LAYERS1D = {name: partial(_make, name) for name in LAYERS1D_ROWS}
 
 def make_layer1d(config: ViTConfig, layout: TokenLayout) -> nn.Module:
     """The mixer that `config.layer` names, on tokens of this layout."""
-    return LAYERS1D[config.layer](config, layout)
+    return _make(config.layer, config, layout)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,11 @@ def main(argv: list[str] | None = None) -> int:
     from train_eval import run
     from vit import ViT, load_vit_weights
 
-    stated, announce = partial(as_trained, program, parser.stated), partial(warn_without_effect, options.model, parser)
+    def announce() -> None:
+        parser.note_repeated()
+        warn_without_effect(options.model, parser)
+
+    stated = partial(as_trained, program, parser.stated)
     return run(options, ViT, parser.error, load_vit_weights, stated, announce)
 
 

@@ -9,6 +9,11 @@ Needs the packages timm and vit-pytorch (requirements-dev.txt). Sizes, patches, 
 from __future__ import annotations
 
 import signal
+
+if __name__ == "__main__":  # before other imports: no traceback of one that is interrupted; `run` takes signals over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import importlib.util
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -17,15 +22,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from options import Program, ViTConfig, as_trained, option, parse_options
+from runs.streams import run_program
 
-PEERS = ("timm", "vit-pytorch", "vit-pytorch-simple")
+PEERS = {"timm": "timm", "vit-pytorch": "vit_pytorch", "vit-pytorch-simple": "vit_pytorch"}  # and the package of each
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeerConfig(ViTConfig):
     """The size of a ViT, and whose it is."""
 
-    layer: str = option("timm", "timm's VisionTransformer, or vit-pytorch's ViT or SimpleViT", choices=PEERS)
+    layer: str = option("timm", "timm's VisionTransformer, or vit-pytorch's ViT or SimpleViT", choices=tuple(PEERS))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.layer == "vit-pytorch-simple" and self.d_model % 4:
+            raise ValueError(f"d_model={self.d_model} is no multiple of 4, as layer={self.layer} asks for")
 
 
 PROGRAM = Program(PeerConfig, "Peers", {"lr": 1e-4, "resize": 224})
@@ -66,11 +77,14 @@ def make_peer(config: PeerConfig):
 
 def main(argv: list[str] | None = None) -> int:
     options, parser = parse_options(PROGRAM, __doc__.splitlines()[0], argv)
+    package = PEERS[options.model.layer]
+    if importlib.util.find_spec(package) is None:
+        parser.error(f"--layer {options.model.layer} needs a package: pip install {package.replace('_', '-')}")
     from train_eval import run
 
-    return run(options, make_peer, parser.error, as_trained=partial(as_trained, PROGRAM, parser.stated))
+    stated = partial(as_trained, PROGRAM, parser.stated)
+    return run(options, make_peer, parser.error, as_trained=stated, announce=parser.note_repeated)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an interrupted import; `run` takes signals over
-    sys.exit(main())
+    sys.exit(run_program(main))

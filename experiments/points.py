@@ -18,7 +18,19 @@ from typing import NamedTuple
 
 import yaml
 
-from options import PROGRAMS, RESUME_MAY_CHANGE, Options, Program, did_you_mean, parse_options, read_yaml
+from cli import as_words, parse_yaml, specs
+from options import (
+    PROGRAMS,
+    RESUME_MAY_CHANGE,
+    Options,
+    Program,
+    did_you_mean,
+    layer_label,
+    parse_options,
+    read_yaml,
+    same_value,
+)
+from reading import as_path
 
 ROOT = Path(__file__).resolve().parent.parent  # where the programs are
 KEYS = ("program", "options", "grid", "seed")
@@ -44,7 +56,7 @@ class Point(NamedTuple):
         """The command line after the program; a training goes on with the run in this folder."""
         words = []
         for name, value in self.values.items():
-            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+            words += [f"--{name}", *map(as_path, map(str, value if isinstance(value, list) else [value]))]
         return [*words, "--output_dir", str(folder / self.name), *["--resume"] * (not self.test_only)]
 
 
@@ -114,7 +126,7 @@ def find_config(points: list[Point], sweep: str) -> list[Point]:
     for point in points:
         config = point.values.get("config")
         if isinstance(config, str):
-            candidates = [Path(config), Path(sweep).parent / config, ROOT / config]
+            candidates = [Path(as_path(config)), Path(sweep).parent / as_path(config), ROOT / as_path(config)]
             config = next((str(path) for path in candidates if path.is_file()), config)
             point = point._replace(values=point.values | {"config": config})
         found.append(point)
@@ -152,8 +164,8 @@ def parse_change(change: str) -> tuple[str, list]:
     """name=v1,v2 -> name and values, which are written as in YAML."""
     name, equals, text = change.partition("=")
     try:
-        values = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError:
+        values = parse_yaml(f"[{text}]")
+    except (yaml.YAMLError, ValueError, RecursionError):
         values = None
     if not name or not equals or not values:
         raise ValueError(f"--set {change!r} is not name=value or name=value1,value2")
@@ -178,16 +190,67 @@ def name_points(points: list[tuple[str, dict]], axes: list[str]) -> list[Point]:
     named = []
     for program, values in points:
         of_axis = {"program": find_program(program, program).family} | values
-        varying = {name: of_axis[name] for name in axes if name in of_axis}
+        varying = {}
+        for name in (name for name in axes if name in of_axis):
+            varying |= readable(name, of_axis[name])
         named.append(Point(name_of(varying, values), program, values, varying))
     return named
+
+
+def readable(name: str, value) -> dict:
+    """A value on an axis as names, tables and figures have it: a class by its name, options of it as options of their own."""
+    if name == "layer" and isinstance(value, str):
+        return {name: layer_label(value)}
+    if name == "mixer_option":
+        texts = value if isinstance(value, list) else [value] * (value is not None)
+        return {option: setting for option, _, setting in (str(text).partition("=") for text in texts)}
+    return {name: value}
 
 
 def name_of(varying: dict, values: dict) -> str:
     """The folder of the point that has these values, of which `varying` are on the axes."""
     plain = ("program", "layer")
     parts = [as_word(value) if name in plain else f"{name}-{as_word(value)}" for name, value in varying.items()]
-    return "_".join(parts) or as_word(values.get("layer", "run"))
+    return as_path("_".join(parts) or as_word(layer_label(str(values.get("layer", "run")))))
+
+
+def leave_out_unread(points: list[Point]) -> tuple[list[Point], str]:
+    """The points without what their models do not read, each run once, and a line that says so ("" if all is read).
+
+    Whether a value is read depends on its own point alone, so names are those of the whole sweep in a part of it too. A point
+    with a mistake stays as it is: `check_points` says what is wrong.
+    """
+    kept, because = {}, {}
+    for point in points:
+        unread = {name: why for name, why in _unread(point).items() if name in point.varying}
+        for name, (other, value) in unread.items():
+            because.setdefault(name, {}).setdefault(f"{other}={as_words(value)}")
+        values, varying = ({n: v for n, v in d.items() if n not in unread} for d in (point.values, point.varying))
+        one = Point(name_of(varying, values), point.program, values, varying) if unread else point
+        kept.setdefault(json.dumps(one, sort_keys=True), one)
+    if not because:
+        return points, ""
+    what = "; ".join(f"{name} is not read under {_some(list(others))}" for name, others in because.items())
+    return list(kept.values()), f"{what}; left out there, {len(points)} combinations are {len(kept)} runs"
+
+
+def _some(words: list[str], most: int = 6) -> str:
+    return ", ".join(words[:most]) + f" and {len(words) - most} others" * (len(words) > most)
+
+
+def _unread(point: Point) -> dict[str, tuple]:
+    """Options that the point's model does not read, each with the option that makes it so and its value."""
+    if "help" in point.values or not point.varying.keys() & _model_options(point):  # saves a parser for each of many points
+        return {}
+    try:
+        model = options_of(point, Path())[0].model
+    except ValueError:
+        return {}
+    return {name: (other, getattr(model, other)) for name, other in model.without_effect(defaults=True).items()}
+
+
+def _model_options(point: Point) -> set[str]:
+    return specs(find_program(point.program, point.name).model).keys() - {"layer"}
 
 
 def as_word(value) -> str:
@@ -203,11 +266,15 @@ def check_points(points: list[Point], folder: Path) -> dict[str, dict]:
     """
     counts, runs, found = Counter(point.name for point in points), {}, {}
     for point in points:
+        if "help" in point.values:
+            raise ValueError(f"{point.name}: help is no option of a run; leave it out")
         for name in SET_BY_THE_SWEEP:
             if name in point.values:
                 raise ValueError(f"{point.name}: {name} is set by the sweep; leave it out")
         if counts[point.name] > 1:
-            raise ValueError(f"two points would be named {point.name}; make their values differ in letters or digits")
+            raise ValueError(
+                f"two points would be named {point.name}; make their values differ in letters or digits, and classes in name"
+            )
         if (length := len(os.fsencode(point.name))) > LONGEST_NAME:
             raise ValueError(
                 f"{point.name[:40]}...: the folder's name would have {length} bytes, of which {LONGEST_NAME} are allowed; "
@@ -234,7 +301,7 @@ def check_folder(point: Point, options: dict, folder: Path) -> None:
             may_change = value < options[name] and options["scheduler"] == "none" and not options["early_stopping"]
         elif name == "early_stopping":
             may_change = False
-        if name in options and options[name] != value and not may_change:
+        if name in options and not same_value(name, options[name], value) and not may_change:
             raise ValueError(
                 f"{point.name}: {folder} holds a run with {name}={value}, not {options[name]}; "
                 "remove it, or use another --output_dir"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from cli import number_type
 from experiments.tables import as_markdown
 from machine import cpu_cores
 from options import NeighborConfig, OneLineParser
@@ -234,13 +235,13 @@ def floor_of(target: Target, rates: Sequence[dict[str, float]]) -> Floor:
 
 def main(argv: list[str]) -> int:
     parser = OneLineParser(prog="benchmark.py targets", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--repeats", type=int, default=7, help="pairs of measurements of each; medians count (default: 7)")
+    count = number_type(int, 1, 10**6)
+    parser.add_argument("--repeats", type=count, default=7, help="pairs of measurements of each; medians count (default: 7)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    parser.add_argument("--images", type=int, default=5000, help="images of the comparison of data (default: 5000)")
+    parser.add_argument("--images", type=count, default=5000, help="images of the comparison of data (default: 5000)")
     parser.add_argument("--output_dir", default="./Output/targets", help="folder for tables as .csv, and targets.md")
     args = parser.parse_args(argv)
-    if args.repeats < 1 or args.images < 1:
-        parser.error("--repeats and --images must be at least 1")
+    parser.note_repeated()
     from tqdm import tqdm
 
     from utils import pick_device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,8 @@ def load_checkpoint(path: Path) -> dict:
         # torch.load does not verify checksums and would return numbers in which some bits have changed.
         if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"checksum of {part}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of kinds of tensors that `weights_in` refuses
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost anything
         code = "it is a pickle with code, which is not run: it holds more than tensors and plain values"
         reason = code if _names_code(error) else "damaged, or another kind of file"
@@ -76,7 +78,26 @@ def load_run_state(path: Path) -> dict:
     missing = [name for name in STATE if name not in state]
     if missing or not isinstance(state["config"], dict):
         raise DamagedError(f"{path} is not the state of a run: it holds no {', '.join(missing) or 'options'}")
+    if wrong := _contradiction(state):
+        raise DamagedError(f"{path} is not the state of a run: its {wrong}")
     return state
+
+
+def _contradiction(state: dict) -> str:
+    """What in the state of a run cannot be, as somebody who edited it may have left it; its checksums are right."""
+    for name in ("epoch", "step"):
+        if type(state[name]) is not int or state[name] < 0:
+            return f"{name} is {state[name]!r}"
+    history, best, sampler = state["history"], state["best"], state["sampler"]
+    if not (isinstance(history, list) and all(isinstance(row, dict) for row in history) and isinstance(best, dict)):
+        return "history or best epoch is no table"
+    if [row.get("epoch") for row in history] != list(range(1, state["epoch"] + 1)) or (history and best not in history):
+        return f"history does not lead to epoch {state['epoch']}"
+    if not isinstance(sampler, dict) or not all(isinstance(sampler.get(name), (int, float)) for name in ("seconds", "lr")):
+        return "times and learning rate are no numbers"
+    if not (isinstance(state["rng"], list) and state["rng"]):
+        return "random states are missing"
+    return ""
 
 
 def evaluated_weights(source: Path) -> dict:
@@ -100,7 +121,11 @@ def weights_in(state: dict, source: Path) -> dict:
         for kind, holds in kinds.items():
             if holds:
                 raise RunError(f"{source} cannot be used: {name} is {kind}; save it as a dense tensor of real numbers")
-    return {_plain_name(name): value for name, value in weights.items()}
+    plain = {_plain_name(name): value for name, value in weights.items()}
+    if len(plain) < len(weights):
+        name = next(name for name in weights if _plain_name(name) != name and _plain_name(name) in weights)
+        raise RunError(f"{source} cannot be used: it holds {_plain_name(name)} twice, also as {name}; save it with one of them")
+    return plain
 
 
 def _plain_name(name: str) -> str:

@@ -10,13 +10,13 @@ import torch
 
 from options import Options
 from runs.checkpoints import NonFiniteWeights
-from runs.files import WriteError
+from runs.files import ReadError, WriteError
 from runs.folder import RunFolder
 from runs.memory import OutOfMemory
 from runs.optimization import NonFiniteLoss
 from runs.processes import Processes
 
-STOPPED = (NonFiniteLoss, NonFiniteWeights, OutOfMemory, WriteError)  # what ends a run on its way
+STOPPED = (NonFiniteLoss, NonFiniteWeights, OutOfMemory, ReadError, WriteError)  # what ends a run on its way
 
 
 def exit_status(error: BaseException, options: Options, processes: Processes | None, fail: Callable[[str], None]) -> int:
@@ -31,8 +31,9 @@ def exit_status(error: BaseException, options: Options, processes: Processes | N
         hint = f"; --resume goes on from {last}" if getattr(error, "is_saved", False) else ""
         return _say(f"stopped by {signal.Signals(number).name}{hint}", 128 + number, is_first)
     if isinstance(error, (OSError, *STOPPED)):
-        is_kept = isinstance(error, OutOfMemory) and not train.test_only and last.exists()
-        return _say(f"stopped: {error}" + f"; --resume goes on from {last}" * is_kept, 1, is_first)
+        is_kept = isinstance(error, (OutOfMemory, ReadError)) and not train.test_only and last.exists()
+        speaks = is_first or isinstance(error, ReadError)  # which the others have not met
+        return _say(f"stopped: {error}" + f"; --resume goes on from {last}" * is_kept, 1, speaks)
     text = " ".join(str(error).split())
     if isinstance(error, ValueError):
         if "more than 1 value per channel" not in text:
@@ -51,7 +52,7 @@ def exit_status(error: BaseException, options: Options, processes: Processes | N
     return _say(f"stopped: process 0 has lost another one of {processes.world}", 1, is_first)
 
 
-def _say(line: str, status: int, is_first: bool) -> int:
-    if is_first:  # of several processes one speaks
+def _say(line: str, status: int, speaks: bool) -> int:
+    if speaks:  # of several processes one does
         print(line, file=sys.stderr)
     return status

@@ -10,11 +10,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from reading import what_is_wrong_with
 from runs import RunError
 
 
 class WriteError(Exception):
     """An output that cannot be written, in one line; the file it would have replaced is unchanged."""
+
+
+class ReadError(Exception):
+    """An input that could not be read once a run had begun, in one line."""
 
 
 @contextlib.contextmanager
@@ -62,7 +67,7 @@ def remove_temporaries(folder: Path, name: str = "*") -> None:
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Write a complete file as `atomic_file` does. Raises WriteError."""
     with atomic_file(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        file.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
 
 
 def as_csv(rows: list[dict], columns: list[str] | None = None) -> str:
@@ -91,6 +96,8 @@ def is_same_file(one: str | None, other: str | None) -> bool:
 
 def check_writable(folder: Path, flag: str) -> None:
     """Raise RunError, which names `flag`, if a folder cannot be created or written to. Leaves nothing behind."""
+    if wrong := what_is_wrong_with(str(folder)):
+        raise RunError(f"{flag} {folder}: {wrong}")
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

@@ -25,6 +25,7 @@ from runs.files import as_csv, as_png, check_writable, remove_temporaries, write
 from runs.lock import locked
 from runs.measure import count_parameters, device_name, measure_latency, process_peak_memory, versions
 from runs.progress import epoch_line
+from runs.tracking import ID_FILE
 from runs.training import Training
 
 COLUMNS = (
@@ -32,7 +33,7 @@ COLUMNS = (
 )  # and, where a validation set is held out, val_loss val_top1 val_top5
 
 
-TEXTS = "args.txt config.yaml model.txt train_eval_results.txt metrics.csv summary.json curves.png".split()
+TEXTS = ["args.txt", "config.yaml", "model.txt", "train_eval_results.txt", "metrics.csv", "summary.json", "curves.png", ID_FILE]
 CHECKPOINTS = "last.pt previous.pt best.pt".split()
 # Options that every config.yaml of a run holds; a file of options that somebody wrote seldom holds them all.
 ALWAYS = {"layer", "dataset", "num_epochs", "seed", "output_dir", "batch_size", "lr", "save_every", "tensorboard"}
@@ -150,10 +151,10 @@ class RunFolder:
         """A context in which the folder is this run's: nobody else writes there, and it holds nothing that would be lost."""
         check_writable(self.path, "--output_dir")
         with locked(self.path):
-            self.check(train.resume, train.overwrite)
+            self.check(train.resume, train.overwrite, train.save_every)
             yield
 
-    def check(self, resume: bool, overwrite: bool) -> None:
+    def check(self, resume: bool, overwrite: bool, save_every: int = 0) -> None:
         """Raise RunError, with what to do, if a run that starts here would write over what it must not.
 
         A run of ours is written over only under --overwrite, and what no run of ours made never.
@@ -164,8 +165,11 @@ class RunFolder:
         goes_on = resume and any((self.path / name).exists() for name in CHECKPOINTS)
         if goes_on:
             return  # `resumable_state` looks at the checkpoints themselves
-        if found.foreign:
-            names = ", ".join(found.foreign)
+        foreign = found.foreign
+        if found.options is None and save_every:
+            foreign = foreign + [path.name for path in self._matching(self.path, r"epoch_\d+\.pt")]
+        if foreign:
+            names = ", ".join(foreign)
             raise RunError(
                 f"{where} holds {names} without the config.yaml of a run of this program, and a run would write over them; "
                 "use another --output_dir"

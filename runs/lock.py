@@ -116,7 +116,7 @@ def _locked(path: Path, holder: tuple[int, str] | None) -> LockedError:
 def take(folder: Path) -> int | None:
     """Lock the folder, which must exist: a descriptor to `release`, or None where the process that started this one holds it.
 
-    Raises LockedError, which names the process and machine that holds it, and OSError.
+    Raises LockedError, which names the process and machine that holds it, RunError for a link to nothing, and OSError.
     """
     path = folder / NAME
     while True:
@@ -126,6 +126,8 @@ def take(folder: Path) -> int | None:
             try:
                 descriptor, is_new = os.open(path, os.O_RDWR), False
             except FileNotFoundError:
+                if path.is_symlink():
+                    raise RunError(f"{path} is a link to nothing, where the lock of the folder should be; remove it") from None
                 continue
         try:
             is_ours = _take(descriptor, path, is_new)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from options import AsTrained, ModelConfig, Options, as_words, assumed_options
+from options import AsTrained, ModelConfig, Options, as_words, assumed_options, same_value
 from runs import RunError
 from runs.checkpoints import Loaded
 
@@ -30,6 +30,18 @@ def options_as_trained(
     return found, changes
 
 
+def check_same_class(options: dict, trained: dict, path: Path, flag: str) -> None:
+    """Raise RunError where a layer of one's own is called as the trained one, and its file has another content."""
+    now, then = options.get("layer_sha256"), trained.get("layer_sha256")
+    if then and now and now != then and same_value("layer", options["layer"], trained.get("layer")):
+        raise RunError(
+            f"{flag}: {path} was trained with another content of --layer {options['layer']}: its SHA-256 was {then} and is now "
+            f"{now}; give its file the former content back"
+            + ", or take it as it is now by --override"
+            * (flag == "--test_only")
+        )
+
+
 def say_what_is_assumed(options: Options, state: dict, path: Path, changes: dict) -> None:
     if not isinstance(state.get("config"), dict):
         words = " ".join(f"--{name} {as_words(value)}" for name, value in assumed_options(options.model).items())
@@ -47,7 +59,7 @@ def say_what_differs(model: ModelConfig, state: dict, path: Path) -> None:
         differences = [
             f"--{name} {as_words(trained[name])}, here {as_words(value)}"
             for name, value in assumed_options(model).items()
-            if name in trained and as_words(trained[name]) != as_words(value)
+            if name in trained and not same_value(name, trained[name], value)
         ]
         if differences:
             print(f"warning: {path} was trained with {'; '.join(differences)}", file=sys.stderr)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from options import RESUME_MAY_CHANGE, ModelConfig, TrainConfig, program_of, specs
+from options import RESUME_MAY_CHANGE, ModelConfig, TrainConfig, program_of, same_value, specs
 from runs import RunError
 from runs.checkpoints import DamagedError, load_run_state
 from runs.folder import RunFolder
 from runs.processes import ProcessError, Processes
+from runs.provenance import check_same_class
 from runs.training import Training
 
 DEFAULTS = {name: spec.default for config in (ModelConfig, TrainConfig) for name, spec in specs(config).items()}
@@ -34,9 +35,10 @@ def resumable_state(folder: RunFolder, options: dict, quiet: bool = False) -> tu
         other = program_of(state["config"])
         if other and program_of(options) not in (None, other):
             raise RunError(f"--resume: {path} is of a run of {other}; resume it with that, or use another --output_dir")
+        check_same_class(options, state["config"], path, "--resume")
         for name, value in options.items():
             trained = state["config"].get(name, DEFAULTS.get(name))  # an option that is newer than the run
-            if name not in RESUME_MAY_CHANGE and trained != value:
+            if name not in RESUME_MAY_CHANGE and not same_value(name, trained, value):
                 raise RunError(f"--resume: {path} was trained with --{name} {trained}, not {value}")
         if problems and not quiet:
             print(f"warning: {'; '.join(problems)}; going on from {path}", file=sys.stderr)

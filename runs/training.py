@@ -31,6 +31,7 @@ class Stepper:
 
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, steps_per_epoch: int, processes: Processes):
         self.model, self.config, self.device, self.processes = model, config, device, processes
+        self.steps_per_epoch = steps_per_epoch
         self.compiled = compile_for(config, model)
         self.train_model = processes.parallel(self.compiled)  # what a step calls
         self.autocast = autocast_for(config, device)
@@ -188,6 +189,11 @@ class Training(Stepper):
         """Continue from a state. Raises KeyError, TypeError, ValueError, RuntimeError, AttributeError or IndexError."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, own in self.optimizer.state.items():
+            if any(torch.is_tensor(value) and value.ndim and value.shape != parameter.shape for value in own.values()):
+                raise ValueError("state of the optimizer of other shapes, which its fused step would not notice")
+        if state["step"] > self.steps_per_epoch:
+            raise ValueError(f"step {state['step']} of {self.steps_per_epoch}")
         self.schedule.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average:

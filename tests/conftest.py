@@ -1,6 +1,9 @@
+import atexit
 import math
 import os
+import shutil
 import signal
+import tempfile
 
 # Small models are as fast on one core, and the tests, with the programs they start, run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,6 +12,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # where more are asked for,
 
 import pytest
 from hypothesis import settings
+
+# What is known of image files is the user's; tests have their own.
+os.environ["CONVNN_CACHE"] = tempfile.mkdtemp(prefix="convnn-tests-")
+atexit.register(shutil.rmtree, os.environ["CONVNN_CACHE"], ignore_errors=True)
 
 # Under nohup it is ignored, by the programs that the tests start too, and runs keep to that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -57,7 +57,7 @@ def test_a_host_comes_whole_and_with_convolutions_beside_torchvisions(name, size
     _, _, configs = parse(f"allconvnet --model {name} --layer ConvNN Conv2d --resolution {size}".split())
     with torch.device("meta"):
         assert [label for label, *_ in make_mixers(configs[0], 1)] == [f"{name} with ConvNN"]
-        (ours, *one), (theirs, *other) = make_mixers(configs[1], 1)
+        (ours, *one), (theirs, *other) = make_mixers(configs[1], 1, baseline=True)
         assert (ours, theirs) == (f"{name} with Conv2d", f"{name} of torchvision")
         assert count_parameters(one[0]) == count_parameters(other[0])
         assert count_flops(*one) == count_flops(*other) > 1e8
@@ -100,6 +100,31 @@ def test_what_does_not_fit_leaves_empty_cells(tmp_path, monkeypatch, capsys):
     assert "out of memory" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("where", ["Case.training", "make_mixers"])
+def test_short_memory_leaves_an_empty_cell_or_one_line(where, tmp_path, monkeypatch, capsys):
+    """Of the CPU, whose allocator raises a RuntimeError."""
+    real = make_mixers
+
+    def training(case):
+        torch.empty(2**60, dtype=torch.uint8)
+
+    def make(config, *more):
+        if config.grid[0] == 8:
+            torch.empty(2**60, dtype=torch.uint8)
+        return real(config, *more)
+
+    monkeypatch.setattr(f"benchmark.{where}", training if where == "Case.training" else make)
+    line = "vit --layer Linformer --tokens 16 64 --d_model 8 --num_heads 2 --repeats 1 --device cpu"
+    status = benchmark.main([*line.split(), "--output_dir", str(tmp_path / "out")])
+    rows = list(csv.DictReader((tmp_path / "out" / "benchmark.csv").open()))
+    out, err = capsys.readouterr()
+    if where == "Case.training":
+        assert status == 0 and [row["forward_backward_ms"] for row in rows] == ["nan", "nan"] and "out of memory" in out
+    else:
+        assert status == 1 and [row["tokens"] for row in rows] == ["16"]
+        assert err.splitlines()[-1].startswith("stopped: out of memory while making the layers at --resolution 8")
+
+
 @pytest.mark.parametrize("family", ["vit", "allconvnet"])
 def test_all_layers_are_measured_unless_some_are_named(family):
     _, bench, configs = parse([family])
@@ -108,19 +133,26 @@ def test_all_layers_are_measured_unless_some_are_named(family):
     assert {config.image_size for config in configs} == ({(256, 256), (512, 512)} if family == "vit" else {(16, 16), (32, 32)})
 
 
-def test_attention_comes_with_separate_projections_too():
+def test_attention_comes_with_separate_projections_if_they_are_asked_for(capsys):
     *_, (config,) = parse("vit --layer Attention --tokens 9 --d_model 8 --num_heads 2 --pool cls".split())
-    (_, merged, x), (label, apart, same) = make_mixers(config, 3)
+    assert len(list(make_mixers(config, 3))) == 1
+    (_, merged, x), (label, apart, same) = make_mixers(config, 3, baseline=True)
     assert label == "Attention (q, k, v apart)" and x.shape == same.shape == (3, 10, 8)
     for part, weight, bias in zip(apart.parts, merged.qkv.weight.chunk(3), merged.qkv.bias.chunk(3), strict=True):
         part.weight.data, part.bias.data = weight, bias
     apart.proj = merged.proj
     torch.testing.assert_close(apart(x), merged(x))
     assert training_flops(merged, x) == training_flops(apart, x)
+    assert capsys.readouterr().err == ""
+    for line in ("vit --layer Linformer", "allconvnet --layer Attention"):
+        parse(f"{line} --baseline".split())
+        warning = capsys.readouterr().err
+        assert warning.count("\n") == 1 and "warning: --baseline True is not used" in warning
 
 
 def test_attention_flops_against_a_hand_count():
-    _, bench, configs = parse("vit --layer Attention --tokens 64 --d_model 8 --num_heads 2 --repeats 1 --batch_size 2".split())
+    line = "vit --layer Attention --tokens 64 --d_model 8 --num_heads 2 --repeats 1 --batch_size 2 --baseline"
+    _, bench, configs = parse(line.split())
     merged, apart = measure(bench, configs, CPU, Bar())
     # projections, scores and their products with values; a multiply-add is two; backward does each product twice
     flops = 2 * (64 * 4 * 8 * 8 + 2 * 64 * 64 * 8) / 1e6

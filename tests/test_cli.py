@@ -13,6 +13,7 @@ import torch
 import yaml
 from forked import Forked
 
+import train_eval
 import utils
 import vit_main
 from allconvnet_main import main
@@ -278,8 +279,8 @@ def test_half_an_environment_of_several_processes(tmp_path, monkeypatch, capsys)
 
 
 def test_a_batch_of_one_image_without_a_neighbor(tmp_path, capsys):
-    line = "--layer ConvNN --shuffle_pattern B --channels 4 8 8 --K 1 --train_limit 33 --test_limit 10"
-    error = fails(f"{SMALL} {line} --num_epochs 1 --output_dir {tmp_path / 'run'}", capsys)
+    line = "--dataset digits --device cpu --layer ConvNN --shuffle_pattern B --channels 4 8 8 --K 1 --batch_size 32"
+    error = fails(f"{line} --train_limit 33 --test_limit 10 --num_epochs 1 --output_dir {tmp_path / 'run'}", capsys)
     assert "--batch_size 32 leaves a batch with one image" in error
 
 
@@ -291,6 +292,15 @@ def test_a_training_set_smaller_than_a_batch(tmp_path):
 def test_an_output_folder_that_is_a_file(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "--output_dir" in fails(f"{SMALL} --output_dir {tmp_path / 'file'}", capsys)
+
+
+def test_the_output_folder_is_checked_once(tmp_path, monkeypatch):
+    checked, real = [], train_eval.check_writable
+    for module in ("train_eval", "runs.folder"):
+        monkeypatch.setattr(f"{module}.check_writable", lambda folder, flag: (checked.append(flag), real(folder, flag)))
+    run("", tmp_path / "run", epochs=1)
+    run("--test_only", tmp_path / "run")
+    assert checked == ["--output_dir"] * 2
 
 
 def test_checkpoint_of_another_architecture_names_the_first_difference(trained, tmp_path, capsys):
@@ -473,9 +483,11 @@ def test_vit_checkpoints_of_torchvision(tmp_path, capsys):
     torch.save(reference.state_dict(), tmp_path / "a.pt")
     torch.save({"state_dict": reference.state_dict()}, tmp_path / "b.pth")
     utils.export_weights(tmp_path / "c.safetensors", reference.state_dict())
-    for name in ("a.pt", "b.pth", "c.safetensors"):
+    for name, file in (("a.pt", "test_results"), ("b.pth", "test_results-2"), ("c.safetensors", "test_results-3")):
         assert run_vit(f"{same} --checkpoint {tmp_path / name}", tmp_path / "run") == 0
-        results.append(json.loads((tmp_path / "run" / "test_results.json").read_text())["loss"])
+        written = json.loads((tmp_path / "run" / f"{file}.json").read_text())
+        assert written["checkpoint"] == str(tmp_path / name)
+        results.append(written["loss"])
     from dataset import load_data
     from options import DataConfig
 

@@ -2,6 +2,7 @@ import runpy
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -202,3 +203,16 @@ def test_the_demo_runs(capsys):
     runpy.run_path(str(Path(__file__).parent.parent / "examples" / "convit_demo.py"), run_name="__main__")
     text = capsys.readouterr().out
     assert "head 0 looks -1 down, -1 right" in text and "head 8 looks +1 down, +1 right" in text
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    changes = {"dim": 8, "heads": 2, "patch_size": 2, "num_local_layers": 1, "num_nonlocal_layers": 0}
+    plain = ConViTConfig.ConViT_Ti(10, image_size=(4, 6), **changes)
+    numpy = {name: np.int64(value) for name, value in changes.items()}
+    same = ConViTConfig.ConViT_Ti(np.int32(10), image_size=(np.int64(4), 6), **numpy)
+    assert same == plain and all(type(getattr(same, name)) is int for name in changes)
+    for bad in (np.float64(8), np.int64(0), np.bool_(True), True, np.array([8])):
+        with pytest.raises(ValueError, match="dim="):
+            ConViTConfig.ConViT_Ti(10, image_size=4, **changes | {"dim": bad})
+    with pytest.raises(ValueError, match="image_size="):
+        ConViTConfig.ConViT_Ti(10, image_size=np.float32(4), **changes)

@@ -5,6 +5,7 @@ import collections
 import contextlib
 import functools
 import gzip
+import hashlib
 import io
 import os
 import pickle
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+import data_files
 import dataset
 import hashing
 from dataset import DATASETS, DataConfig, DataError, DeviceBatches, Recipe, decode_image, load_data
@@ -297,18 +299,20 @@ def test_noise():
 
 def test_global_generators_are_left_alone(tmp_path):
     write_folder(tmp_path)
-    streamed = load("folder", tmp_path, resize=16, augment=True, noise=0.1)
+    options = {"augment": True, "auto_augment": "rand", "random_erasing": 0.5, "noise": 0.1}
+    streamed = load("folder", tmp_path, resize=16, **options)
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    for batches in (device_batches(random_images(20), augment=True, noise=0.1), streamed.train, streamed.test):
+    for batches in (device_batches(random_images(20), **options), streamed.train, streamed.test):
         everything(batches)
         assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_gives_the_same_batches_without_waiting():
+@pytest.mark.parametrize("more", [{}, {"auto_augment": "trivial", "random_erasing": 0.5}], ids=["plain", "policy"])
+def test_cuda_gives_the_same_batches_without_waiting(more):
     images = random_images(64)
-    options = {"augment": True, "noise": 0.1, "resize": 48}
+    options = {"augment": True, "noise": 0.1, "resize": 48, **more}
     expected, _ = everything(device_batches(images, **options))
     on_gpu = device_batches(images, **options | {"device": torch.device("cuda")}).epoch(0)
     first = next(on_gpu)  # the order is copied to the device once an epoch
@@ -492,6 +496,48 @@ def test_files_of_another_data_set_are_noticed_by_their_first_labels(tmp_path, c
     assert err.startswith("warning: ") and err.count("\n") == 1 and str(file) in err and f"--dataset {holds}" in err
     load(holds, tmp_path)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
+@pytest.mark.parametrize("packed", [True, False])
+def test_files_of_another_data_set_are_noticed_by_their_checksums(tmp_path, capsys, packed):
+    """Those of Fashion-MNIST, packed as Debian has them or not, as MNIST's; images alone, which have no labels to tell by."""
+    files = ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+    for file in files:
+        raw = gzip.decompress((FASHION / f"{file}.gz").read_bytes())
+        (tmp_path / f"{file}{'.gz' * packed}").write_bytes(gzip.compress(raw, 1) if packed else raw)
+    load("fashion_mnist", tmp_path, test_only=True)
+    assert capsys.readouterr().err == ""
+    load("mnist", tmp_path, test_only=True)
+    err = capsys.readouterr().err
+    assert err.startswith("warning: ") and err.count("\n") == 1 and "--dataset fashion_mnist" in err
+    assert files[0] in err and "(and 1 more like it)" in err
+    labels = tmp_path / f"{files[1]}{'.gz' * packed}"
+    labels.unlink()
+    (tmp_path / files[1]).write_bytes(idx(np.arange(10000) % 10))
+    load("mnist", tmp_path, test_only=True)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and files[0] in err and "more like it" not in err
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
+def test_a_file_of_the_test_set_in_place_of_one_of_the_training_set_is_noticed(tmp_path, capsys):
+    for kind in ("images-idx3", "labels-idx1"):
+        shutil.copy(FASHION / f"t10k-{kind}-ubyte.gz", tmp_path)
+        shutil.copy(FASHION / f"t10k-{kind}-ubyte.gz", tmp_path / f"train-{kind}-ubyte.gz")
+    load("fashion_mnist", tmp_path)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "train-images-idx3-ubyte.gz" in err and "content of t10k-images-idx3-ubyte" in err
+
+
+def test_checksums_of_both_data_sets_are_known_for_every_file():
+    files = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    known = data_files.CHECKSUMS
+    assert sorted(known.values()) == sorted((name, file) for name in ("mnist", "fashion_mnist") for file in files)
+    if FASHION.is_dir():
+        for file in files:
+            raw = gzip.decompress((FASHION / f"{file}.gz").read_bytes())
+            assert known[hashlib.md5(raw).hexdigest()] == ("fashion_mnist", file)
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[:-20], lambda raw: b"no gzip", lambda raw: raw[:40] + b"x" * 40])
@@ -740,6 +786,7 @@ def test_kinds_of_image_files(tmp_path):
 def test_workers_give_the_same_batches_and_epochs_can_be_left_and_resumed(tmp_path):
     write_folder(tmp_path, train=7, suffix="jpg")
     options = {"resize": 16, "batch_size": 4, "augment": True, "noise": 0.1, "val_fraction": 0.2}
+    options |= {"auto_augment": "trivial", "random_erasing": 0.5}
     alone, workers = (load("folder", tmp_path, num_workers=n, **options) for n in (0, 2))
     assert (alone.train.num_samples, alone.val.num_samples) == (17, 4)
     torch.manual_seed(3)

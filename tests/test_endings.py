@@ -61,19 +61,27 @@ def test_what_cannot_be_had_is_asked_for_really():
         torch.empty(2**60, dtype=torch.uint8)
 
 
-def test_a_run_out_of_memory_keeps_its_state_and_says_what_helps(tmp_path, monkeypatch, capsys):
+def exhaust_the_gpu():
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total of 80 GiB")
+
+
+@pytest.mark.parametrize(
+    ("exhaust", "where"),
+    [(lambda: torch.empty(2**60, dtype=torch.uint8), "memory while"), (exhaust_the_gpu, "of the GPU while")],
+)
+def test_a_run_out_of_memory_keeps_its_state_and_says_what_helps(exhaust, where, tmp_path, monkeypatch, capsys):
     real, calls = train_eval.Training.update, []
 
     def update(self, *args):
         calls.append(1)
         if len(calls) == 3:
-            torch.empty(2**60, dtype=torch.uint8)
+            exhaust()
         real(self, *args)
 
     monkeypatch.setattr(train_eval.Training, "update", update)
     assert run("", tmp_path / "run", epochs=2) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "while making a step of --batch_size 16 images" in error
+    assert error.count("\n") == 1 and f"{where} making a step of --batch_size 16 images" in error
     assert all(f in error for f in ("--batch_size", "--accumulate_steps", "--compile_mode reduce-memory", "--use_amp"))
     assert f"--resume goes on from {tmp_path / 'run' / 'last.pt'}" in error
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1

@@ -1,6 +1,5 @@
-"""docs/extending.md, applied word by word to a copy of the project."""
+"""docs/extending.md, word by word: by path from an empty folder, and with a row in a copy of the project."""
 
-import json
 import os
 import re
 import shlex
@@ -10,90 +9,132 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+
+import benchmark
+import run_experiments
+import visualize
+import vit_main
+from experiments import runner
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text()
+BY_PATH, WITH_A_ROW = PAGE.split("\n## With a row\n")
+MAINS = {"vit_main.py": vit_main, "run_experiments.py": run_experiments, "benchmark.py": benchmark, "visualize.py": visualize}
 
 
-@pytest.fixture(scope="module")
-def extended(tmp_path_factory):
-    """The project, with the mixer of the page; and how many lines each file has got."""
-    folder = tmp_path_factory.mktemp("extended")
-    for path in ROOT.iterdir():
-        if path.suffix in (".py", ".toml"):
-            shutil.copy(path, folder)
-        elif path.name in ("configs", "data") or (not path.name.startswith(".") and path.is_dir() and any(path.glob("*.py"))):
-            shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
-    added: dict[str, int] = {}
-    place = r"(New file|In) `([\w.]+)`(?:, below the line that starts with `([^`]+)`)?"
-    steps = re.findall(rf"\*\*\d\. The \w+\.\*\* {place}:\n\n```python\n(.*?)```", PAGE, flags=re.S)
-    assert len(steps) == 3
-    for how, name, anchor, code in steps:
-        file = folder / name
-        if how == "New file":
-            assert not file.exists() and not anchor
-            file.write_text(code)
+def blocks(kind, text):
+    return re.findall(rf"```{kind}\n(.*?)```", text, flags=re.S)
+
+
+class InThisProcess:
+    """Stands in for the process of a run: Python, a program and its words."""
+
+    def __init__(self, command, stdout, env, **_):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in env.keys() - os.environ.keys():
+                patch.setenv(name, env[name])
+            self.returncode = MAINS[Path(command[1]).name].main(command[2:])
+
+    def poll(self):
+        return self.returncode
+
+    wait = terminate = poll
+
+
+@pytest.mark.usefixtures("quick_results")
+def test_by_path_from_an_empty_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(runner.subprocess, "Popen", InThisProcess)
+    (code,), (sweep,), (commands,) = (blocks(kind, BY_PATH) for kind in ("python", "yaml", "sh"))
+    Path("cosine_attention.py").write_text(code)
+    Path("small.yaml").write_text(sweep)
+    said = []
+    for line in commands.splitlines():
+        python, program, *words = shlex.split(line)
+        folder, name = program.split("/")
+        assert (python, folder) == ("python", "$CONVNN") and (ROOT / name).exists()
+        if "--help" in words:
+            with pytest.raises(SystemExit) as stop:
+                MAINS[name].main(words)
+            assert not stop.value.code
         else:
-            lines = file.read_text().splitlines(keepends=True)
-            (below,) = [number for number, line in enumerate(lines, 1) if line.strip().startswith(anchor)]
-            file.write_text("".join([*lines[:below], code, *lines[below:]]))
-        added[name] = added.get(name, 0) + code.count("\n")
-    return folder, added
+            assert MAINS[name].main(words) == 0
+        said.append(capsys.readouterr())
+    assert all("warning" not in err for _, err in said)
+    flags, training, resumed, tested, swept, costs, drawn = (" ".join(out.split()) for out, _ in said)
+    assert "--mixer_option temperature=FLOAT what cosines are divided by (default: 0.1)" in flags
+    assert "--attention_dropout, --attention_bias (as bias)" in flags
+    assert training.startswith("CosineAttention on digits") and "1 epochs and" in resumed and "top-1" in tested
+
+    run = Path("Output/ViT/CosineAttention")
+    options = yaml.safe_load((run / "config.yaml").read_text())
+    checkpoint = torch.load(run / "best.pt", weights_only=True)["config"]
+    for noted in (options, checkpoint):
+        assert noted["layer"] == f"{tmp_path}/cosine_attention.py:CosineAttention"
+        assert noted["mixer_option"] == ["temperature=0.2"] and len(noted["layer_sha256"]) == 64
+    assert "mixer_option: temperature=0.2\n" in (run / "args.txt").read_text()
+    assert "CosineAttention(" in (run / "model.txt").read_text()
+    points = ["Attention", "CosineAttention_temperature-0.1", "CosineAttention_temperature-0.2"]
+    assert sorted(path.parent.name for path in Path("Output/sweeps/small").glob("*/summary.json")) == points
+    assert "| CosineAttention | 0.2 |" in swept
+    assert costs.count("| CosineAttention") == 2 and costs.count("| Attention |") == 2
+    assert Path(drawn).read_bytes().startswith(b"\x89PNG")
 
 
-COMMANDS = """
-import json, sys
-import torch._dynamo, torchvision  # which all that is forked has then
-import forked
-forked.start()
-for command in json.loads(sys.argv[1]):
-    process = forked.Forked(command, cwd=".")
-    print(json.dumps(["".join(process.communicate()), process.returncode]))
+# What the copy runs, in one process: the commands of the page, two mistakes, and the option beside two layers.
+DRIVER = """
+import shlex, sys
+import options, pytest, vit_main
+for line in sys.argv[1].splitlines():
+    python, *words = shlex.split(line)
+    assert python == "python"
+    print("$", line, flush=True)
+    try:
+        code = pytest.main(words[2:]) if words[0] == "-m" else vit_main.main(words[1:])
+    except SystemExit as stop:
+        code = stop.code
+    print("ended with", int(code or 0), flush=True)
+for layer in ("CosineAttention", "Performer"):
+    line = ["--layer", layer, "--cosine_temperature", "0.2"]
+    resolved, parser = options.parse_options(options.PROGRAMS["vit_main.py"], "", line)
+    options.warn_without_effect(resolved.model, parser)
+    print(layer, resolved.as_dict()["cosine_temperature"])
 """
 
 
-def run(folder, *lines):
-    """Output of commands of Python's, which must end well."""
-    commands = [shlex.split(line) for line in lines]
-    assert all(command.pop(0) == "python" for command in commands)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    words = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
-    done = subprocess.run(words, cwd=folder, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-    outputs = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [status for _, status in outputs] == [0] * len(lines), outputs
-    return [output for output, _ in outputs]
+def test_with_a_row_in_a_copy(tmp_path):
+    for path in ROOT.iterdir():  # with times and compiled files, which save a second
+        if path.suffix in (".py", ".toml"):
+            shutil.copy2(path, tmp_path)
+        elif path.name in ("configs", "data", "__pycache__") or (path.name[0] != "." and any(path.glob("*.py"))):
+            shutil.copytree(path, tmp_path / path.name)
+    (code,) = blocks("python", BY_PATH)
+    (tmp_path / "cosine_attention.py").write_text(code)
+    added = {"cosine_attention.py": code.count("\n")}
+    place = r"In `([\w.]+)`, below the line that starts with `([^`]+)`"
+    steps = re.findall(rf"\*\*\d\. The \w+\.\*\* {place}:\n\n```python\n(.*?)```", WITH_A_ROW, flags=re.S)
+    assert len(steps) == 2
+    for name, anchor, line in steps:
+        lines = (tmp_path / name).read_text().splitlines(keepends=True)
+        (below,) = [number for number, one in enumerate(lines, 1) if one.strip().startswith(anchor)]
+        (tmp_path / name).write_text("".join([*lines[:below], line, *lines[below:]]))
+        added[name] = added.get(name, 0) + line.count("\n")
+    assert f"**{len(added)} files, {sum(added.values())} lines**" in WITH_A_ROW
 
-
-def test_the_page_counts_its_lines(extended):
-    _, added = extended
-    assert f"**{len(added)} files, {sum(added.values())} lines**" in PAGE
-
-
-def test_the_commands_of_the_page(extended):
-    folder, _ = extended
-    (block,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.S)
-    elsewhere = "python -c \"import sys, options as o; a = o.parse_options(o.PROGRAMS['vit_main.py'], '', sys.argv[1:]); "
-    elsewhere += 'o.warn_without_effect(a[0].model, a[1])" --layer Performer --cosine_temperature 0.3'
-    flags, training, evaluation, costs, _, tests, warning = run(folder, *block.splitlines(), elsewhere)
+    (commands,) = blocks("sh", WITH_A_ROW)
+    more = ["--layer CosinAttention", "--layer CosineAttention --cosine_temperature 0"]
+    script = commands + "".join(f"python vit_main.py {one}\n" for one in more)
+    done = subprocess.run([sys.executable, "-c", DRIVER, script], cwd=tmp_path, capture_output=True, text=True)
+    flags, tests, *_ = done.stdout.split("\n$ ")
+    assert re.findall(r"^ended with (\d)", done.stdout, flags=re.M) == ["0", "0", "2", "2"], done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passed", tests)[1]) >= 10
     said = " ".join(flags.split())
-    assert (
-        "CosineAttention}" in said
-        and "--cosine_temperature FLOAT CosineAttention: what cosines are divided by (default: 0.1)" in said
-    )
-    assert "warning" not in training and "top-1" in evaluation
-    assert "cosine_temperature: 0.2" in (folder / "Output/ViT/CosineAttention/config.yaml").read_text()
-    assert "CosineAttention(" in (folder / "Output/ViT/CosineAttention/model.txt").read_text()
-    assert costs.count("| CosineAttention") == 2
-    assert list((folder / "Output/ViT/CosineAttention").glob("*attention*.png"))
-    assert int(re.search(r"(\d+) passed", tests)[1]) > 10
-    assert "--cosine_temperature 0.3 is not used by --layer Performer" in warning
-
-
-def test_mistakes_are_named_before_anything_runs(extended):
-    folder, _ = extended
-    for line, message in [
-        ("--layer CosinAttention", "did you mean CosineAttention?"),
-        ("--layer CosineAttention --cosine_temperature 0", "--cosine_temperature 0.0 must be at least 0.001"),
-    ]:
-        done = subprocess.run([sys.executable, "vit_main.py", *line.split()], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert "BranchAttention,CosineAttention," in said
+    assert "--cosine_temperature FLOAT CosineAttention: what cosines are divided by (default: 0.1)" in said
+    assert "CosineAttention 0.2\nPerformer 0.2\n" in done.stdout
+    assert done.stderr.count("warning") == 1 and "--cosine_temperature 0.2 is not used by --layer Performer" in done.stderr
+    assert "did you mean CosineAttention?" in done.stderr
+    assert "--cosine_temperature 0.0 must be at least 0.001" in done.stderr

@@ -56,6 +56,11 @@ def test_a_run_waits_for_nobody_and_says_who_writes_there(tmp_path, capsys):
     assert run("", tmp_path) == 0 and not list(tmp_path.glob(".*"))
 
 
+def test_a_lock_that_is_a_link_to_nothing_is_one_line(tmp_path, capsys):
+    (tmp_path / ".lock").symlink_to("gone")
+    assert "link to nothing" in refused("", tmp_path, capsys)
+
+
 def test_a_folder_made_for_the_lock_goes_with_it(tmp_path):
     with locked(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b" / ".lock").exists()
@@ -216,6 +221,12 @@ def test_outputs_of_nobody_we_know_are_not_written_over(name, more, tmp_path, ca
     assert contents(tmp_path) == before
 
 
+def test_a_checkpoint_of_an_epoch_that_is_not_ours_is_not_written_over(tmp_path, capsys):
+    (tmp_path / "epoch_1.pt").write_text("mine")
+    assert "epoch_1.pt" in refused("--save_every 1", tmp_path, capsys)
+    assert run("", tmp_path) == 0 and (tmp_path / "epoch_1.pt").read_text() == "mine"  # without the option it is not
+
+
 def test_overwriting_takes_away_what_the_run_made_and_nothing_else(tmp_path):
     run("--save_every 1", tmp_path)
     run("--test_only", tmp_path)
@@ -263,3 +274,39 @@ def test_export_over_a_file_is_refused(finished, tmp_path, capsys):
     with contextlib.suppress(FileNotFoundError):
         (tmp_path / "link.safetensors").symlink_to(tmp_path / "nowhere")
     assert "nowhere, which does not exist" in refused(f"--export {tmp_path / 'link.safetensors'}", tmp_path / "other", capsys)
+
+
+EDITED = {
+    "epoch": (-5, "1", True, 1.0, 2),
+    "step": (-1, None, 3),
+    "history": ([], ["x"], None, [{}]),
+    "best": ([], "x", {"epoch": 1}),
+    "sampler": ({}, {"seconds": "x", "lr": 1.0, "sums": []}),
+    "rng": ([], None, [{"cpu": torch.zeros(3, dtype=torch.uint8)}]),
+    "optimizer": ({}, 3),
+}
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A run of one epoch, without the checkpoints that a resumed one could fall back on."""
+    folder = tmp_path_factory.mktemp("half") / "run"
+    run("", folder)
+    (folder / "best.pt").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in EDITED.items() for value in values])
+def test_an_edited_state_is_one_line(name, value, half, tmp_path, capsys):
+    state = torch.load(half / "last.pt", weights_only=True)
+    torch.save(state | {name: value}, tmp_path / "last.pt")
+    error = refused("--resume", tmp_path, capsys, epochs=2)
+    assert "last.pt" in error and "--resume" in error
+
+
+def test_state_of_the_optimizer_of_another_shape_is_one_line(half, tmp_path, capsys):
+    """A fused step would write beyond the end of it."""
+    state = torch.load(half / "last.pt", weights_only=True)
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(state, tmp_path / "last.pt")
+    assert "last.pt" in refused("--resume", tmp_path, capsys, epochs=2)

@@ -247,6 +247,9 @@ def test_branching():
     x = torch.randn(2, 3, 4, 4)
     y = Branching2d(first, second)(x)
     assert torch.equal(y[:, :2], first(x).relu()) and torch.equal(y[:, 2:], second(x).relu())
+    join = nn.Conv2d(7, 7, 1)
+    expected = join(torch.cat([first(x), second(x)], dim=1))
+    torch.testing.assert_close(Branching2d(first, second, join)(x), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

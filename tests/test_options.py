@@ -31,14 +31,17 @@ from options import (
 
 ROOT = Path(__file__).parent.parent
 BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "resume", "test_only", "tensorboard")
-BOOLEANS += ("overwrite", "override", "strict", "decay_norms", "batch_norm")
+BOOLEANS += ("overwrite", "override", "strict", "decay_norms", "batch_norm", "wandb")
 LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention", "ViG")
+NOTED = ("layer_sha256",)  # what a run notes in its files, and no flag gives
 
 # What `allconvnet_main.py` without a flag resolves to; num_workers depends on the machine.
 DEFAULTS = {
     # model and layer
     "model": "allconvnet",
     "layer": "ConvNN",
+    "mixer_option": None,
+    "layer_sha256": None,
     "num_layers": 5,
     "channels": [32, 64, 128, 256, 512],
     "attention_dropout": 0.0,
@@ -53,6 +56,7 @@ DEFAULTS = {
     "shuffle_scale": 2,
     "padding": 0,
     "branch_ratio": 0.5,
+    "branch_join": "relu",
     "graph_aggregation": "max",
     "score_temperature": 1.0,
     # neighbors
@@ -70,6 +74,8 @@ DEFAULTS = {
     "resize": 32,
     "val_fraction": 0.0,
     "augment": False,
+    "auto_augment": "none",
+    "random_erasing": 0.0,
     "noise": 0.0,
     "download": True,
     "num_workers": ...,
@@ -110,6 +116,7 @@ DEFAULTS = {
     "export": None,
     "test_only": False,
     "tensorboard": False,
+    "wandb": False,
     "kernels": "auto",
     "overwrite": False,
     "override": False,
@@ -121,6 +128,7 @@ DEFAULTS = {
     "decay_norms": True,
 }
 CHOICES = {
+    "branch_join": ("relu", "conv1x1"),
     "model": ("allconvnet", "vgg11", "vgg13", "vgg16", "vgg19", "resnet18", "resnet34"),
     "stem": ("small", "imagenet"),
     "convolution_type": ("standard", "depthwise", "depthwise-separable"),
@@ -133,6 +141,7 @@ CHOICES = {
         *("cifar10", "cifar100", "imagenet", "imagenet100", "imagenette"),
         *("mnist", "fashion_mnist", "digits", "folder"),
     ),
+    "auto_augment": ("none", "rand", "trivial"),
     "amp_dtype": ("bfloat16", "float16"),
     "compile_mode": ("default", "reduce-overhead", "reduce-memory", "max-autotune"),
     "criterion": ("CrossEntropy", "MSE"),
@@ -200,7 +209,8 @@ def test_defaults_are_those_of_the_reference():
 def test_flags_are_those_of_the_reference_and_no_others():
     _, parser = parse_options(PROGRAMS["allconvnet_main.py"], "Train.", [])
     found = {flag for action in parser._actions for flag in action.option_strings}
-    assert found == {"-h", "--help", "--config"} | {f"--{name}" for name in DEFAULTS} | {f"--no-{name}" for name in BOOLEANS}
+    flags = {f"--{name}" for name in DEFAULTS if name not in NOTED} | {f"--no-{name}" for name in BOOLEANS}
+    assert found == {"-h", "--help", "--config"} | flags
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -253,6 +263,8 @@ def test_help_names_every_flag_and_default(capsys):
     text = capsys.readouterr().out
     assert not stop.value.code
     for name, default in DEFAULTS.items():
+        if name in NOTED:
+            continue
         section = re.search(rf"^  --{name} (.*?)(?=^  --|^\S|\Z)", text, re.M | re.S)
         assert section, name
         stated = re.search(r"\(default: ([^)]*)\)", " ".join(section[1].split()))
@@ -332,6 +344,52 @@ def test_lists():
     assert values("--channels 8 16 --num_layers 2")["num_layers"] == 2
 
 
+def test_texts_are_not_taken_for_numbers_and_truth_values():
+    for text in ("no", "off", "Yes", "1_0", "0x10", "1:30", "010", "2_0.5"):
+        assert parse_yaml(f"output_dir: {text}").as_dict()["output_dir"] == text
+        assert parse_yaml(yaml.safe_dump({"output_dir": text})).as_dict()["output_dir"] == text
+    found = parse_yaml(
+        "seed: 0\nlr: 0.5\nmomentum: .5\nnoise: 1.\nweight_decay: 2.5e-3\naugment: TRUE\nbatch_size: +7"
+    ).as_dict()
+    expected = {"seed": 0, "lr": 0.5, "momentum": 0.5, "noise": 1.0, "weight_decay": 0.0025, "augment": True, "batch_size": 7}
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_of_a_flag_that_is_given_twice_the_last_counts_and_is_named(capsys):
+    def repeated(line):
+        found, parser = parse_options(PROGRAMS["allconvnet_main.py"], "Train.", shlex.split(line))
+        assert capsys.readouterr().err == ""  # it is said when training begins
+        parser.note_repeated()
+        out, err = capsys.readouterr()
+        assert err == ""
+        return found.as_dict(), sorted(line.split("note: ")[1] for line in out.splitlines())
+
+    assert repeated("--lr 0.1 --K 3 --lr 0.1 --augment --augment True")[1] == []
+    found, lines = repeated("--lr 0.1 --channels 8 --no-augment --lr 0.2 --augment --lr 0.3 --channels 16")
+    assert (found["lr"], found["augment"], found["channels"]) == (0.3, True, [16])
+    assert lines == [
+        "--augment is given more than once: True counts, not False",
+        "--channels is given more than once: 16 counts, not 8",
+        "--lr is given more than once: 0.3 counts, not 0.1",
+    ]
+
+
+def test_a_variable_for_kernels_that_are_not_there_is_one_line(monkeypatch, capsys):
+    from kernels.backend import BACKENDS
+
+    assert options.KERNELS_IN_ENVIRONMENT == BACKENDS
+    monkeypatch.setenv("CONVNN_KERNELS", "bad")
+    assert_says(error_of(parse, "", capsys=capsys), "CONVNN_KERNELS='bad'; auto, chunked, triton, reference")
+
+
+def test_a_run_takes_one_file_of_options(capsys):
+    for name in ("a.yaml", "b.yaml"):
+        Path(name).write_text("K: 3")
+    assert parse("--config a.yaml --config a.yaml").model.K == 3
+    line = error_of(parse, "--config a.yaml --lr 1 --config b.yaml", capsys=capsys)
+    assert_says(line, "--config; more than once; a.yaml, b.yaml")
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 # Command line, and what the one line must say: the flag, the value, and what would work.
@@ -362,9 +420,20 @@ BAD = [
     ("--K none", "--K 'none'; whole number"),
     ("--num_epochs 1e2", "--num_epochs '1e2'; whole number"),
     ("--lr fast", "--lr 'fast'; number"),
+    ("--K 1_0", "--K '1_0'; whole number; plain decimal digits"),
+    ("--K 0x10", "--K '0x10'; whole number; plain decimal digits"),
+    ("--K 010", "--K '010'; whole number; plain decimal digits"),
+    ("--K ' 3'", "--K ' 3'; whole number"),
+    ("--K \u0663", "--K '\u0663'; whole number"),
+    ("--channels 8 1_6", "--channels '1_6'; whole number"),
+    ("--lr 1_0.5", "--lr '1_0.5'; number; plain decimal digits"),
+    ("--lr 1e-0_3", "--lr '1e-0_3'; number"),
     ("--channels", "--channels; at least one"),
     ("--channels 8 x", "--channels 'x'; whole number"),
     ("--channels 8,16", "--channels '8,16'; whole number"),
+    ("--auto_augment randaugment", "--auto_augment 'randaugment'; none, rand, trivial"),
+    ("--random_erasing 1.1", "--random_erasing 1.1; 1"),
+    ("--random_erasing -0.1", "--random_erasing -0.1; 0"),
     ("--augment maybe", "--augment 'maybe'; True or False"),
     ("--augment 1", "--augment '1'; True or False"),
     ("--no-augment True", "'True'"),
@@ -495,7 +564,21 @@ BAD_YAML = [
     ("[" * 5000, "--config 'c.yaml'"),
     (b"K: \xff", "--config 'c.yaml'; utf-8"),
     (b"K: \x00", "--config 'c.yaml'"),
+    ("batch_size: !!int 1:30", "--config 'c.yaml'; line 1; a tag; without it"),
+    ("lr: !!timestamp x", "--config 'c.yaml'; a tag"),
+    ("channels: !!set {4, 8}", "--config 'c.yaml'; a tag"),
+    ("!!omap [K: 3]", "--config 'c.yaml'; a tag"),
     ("K: 3.0", "--K 3.0; whole number"),
+    ("batch_size: 1:30", "--batch_size '1:30'; whole number; plain decimal digits"),
+    ("K: 1_0", "--K '1_0'; whole number"),
+    ("K: 0x10", "--K '0x10'; whole number"),
+    ("K: 0b11", "--K '0b11'; whole number"),
+    ("K: 010", "--K '010'; whole number"),
+    ("lr: 1:30.5", "--lr '1:30.5'; number"),
+    ("lr: 1_0.5", "--lr '1_0.5'; number"),
+    ("channels: [8, 1:30]", "--channels '1:30'; whole number"),
+    ("augment: yes", "--augment 'yes'; True or False"),
+    ("augment: off", "--augment 'off'; True or False"),
     ("K: true", "--K True; whole number"),
     ("K: null", "--K None; whole number"),
     ("K: [3]", "--K [3]; whole number"),
@@ -767,6 +850,39 @@ def test_preset_demo():
     assert found["dataset"] == "digits" and stated == {name: found[name] for name in stated}
 
 
+PRESETS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_says_what_it_resolves_to_and_its_header_is_a_command(name):
+    file = ROOT / "configs" / name
+    text = file.read_text()
+    header = re.match(rf"# python (\w+\.py) (--config configs/{name}.*?)(  .*)?\n#\n# \S", text)
+    program, line = header[1], header[2]
+    for checkpoint in re.findall(r"--checkpoint (\S+)", line):
+        Path(checkpoint).touch()
+    options, parser = parse_options(PROGRAMS[program], "", shlex.split(line.replace("configs/", f"{ROOT}/configs/")))
+    found, stated = options.as_dict(), yaml.safe_load(text)
+    names = stated.keys() - parser.given
+    assert {key: found[key] for key in names} == {key: stated[key] for key in names}
+
+
+RECIPES = {
+    "vgg11_cifar10": ("allconvnet_main.py", {"model": "vgg11", "dataset": "cifar10", "batch_norm": True, "optimizer": "sgd"}),
+    "vit_cifar10": ("vit_main.py", {"dataset": "cifar10", "patch_size": 4, "auto_augment": "trivial", "random_erasing": 0.25}),
+    "finetune_224": ("vit_main.py", {"resize": 224, "layer_decay": 0.65, "decay_norms": False, "auto_augment": "rand"}),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_state_nothing_that_their_model_does_not_read(name):
+    program, expected = RECIPES[name]
+    options = parse_options(PROGRAMS[program], "", ["--config", f"{ROOT}/configs/{name}.yaml"])[0]
+    found, stated = options.as_dict(), yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
+    assert {key: found[key] for key in expected} == expected
+    assert not stated.keys() & options.model.without_effect().keys()
+
+
 # --- sizes ----------------------------------------------------------------------------------------------------------
 
 
@@ -813,7 +929,7 @@ def test_grids():
 # --- the ViT --------------------------------------------------------------------------------------------------------
 
 # What `vit_main.py` without a flag resolves to, where it differs from `allconvnet_main.py`.
-OF_ALLCONVNET = ("channels", "padding", "replace", "stem", "classifier_width", "batch_norm")
+OF_ALLCONVNET = ("channels", "padding", "branch_join", "replace", "stem", "classifier_width", "batch_norm")
 VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in OF_ALLCONVNET} | {
     "model": "vit",
     "layer": "Attention",
@@ -872,7 +988,7 @@ VIT_BOOLEANS = (
     "softmax_topk_val",
     "coordinate_encoding",
 )
-VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name not in ("shuffle_pattern", "stem")} | {
+VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name not in ("branch_join", "shuffle_pattern", "stem")} | {
     "layer": (
         *("Attention", "ConvNN", "ConvNNAttention", "Conv1d", "Conv1dAttention", "KvtAttention", "LocalAttention"),
         *("SparseAttention", "MaskedAttention", "NeighborhoodAttention", "Linformer", "Performer", "Nystromformer", "Hybrid"),
@@ -904,7 +1020,8 @@ def test_vit_flags_are_those_of_the_reference_and_no_others():
     _, parser = parse_options(PROGRAMS["vit_main.py"], "Train.", [])
     found = {flag for action in parser._actions for flag in action.option_strings}
     negations = {f"--no-{name}" for name in VIT_BOOLEANS}
-    assert found == {"-h", "--help", "--config", "--d_hidden"} | {f"--{name}" for name in VIT_DEFAULTS} | negations
+    flags = {f"--{name}" for name in VIT_DEFAULTS if name not in NOTED}
+    assert found == {"-h", "--help", "--config", "--d_hidden"} | flags | negations
 
 
 @pytest.mark.parametrize("name", VIT_CHOICES)
@@ -923,7 +1040,7 @@ def test_vit_help_names_every_flag(capsys):
     with pytest.raises(SystemExit):
         parse_vit("--help")
     text = capsys.readouterr().out
-    assert all(f"\n  --{name} " in text for name in VIT_DEFAULTS) and "--d_hidden" in text
+    assert all(f"\n  --{name} " in text for name in VIT_DEFAULTS if name not in NOTED) and "--d_hidden" in text
 
 
 def test_d_hidden_is_another_name_of_d_model(capsys):
@@ -1104,7 +1221,7 @@ def test_vit_presets(name):
 
 # --- speed ----------------------------------------------------------------------------------------------------------
 
-HEAVY = {"torch", "torchvision", "numpy", "matplotlib", "PIL", "safetensors", "tqdm", "tensorboard"}
+HEAVY = {"torch", "torchvision", "numpy", "matplotlib", "PIL", "safetensors", "tqdm", "tensorboard", "wandb"}
 
 
 @pytest.mark.parametrize(

@@ -80,11 +80,16 @@ def test_the_page_names_them_all_and_counts_right():
         assert f"holds {len(file.readlines()) - 1} published runs" in page
 
 
-def published_in(name: str, **wanted) -> table.Published:
-    """What docs/published.csv has for the one point of this sweep with these options."""
+def points_with(name: str, **wanted) -> list:
+    """The points of this sweep with these options."""
     path = str(ROOT / "configs" / "sweeps" / "paper" / f"{name}.yaml")
     points = find_config(name_points(*read_sweep(path, [])), path)
-    points = [point for point in points if all(point.values.get(name) == value for name, value in wanted.items())]
+    return [point for point in points if all(point.values.get(name) == value for name, value in wanted.items())]
+
+
+def published_in(name: str, **wanted) -> table.Published:
+    """What docs/published.csv has for the one point of this sweep with these options."""
+    points = points_with(name, **wanted)
     rows = read_published(str(ROOT / "docs" / "published.csv"), points)
     (found,) = match(rows, check_points(points, Path("Output/nowhere"))).values()
     return found
@@ -105,6 +110,31 @@ def test_what_was_published(wanted, best, seconds):
     found = published_in("vit_baselines", dataset="cifar10", **wanted)
     assert found.measures["best_top1"] == best and found.measures.get("epoch_seconds") == seconds
     assert found.is_whole and found.source.startswith("Convolutional-Nearest-Neighbor-Attention: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "parameters"),
+    [
+        ("vit_k", {"layer": "Attention"}, 5_479_306),
+        ("vit_k", {"layer": "KvtAttention", "K": 16}, 5_479_306),
+        ("vit_k", {"layer": "ConvNNAttention", "K": 12, "num_samples": None}, 5_506_954),
+        ("vit_convolution_types", {"convolution_type": "standard", "num_heads": 1, "K": 16}, 12_557_194),
+        ("vgg_branch_ratio", {"branch_ratio": 0.25, "similarity_type": "Col"}, 130_015_690),
+        ("vgg_k", {"kernel_size": 3, "layer": "Conv2d/ConvNN", "K": 9}, 130_015_690),
+    ],
+)
+def test_the_networks_have_as_many_parameters_as_the_published_ones(name, wanted, parameters):
+    """total_params of their args.txt, on CIFAR-10."""
+    import torch
+
+    from registry import build_network
+    from vit import ViT
+
+    (point,) = points_with(name, dataset="cifar10", **wanted)
+    config = options_of(point, Path("Output/nowhere"))[0].model
+    with torch.device("meta"):
+        model = ViT(config) if point.program == "vit_main.py" else build_network(config)
+    assert sum(weights.numel() for weights in model.parameters()) == parameters
 
 
 def test_several_published_runs_are_a_range():

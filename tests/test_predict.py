@@ -11,8 +11,8 @@ import predict
 import visualize
 import vit_main
 from dataset import DataConfig, load_data, read_image
+from experiments.trained import load_model, read_options
 from runs.metrics import Confusion
-from visualize import load_model, read_options
 
 LINE = (
     "--dataset digits --num_epochs 1 --train_limit 40 --test_limit 20 --batch_size 20 --device cpu --patch_size 4 --resize 8 "

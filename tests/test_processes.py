@@ -15,6 +15,7 @@ import torch
 from forked import Forked
 
 import vit_main
+from options import LAYERS1D_NAMES, LAYERS2D_NAMES
 from runs.processes import Interrupted, ProcessError, Processes, Signals
 
 ROOT = Path(__file__).parent.parent
@@ -278,7 +279,7 @@ def test_evaluation_by_two_processes_is_exactly_that_of_one(one_and_two, size):
 def test_every_layer_has_the_gradient_of_one_process(one_and_two):
     alone, first, second = one_and_two.values()
     layers = [name for name in alone if name.startswith("layer ")]
-    assert len(layers) == 17
+    assert len(layers) == len(LAYERS1D_NAMES)
     for name in layers:
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], alone[name], atol=1e-7, rtol=1e-6)
@@ -287,7 +288,7 @@ def test_every_layer_has_the_gradient_of_one_process(one_and_two):
 def test_statistics_of_batch_norm_are_those_of_the_first_process(one_and_two):
     alone, first, second = one_and_two.values()
     layers = [name for name in alone if name.startswith("buffers ")]
-    assert len(layers) == 5
+    assert len(layers) == len(LAYERS2D_NAMES) + 1  # and two side by side
     for name in layers:
         assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True))
 

@@ -315,10 +315,12 @@ def die_within_a_save(how: str, size: int) -> None:
 
 def test_a_kill_within_a_save_leaves_a_good_checkpoint(tmp_path):
     folder = RunFolder(tmp_path)
-    names = dict.fromkeys(utils.STATE, 0)
+    names = dict.fromkeys(utils.STATE, 0) | {"sampler": {"seconds": 0.0, "lr": 0.0}, "rng": [0], "config": {}}
 
     def state(n):
-        return names | {"model": {"w": torch.full((5000,), float(n))}, "config": {}, "epoch": n}
+        history = [{"epoch": epoch} for epoch in range(1, n + 1)]
+        model = {"w": torch.full((5000,), float(n))}
+        return names | {"model": model, "epoch": n, "history": history, "best": history[-1] if history else {}}
 
     folder.save(state(0))
     draw, good = random.Random(0), 0

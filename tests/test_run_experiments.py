@@ -16,7 +16,7 @@ from PIL import Image
 import run_experiments
 from experiments import points as sweep_points
 from experiments import runner
-from run_experiments import check_points, lock, name_points, read_sweep, summarize
+from run_experiments import check_points, leave_out_unread, lock, name_points, read_sweep, summarize
 
 ROOT = Path(run_experiments.__file__).parent
 
@@ -151,6 +151,49 @@ def test_a_sweep_of_several_programs(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("options", "grid", "names"),
+    [
+        ("", "{layer: [Attention, KvtAttention], K: [3, 4]}", "Attention KvtAttention_K-3 KvtAttention_K-4"),
+        ("", "[{layer: Attention}, {layer: Attention, K: 3}]", "Attention"),
+        ("", "{K: [3, 4], layer: [Attention]}", "Attention"),
+        ("layer: Attention", "{K: [3, 4], lr: [0.1, 0.2]}", "lr-0.1 lr-0.2"),
+        ("layer: ConvNN", "{K: [3, 4], kernel_size: [3, 5]}", "K-3 K-4"),
+        ("num_local_layers: 0", "{layer: [ConvNN, KvtAttention], K: [3, 4]}", "ConvNN KvtAttention"),
+        ("layer: ConvNN", "{sampling_type: [all, random], num_samples: [9, 10]}",
+         "sampling_type-all sampling_type-random_num_samples-9 sampling_type-random_num_samples-10"),
+        ("layer: ConvNN", "{similarity_type: [Col, Loc_Col], lambda_param: [0.3, 0.5]}",
+         "similarity_type-Col similarity_type-Loc-Col_lambda_param-0.3 similarity_type-Loc-Col_lambda_param-0.5"),
+        ("layer: BranchConv", "{branch_ratio: [0, 0.5], K: [3, 4]}",
+         "branch_ratio-0 branch_ratio-0.5_K-3 branch_ratio-0.5_K-4"),
+    ],
+)  # fmt: skip
+def test_an_axis_that_a_layer_does_not_read_multiplies_no_runs(options, grid, names, sweep):
+    text = "program: vit_main.py\noptions: {resize: 8, patch_size: 2, num_heads: 2, dataset: digits, %s}\ngrid: %s\n"
+    every = points_of(text % (options, grid))
+    points, line = leave_out_unread(every)
+    assert [point.name for point in points] == names.split()
+    assert line.endswith(f" left out there, {len(every)} combinations are {len(points)} runs") and "\n" not in line
+    check_points(points, Path("f"))
+    for point in every:  # each combination alone, as in a part of the sweep
+        (alone,), _ = leave_out_unread([point])
+        assert alone in points
+
+
+def test_an_axis_that_a_layer_does_not_read_is_said_and_empty_in_the_summary(sweep, capsys):
+    text = yaml.safe_dump(SWEEP | {"program": "vit_main.py", "grid": {"layer": ["Attention", "ConvNN"], "K": [3, 4]}})
+    Path("other.yaml").write_text(text)
+    assert run_experiments.main(["other.yaml"]) == 0
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.split(": ", 1)[1] == ("warning: K is not read under layer=Attention; left out there, 8 combinations are 6 runs")
+    rows = [(row["layer"], row["K"], row["runs"]) for row in read_csv("Output/sweeps/other/summary.csv")]
+    assert rows == [("Attention", "", "2"), ("ConvNN", "3", "2"), ("ConvNN", "4", "2")]
+    assert Path("Output/sweeps/other/top1_by_K.png").exists()
+    ended = len(notes("Output/sweeps/other"))
+    assert run_experiments.main(["other.yaml", "--set", "K=4"]) == 0  # a part: nothing is run again
+    assert len(notes("Output/sweeps/other")) == ended
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         ("program: main.py", "give allconvnet_main.py, vit_main.py or a Python file that has a PROGRAM"),
@@ -163,7 +206,7 @@ def test_a_sweep_of_several_programs(monkeypatch):
         ("program: [vit_main.py]", "give allconvnet_main.py, vit_main.py or a Python file"),
         ("program: vit_main.py\noptions: {3: 4}", "3 is not the name of an option"),
         ("program: vit_main.py\ngrid: {lr: [2020-01-01, 0.1]}", "lr has the value 2020-01-01"),
-        ("program: vit_main.py\ngrid: [{layer: Attention}, {layer: Attention, K: 9}]", "are the same run"),
+        ("program: vit_main.py\ngrid: [{layer: Attention}, {layer: Attention, dropout: 0.1}]", "are the same run"),
         ("program: vit_main.py\ngrid: {layer: [Attention, Atention]}", "Atention: --layer 'Atention'; did you mean Attention?"),
         ("program: vit_main.py\ngrid: {layer: [KvtAttention], K: [9, 999]}", "K-999: --K 999"),
         ("program: vit_main.py\ngrid: {kk: [9, 999]}", "unknown option --kk"),
@@ -187,6 +230,11 @@ def test_what_is_wrong_is_said_before_anything_starts(text, says, sweep, capsys)
     [
         "nowhere.yaml",
         "sweep.yaml --jobs 0",
+        "sweep.yaml --jobs 1_0",
+        "sweep.yaml --output_dir=",
+        "sweep.yaml --set help=1",
+        "sweep.yaml --set K=1:30",
+        "sweep.yaml --set K=*a",
         "sweep.yaml --set K",
         "sweep.yaml --set K=",
         "sweep.yaml --slurm a",

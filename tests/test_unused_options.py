@@ -189,6 +189,7 @@ ALLCONVNET_VALUES = TWO_VALUES | {
     "shuffle_scale": (2, 1),
     "padding": (0, 1),
     "branch_ratio": (0.5, 0.25),
+    "branch_join": ("relu", "conv1x1"),
     "graph_aggregation": ("max", "edge"),
     "score_temperature": (1.0, 2.0),
 }

@@ -195,10 +195,12 @@ def test_masks(line, grid, patch, steps):
     assert next(axes, None) is None
 
 
-@pytest.mark.parametrize("more", ["", "--augment --noise 0.2 --resize 12"])
+@pytest.mark.parametrize("more", ["", "--augment --auto_augment rand --random_erasing 1 --noise 0.2 --resize 12"])
 def test_samples_are_the_first_training_images(more):
     axes = drawn("samples", "--images", 10, "--seed", 3, *more.split()).axes
-    options = {"resize": 12, "augment": True, "noise": 0.2} if more else {"resize": 8}
+    options = (
+        {"resize": 12, "augment": True, "auto_augment": "rand", "random_erasing": 1.0, "noise": 0.2} if more else {"resize": 8}
+    )
     config = DataConfig(dataset="digits", num_workers=0, **options)
     data = load_data(config, batch_size=10, seed=3, device=torch.device("cpu"))
     images, labels = next(iter(data.train.epoch(0)))
@@ -253,12 +255,18 @@ def test_default_places_of_figures(runs, monkeypatch, tmp_path, capsys):
         ("masks --grid 3 3 --patch 3 0", "--patch 3 0 is not in the grid"),
         ("samples --dataset cifar10 --data_path nowhere", "nowhere"),
         ("samples --noise -1", "noise=-1.0"),
+        ("samples --images 401", "'401' is more than 400"),
+        ("masks --grid 1 \u00b2", "'\u00b2' is not a whole number of at least 1"),
+        ("masks --output a\0.png", "--output: 'a\\x00.png'"),
+        ("masks --output picture.png", "picture.png cannot be written (Is a directory)"),
+        ("samples --resize 16385", "resize=16385"),
     ],
 )
 def test_errors_are_one_line(line, says, runs, capsys, monkeypatch):
     monkeypatch.chdir(runs)
+    Path("picture.png").mkdir(exist_ok=True)
     with pytest.raises(SystemExit) as end:
-        visualize.main(line.split())
+        visualize.main(line.split(" "))
     text = capsys.readouterr().err
     assert end.value.code == 2 and says in text.splitlines()[-1] and "Traceback" not in text
     assert text.count("\n") == 1
@@ -308,3 +316,15 @@ def test_curves_of_all_that_a_folder_holds_can_be_drawn_twice(runs, tmp_path, ca
     with pytest.raises(SystemExit):
         visualize.main(["curves", str(tmp_path / "begun"), str(tmp_path / "notes.txt")])
     assert "begun holds no metrics.csv; give folders of runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_figure_that_does_not_fit_into_memory_is_one_line(error, monkeypatch, capsys):
+    def draw(args):
+        raise error
+
+    monkeypatch.setitem(visualize.DRAW, "masks", draw)
+    with pytest.raises(SystemExit):
+        visualize.main(["masks"])
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and "out of memory while drawing masks" in text

@@ -161,6 +161,7 @@ ODD = [
     ({"w": ONES.cfloat()}, "w is of complex numbers"),
     ({"state_dict": {"w": {"a": ONES}}}, "not tensors by name"),
     (ONES, "holds a Tensor"),
+    ({"module.w": ONES, "w": ONES}, "holds w twice, also as module.w"),
 ]
 
 

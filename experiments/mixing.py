@@ -1,0 +1,228 @@
+"""Which tokens each token of an image takes from, and with what weights: recorded from a model, layer by layer."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from experiments.trained import Run
+from graph_layers import AxialGraphMixer, GraphAggregation, GraphConv2d, GraphMixer
+from layers1d import MultiHeadConvNNAttention, MultiHeadKvtAttention, MultiHeadMixer
+from layers2d import Attention2d, ConvNN2d, ConvNNAttention2d
+from neighbors import find_neighbors, gather_neighbors, neighbor_scores, neighbor_weights
+from vit import ViT
+
+KINDS = (MultiHeadMixer, ConvNN2d, ConvNNAttention2d, Attention2d, GraphConv2d)
+ABSENT = -1  # in an index: a place that no token takes, as the token has fewer neighbors
+
+
+@dataclass
+class Mixing:
+    """How one layer mixes the tokens of B images with H heads: N tokens take from M keys.
+
+    Keys are the class tokens, then the grid in raster order; the N tokens that ask are those inside its ring of padding.
+    """
+
+    name: str
+    rule: str  # in words: how the K are chosen, and what their weights are
+    grid: tuple[int, int]  # sides of the grid of keys, ring of padding included
+    padding: int
+    class_tokens: int
+    index: Tensor  # (B, H, N, K), in the layer's order, ABSENT where there is none
+    weights: Tensor  # (B, H, N, K), 0 where absent
+    share: Tensor  # (B, H, N): of a token's whole weight, what the K hold
+    is_share: bool = True  # the weights of a token add up to one over all keys; False: raw scores
+    is_whole: bool = True  # the layer mixes no other pairs than these
+    scored: tuple | None = None  # query (B, H, N, d), key (B, H, M, d), metric, temperature of their softmax: if they decide
+
+    @property
+    def num_keys(self) -> int:
+        return self.class_tokens + self.grid[0] * self.grid[1]
+
+
+def record_mixing(model: nn.Module, images: Tensor, pairs: int) -> tuple[Tensor, list[Mixing]]:
+    """Logits of the images, and the mixing of each layer that mixes by neighbors or by a matrix; convolutions have neither.
+
+    Where a layer mixes all pairs, the `pairs` strongest of each token are kept.
+    """
+    found: list[Mixing] = []
+
+    def hook(name: str):
+        def record(module: nn.Module, inputs: tuple, output) -> None:
+            if isinstance(model, ViT):
+                mixing = _of_sequence(module, inputs[0], output[1], model.config.grid, pairs)
+            else:
+                mixing = _of_image(module, inputs[0], pairs)
+            if mixing is not None:
+                mixing.name = layer_name(name, "block" if isinstance(model, ViT) else "layer")
+                found.append(mixing)
+
+        return record
+
+    parts = {name: part for name, part in model.named_modules() if isinstance(part, KINDS)}
+    if isinstance(model, ViT):  # mixers of the user's own too, by their matrix
+        own = {f"blocks.{number}.mixer": block.mixer for number, block in enumerate(model.blocks)}
+        parts |= {name: part for name, part in own.items() if not any(isinstance(inner, KINDS) for inner in part.modules())}
+    handles = [part.register_forward_hook(hook(name)) for name, part in parts.items()]
+    with torch.no_grad():
+        logits = model(images, output_attentions=True)[0] if isinstance(model, ViT) else model(images)
+    for handle in handles:
+        handle.remove()
+    return logits, found
+
+
+def record_run(run: Run, pairs: int) -> tuple[Tensor, list[Mixing]]:
+    """`record_mixing` of a run on its images. Raises ValueError where no layer has neighbors or weights."""
+    logits, found = record_mixing(run.model, run.images, pairs)
+    if not found:
+        raise ValueError(
+            f"{run.folder}: layer={run.options.model.layer} has no neighbors or weights to show; a convolution has none"
+        )
+    return logits, found
+
+
+def layer_name(module: str, kind: str) -> str:
+    """What the layer is called that a module is part of: blocks.2.mixer.first -> block 3 (first).
+
+    In VGG and ResNet numbers are of all parts, and torchvision's names say more: features.3 -> layer features.3.
+    """
+    if re.match(r"features\.|conv1|layer\d", module):
+        return f"{kind} {module.removesuffix('.layer')}"
+    parts = module.split(".")
+    number = next((int(part) for part in parts if part.isdigit()), 0)
+    branch = next((f" ({part})" for part in parts if part in ("first", "second")), "")
+    return f"{kind} {number + 1}{branch}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The kinds of layers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _of_sequence(mixer: MultiHeadMixer, x: Tensor, matrix: Tensor | None, grid: tuple[int, int], pairs: int) -> Mixing | None:
+    """Of a mixer on tokens x (B, N, d_model), by what it is or else from its mixing matrix (B, H, N, N)."""
+    where = {"name": "", "grid": grid, "padding": 0, "class_tokens": x.shape[1] - grid[0] * grid[1]}
+    if isinstance(mixer, MultiHeadConvNNAttention):
+        query, key, _ = mixer.project(x)
+        query, key = (mixer.select.search_features(part.flatten(0, 1), mixer.layout.grid) for part in (query, key))
+        return _chosen(mixer, mixer.select(query, key, mixer.layout.grid), query, key, mixer.num_heads, where)
+    if isinstance(mixer, MultiHeadKvtAttention):
+        query, key = (part.flatten(0, 1) for part in mixer.project(x)[:2])
+        index = find_neighbors(query, key, mixer.K, "matmul")
+        rule = f"the {mixer.K} largest q · k of a token, weighed by their softmax"
+        return _scored(index, query, key, "matmul", mixer.score_temperature, mixer.num_heads, rule=rule, **where)
+    if isinstance(mixer, GraphMixer):
+        (x,) = mixer.project(x)
+        features = mixer.select.search_features(x, mixer.layout.grid)
+        index = mixer.select(features, features, mixer.layout.grid)[:, :, :: mixer.dilation]
+        return _joined(mixer.graph, x, index, _choice(mixer.select.neighbors, "features", index.shape[2]), where)
+    if isinstance(mixer, AxialGraphMixer):
+        return _of_axes(mixer, mixer.project(x)[0], pairs, where)
+    return None if matrix is None else _strongest(matrix, pairs, where)
+
+
+def _of_image(mixer: nn.Module, x: Tensor, pairs: int) -> Mixing:
+    """Of a mixer on an image x (B, C, H, W)."""
+    padding = mixer.padding if isinstance(mixer, ConvNN2d) else 0
+    tokens, grid = mixer.fold(x, padding)
+    where = {"name": "", "grid": grid, "padding": padding, "class_tokens": 0}
+    if isinstance(mixer, Attention2d):
+        query, key, _ = mixer.qkv(tokens).unflatten(2, (3, mixer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return _strongest((query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1), pairs, where)
+    if isinstance(mixer, ConvNNAttention2d):
+        query, key, _ = mixer.qkv(tokens).chunk(3, dim=-1)
+        query, key = (mixer.select.search_features(part, grid) for part in (query, key))
+        return _chosen(mixer, mixer.select(query, key, grid), query, key, 1, where)
+    if isinstance(mixer, GraphConv2d):
+        tokens = mixer.input(mixer.select.append_coordinates(tokens, grid))
+        features = mixer.select.search_features(tokens, grid)
+        rule = _choice(mixer.select.neighbors, "features")
+        return _joined(mixer.graph, tokens, mixer.select(features, features, grid), rule, where)
+    features = mixer.select.search_features(tokens, grid)
+    index = mixer.select(mixer.select.drop_padding(features, grid), features, grid)[:, None]
+    # The K values are not weighed: each has a matrix of its own, and what a slot can add is the norm of its matrix.
+    norms = mixer.conv.weight.norm(dim=(0, 1))
+    rule = f"{_choice(mixer.select.neighbors, 'features')}, a matrix each; their weight is the norm of the slot's matrix"
+    return _whole(index, (norms / norms.sum()).expand(index.shape), rule=rule, **where)
+
+
+def _chosen(mixer: nn.Module, index: Tensor, query: Tensor, key: Tensor, heads: int, where: dict) -> Mixing:
+    """Of ConvNN attention: index (B * H, N, K), query (B * H, N, d), key (B * H, M, d)."""
+    metric, softmax = mixer.select.neighbors.metric, mixer.softmax_topk_val
+    weighed = "the softmax of their scores" if softmax else "their scores"
+    rule = f"{_choice(mixer.select.neighbors, 'q and k')}, weighed by {weighed}"
+    return _scored(index, query, key, metric, mixer.score_temperature, heads, rule=rule, is_share=softmax, **where)
+
+
+def _scored(index, query, key, metric: str, temperature: float, heads: int, is_share: bool = True, **rest) -> Mixing:
+    scores = neighbor_scores(query, key, index, metric)
+    weights = neighbor_weights(scores, metric, softmax=is_share, temperature=temperature)
+    index, weights, query, key = (part.unflatten(0, (-1, heads)) for part in (index, weights, query, key))
+    return _whole(index, weights, scored=(query, key, metric, temperature), is_share=is_share, **rest)
+
+
+def _joined(graph: GraphAggregation, x: Tensor, index: Tensor, rule: str, where: dict) -> Mixing:
+    """Of a graph convolution: x (B, N, C), index (B, N, K); one graph for all heads."""
+    if graph.kind == "mean":
+        weights = torch.full(index.shape, 1 / index.shape[2])
+        rule += ", their mean"
+    else:
+        weights = _shares_of_maximum(graph.relative(x) if graph.kind == "edge" else x, index)
+        rule += ", their maximum; their weight is the share of the features that are theirs"
+    return _whole(index[:, None], weights[:, None], rule=rule, **where)
+
+
+def _of_axes(mixer: AxialGraphMixer, x: Tensor, pairs: int, where: dict) -> Mixing:
+    """Of GreedyViG, whose tokens have unlike numbers of neighbors: by the features that come from each token."""
+    index = mixer.near_candidates(x)  # of the patches; class tokens see everyone
+    everyone = torch.arange(x.shape[1]).expand(x.shape[0], where["class_tokens"], -1)
+    matrix = torch.cat(
+        [
+            x.new_zeros(*one.shape[:2], x.shape[1]).scatter_add(2, one, _shares_of_maximum(x, one))
+            for one in (everyone, index)
+            if one.shape[1]
+        ],
+        dim=1,
+    )
+    mixing = _strongest(matrix[:, None], pairs, where)
+    mixing.rule = f"near tokens of the own row and column, their maximum; {mixing.rule}, shares of the features"
+    return mixing
+
+
+def _shares_of_maximum(values: Tensor, index: Tensor) -> Tensor:
+    """Of the features of a token's maximum over its neighbors, the share that is of each: (B, M, C), (B, N, K) -> (B, N, K)."""
+    largest = gather_neighbors(values, index).argmax(dim=2, keepdim=True)  # (B, N, 1, C)
+    slots = torch.arange(index.shape[2])[:, None]
+    return (largest == slots).float().mean(dim=3)
+
+
+def _whole(index: Tensor, weights: Tensor, **rest) -> Mixing:
+    """Of a layer that mixes no other pairs than these."""
+    return Mixing(index=index, weights=weights, share=torch.ones(index.shape[:3]), **rest)
+
+
+def _choice(neighbors, of: str, K: int | None = None) -> str:
+    by = "location" if neighbors.similarity_type == "Loc" else f"{neighbors.metric} of {of}"
+    by += " and location" * (neighbors.similarity_type == "Loc_Col")
+    among = "" if neighbors.sampling == "all" else f" among {neighbors.sampling} candidates"
+    dilated = "" if K in (None, neighbors.K) else f"{K} of "
+    return f"{dilated}the {neighbors.K} nearest by {by}{among}"
+
+
+def _strongest(matrix: Tensor, pairs: int, where: dict) -> Mixing:
+    """Of a mixing matrix (B, H, N, N): the strongest pairs of each token; those of weight 0 are none."""
+    strength, index = matrix.abs().topk(min(pairs, matrix.shape[-1]), dim=-1)
+    is_whole = bool(((matrix != 0).sum(dim=-1) <= pairs).all())
+    rule = "all weights of a token" if is_whole else f"the {pairs} strongest of a token's {matrix.shape[-1]} weights"
+    return Mixing(
+        index=index.masked_fill(strength == 0, ABSENT),
+        weights=matrix.gather(-1, index),
+        share=strength.sum(dim=-1) / matrix.abs().sum(dim=-1),
+        is_share=bool((matrix >= 0).all() and (matrix.sum(dim=-1) - 1).abs().max() < 1e-3),
+        is_whole=is_whole,
+        rule=rule,
+        **where,
+    )

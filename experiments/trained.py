@@ -1,0 +1,103 @@
+"""Trained runs, read from their folders: options, models with the best weights, and test images as a person sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from options import PROGRAMS, Options, ViTConfig, read_yaml, resolve
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+
+class Run(NamedTuple):
+    """What is asked of a run when several are looked at together."""
+
+    name: str  # the name of its folder, or its path where two have the same name
+    folder: Path
+    options: Options
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    class_names: list[str]
+
+
+def read_config(folder: Path) -> dict:
+    """The options of the run in a folder by name, as they were written. Raises ValueError without a run."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no run: there is no config.yaml in it")
+    return read_yaml(str(path))
+
+
+def read_options(folder: Path, data_path: str | None = None) -> Options:
+    """The options of the run in a folder, with its data in `data_path` if that is given. Raises ValueError without a run."""
+    values = read_config(folder) | ({"data_path": data_path} if data_path else {})
+    program = PROGRAMS["vit_main.py" if "patch_size" in values else "allconvnet_main.py"]
+    return resolve(program.model, program.family, values)
+
+
+def load_model(folder: Path, options: Options, weights: str = "best.pt") -> nn.Module:
+    """The model of a run in eval mode on the CPU, with the weights in one of its files. Raises ValueError without that file."""
+    import utils
+    from registry import build_network
+    from runs.provenance import check_same_class
+    from vit import ViT
+
+    path = folder / weights
+    if not path.exists():
+        raise ValueError(f"{folder} holds no {weights}; its run has not ended its first epoch")
+    model = (ViT if isinstance(options.model, ViTConfig) else build_network)(options.model)
+    state = utils.load_checkpoint(path)
+    check_same_class(options.as_dict(), state.get("config") or {}, path, weights)
+    utils.load_weights(model, path, flag=weights, state=state)
+    return model.eval()
+
+
+def load_run(folder: Path, images: int, data_path: str | None) -> tuple[nn.Module, Tensor, Tensor, list[str]]:
+    """Model with the best weights, `images` test images (n, C, H, W) and their labels, all on the CPU, and class names."""
+    import torch
+
+    from dataset import load_data
+
+    options = read_options(folder, data_path)
+    model = load_model(folder, options)
+    config = dataclasses.replace(options.data, test_limit=images, num_workers=0, download=False)
+    data = load_data(config, batch_size=images, seed=options.train.seed, device=torch.device("cpu"), test_only=True)
+    shown, labels = next(iter(data.test.epoch(0)))
+    return model, shown, labels, data.class_names
+
+
+def load_runs(folders: list[Path], images: int, data_path: str | None) -> list[Run]:
+    """Several runs on the same test images. Raises ValueError where a run has others than the first one."""
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    runs: list[Run] = []
+    for name, folder in zip(names, folders, strict=True):
+        run = Run(name, folder, read_options(folder, data_path), *load_run(folder, images, data_path))
+        if runs and not (run.images.shape == runs[0].images.shape and run.images.equal(runs[0].images)):
+            raise ValueError(
+                f"{folder}: its images are {_images_of(run)}, and those of {folders[0]} {_images_of(runs[0])}; "
+                "runs side by side need the same (--dataset, --resize)"
+            )
+        runs.append(run)
+    return runs
+
+
+def _images_of(run: Run) -> str:
+    return f"of {run.options.data.dataset} at {' x '.join(map(str, run.images.shape[2:]))}"
+
+
+def as_picture(image: Tensor, dataset: str) -> np.ndarray:
+    """A normalized image (C, H, W) as matplotlib shows it: (H, W) grey or (H, W, 3), from 0 to 1."""
+    import torch
+
+    from dataset import IMAGENET_STATS, STATS
+
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in STATS.get(dataset, IMAGENET_STATS))
+    pixels = (image * std + mean).clamp(0, 1)
+    return pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
