@@ -66,6 +66,12 @@ NOISE_STREAM = {"train": TRAIN_NOISE, "val": VAL_NOISE, "test": TEST_NOISE}
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def channel_stats(dataset: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the channels, of pixels from 0 to 1: (C, 1, 1) each."""
+    mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in STATS.get(dataset, IMAGENET_STATS))
+    return mean, std
+
+
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int) -> Tensor:
     """Images (B, C, H, W) in a black border, cut back to (H, W) at (top, left) from 0 to 2 padding, some then mirrored.
 
@@ -117,9 +123,7 @@ class Batches:
     def __init__(self, index: np.ndarray, recipe: Recipe):
         self.num_samples = len(index)
         self.recipe = recipe
-        mean, std = STATS.get(recipe.dataset, IMAGENET_STATS)
-        self._mean = torch.tensor(mean, device=recipe.device).view(-1, 1, 1)
-        self._std = torch.tensor(std, device=recipe.device).view(-1, 1, 1)
+        self._mean, self._std = (numbers.to(recipe.device) for numbers in channel_stats(recipe.dataset))
 
     @property
     def _images_per_step(self) -> int:
@@ -226,6 +230,11 @@ class DeviceBatches(Batches):
         return crop_and_flip(images, top, left, flip, padding)
 
 
+def with_margin(sides: tuple[int, int]) -> tuple[int, int]:
+    """What images are resized to before their middle is cut out to these sides."""
+    return tuple(round(side * 256 / 224) for side in sides)
+
+
 def cover(sides: tuple[int, int], image):
     """A PIL image resized, in its own proportions, to the smallest that covers (height, width)."""
     (width, height), (rows, columns) = image.size, sides
@@ -237,14 +246,14 @@ def cover(sides: tuple[int, int], image):
 def read_image(path: str | os.PathLike, config: DataConfig) -> Tensor:
     """Any image file as evaluation under these options would see it: normalized (C, *config.resize).
 
-    Cut to the middle in the proportions of the model's images; data sets of small images are not cut at their border otherwise.
+    Cut to the middle, in the proportions of the model's images; for data sets of image files with a margin, as they are tested.
     Raises DataError for a file that cannot be read.
     """
     v2, info, sides = import_torchvision().transforms.v2, DATASETS[config.dataset], sides_of(config.resize)
     image = decode_image(os.fspath(path)).convert("L" if info.channels == 1 else "RGB")
-    larger = tuple(round(side * 256 / 224) for side in sides) if info.streamed else sides
-    pixels = v2.functional.pil_to_tensor(v2.functional.center_crop(cover(larger, image), list(sides)))
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in STATS.get(config.dataset, IMAGENET_STATS))
+    resized = cover(with_margin(sides) if info.streamed else sides, image)
+    pixels = v2.functional.pil_to_tensor(v2.functional.center_crop(resized, list(sides)))
+    mean, std = channel_stats(config.dataset)
     return pixels.float().div_(255).sub_(mean).div_(std)
 
 
@@ -258,7 +267,7 @@ class _ImageFiles(Dataset):
         if recipe.augment:
             steps = [v2.RandomResizedCrop(sides), v2.RandomHorizontalFlip()]
         else:
-            steps = [partial(cover, tuple(round(side * 256 / 224) for side in sides)), v2.CenterCrop(sides)]
+            steps = [partial(cover, with_margin(sides)), v2.CenterCrop(sides)]
         if recipe.auto_augment != "none":
             steps.append(make_policy(recipe.auto_augment))
         self.transform = v2.Compose([*steps, v2.PILToTensor()])

@@ -121,12 +121,9 @@ class PlacedPattern(ConstantTables):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, H, N, d) each -> mixed values (B, H, N, d), and the matrix (B, H, N, N) if asked for."""
         if self.blocks is not None and not (output_matrix or dropout) and self.blocks.covers(query):
-            try:
-                return self.blocks(query, key, value), None
-            except (torch.OutOfMemoryError, torch.AcceleratorError):
-                raise  # nothing that another kernel would not meet
-            except Exception as error:  # no compiler, an old driver
-                backend.note_failure(error)
+            found = backend.attempt(self.blocks, query, key, value)
+            if found is not None:
+                return found, None
         plain = backend.chosen() == "reference"  # which materializes all scores
         if self.is_dense or output_matrix or plain:
             mask = self.mask if self.is_dense else self.make_mask(query.device)

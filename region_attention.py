@@ -29,6 +29,11 @@ def region_tables(layout: TokenLayout, region_size: int) -> dict[str, Tensor]:
     return {"regions": regions, "order": order, "region_of": order // regions.shape[1]}
 
 
+def by_region(x: Tensor, regions: Tensor, class_tokens: int) -> Tensor:
+    """(B, H, N, d) of all tokens -> (B, H, R, s, d) of the patches, by the table `regions` (R, s)."""
+    return x[:, :, class_tokens:].index_select(2, regions.flatten()).unflatten(2, regions.shape)
+
+
 class RegionMixer(MultiHeadMixer):
     """A mixer whose tokens choose the `top_regions` best of R regions, the square ones of side `region_size` of the grid.
 
@@ -53,9 +58,7 @@ class RegionMixer(MultiHeadMixer):
         self.top_regions = top_regions
 
     def by_region(self, x: Tensor) -> Tensor:
-        """(B, H, N, d) of all tokens -> (B, H, R, s, d) of the patches."""
-        patches = x[:, :, self.layout.class_tokens :]
-        return patches.index_select(2, self.regions.flatten()).unflatten(2, self.regions.shape)
+        return by_region(x, self.regions, self.layout.class_tokens)
 
 
 class BiLevelRoutingAttention(RegionMixer):
@@ -200,5 +203,4 @@ class ContextClusterMixer(MultiHeadMixer):
 
     def centers(self, x: Tensor) -> Tensor:
         """Means over the regions: (B, H, N, d) of all tokens -> (B, H, R, d)."""
-        patches = x[:, :, self.layout.class_tokens :]
-        return patches.index_select(2, self.regions.flatten()).unflatten(2, self.regions.shape).mean(dim=3)
+        return by_region(x, self.regions, self.layout.class_tokens).mean(dim=3)

@@ -411,7 +411,7 @@ def _test(run: _Run) -> None:
         raise RunError(f"--test_only: --resize {as_words(options.data.resize)} with {path}: {error}") from None
     if processes.first:
         say_what_is_assumed(options, state, path, changes)
-        say_what_was_loaded(loaded, path)
+        say_what_was_loaded(loaded, path, model)
     processes.connect(device)
     data = _load_data(run, device)
     model.to(device)
@@ -466,7 +466,7 @@ def _train(run: _Run) -> None:
         notes = list_of_loaded(loaded, path)
         if processes.first:
             say_what_differs(options.model, state, path)
-            say_what_was_loaded(loaded, path)
+            say_what_was_loaded(loaded, path, model)
     elif train.checkpoint and processes.first:
         print(f"warning: --checkpoint {train.checkpoint} is not read: --resume goes on from {found[1]}", file=sys.stderr)
     elif processes.first and found is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset import IMAGENET_STATS, STATS
+from dataset import channel_stats
 from experiments.figures import color_of
 from experiments.measures import (
     distance_shares,
@@ -118,7 +118,7 @@ def _window(mixing: Mixing) -> Tensor:
 
 def _under_changes(run: Run, found: list[Mixing], K: int, noise: float) -> list[dict]:
     """Overlap with the choice on flipped images (flipped back), and on images with noise of this deviation on the pixels."""
-    std = torch.tensor(STATS.get(run.options.data.dataset, IMAGENET_STATS)[1]).view(-1, 1, 1)
+    _, std = channel_stats(run.options.data.dataset)
     drawn = torch.randn(run.images.shape, generator=torch.Generator().manual_seed(0))
     _, flipped = record_mixing(run.model, run.images.flip(3), K)
     _, noisy = record_mixing(run.model, run.images + drawn * noise / std, K)

@@ -94,10 +94,8 @@ def _images_of(run: Run) -> str:
 
 def as_picture(image: Tensor, dataset: str) -> np.ndarray:
     """A normalized image (C, H, W) as matplotlib shows it: (H, W) grey or (H, W, 3), from 0 to 1."""
-    import torch
+    from dataset import channel_stats
 
-    from dataset import IMAGENET_STATS, STATS
-
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in STATS.get(dataset, IMAGENET_STATS))
+    mean, std = channel_stats(dataset)
     pixels = (image * std + mean).clamp(0, 1)
     return pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()

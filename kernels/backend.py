@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -49,6 +49,17 @@ def note_failure(error: Exception) -> None:
     global _failure
     _failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
     warnings.warn(f"Triton kernels are not used: {_failure[:300]}", stacklevel=2)
+
+
+def attempt(compute: Callable, *given):
+    """What `compute(*given)` returns, or None where Triton could not compile it, which is then noted."""
+    try:
+        return compute(*given)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # nothing that another kernel would not meet
+    except Exception as error:  # no ptxas, an old driver, a tile that is too large for the device
+        note_failure(error)
+        return None
 
 
 @torch.compiler.assume_constant_result

@@ -347,13 +347,8 @@ def _on_cuda(name: str) -> Callable:
     def compute(*given):
         if backend.may_use_triton():
             kernels = backend.triton_kernels()
-            if covers(kernels, *given):
-                try:
-                    return getattr(kernels, name)(*given)
-                except (torch.OutOfMemoryError, torch.AcceleratorError):
-                    raise  # nothing that another kernel would not meet
-                except Exception as error:  # no ptxas, an old driver, a tile that is too large for the device
-                    backend.note_failure(error)
+            if covers(kernels, *given) and (found := backend.attempt(getattr(kernels, name), *given)) is not None:
+                return found
         return any_device(*given)
 
     return compute

@@ -14,11 +14,16 @@ BLOCK = re.compile(r"(?:blocks|layers)\.(\d+)\.")
 UNDECAYED = ("pos_embedding", "class_token")  # and all vectors: norms, biases, gates
 
 
+def head_of(model: nn.Module) -> str:
+    """What the names of the classifier's parameters begin with."""
+    return getattr(model, "head", HEAD)
+
+
 def freeze(model: nn.Module, part: str | None) -> None:
     """Under `backbone` let the classifier alone learn. Raises RunError for a model without one."""
     if part is None:
         return
-    head = getattr(model, "head", HEAD)
+    head = head_of(model)
     if not any(name.startswith(head) for name, _ in model.named_parameters()):
         raise RunError(f"--freeze {part}: this model has no parameter {head}*, which is what would be left to train")
     for name, parameter in model.named_parameters():

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from options import AsTrained, ModelConfig, Options, as_words, assumed_options, same_value
 from runs import RunError
 from runs.checkpoints import Loaded
-
-HEADS = ("classifier.weight", "classifier.6.weight", "fc.weight")  # the last linear of a ViT or stack, of VGG, of ResNet
+from runs.parameters import head_of
 
 
 def options_as_trained(
@@ -65,11 +66,11 @@ def say_what_differs(model: ModelConfig, state: dict, path: Path) -> None:
             print(f"warning: {path} was trained with {'; '.join(differences)}", file=sys.stderr)
 
 
-def say_what_was_loaded(loaded: Loaded, path: Path) -> None:
+def say_what_was_loaded(loaded: Loaded, path: Path, model: nn.Module) -> None:
     """A line where the weights in a file are not just those of the model, and one more if the classifier starts anew."""
-    for name in HEADS:
-        if name in loaded.new:
-            print(f"warning: {path}: a new head, {name} is {loaded.new[name]}", file=sys.stderr)
+    name = f"{head_of(model)}weight"
+    if name in loaded.new:
+        print(f"warning: {path}: a new head, {name} is {loaded.new[name]}", file=sys.stderr)
     if loaded.new or loaded.unused or loaded.resampled:
         print(f"weights of {path}: {_counts(loaded)}")
 
