@@ -61,6 +61,7 @@ def choose(
     with torch.no_grad():
         if topk == "gumbel":
             noise = -torch.empty_like(scores).exponential_().log()
+            # Masked once more: noise can be infinite.
             index = nearest(scores / temperature + noise, K, candidates, self_index)
             chosen = scores.gather(2, index)
         else:
