@@ -100,4 +100,4 @@ def mix_straight_through(
         out = mix(values, index, weights * kept)
     others = shares.scatter(2, index, 0).to(values.dtype) @ values  # (B, N, C)
     soft = mix(values, index, shares.gather(2, index) * kept) + mix_last(others)
-    return out + (soft - soft.detach()).to(out.dtype)
+    return out + (soft - soft.detach())

@@ -255,6 +255,15 @@ class Recomputed(nn.Module):
 # --- images, types, transforms ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("metric", ["matmul", "cosine", "euclidean"])
+def test_under_autocast_scores_are_not_rounded(metric):
+    query, key = torch.randn(2, 5, 3), torch.randn(2, 7, 3)
+    expected = choose(query, key, 2, metric, topk="straight_through")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = choose(query, key, 2, metric, topk="straight_through")
+    assert torch.equal(found.index, expected.index) and torch.equal(found.shares, expected.shares)
+
+
 @pytest.mark.parametrize("kind", LEARNED)
 def test_on_images_and_sequences_it_is_the_same(kind):
     """ConvNN attention on (B, C, H, W) and on (B, N, C) without a class token, one head, and as one row of pixels."""
@@ -318,16 +327,22 @@ def test_under_autocast_and_in_bfloat16(model, kind):
         assert kind == "gumbel" or model == "ConvNN_Attn" or torch.equal(*found)
 
 
-@pytest.mark.parametrize("kind", LEARNED)
-def test_a_graph_without_breaks_is_the_layer(kind):
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("straight_through", kvt(3)),
+        ("gumbel", convnn(3, sampling_type="random", num_samples=6, convolution_type="depthwise-separable")),
+    ],
+    ids=LEARNED,
+)
+def test_a_graph_without_breaks_is_the_layer(kind, make):
     torch._dynamo.reset()
-    for make in (kvt(3), convnn(3, sampling_type="random", num_samples=6, convolution_type="depthwise-separable")):
-        (layer,) = twins(make, kind)
-        x = tokens()
-        expected, expected_gradients = gradients(layer, x)
-        found, found_gradients = gradients(Compiled(layer), x)
-        torch.testing.assert_close(found, expected, **EXACT)
-        assert_same_gradients({name.removeprefix("layer."): g for name, g in found_gradients.items()}, expected_gradients)
+    (layer,) = twins(make, kind)
+    x = tokens()
+    expected, expected_gradients = gradients(layer, x)
+    found, found_gradients = gradients(Compiled(layer), x)
+    torch.testing.assert_close(found, expected, **EXACT)
+    assert_same_gradients({name.removeprefix("layer."): g for name, g in found_gradients.items()}, expected_gradients)
 
 
 class Compiled(nn.Module):
@@ -342,12 +357,13 @@ class Compiled(nn.Module):
 
 def test_in_evaluation_no_pair_is_scored_but_the_chosen(monkeypatch):
     monkeypatch.setattr("choice.all_pair_scores", lambda *_: pytest.fail("scores of all pairs"))
-    for make in (kvt(3), convnn(3)):
-        for kind in ("hard", *LEARNED):
+    on_sequence = lambda kind: ConvNNAttention1d(N, 6, NeighborConfig(K=3), topk=kind)  # noqa: E731
+    for make in (kvt(3), convnn(3), on_sequence):
+        for kind in LEARNED:
             (layer,) = twins(make, kind)
             layer.eval()(tokens())
-            exported = torch.export.export(layer, (tokens().detach(),))
-            assert not [node for node in exported.graph.nodes if "exponential" in str(node.target)]
+        exported = torch.export.export(layer, (tokens().detach(),))
+        assert not [node for node in exported.graph.nodes if "exponential" in str(node.target)]
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
