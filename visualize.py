@@ -164,22 +164,24 @@ def draw_neighbors(args: argparse.Namespace) -> Figure:
     import torch
     from matplotlib.figure import Figure
 
-    from layers1d import NeighborSelection
+    from graph_layers import GraphMixer
+    from selection import NeighborSelection
 
     options = read_options(args.run, args.data_path)
     model, images, labels, names = load_run(args.run, args.images, args.data_path)
     found: list[tuple[str, NeighborSelection, tuple, torch.Tensor]] = []
 
-    def record(name: str) -> Callable:
+    def record(name: str, dilation: int) -> Callable:
         def hook(module, inputs, output):
             index = output[0] if isinstance(output, tuple) else output  # where scores come with it
-            found.append((name, module, inputs[2], index.unflatten(0, (len(images), -1))))
+            found.append((name, module, inputs[2], index.unflatten(0, (len(images), -1))[..., ::dilation]))
 
         return hook
 
     for name, module in model.named_modules():
         if isinstance(module, NeighborSelection):
-            module.register_forward_hook(record(name))
+            mixer = model.get_submodule(name.rpartition(".")[0])
+            module.register_forward_hook(record(name, mixer.dilation if isinstance(mixer, GraphMixer) else 1))
     with torch.no_grad():
         predicted = model(images).argmax(dim=1)
     if not found:
