@@ -1,6 +1,6 @@
 """What a trained run says of images: the likeliest classes of each, as a table and as a picture.
 
-python predict.py --run Output/ViT/digits/Attention some.png folder_of_images
+python predict.py --run Output/ViT/Attention some.png folder_of_images
 """
 
 from __future__ import annotations
