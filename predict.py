@@ -94,7 +94,7 @@ def draw_sheet(rows: list[dict], pictures: list):
     """The first images, each with its likeliest classes."""
     from matplotlib.figure import Figure
 
-    from visualize import show_picture
+    from experiments.pictures import show_picture
 
     columns = min(8, len(pictures))
     lines = -(-len(pictures) // columns)
