@@ -17,8 +17,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from cli import (
-    OneLineParser,
+from cli import OneLineParser, make_parser, over, read_values, read_yaml
+from hosts import HOSTS, RESNET, STEMS, VGG, Place, choose, default_stem, places_of
+from machine import cpu_cores
+from option_fields import (
     Spec,
     address_hint,
     as_words,
@@ -27,17 +29,11 @@ from cli import (
     check_value,
     decide,
     did_you_mean,
-    make_parser,
     option,
-    over,
-    read_values,
-    read_yaml,
     redefault,
     shown,
     specs,
 )
-from hosts import HOSTS, RESNET, STEMS, VGG, Place, choose, default_stem, places_of
-from machine import cpu_cores
 from own_mixer import NO_FLAGS, OwnMixer, flag_of, is_address, label_of, lines_of_help, load, settle, split_layers
 from reading import as_text, what_is_wrong_with
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli import as_number, new_path, number_type
+from cli import new_path, number_type
 from experiments.figures import (
     COLORS,
     LINE_STYLES,
@@ -37,6 +37,7 @@ from experiments.pictures import (  # noqa: F401  some are only offered from her
 )
 from experiments.points import readable
 from experiments.trained import as_picture, load_model, load_run, read_config, read_options  # noqa: F401  some only offered
+from option_fields import as_number
 from options import DATASETS, OneLineParser
 from runs.streams import run_program
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cli import as_words
+from option_fields import as_words
 from options import RESUME_MAY_CHANGE, ModelConfig, TrainConfig, program_of, same_value, specs
 from runs import RunError
 from runs.checkpoints import DamagedError, load_run_state
