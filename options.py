@@ -17,8 +17,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from cli import (
-    OneLineParser,
+from cli import OneLineParser, make_parser, over, read_values, read_yaml
+from hosts import HOSTS, RESNET, STEMS, VGG, Place, choose, default_stem, places_of
+from machine import cpu_cores
+from option_fields import (
     Spec,
     address_hint,
     as_words,
@@ -27,17 +29,11 @@ from cli import (
     check_value,
     decide,
     did_you_mean,
-    make_parser,
     option,
-    over,
-    read_values,
-    read_yaml,
     redefault,
     shown,
     specs,
 )
-from hosts import HOSTS, RESNET, STEMS, VGG, Place, choose, default_stem, places_of
-from machine import cpu_cores
 from own_mixer import NO_FLAGS, OwnMixer, flag_of, is_address, label_of, lines_of_help, load, settle, split_layers
 from reading import as_text, what_is_wrong_with
 
@@ -395,6 +391,7 @@ class ModelConfig(NeighborConfig):
     heading = "model and layer"
     rows: ClassVar[dict[str, Row]] = {}
     sizes: ClassVar[tuple[str, str]]  # what a layer gets by position
+    unscored: ClassVar[frozenset[str]]  # layers that look for neighbors and have no use for their scores
 
     drop_path: float = option(
         0.0,
@@ -500,6 +497,9 @@ class ModelConfig(NeighborConfig):
                 continue
             if getattr(self, other) in values and (defaults or getattr(self, name) != own[name].default):
                 found[name] = other
+        readers = {layer for layer in in_use if "magnitude_type" in self._options_of(layer)}
+        if self.similarity_type == "Loc" and readers <= self.unscored:  # which rank by distance then
+            found.setdefault("magnitude_type", "similarity_type")
         return found
 
     def _options_of(self, layer: str) -> set[str]:
@@ -532,6 +532,7 @@ class AllConvNetConfig(ModelConfig):
     rows: ClassVar[dict[str, Row]] = LAYERS2D_ROWS
 
     sizes: ClassVar[tuple[str, str]] = ("in_channels", "out_channels")
+    unscored: ClassVar[frozenset[str]] = frozenset({"ConvNN", "ViG"})
 
     model: str = option(
         "allconvnet",
@@ -696,8 +697,6 @@ class AllConvNetConfig(ModelConfig):
         elif self.branch_ratio in (0, 1):
             found["branch_join"] = "branch_ratio"
         found["drop_path"] = "layer"  # a stack, and a host of convolutions, has none in its blocks
-        if self.similarity_type == "Loc" and "ConvNN_Attn" not in self.layers_in_use():
-            found.setdefault("magnitude_type", "similarity_type")  # ConvNN ranks by distance then and has no scores
         return found
 
     def branches(self, out_channels: int) -> list[tuple[str, int]]:
@@ -793,6 +792,7 @@ class ViTConfig(ModelConfig):
 
     rows: ClassVar[dict[str, Row]] = LAYERS1D_ROWS
     sizes: ClassVar[tuple[str, str]] = ("d_model", "num_heads")
+    unscored: ClassVar[frozenset[str]] = frozenset({"ViG"})
 
     model: str = option("vit", "ViT, or the flags of a ConViT; others given beside it win", choices=tuple(VIT_MODELS))
     layer: str = of_model("Attention", f"token mixer of the blocks{OWN_LAYER}", choices=LAYERS1D_NAMES, address=True)
