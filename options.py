@@ -241,7 +241,7 @@ LAYERS1D_ROWS = {
     "BranchAttention": Row("layers1d:BranchingAttention", f"branch_ratio {CONVNN}", branches=("ConvNNAttention", "Attention")),
     "ViG": Row("graph_layers:GraphMixer", "neighbors layout aggregation=graph_aggregation dilation bias=biases"),
     "GreedyViG": Row("graph_layers:AxialGraphMixer", "layout dilation bias=biases"),
-    "BiFormer": Row("region_attention:BiLevelRoutingAttention", REGIONS),
+    "BiFormer": Row("region_attention:BiLevelRoutingAttention", f"{REGIONS} value_convolution"),
     "BlockTopK": Row("region_attention:BlockTopKAttention", REGIONS),
     "PaCa": Row("region_attention:PatchToClusterAttention", f"num_clusters {PAIRS}"),
     "ContextCluster": Row("region_attention:ContextClusterMixer", "layout region_size bias=biases"),
@@ -864,6 +864,9 @@ class ViTConfig(ModelConfig):
     )
     region_size: int = option(2, "BiFormer, BlockTopK, ContextCluster: side of a region in patches", low=1, high=SIDE)
     top_regions: int = option(4, "BiFormer, BlockTopK: regions that are attended to", low=1, high=TOKENS)
+    value_convolution: int = option(
+        0, "BiFormer: side of the depthwise convolution of the values that is added, odd; 0: off", low=0, high=SIDE
+    )
     num_clusters: int = option(16, "PaCa: clusters that are attended to", low=1, high=TOKENS)
     branch_ratio: float = option(0.5, "BranchConv, BranchAttention: share of the ConvNN branch", low=0, high=1)
     mask_type: str = option("2d_all_neighbors", "MaskedAttention: which patches are near", choices=MASK_TYPES)
@@ -969,6 +972,8 @@ class ViTConfig(ModelConfig):
             regions = math.prod(self.grid) // math.prod(sides)
             if "top_regions" in row.arguments and self.top_regions > regions:
                 raise ValueError(f"top_regions={self.top_regions} is more than the {regions} regions there are")
+        if self.layer == "BiFormer":
+            check_value_convolution(self.value_convolution, sequence_grid(self.grid))
         if self.layer == "NeighborhoodAttention":
             check_window(self.kernel_size, self.dilation, sequence_grid(self.grid))
         if self.layer == "Hybrid":
@@ -1040,6 +1045,17 @@ def region_sides(region_size: int, grid: tuple[int, int]) -> tuple[int, int]:
     if any(side % part for side, part in zip(grid, sides, strict=True)):
         raise ValueError(f"region_size={region_size} does not divide the {_sides(grid)} grid of patches; use one that does")
     return sides
+
+
+def check_value_convolution(kernel_size: int, grid: tuple[int, ...]) -> None:
+    """Raise ValueError if a convolution of this side has no middle, or taps that no two patches of the grid need; 0 is none."""
+    if kernel_size < 0 or (kernel_size and kernel_size % 2 == 0):
+        raise ValueError(f"value_convolution={kernel_size} must be odd, or 0 for none")
+    most = 2 * min(grid) - 1
+    if kernel_size > most:
+        raise ValueError(
+            f"value_convolution={kernel_size} reaches over the whole grid of patches, {_sides(grid)}; it can be at most {most}"
+        )
 
 
 def check_window(

@@ -185,6 +185,7 @@ VIT_VALUES = TWO_VALUES | {
     "topk": ("hard", "gumbel"),
     "region_size": (2, 1),
     "top_regions": (2, 3),
+    "value_convolution": (3, 0),
     "num_clusters": (5, 4),
     "branch_ratio": (0.5, 0.25),
     "mask_type": ("2d_cardinal", "1d_cardinal"),
