@@ -76,6 +76,7 @@ def make_config(**options):
         "nystrom_conv_kernel": 3,
         "hybrid_dilations": (1,),
         "region_size": 1,
+        "value_convolution": 3,
         "dropout": 0.0,
         "attention_dropout": 0.0,
         "num_classes": 5,
@@ -121,6 +122,7 @@ def test_layers_are_what_the_name_says_and_follow_the_flags(layer):
         locality_strength=3.0,
         graph_aggregation="mean",
         top_regions=3,
+        value_convolution=5,
         num_clusters=7,
         branch_ratio=0.25,
         convolution_type="standard",
@@ -152,6 +154,8 @@ def test_layers_are_what_the_name_says_and_follow_the_flags(layer):
         assert mixer.dilation == 2 and mixer.select.neighbors.K == 10 and mixer.graph.kind == "mean"
     if layer in ("BiFormer", "BlockTopK"):
         assert mixer.regions.shape == (12, 1) and mixer.top_regions == 3
+    if layer == "BiFormer":
+        assert mixer.conv.weight.shape == (16, 1, 5, 5)
     if layer == "PaCa":
         assert mixer.cluster.weight.shape == (7, 16)
     if layer == "Linformer":
@@ -195,8 +199,9 @@ def test_every_layer_trains_a_step(layer, pool):
     before.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        # What the last block of GPSA knows of places does not reach the class token, whose row is by content only.
-        unread = layer == "GPSA" and pool == "cls" and name.startswith(("blocks.1.mixer.gate", "blocks.1.mixer.pos_proj"))
+        # What the last block does with places alone does not reach the class token.
+        by_place = {"GPSA": ("blocks.1.mixer.gate", "blocks.1.mixer.pos_proj"), "BiFormer": ("blocks.1.mixer.conv",)}
+        unread = pool == "cls" and name.startswith(by_place.get(layer, ()))
         assert unread or parameter.grad.abs().sum() > 0, name
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert F.cross_entropy(model(x), labels) < before
