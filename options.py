@@ -54,6 +54,7 @@ __all__ = [
     "RESUME_MAY_CHANGE",
     "SHUFFLE_PATTERNS",
     "SYSTEM",
+    "TOPKS",
     "VIT_MODELS",
     "AllConvNetConfig",
     "BenchmarkConfig",
@@ -74,6 +75,7 @@ __all__ = [
     "check_heads",
     "check_slots",
     "check_temperature",
+    "check_topk",
     "check_window",
     "did_you_mean",
     "dilate",
@@ -109,6 +111,7 @@ MASK_TYPES = ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbor
 PERFORMER_KERNELS = ("softmax", "relu")
 BRANCH_JOINS = ("relu", "conv1x1")
 GRAPH_AGGREGATIONS = ("max", "mean", "edge")
+TOPKS = ("hard", "straight_through", "gumbel")
 CONVIT_SIZES = {"Ti": (192, 4), "Ti_plus": (256, 4), "S": (432, 9), "S_plus": (576, 9), "B": (768, 16), "B_plus": (1024, 16)}
 CONVOLUTION_TYPES = ("standard", "depthwise", "depthwise-separable")
 
@@ -191,7 +194,7 @@ class Row(NamedTuple):
 
 BY_PLACE = "place_attention"
 PAIRS = "attention_dropout bias=biases"  # of layers that weigh pairs of tokens
-CONVNN = f"neighbors layout convolution_type softmax_topk_val score_temperature {PAIRS}"
+CONVNN = f"neighbors layout convolution_type softmax_topk_val score_temperature topk {PAIRS}"
 REGIONS = f"layout region_size top_regions {PAIRS}"
 CONV1D = "kernel_size layout convolution_type bias=biases"
 BIASES = {"attention_bias", "qkv_bias", "proj_bias"}
@@ -202,7 +205,7 @@ LAYERS2D_ROWS = {
     "ConvNN": Row("layers2d:ConvNN2d", f"neighbors padding image_size bias {SHUFFLES}"),
     "ConvNN_Attn": Row(
         "layers2d:ConvNNAttention2d",
-        f"neighbors score_temperature convolution_type attention_dropout image_size {SHUFFLES}",
+        f"neighbors score_temperature topk convolution_type attention_dropout image_size {SHUFFLES}",
     ),
     "Attention": Row("layers2d:Attention2d", f"num_heads attention_dropout {SHUFFLES}"),
     "ViG": Row("graph_layers:GraphConv2d", f"num_heads neighbors aggregation=graph_aggregation image_size {SHUFFLES}"),
@@ -213,7 +216,7 @@ LAYERS1D_ROWS = {
     "ConvNNAttention": Row("layers1d:MultiHeadConvNNAttention", CONVNN),
     "Conv1d": Row("layers1d:MultiHeadConv1d", CONV1D),
     "Conv1dAttention": Row("layers1d:MultiHeadConv1dAttention", CONV1D),
-    "KvtAttention": Row("layers1d:MultiHeadKvtAttention", f"K score_temperature {PAIRS}"),
+    "KvtAttention": Row("layers1d:MultiHeadKvtAttention", f"K score_temperature topk {PAIRS}"),
     "LocalAttention": Row(f"{BY_PLACE}:MultiHeadLocalAttention", f"layout window_size {PAIRS}"),
     "SparseAttention": Row(
         f"{BY_PLACE}:MultiHeadSparseAttention", f"layout mode=sparse_mode context=sparse_context_window {PAIRS}"
@@ -238,7 +241,7 @@ LAYERS1D_ROWS = {
     "BranchAttention": Row("layers1d:BranchingAttention", f"branch_ratio {CONVNN}", branches=("ConvNNAttention", "Attention")),
     "ViG": Row("graph_layers:GraphMixer", "neighbors layout aggregation=graph_aggregation dilation bias=biases"),
     "GreedyViG": Row("graph_layers:AxialGraphMixer", "layout dilation bias=biases"),
-    "BiFormer": Row("region_attention:BiLevelRoutingAttention", REGIONS),
+    "BiFormer": Row("region_attention:BiLevelRoutingAttention", f"{REGIONS} value_convolution"),
     "BlockTopK": Row("region_attention:BlockTopKAttention", REGIONS),
     "PaCa": Row("region_attention:PatchToClusterAttention", f"num_clusters {PAIRS}"),
     "ContextCluster": Row("region_attention:ContextClusterMixer", "layout region_size bias=biases"),
@@ -560,6 +563,12 @@ class AllConvNetConfig(ModelConfig):
     score_temperature: float = option(
         1.0, "ConvNN attention: what scores are divided by before the softmax", low=1e-6, high=1e6
     )
+    topk: str = option(
+        "hard",
+        "ConvNN attention: the choice of neighbors in training, hard, or learned by a gradient for all candidates, of the "
+        "nearest (straight_through) or of K drawn by their scores (gumbel)",
+        choices=TOPKS,
+    )
     padding: int = option(0, "ConvNN: zero ring around the image that takes part in the search", low=0, high=SIDE)
     branch_ratio: float = option(0.5, "A/B: share of the output channels of B; 0 and 1 build the single layer", low=0, high=1)
     branch_join: str = option("relu", "A/B: ReLU after each, or a 1 x 1 convolution of both", choices=BRANCH_JOINS)
@@ -759,6 +768,8 @@ class AllConvNetConfig(ModelConfig):
             self.neighbors.check_candidates(grid)
         if "convolution_type" in options:
             check_slots(self.convolution_type, self.aggregation_type)
+        if "topk" in options:
+            check_topk(self.topk, self.similarity_type)
 
 
 # What `model` stands for (ConViT: d'Ascoli et al., arXiv 2103.10697).
@@ -832,6 +843,12 @@ class ViTConfig(ModelConfig):
     score_temperature: float = option(
         1.0, "ConvNN layers, KvtAttention: what scores are divided by before the softmax", low=1e-6, high=1e6
     )
+    topk: str = option(
+        "hard",
+        "ConvNN layers, KvtAttention: the choice of neighbors in training, hard, or learned by a gradient for all candidates, "
+        "of the nearest (straight_through) or of K drawn by their scores (gumbel)",
+        choices=TOPKS,
+    )
     coordinate_encoding: bool = option(False, "short for --similarity_type Loc_Col")
     kernel_size: int = option(
         9, "Conv1d, Conv1dAttention, BranchConv: tokens; NeighborhoodAttention: side of the window, odd", low=1, high=SIDE
@@ -847,6 +864,9 @@ class ViTConfig(ModelConfig):
     )
     region_size: int = option(2, "BiFormer, BlockTopK, ContextCluster: side of a region in patches", low=1, high=SIDE)
     top_regions: int = option(4, "BiFormer, BlockTopK: regions that are attended to", low=1, high=TOKENS)
+    value_convolution: int = option(
+        0, "BiFormer: side of the depthwise convolution of the values that is added, odd; 0: off", low=0, high=SIDE
+    )
     num_clusters: int = option(16, "PaCa: clusters that are attended to", low=1, high=TOKENS)
     branch_ratio: float = option(0.5, "BranchConv, BranchAttention: share of the ConvNN branch", low=0, high=1)
     mask_type: str = option("2d_all_neighbors", "MaskedAttention: which patches are near", choices=MASK_TYPES)
@@ -937,6 +957,8 @@ class ViTConfig(ModelConfig):
             self.check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
             if "convolution_type" in row.arguments:
                 check_slots(self.convolution_type or "depthwise", self.aggregation_type)
+            if "topk" in row.arguments:
+                check_topk(self.topk, self.similarity_type, self.softmax_topk_val)
             if self.coordinate_encoding and self.similarity_type == "Loc":
                 raise ValueError("coordinate_encoding=True is short for similarity_type=Loc_Col, not Loc; drop one of them")
         elif "K" in row.arguments:
@@ -950,6 +972,8 @@ class ViTConfig(ModelConfig):
             regions = math.prod(self.grid) // math.prod(sides)
             if "top_regions" in row.arguments and self.top_regions > regions:
                 raise ValueError(f"top_regions={self.top_regions} is more than the {regions} regions there are")
+        if self.layer == "BiFormer":
+            check_value_convolution(self.value_convolution, sequence_grid(self.grid))
         if self.layer == "NeighborhoodAttention":
             check_window(self.kernel_size, self.dilation, sequence_grid(self.grid))
         if self.layer == "Hybrid":
@@ -985,6 +1009,21 @@ def check_temperature(score_temperature: float) -> None:
         raise ValueError(f"score_temperature={score_temperature} must be above 0")
 
 
+def check_topk(topk: str, similarity_type: str = "Col", softmax_topk_val: bool = True) -> None:
+    """Raise ValueError for an unknown choice of neighbors, or for one that these options leave nothing to learn."""
+    if topk not in TOPKS:
+        raise ValueError(f"topk={topk!r} is not one of {', '.join(TOPKS)}")
+    if topk == "hard":
+        return
+    if similarity_type == "Loc":
+        raise ValueError(
+            f"topk={topk} learns a choice by content, and similarity_type=Loc chooses by location; "
+            "use Col or Loc_Col, or topk=hard"
+        )
+    if not softmax_topk_val:
+        raise ValueError(f"topk={topk} needs the softmax of the scores; use softmax_topk_val=True, or topk=hard")
+
+
 def dilate(neighbors: NeighborConfig, dilation: int) -> NeighborConfig:
     """The neighbors of which every `dilation`-th is taken. Raises ValueError where there are not K * dilation candidates."""
     if dilation < 1:
@@ -1006,6 +1045,17 @@ def region_sides(region_size: int, grid: tuple[int, int]) -> tuple[int, int]:
     if any(side % part for side, part in zip(grid, sides, strict=True)):
         raise ValueError(f"region_size={region_size} does not divide the {_sides(grid)} grid of patches; use one that does")
     return sides
+
+
+def check_value_convolution(kernel_size: int, grid: tuple[int, ...]) -> None:
+    """Raise ValueError if a convolution of this side has no middle, or taps that no two patches of the grid need; 0 is none."""
+    if kernel_size < 0 or (kernel_size and kernel_size % 2 == 0):
+        raise ValueError(f"value_convolution={kernel_size} must be odd, or 0 for none")
+    most = 2 * min(grid) - 1
+    if kernel_size > most:
+        raise ValueError(
+            f"value_convolution={kernel_size} reaches over the whole grid of patches, {_sides(grid)}; it can be at most {most}"
+        )
 
 
 def check_window(
@@ -1362,7 +1412,7 @@ def parse_options(
 
 
 # Options of a model that change neither its weights nor what it computes when it is evaluated.
-ONLY_IN_TRAINING = {"dropout", "attention_dropout", "drop_path", "initializer_range"}
+ONLY_IN_TRAINING = {"dropout", "attention_dropout", "drop_path", "initializer_range", "topk"}
 # Those that the shapes of its weights show; `model` stands for others.
 SHOWN_BY_SHAPES = set(
     "model num_layers channels patch_size d_model d_mlp kernel_size attention_bias qkv_bias proj_bias patch_norm final_norm "

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 def start(command, rank=0, world=1, port=0, **more):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC")}
-    environment |= {"PYTHONPATH": str(ROOT)}  # for what torchrun starts
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # what torchrun starts has one thread, as forks have
     if world > 1:
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}

@@ -39,6 +39,10 @@ VIT = [
     ("--layer ConvNNAttention --kernel_size 3 --K 5 --no-softmax_topk_val", ["--kernel_size 3"]),
     ("--layer ConvNN --no-softmax_topk_val --score_temperature 2", ["--score_temperature 2.0"]),
     ("--layer KvtAttention --no-softmax_topk_val --score_temperature 2", ["--softmax_topk_val False"]),
+    ("--topk gumbel", ["--topk gumbel is not used by --layer Attention"]),
+    ("--layer KvtAttention --topk gumbel --K 1", []),
+    ("--layer KvtAttention --topk gumbel --no-softmax_topk_val", ["--softmax_topk_val False"]),
+    ("--layer ViG --topk straight_through", ["--topk straight_through is not used by --layer ViG"]),
     ("--layer Conv1d --attention_dropout 0.2 --kernel_size 3", ["--attention_dropout 0.2"]),
     ("--layer Conv1d --num_local_layers 2 --attention_dropout 0.2", []),  # of the Attention after them
     ("--layer Conv1d --num_local_layers 0 --kernel_size 3", ["--kernel_size 3 is not used by --num_local_layers 0"]),
@@ -75,6 +79,8 @@ ALLCONVNET = [
     ("--shuffle_pattern NA --shuffle_scale 4", ["--shuffle_scale 4 is not used by --shuffle_pattern NA"]),
     ("--similarity_type Loc --magnitude_type matmul", ["--magnitude_type matmul is not used by --similarity_type Loc"]),
     ("--similarity_type Loc --magnitude_type matmul --layer ConvNN_Attn", []),
+    ("--topk gumbel", ["--topk gumbel is not used by --layer ConvNN"]),  # its values are not weighed
+    ("--topk gumbel --layer Conv2d/ConvNN_Attn", []),
     ("--sampling_type spatial --num_samples 8", []),
     ("--drop_path 0.1", ["--drop_path 0.1 is not used by --layer ConvNN"]),
     ("--layer Conv2d --aggregation_type Loc_Col --attention_dropout 0.1", ["--attention_dropout 0.1"]),
@@ -176,8 +182,10 @@ VIT_VALUES = TWO_VALUES | {
     "dilation": (1, 2),
     "graph_aggregation": ("max", "edge"),
     "score_temperature": (1.0, 2.0),
+    "topk": ("hard", "gumbel"),
     "region_size": (2, 1),
     "top_regions": (2, 3),
+    "value_convolution": (3, 0),
     "num_clusters": (5, 4),
     "branch_ratio": (0.5, 0.25),
     "mask_type": ("2d_cardinal", "1d_cardinal"),
@@ -204,6 +212,7 @@ ALLCONVNET_VALUES = TWO_VALUES | {
     "branch_join": ("relu", "conv1x1"),
     "graph_aggregation": ("max", "edge"),
     "score_temperature": (1.0, 2.0),
+    "topk": ("hard", "gumbel"),
 }
 
 
