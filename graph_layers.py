@@ -143,12 +143,19 @@ class AxialGraphMixer(MultiHeadMixer):
         """(B, P, A) candidates of every patch, with the patch itself in the place of those that are too far."""
         own = self.candidates[:, :1]  # (P, 1)
         index = self.candidates.expand(x.shape[0], -1, -1)
-        distance = -neighbor_scores(x[:, self.layout.class_tokens :], x, index, "euclidean")
+        distance = self.distances(x, index)
         others = (self.candidates != own).to(distance.dtype)  # (P, A)
         count = others.sum().clamp(min=1)
         mean = (distance * others).sum(dim=(1, 2), keepdim=True) / count
         deviation = (((distance - mean) ** 2 * others).sum(dim=(1, 2), keepdim=True) / count).sqrt()
         return torch.where(distance < mean - deviation, index, own)
+
+    def distances(self, x: Tensor, index: Tensor) -> Tensor:
+        """(B, P, A) of the patches to their candidates, by products: a fraction of the time of differences."""
+        products = neighbor_scores(x[:, self.layout.class_tokens :], x, index, "matmul") * x.shape[2] ** 0.5
+        lengths = x.to(products.dtype).square().sum(dim=2)  # (B, N)
+        others = lengths.gather(1, index.flatten(1)).view(index.shape)
+        return (lengths[:, self.layout.class_tokens :, None] + others - 2 * products).clamp(min=0).sqrt()
 
 
 def axial_candidates(layout: TokenLayout, dilation: int) -> dict[str, Tensor]:

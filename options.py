@@ -17,8 +17,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from cli import (
-    OneLineParser,
+from cli import OneLineParser, make_parser, over, read_values, read_yaml
+from hosts import HOSTS, RESNET, STEMS, VGG, Place, choose, default_stem, places_of
+from machine import cpu_cores
+from option_fields import (
     Spec,
     address_hint,
     as_words,
@@ -27,17 +29,11 @@ from cli import (
     check_value,
     decide,
     did_you_mean,
-    make_parser,
     option,
-    over,
-    read_values,
-    read_yaml,
     redefault,
     shown,
     specs,
 )
-from hosts import HOSTS, RESNET, STEMS, VGG, Place, choose, default_stem, places_of
-from machine import cpu_cores
 from own_mixer import NO_FLAGS, OwnMixer, flag_of, is_address, label_of, lines_of_help, load, settle, split_layers
 from reading import as_text, what_is_wrong_with
 
@@ -245,7 +241,7 @@ LAYERS1D_ROWS = {
     "BranchAttention": Row("layers1d:BranchingAttention", f"branch_ratio {CONVNN}", branches=("ConvNNAttention", "Attention")),
     "ViG": Row("graph_layers:GraphMixer", "neighbors layout aggregation=graph_aggregation dilation bias=biases"),
     "GreedyViG": Row("graph_layers:AxialGraphMixer", "layout dilation bias=biases"),
-    "BiFormer": Row("region_attention:BiLevelRoutingAttention", REGIONS),
+    "BiFormer": Row("region_attention:BiLevelRoutingAttention", f"{REGIONS} value_convolution"),
     "BlockTopK": Row("region_attention:BlockTopKAttention", REGIONS),
     "PaCa": Row("region_attention:PatchToClusterAttention", f"num_clusters {PAIRS}"),
     "ContextCluster": Row("region_attention:ContextClusterMixer", "layout region_size bias=biases"),
@@ -398,6 +394,7 @@ class ModelConfig(NeighborConfig):
     heading = "model and layer"
     rows: ClassVar[dict[str, Row]] = {}
     sizes: ClassVar[tuple[str, str]]  # what a layer gets by position
+    unscored: ClassVar[frozenset[str]]  # layers that look for neighbors and have no use for their scores
 
     drop_path: float = option(
         0.0,
@@ -503,6 +500,9 @@ class ModelConfig(NeighborConfig):
                 continue
             if getattr(self, other) in values and (defaults or getattr(self, name) != own[name].default):
                 found[name] = other
+        readers = {layer for layer in in_use if "magnitude_type" in self._options_of(layer)}
+        if self.similarity_type == "Loc" and readers <= self.unscored:  # which rank by distance then
+            found.setdefault("magnitude_type", "similarity_type")
         return found
 
     def _options_of(self, layer: str) -> set[str]:
@@ -535,6 +535,7 @@ class AllConvNetConfig(ModelConfig):
     rows: ClassVar[dict[str, Row]] = LAYERS2D_ROWS
 
     sizes: ClassVar[tuple[str, str]] = ("in_channels", "out_channels")
+    unscored: ClassVar[frozenset[str]] = frozenset({"ConvNN", "ViG"})
 
     model: str = option(
         "allconvnet",
@@ -705,8 +706,6 @@ class AllConvNetConfig(ModelConfig):
         elif self.branch_ratio in (0, 1):
             found["branch_join"] = "branch_ratio"
         found["drop_path"] = "layer"  # a stack, and a host of convolutions, has none in its blocks
-        if self.similarity_type == "Loc" and "ConvNN_Attn" not in self.layers_in_use():
-            found.setdefault("magnitude_type", "similarity_type")  # ConvNN ranks by distance then and has no scores
         return found
 
     def branches(self, out_channels: int) -> list[tuple[str, int]]:
@@ -804,6 +803,7 @@ class ViTConfig(ModelConfig):
 
     rows: ClassVar[dict[str, Row]] = LAYERS1D_ROWS
     sizes: ClassVar[tuple[str, str]] = ("d_model", "num_heads")
+    unscored: ClassVar[frozenset[str]] = frozenset({"ViG"})
 
     model: str = option("vit", "ViT, or the flags of a ConViT; others given beside it win", choices=tuple(VIT_MODELS))
     layer: str = of_model("Attention", f"token mixer of the blocks{OWN_LAYER}", choices=LAYERS1D_NAMES, address=True)
@@ -864,6 +864,9 @@ class ViTConfig(ModelConfig):
     )
     region_size: int = option(2, "BiFormer, BlockTopK, ContextCluster: side of a region in patches", low=1, high=SIDE)
     top_regions: int = option(4, "BiFormer, BlockTopK: regions that are attended to", low=1, high=TOKENS)
+    value_convolution: int = option(
+        0, "BiFormer: side of the depthwise convolution of the values that is added, odd; 0: off", low=0, high=SIDE
+    )
     num_clusters: int = option(16, "PaCa: clusters that are attended to", low=1, high=TOKENS)
     branch_ratio: float = option(0.5, "BranchConv, BranchAttention: share of the ConvNN branch", low=0, high=1)
     mask_type: str = option("2d_all_neighbors", "MaskedAttention: which patches are near", choices=MASK_TYPES)
@@ -969,6 +972,8 @@ class ViTConfig(ModelConfig):
             regions = math.prod(self.grid) // math.prod(sides)
             if "top_regions" in row.arguments and self.top_regions > regions:
                 raise ValueError(f"top_regions={self.top_regions} is more than the {regions} regions there are")
+        if self.layer == "BiFormer":
+            check_value_convolution(self.value_convolution, sequence_grid(self.grid))
         if self.layer == "NeighborhoodAttention":
             check_window(self.kernel_size, self.dilation, sequence_grid(self.grid))
         if self.layer == "Hybrid":
@@ -1040,6 +1045,17 @@ def region_sides(region_size: int, grid: tuple[int, int]) -> tuple[int, int]:
     if any(side % part for side, part in zip(grid, sides, strict=True)):
         raise ValueError(f"region_size={region_size} does not divide the {_sides(grid)} grid of patches; use one that does")
     return sides
+
+
+def check_value_convolution(kernel_size: int, grid: tuple[int, ...]) -> None:
+    """Raise ValueError if a convolution of this side has no middle, or taps that no two patches of the grid need; 0 is none."""
+    if kernel_size < 0 or (kernel_size and kernel_size % 2 == 0):
+        raise ValueError(f"value_convolution={kernel_size} must be odd, or 0 for none")
+    most = 2 * min(grid) - 1
+    if kernel_size > most:
+        raise ValueError(
+            f"value_convolution={kernel_size} reaches over the whole grid of patches, {_sides(grid)}; it can be at most {most}"
+        )
 
 
 def check_window(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from layers1d import Bias, MultiHeadMixer, TokenLayout, attend, mixing_matrix
 from neighbors import find_neighbors, neighbor_scores, neighbor_weights, weighted_sum
-from options import region_sides
+from options import check_value_convolution, region_sides
 
 
 def region_tables(layout: TokenLayout, region_size: int) -> dict[str, Tensor]:
@@ -62,14 +62,57 @@ class RegionMixer(MultiHeadMixer):
 
 
 class BiLevelRoutingAttention(RegionMixer):
-    """Bi-level routing attention (BiFormer, Zhu et al., arXiv 2303.08810, section 3.2), without its convolution of the values.
+    """Bi-level routing attention (BiFormer, Zhu et al., arXiv 2303.08810, section 3.2).
 
     A region is routed to the `top_regions` regions whose mean keys have the largest products with its mean query, all heads
     together; its patches attend to the patches of those. With all regions, or with one, it is `MultiHeadAttention`.
     Keys and values are copied `top_regions` times, not once for every query.
+
+    Args:
+        value_convolution: side of the depthwise convolution of the values on the grid that is added to the patches (the
+            paper's local context enhancement, 5), without bias; 0: none. The mixing matrix does not hold it.
+
+    Raises ValueError as `RegionMixer`, and for a value_convolution that is even but not 0, or that reaches over the grid.
     """
 
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        layout: TokenLayout,
+        region_size: int,
+        top_regions: int,
+        value_convolution: int = 0,
+        attention_dropout: float = 0.0,
+        bias: Bias = True,
+    ):
+        super().__init__(
+            d_model,
+            num_heads,
+            layout=layout,
+            region_size=region_size,
+            top_regions=top_regions,
+            attention_dropout=attention_dropout,
+            bias=bias,
+        )
+        check_value_convolution(value_convolution, layout.grid)
+        self.conv = None
+        if value_convolution:
+            kernel = [value_convolution if side > 1 else 1 for side in (layout.height, layout.width)]
+            self.conv = nn.Conv2d(d_model, d_model, kernel, padding="same", groups=d_model, bias=False)
+
     def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
+        out, matrix = self.mix_regions(query, key, value, output_matrix)
+        return (out if self.conv is None else out + self.convolve(value)), matrix
+
+    def convolve(self, value: Tensor) -> Tensor:
+        """The convolution of the values of the patches, and zeros for class tokens: (B, H, N, d) -> the same."""
+        c, layout = self.layout.class_tokens, self.layout
+        image = value[:, :, c:].mT.flatten(1, 2).unflatten(2, (layout.height, layout.width))  # (B, H * d, h, w)
+        return F.pad(self.conv(image).flatten(2).unflatten(1, (self.num_heads, -1)).mT, (0, 0, c, 0))
+
+    def mix_regions(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
         c = self.layout.class_tokens
         queries, keys, values = (self.by_region(part) for part in (query, key, value))  # (B, H, R, s, d)
         means = [part.detach().mean(dim=3).transpose(1, 2).flatten(2) for part in (queries, keys)]  # (B, R, H * d)

@@ -279,15 +279,17 @@ def max_neighbors(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     flat, rows = values.reshape(-1, C), flat_index(index, M)  # (B * N, K)
     tokens = index.reshape(-1, K).int()
     largest, winner = values.new_empty(B * N, C), values.new_empty(B * N, C, dtype=torch.int32)
+    small = torch.uint8 if K <= 256 else torch.int32  # less to move than tokens
     for part in range(0, B * N, rows_per_chunk(C, CHUNK)):
         part = slice(part, part + rows_per_chunk(C, CHUNK))
-        best, best_token = flat[rows[part, 0]], tokens[part, :1].expand(-1, C)
+        best = flat.index_select(0, rows[part, 0])
+        slot = torch.zeros(best.shape, dtype=small, device=best.device)
+        other = torch.empty_like(best)
         for k in range(1, K):
-            other = flat[rows[part, k]]
-            is_larger = other > best
-            best = torch.where(is_larger, other, best)
-            best_token = torch.where(is_larger, tokens[part, k, None], best_token)
-        largest[part], winner[part] = best, best_token
+            torch.index_select(flat, 0, rows[part, k], out=other)
+            slot.masked_fill_(other > best, k)
+            torch.maximum(best, other, out=best)
+        largest[part], winner[part] = best, tokens[part].gather(1, slot.long())
     return largest.view(B, N, C), winner.view(B, N, C)
 
 

@@ -30,6 +30,7 @@ VARIANTS = [
     ),
     {"layer": "Performer", "performer_kernel": "relu"},
     {"layer": "Nystromformer", "nystrom_conv_kernel": 5},
+    {"layer": "BiFormer", "value_convolution": 5},
     {"layer": "Linformer", "linformer_k": 8},
     {"layer": "Linformer", "linformer_k": 64, "image_size": 64},
 ]

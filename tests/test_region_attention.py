@@ -89,6 +89,32 @@ def test_routing(layout, kind, top):
     check(layer, x, *plain_attention(layer, x, allowed))
 
 
+@layouts
+@pytest.mark.parametrize("side", [1, 3, 5])
+def test_the_convolution_of_the_values(layout, side):
+    """Patch by patch, tap by tap: what is added before the output projection. Class tokens get nothing of it."""
+    options = {"layout": layout, "region_size": 2, "top_regions": 2}
+    layer = BiLevelRoutingAttention(12, 3, **options, value_convolution=side).double()
+    plain = BiLevelRoutingAttention(12, 3, **options).double()
+    plain.qkv, plain.proj = layer.qkv, layer.proj
+    x, c = tokens(layout), layout.class_tokens
+    values, weight = layer.qkv(x)[:, :, 24:], layer.conv.weight
+    rows = 1 if layout.height == 1 else side
+    assert weight.shape == (12, 1, rows, side)
+    added = []
+    for i in range(layout.num_patches):
+        total = torch.zeros(len(x), 12, dtype=x.dtype)
+        for j in range(layout.num_patches):
+            down = j // layout.width - i // layout.width + rows // 2
+            right = j % layout.width - i % layout.width + side // 2
+            if 0 <= down < rows and 0 <= right < side:
+                total = total + weight[:, 0, down, right] * values[:, c + j]
+        added.append(total)
+    added = torch.cat([torch.zeros(len(x), c, 12, dtype=x.dtype), torch.stack(added, dim=1)], dim=1)
+    expected, matrix = plain(x, output_attentions=True)
+    check(layer, x, expected + F.linear(added, layer.proj.weight), matrix)
+
+
 @pytest.mark.parametrize("kind, heads", [(BlockTopKAttention, 3), (BiLevelRoutingAttention, 1)])
 def test_regions_of_one_patch_are_nearest_neighbors(kind, heads):
     """KVT attention, and ConvNN attention with depthwise weights of one."""
@@ -190,6 +216,9 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             RegionMixer(12, 3, layout=layout, region_size=region_size, top_regions=top)
+    for side, message in ((2, "value_convolution=2 must be odd"), (9, "9 reaches over the whole grid of patches, 4 x 6")):
+        with pytest.raises(ValueError, match=message):
+            BiLevelRoutingAttention(12, 3, layout=layout, region_size=2, top_regions=2, value_convolution=side)
     with pytest.raises(ValueError, match="num_clusters=0"):
         PatchToClusterAttention(12, 3, num_clusters=0)
     with pytest.raises(ValueError, match="score_temperature=0 must be above 0"):

@@ -64,6 +64,9 @@ VIT = [
     ("--drop_path 0.1 --qkv_bias False", []),
     ("--drop_path 0.1 --num_layers 1", ["--drop_path 0.1 is not used by --num_layers 1"]),
     ("--layer Conv1d --no-proj_bias --num_local_layers 0", []),
+    ("--layer ViG --similarity_type Loc --magnitude_type distance",
+     ["--magnitude_type distance is not used by --similarity_type Loc"]),
+    ("--layer ConvNN --similarity_type Loc --magnitude_type distance", []),
     ("--pool mean --lr 0.1 --patch_size 32 --momentum 0.5 --d_hidden 64 --num_heads 2", []),
 ]  # fmt: skip
 ALLCONVNET = [
@@ -97,6 +100,15 @@ def test_each_option_without_effect_is_named_in_a_line(program, line, expected, 
     for start in expected:
         (one,) = [each for each in found if each.startswith(start)]
         assert " is not used by --" in one
+
+
+def test_a_layer_of_ones_own_may_have_a_use_for_scores(tmp_path, capsys):
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\nclass Searching(nn.Conv2d):\n    def __init__(self, in_channels, out_channels, *, neighbors):\n"
+        "        super().__init__(in_channels, out_channels, 1)\n"
+    )
+    line = f"--layer ConvNN/{tmp_path / 'own.py'}:Searching --similarity_type Loc --magnitude_type matmul"
+    assert warnings(line, capsys, "allconvnet_main.py") == []
 
 
 SMALL_VIT = "--resize 8 --patch_size 4 --num_layers 1 --num_heads 1 --d_model 8 --d_mlp 8"
@@ -173,6 +185,7 @@ VIT_VALUES = TWO_VALUES | {
     "topk": ("hard", "gumbel"),
     "region_size": (2, 1),
     "top_regions": (2, 3),
+    "value_convolution": (3, 0),
     "num_clusters": (5, 4),
     "branch_ratio": (0.5, 0.25),
     "mask_type": ("2d_cardinal", "1d_cardinal"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 import yaml
+from side_by_side import SideBySide, in_groups
 from torch import nn
 from torch.nn import functional as F
 
@@ -75,6 +76,7 @@ def make_config(**options):
         "nystrom_conv_kernel": 3,
         "hybrid_dilations": (1,),
         "region_size": 1,
+        "value_convolution": 3,
         "dropout": 0.0,
         "attention_dropout": 0.0,
         "num_classes": 5,
@@ -120,6 +122,7 @@ def test_layers_are_what_the_name_says_and_follow_the_flags(layer):
         locality_strength=3.0,
         graph_aggregation="mean",
         top_regions=3,
+        value_convolution=5,
         num_clusters=7,
         branch_ratio=0.25,
         convolution_type="standard",
@@ -151,6 +154,8 @@ def test_layers_are_what_the_name_says_and_follow_the_flags(layer):
         assert mixer.dilation == 2 and mixer.select.neighbors.K == 10 and mixer.graph.kind == "mean"
     if layer in ("BiFormer", "BlockTopK"):
         assert mixer.regions.shape == (12, 1) and mixer.top_regions == 3
+    if layer == "BiFormer":
+        assert mixer.conv.weight.shape == (16, 1, 5, 5)
     if layer == "PaCa":
         assert mixer.cluster.weight.shape == (7, 16)
     if layer == "Linformer":
@@ -194,8 +199,9 @@ def test_every_layer_trains_a_step(layer, pool):
     before.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        # What the last block of GPSA knows of places does not reach the class token, whose row is by content only.
-        unread = layer == "GPSA" and pool == "cls" and name.startswith(("blocks.1.mixer.gate", "blocks.1.mixer.pos_proj"))
+        # What the last block does with places alone does not reach the class token.
+        by_place = {"GPSA": ("blocks.1.mixer.gate", "blocks.1.mixer.pos_proj"), "BiFormer": ("blocks.1.mixer.conv",)}
+        unread = pool == "cls" and name.startswith(by_place.get(layer, ()))
         assert unread or parameter.grad.abs().sum() > 0, name
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert F.cross_entropy(model(x), labels) < before
@@ -253,11 +259,13 @@ def test_bfloat16_autocast(layer):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize("layer", LAYERS1D)
-def test_compiles_without_a_graph_break(layer):
+@pytest.mark.parametrize("layers", in_groups(LAYERS1D_NAMES, 3), ids="-".join)
+def test_compiles_without_a_graph_break(layers):
     """In training, with activations that are recomputed and candidates that are drawn inside the graph."""
     options = {"sampling_type": "random", "num_samples": 5, "similarity_type": "Loc_Col"}
-    model, x = make(layer=layer, num_layers=1, **options).double(), images().double()
+    model, x = make(num_layers=1), images().double()
+    model.blocks[0].mixer = SideBySide([make(layer=layer, num_layers=1, **options).blocks[0].mixer for layer in layers])
+    model.double()
     model.blocks[0].drop_path.rate = 0.5  # which the last of several blocks has
     model.recompute = True
     torch._dynamo.reset()
