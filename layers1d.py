@@ -15,16 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from choice import choose, mix_straight_through
 from layers2d import (
     Attention2d,
     ConvNN2d,
     ConvNNAttention2d,
+    learned_slot_convolution,
     make_convolution,
     make_slot_convolution,
     slot_convolution,
 )
 from neighbors import NeighborConfig, find_scored_neighbors, neighbor_weights, weighted_sum
-from options import branch_widths, check_heads, check_slots, check_temperature, sequence_grid
+from options import branch_widths, check_heads, check_slots, check_temperature, check_topk, sequence_grid
 from selection import ConstantTables, NeighborSelection
 
 
@@ -221,8 +223,10 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
         convolution_type: over the slots, standard, depthwise or depthwise-separable, without bias.
         softmax_topk_val: weigh values by the softmax of the scores; False: by the raw scores.
         score_temperature: what scores are divided by before the softmax; towards 0, the nearest neighbor has all the weight.
+        topk: hard, or how the choice of neighbors is learned in training: straight_through, gumbel (`choice.py`).
 
-    Raises ValueError if K, the samples, the heads, the temperature or the convolution type do not fit.
+    Raises ValueError if K, the samples, the heads, the temperature or the convolution type do not fit, and for a choice that
+    cannot be learned: by location, or without the softmax.
     """
 
     def __init__(
@@ -235,12 +239,14 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
         convolution_type: str = "depthwise",
         softmax_topk_val: bool = True,
         score_temperature: float = 1.0,
+        topk: str = "hard",
         attention_dropout: float = 0.0,
         bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
         check_temperature(score_temperature)
-        self.score_temperature = score_temperature
+        check_topk(topk, neighbors.similarity_type, softmax_topk_val)
+        self.score_temperature, self.topk = score_temperature, topk
         grid = layout.grid
         self.select = NeighborSelection(
             neighbors, axes=len(grid), self_first=False, class_tokens=layout.class_tokens, grid=grid
@@ -257,12 +263,17 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
         heads, grid = query.shape[:2], self.layout.grid
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B * H, N, d)
         query, key = (self.select.search_features(part, grid) for part in (query, key))
-        index, scores = self.select(query, key, grid, scored=True)  # (B * H, N, K) each
-        weights = neighbor_weights(
-            scores, self.select.neighbors.metric, softmax=self.softmax_topk_val, temperature=self.score_temperature
-        )
         values = self.select.append_coordinates(value, grid)
-        out = slot_convolution(self.conv, values, index, F.dropout(weights, self.dropout))
+        if self.topk != "hard" and self.training:
+            choice = self.select.choose(query, key, grid, self.topk, self.score_temperature)
+            index, weights = choice.index, choice.weights
+            out = learned_slot_convolution(self.conv, values, choice, self.dropout)
+        else:
+            index, scores = self.select(query, key, grid, scored=True)  # (B * H, N, K) each
+            weights = neighbor_weights(
+                scores, self.select.neighbors.metric, softmax=self.softmax_topk_val, temperature=self.score_temperature
+            )
+            out = slot_convolution(self.conv, values, index, F.dropout(weights, self.dropout))
         return out.unflatten(0, heads), mixing_matrix(index, weights, self.num_heads) if output_matrix else None
 
 
@@ -284,8 +295,9 @@ class MultiHeadConvNN(MultiHeadConvNNAttention):
 class MultiHeadKvtAttention(MultiHeadMixer):
     """k-NN attention (KVT, Wang et al., arXiv 2106.00515): softmax over the K largest scores of a query, the rest zero.
 
-    With K = N it is `MultiHeadAttention`. Scores are divided by `score_temperature` before the softmax. Raises ValueError for a
-    temperature that is not above 0, and for a K that is more than there are tokens.
+    With K = N it is `MultiHeadAttention`. Scores are divided by `score_temperature` before the softmax; `topk` is that of
+    `MultiHeadConvNNAttention`. Raises ValueError for a temperature that is not above 0, for a K that is more than there are
+    tokens, and for an unknown `topk`.
     """
 
     def __init__(
@@ -295,6 +307,7 @@ class MultiHeadKvtAttention(MultiHeadMixer):
         K: int,
         *,
         score_temperature: float = 1.0,
+        topk: str = "hard",
         attention_dropout: float = 0.0,
         bias: Bias = True,
     ):
@@ -302,14 +315,20 @@ class MultiHeadKvtAttention(MultiHeadMixer):
         if K < 1:
             raise ValueError(f"K={K} must be at least 1")
         check_temperature(score_temperature)
-        self.K, self.score_temperature = K, score_temperature
+        check_topk(topk)
+        self.K, self.score_temperature, self.topk = K, score_temperature, topk
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
         heads = query.shape[:2]
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B * H, N, d)
-        index, scores = find_scored_neighbors(query, key, self.K, "matmul")  # (B * H, N, K) each
-        weights = neighbor_weights(scores, "matmul", temperature=self.score_temperature)
-        out = weighted_sum(value, index, F.dropout(weights, self.dropout))
+        if self.topk != "hard" and self.training:
+            choice = choose(query, key, self.K, "matmul", topk=self.topk, temperature=self.score_temperature)
+            index, weights = choice.index, choice.weights
+            out = mix_straight_through(choice, value, self.dropout, weighted_sum, mix_last=nn.Identity())
+        else:
+            index, scores = find_scored_neighbors(query, key, self.K, "matmul")  # (B * H, N, K) each
+            weights = neighbor_weights(scores, "matmul", temperature=self.score_temperature)
+            out = weighted_sum(value, index, F.dropout(weights, self.dropout))
         return out.unflatten(0, heads), mixing_matrix(index, weights, self.num_heads) if output_matrix else None
 
 
@@ -408,6 +427,7 @@ class BranchingAttention(Branching1d):
         convolution_type: str = "depthwise",
         softmax_topk_val: bool = True,
         score_temperature: float = 1.0,
+        topk: str = "hard",
         attention_dropout: float = 0.0,
         bias: Bias = True,
     ):
@@ -420,6 +440,7 @@ class BranchingAttention(Branching1d):
             convolution_type=convolution_type,
             softmax_topk_val=softmax_topk_val,
             score_temperature=score_temperature,
+            topk=topk,
             attention_dropout=attention_dropout,
             bias=bias,
         )
@@ -446,6 +467,7 @@ class BranchingConv(Branching1d):
         convolution_type: str | None = None,
         softmax_topk_val: bool = True,
         score_temperature: float = 1.0,
+        topk: str = "hard",
         attention_dropout: float = 0.0,
         bias: Bias = True,
     ):
@@ -458,6 +480,7 @@ class BranchingConv(Branching1d):
             convolution_type=convolution_type or "depthwise",
             softmax_topk_val=softmax_topk_val,
             score_temperature=score_temperature,
+            topk=topk,
             attention_dropout=attention_dropout,
             bias=bias,
         )

@@ -15,12 +15,15 @@ its K best: `ConvNNAttention2d`. The same classes serve sequences, images with o
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from choice import Choice, mix_straight_through
 from neighbors import NeighborConfig, aggregate, coordinates, grid_places, neighbor_weights
-from options import SHUFFLE_PATTERNS, check_slots, check_temperature, shuffle_factors
+from options import SHUFFLE_PATTERNS, check_slots, check_temperature, check_topk, shuffle_factors
 from selection import GridTables, NeighborSelection
 
 
@@ -135,10 +138,12 @@ class ConvNNAttention2d(ImageMixer):
         convolution_type: over the slots, standard, depthwise or depthwise-separable, without bias.
         softmax_topk_val: weigh values by the softmax of the scores; False: by the raw scores.
         score_temperature: what scores are divided by before the softmax.
+        topk: hard, or how the choice of neighbors is learned in training: straight_through, gumbel (`choice.py`).
         attention_dropout: probability of dropping a weight.
         shuffle_pattern, shuffle_scale, image_size: as in `ConvNN2d`.
 
-    Raises ValueError if K, the samples, the shuffle, the temperature or the convolution type do not fit.
+    Raises ValueError if K, the samples, the shuffle, the temperature or the convolution type do not fit, and for a choice that
+    cannot be learned: by location, or without the softmax.
     """
 
     def __init__(
@@ -150,6 +155,7 @@ class ConvNNAttention2d(ImageMixer):
         convolution_type: str = "standard",
         softmax_topk_val: bool = True,
         score_temperature: float = 1.0,
+        topk: str = "hard",
         attention_dropout: float = 0.0,
         shuffle_pattern: str = "NA",
         shuffle_scale: int = 2,
@@ -159,7 +165,8 @@ class ConvNNAttention2d(ImageMixer):
         grid = self.token_grid(image_size)
         self.select = NeighborSelection(neighbors, axes=self.axes, self_first=False, grid=grid)
         check_temperature(score_temperature)
-        self.softmax_topk_val, self.score_temperature = softmax_topk_val, score_temperature
+        check_topk(topk, neighbors.similarity_type, softmax_topk_val)
+        self.softmax_topk_val, self.score_temperature, self.topk = softmax_topk_val, score_temperature, topk
         inputs, D = self.token_channels
         self.qkv = nn.Linear(inputs, 3 * D)
         self.conv = make_slot_convolution(D, self.axes, neighbors, convolution_type)
@@ -170,11 +177,15 @@ class ConvNNAttention2d(ImageMixer):
         tokens, grid = self.fold(x)  # (B, N, C)
         query, key, value = self.qkv(tokens).chunk(3, dim=-1)  # (B, N, D) each
         query, key = (self.select.search_features(part, grid) for part in (query, key))
+        values = self.select.append_coordinates(value, grid)
+        if self.topk != "hard" and self.training:
+            choice = self.select.choose(query, key, grid, self.topk, self.score_temperature)
+            return self.unfold(self.proj(learned_slot_convolution(self.conv, values, choice, self.dropout.p)), grid)
         index, scores = self.select(query, key, grid, scored=True)  # (B, N, K) each
         weights = neighbor_weights(
             scores, self.select.neighbors.metric, softmax=self.softmax_topk_val, temperature=self.score_temperature
         )
-        out = slot_convolution(self.conv, self.select.append_coordinates(value, grid), index, self.dropout(weights))
+        out = slot_convolution(self.conv, values, index, self.dropout(weights))
         return self.unfold(self.proj(out), grid)
 
 
@@ -326,3 +337,17 @@ def slot_convolution(conv: nn.Module, values: Tensor, index: Tensor, weights: Te
         mixed = aggregate(values, index, depthwise.weight, weights, depthwise=True)
         return F.linear(mixed, pointwise.weight.squeeze(-1))
     return aggregate(values, index, conv.weight, weights, depthwise=conv.groups > 1)
+
+
+def last_slot(conv: nn.Module, x: Tensor) -> Tensor:
+    """What `slot_convolution` makes of values that are in the last slot alone, one for each token: (B, N, C) -> (B, N, D)."""
+    if isinstance(conv, nn.Sequential):
+        depthwise, pointwise = conv
+        return F.linear(last_slot(depthwise, x), pointwise.weight.squeeze(-1))
+    weight = conv.weight[:, :, -1]
+    return x * weight.squeeze(1).to(x.dtype) if conv.groups > 1 else F.linear(x, weight)
+
+
+def learned_slot_convolution(conv: nn.Module, values: Tensor, choice: Choice, dropout: float) -> Tensor:
+    """`slot_convolution` of the chosen neighbors, in whose backward pass those that were not chosen share the last slot."""
+    return mix_straight_through(choice, values, dropout, partial(slot_convolution, conv), partial(last_slot, conv))

@@ -27,6 +27,7 @@ __all__ = [
     "METRICS",
     "NeighborConfig",
     "aggregate",
+    "all_pair_scores",
     "coordinates",
     "find_neighbors",
     "find_scored_neighbors",
@@ -159,6 +160,20 @@ def neighbor_scores(query: Tensor, key: Tensor, index: Tensor, metric: str) -> T
         return product
     apart = product > 0
     return -torch.where(apart, torch.where(apart, product, 1).sqrt(), 0)
+
+
+def all_pair_scores(query: Tensor, key: Tensor, metric: str) -> Tensor:
+    """Scores of all pairs, with gradient, as `find_scored_neighbors` compares them: (B, N, C), (B, M, C) -> (B, N, M).
+
+    In float32 at least. Nothing else here keeps a number for every pair.
+    """
+    metric = canonical_metric(metric)
+    if metric == "cosine":
+        query, key = _unit(query), _unit(key)
+    query, key = _searched(query, key)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = reference.all_scores(query, key, "euclidean" if metric == "euclidean" else "matmul")
+    return scores / math.sqrt(query.shape[-1]) if metric == "matmul" else scores
 
 
 def _unit(x: Tensor) -> Tensor:

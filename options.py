@@ -17,8 +17,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from cli import (
-    OneLineParser,
+from cli import OneLineParser, make_parser, over, read_values, read_yaml
+from hosts import HOSTS, RESNET, STEMS, VGG, Place, choose, default_stem, places_of
+from machine import cpu_cores
+from option_fields import (
     Spec,
     address_hint,
     as_words,
@@ -27,17 +29,11 @@ from cli import (
     check_value,
     decide,
     did_you_mean,
-    make_parser,
     option,
-    over,
-    read_values,
-    read_yaml,
     redefault,
     shown,
     specs,
 )
-from hosts import HOSTS, RESNET, STEMS, VGG, Place, choose, default_stem, places_of
-from machine import cpu_cores
 from own_mixer import NO_FLAGS, OwnMixer, flag_of, is_address, label_of, lines_of_help, load, settle, split_layers
 from reading import as_text, what_is_wrong_with
 
@@ -58,6 +54,7 @@ __all__ = [
     "RESUME_MAY_CHANGE",
     "SHUFFLE_PATTERNS",
     "SYSTEM",
+    "TOPKS",
     "VIT_MODELS",
     "AllConvNetConfig",
     "BenchmarkConfig",
@@ -78,6 +75,7 @@ __all__ = [
     "check_heads",
     "check_slots",
     "check_temperature",
+    "check_topk",
     "check_window",
     "did_you_mean",
     "dilate",
@@ -113,6 +111,7 @@ MASK_TYPES = ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbor
 PERFORMER_KERNELS = ("softmax", "relu")
 BRANCH_JOINS = ("relu", "conv1x1")
 GRAPH_AGGREGATIONS = ("max", "mean", "edge")
+TOPKS = ("hard", "straight_through", "gumbel")
 CONVIT_SIZES = {"Ti": (192, 4), "Ti_plus": (256, 4), "S": (432, 9), "S_plus": (576, 9), "B": (768, 16), "B_plus": (1024, 16)}
 CONVOLUTION_TYPES = ("standard", "depthwise", "depthwise-separable")
 
@@ -195,7 +194,7 @@ class Row(NamedTuple):
 
 BY_PLACE = "place_attention"
 PAIRS = "attention_dropout bias=biases"  # of layers that weigh pairs of tokens
-CONVNN = f"neighbors layout convolution_type softmax_topk_val score_temperature {PAIRS}"
+CONVNN = f"neighbors layout convolution_type softmax_topk_val score_temperature topk {PAIRS}"
 REGIONS = f"layout region_size top_regions {PAIRS}"
 CONV1D = "kernel_size layout convolution_type bias=biases"
 BIASES = {"attention_bias", "qkv_bias", "proj_bias"}
@@ -206,7 +205,7 @@ LAYERS2D_ROWS = {
     "ConvNN": Row("layers2d:ConvNN2d", f"neighbors padding image_size bias {SHUFFLES}"),
     "ConvNN_Attn": Row(
         "layers2d:ConvNNAttention2d",
-        f"neighbors score_temperature convolution_type attention_dropout image_size {SHUFFLES}",
+        f"neighbors score_temperature topk convolution_type attention_dropout image_size {SHUFFLES}",
     ),
     "Attention": Row("layers2d:Attention2d", f"num_heads attention_dropout {SHUFFLES}"),
     "ViG": Row("graph_layers:GraphConv2d", f"num_heads neighbors aggregation=graph_aggregation image_size {SHUFFLES}"),
@@ -217,7 +216,7 @@ LAYERS1D_ROWS = {
     "ConvNNAttention": Row("layers1d:MultiHeadConvNNAttention", CONVNN),
     "Conv1d": Row("layers1d:MultiHeadConv1d", CONV1D),
     "Conv1dAttention": Row("layers1d:MultiHeadConv1dAttention", CONV1D),
-    "KvtAttention": Row("layers1d:MultiHeadKvtAttention", f"K score_temperature {PAIRS}"),
+    "KvtAttention": Row("layers1d:MultiHeadKvtAttention", f"K score_temperature topk {PAIRS}"),
     "LocalAttention": Row(f"{BY_PLACE}:MultiHeadLocalAttention", f"layout window_size {PAIRS}"),
     "SparseAttention": Row(
         f"{BY_PLACE}:MultiHeadSparseAttention", f"layout mode=sparse_mode context=sparse_context_window {PAIRS}"
@@ -395,6 +394,7 @@ class ModelConfig(NeighborConfig):
     heading = "model and layer"
     rows: ClassVar[dict[str, Row]] = {}
     sizes: ClassVar[tuple[str, str]]  # what a layer gets by position
+    unscored: ClassVar[frozenset[str]]  # layers that look for neighbors and have no use for their scores
 
     drop_path: float = option(
         0.0,
@@ -500,6 +500,9 @@ class ModelConfig(NeighborConfig):
                 continue
             if getattr(self, other) in values and (defaults or getattr(self, name) != own[name].default):
                 found[name] = other
+        readers = {layer for layer in in_use if "magnitude_type" in self._options_of(layer)}
+        if self.similarity_type == "Loc" and readers <= self.unscored:  # which rank by distance then
+            found.setdefault("magnitude_type", "similarity_type")
         return found
 
     def _options_of(self, layer: str) -> set[str]:
@@ -532,6 +535,7 @@ class AllConvNetConfig(ModelConfig):
     rows: ClassVar[dict[str, Row]] = LAYERS2D_ROWS
 
     sizes: ClassVar[tuple[str, str]] = ("in_channels", "out_channels")
+    unscored: ClassVar[frozenset[str]] = frozenset({"ConvNN", "ViG"})
 
     model: str = option(
         "allconvnet",
@@ -558,6 +562,12 @@ class AllConvNetConfig(ModelConfig):
     graph_aggregation: str = option("max", "ViG: what a token takes from its neighbors", choices=GRAPH_AGGREGATIONS)
     score_temperature: float = option(
         1.0, "ConvNN attention: what scores are divided by before the softmax", low=1e-6, high=1e6
+    )
+    topk: str = option(
+        "hard",
+        "ConvNN attention: the choice of neighbors in training, hard, or learned by a gradient for all candidates, of the "
+        "nearest (straight_through) or of K drawn by their scores (gumbel)",
+        choices=TOPKS,
     )
     padding: int = option(0, "ConvNN: zero ring around the image that takes part in the search", low=0, high=SIDE)
     branch_ratio: float = option(0.5, "A/B: share of the output channels of B; 0 and 1 build the single layer", low=0, high=1)
@@ -696,8 +706,6 @@ class AllConvNetConfig(ModelConfig):
         elif self.branch_ratio in (0, 1):
             found["branch_join"] = "branch_ratio"
         found["drop_path"] = "layer"  # a stack, and a host of convolutions, has none in its blocks
-        if self.similarity_type == "Loc" and "ConvNN_Attn" not in self.layers_in_use():
-            found.setdefault("magnitude_type", "similarity_type")  # ConvNN ranks by distance then and has no scores
         return found
 
     def branches(self, out_channels: int) -> list[tuple[str, int]]:
@@ -760,6 +768,8 @@ class AllConvNetConfig(ModelConfig):
             self.neighbors.check_candidates(grid)
         if "convolution_type" in options:
             check_slots(self.convolution_type, self.aggregation_type)
+        if "topk" in options:
+            check_topk(self.topk, self.similarity_type)
 
 
 # What `model` stands for (ConViT: d'Ascoli et al., arXiv 2103.10697).
@@ -793,6 +803,7 @@ class ViTConfig(ModelConfig):
 
     rows: ClassVar[dict[str, Row]] = LAYERS1D_ROWS
     sizes: ClassVar[tuple[str, str]] = ("d_model", "num_heads")
+    unscored: ClassVar[frozenset[str]] = frozenset({"ViG"})
 
     model: str = option("vit", "ViT, or the flags of a ConViT; others given beside it win", choices=tuple(VIT_MODELS))
     layer: str = of_model("Attention", f"token mixer of the blocks{OWN_LAYER}", choices=LAYERS1D_NAMES, address=True)
@@ -831,6 +842,12 @@ class ViTConfig(ModelConfig):
     graph_aggregation: str = option("max", "ViG: what a token takes from its neighbors", choices=GRAPH_AGGREGATIONS)
     score_temperature: float = option(
         1.0, "ConvNN layers, KvtAttention: what scores are divided by before the softmax", low=1e-6, high=1e6
+    )
+    topk: str = option(
+        "hard",
+        "ConvNN layers, KvtAttention: the choice of neighbors in training, hard, or learned by a gradient for all candidates, "
+        "of the nearest (straight_through) or of K drawn by their scores (gumbel)",
+        choices=TOPKS,
     )
     coordinate_encoding: bool = option(False, "short for --similarity_type Loc_Col")
     kernel_size: int = option(
@@ -940,6 +957,8 @@ class ViTConfig(ModelConfig):
             self.check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
             if "convolution_type" in row.arguments:
                 check_slots(self.convolution_type or "depthwise", self.aggregation_type)
+            if "topk" in row.arguments:
+                check_topk(self.topk, self.similarity_type, self.softmax_topk_val)
             if self.coordinate_encoding and self.similarity_type == "Loc":
                 raise ValueError("coordinate_encoding=True is short for similarity_type=Loc_Col, not Loc; drop one of them")
         elif "K" in row.arguments:
@@ -988,6 +1007,21 @@ def check_slots(convolution_type: str, aggregation_type: str) -> None:
 def check_temperature(score_temperature: float) -> None:
     if not score_temperature > 0:
         raise ValueError(f"score_temperature={score_temperature} must be above 0")
+
+
+def check_topk(topk: str, similarity_type: str = "Col", softmax_topk_val: bool = True) -> None:
+    """Raise ValueError for an unknown choice of neighbors, or for one that these options leave nothing to learn."""
+    if topk not in TOPKS:
+        raise ValueError(f"topk={topk!r} is not one of {', '.join(TOPKS)}")
+    if topk == "hard":
+        return
+    if similarity_type == "Loc":
+        raise ValueError(
+            f"topk={topk} learns a choice by content, and similarity_type=Loc chooses by location; "
+            "use Col or Loc_Col, or topk=hard"
+        )
+    if not softmax_topk_val:
+        raise ValueError(f"topk={topk} needs the softmax of the scores; use softmax_topk_val=True, or topk=hard")
 
 
 def dilate(neighbors: NeighborConfig, dilation: int) -> NeighborConfig:
@@ -1378,7 +1412,7 @@ def parse_options(
 
 
 # Options of a model that change neither its weights nor what it computes when it is evaluated.
-ONLY_IN_TRAINING = {"dropout", "attention_dropout", "drop_path", "initializer_range"}
+ONLY_IN_TRAINING = {"dropout", "attention_dropout", "drop_path", "initializer_range", "topk"}
 # Those that the shapes of its weights show; `model` stands for others.
 SHOWN_BY_SHAPES = set(
     "model num_layers channels patch_size d_model d_mlp kernel_size attention_bias qkv_bias proj_bias patch_norm final_norm "

@@ -21,7 +21,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import KINDS, Spec, check_one, convert, did_you_mean
+from option_fields import KINDS, Spec, check_one, convert, did_you_mean
 from reading import open_regular, read_at_most
 
 MOST_BYTES = 2**24  # of the file of a class

@@ -1,6 +1,6 @@
 """What a trained run says of images: the likeliest classes of each, as a table and as a picture.
 
-python predict.py --run Output/ViT/digits/Attention some.png folder_of_images
+python predict.py --run Output/ViT/Attention some.png folder_of_images
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def draw_sheet(rows: list[dict], pictures: list):
     """The first images, each with its likeliest classes."""
     from matplotlib.figure import Figure
 
-    from visualize import show_picture
+    from experiments.pictures import show_picture
 
     columns = min(8, len(pictures))
     lines = -(-len(pictures) // columns)

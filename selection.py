@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from choice import Choice, choose
 from neighbors import (
     NeighborConfig,
     coordinates,
@@ -120,6 +121,11 @@ class NeighborSelection(GridTables):
             return find(query, key, K, metric, **among)
         index = index.expand(query.shape[0], -1, -1)
         return (index, neighbor_scores(query, key, index, metric)) if scored else index
+
+    def choose(self, query: Tensor, key: Tensor, grid: tuple[int, ...], topk: str, temperature: float) -> Choice:
+        """What `forward` finds, so that the choice is learned: by content, with `topk` straight_through or gumbel."""
+        _, among = self._search_space(key, grid)
+        return choose(query, key, self.neighbors.K, self.neighbors.metric, topk=topk, temperature=temperature, **among)
 
     def _search_space(self, key: Tensor, grid: tuple[int, ...]) -> tuple[Tensor | None, dict]:
         """The neighbors (N, K) if location decides, else what the search is told: candidates and the tokens themselves."""

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from cli import as_words
 from dataset import Data, DataError, import_torchvision, load_data
 from kernels import backend
+from option_fields import as_words
 from options import (  # noqa: F401  some are only offered from here as well
     AsTrained,
     ModelConfig,

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import yaml
 
-from cli import as_words, parse_yaml, specs
+from cli import parse_yaml
+from option_fields import as_words, specs
 from options import (
     PROGRAMS,
     RESUME_MAY_CHANGE,

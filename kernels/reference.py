@@ -36,7 +36,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return copies.gather(1, index[..., None].expand(-1, -1, -1, x.shape[2]))
 
 
-def _nearest(scores: Tensor, K: int, candidates: Tensor | None, self_index: Tensor | None) -> Tensor:
+def nearest(scores: Tensor, K: int, candidates: Tensor | None, self_index: Tensor | None) -> Tensor:
     """index (B, N, K) of the K best of scores (B, N, M) among the candidates; the token itself, if asked for, first."""
     N, M = scores.shape[1:]
     if candidates is not None:
@@ -53,7 +53,7 @@ def find_neighbors(
     query: Tensor, key: Tensor, K: int, metric: str, candidates: Tensor | None, self_index: Tensor | None
 ) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):
-        return _nearest(all_scores(query, key, metric), K, candidates, self_index)
+        return nearest(all_scores(query, key, metric), K, candidates, self_index)
 
 
 def find_scored_neighbors(
@@ -61,7 +61,7 @@ def find_scored_neighbors(
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):
         products = all_scores(query, key, "matmul")
-        index = _nearest(products.detach(), K, candidates, self_index)
+        index = nearest(products.detach(), K, candidates, self_index)
         return index, products.gather(2, index)
 
 

@@ -16,7 +16,8 @@ UNDECAYED = ("pos_embedding", "class_token")  # and all vectors: norms, biases, 
 
 def head_of(model: nn.Module) -> str:
     """What the names of the classifier's parameters begin with."""
-    return getattr(model, "head", HEAD)
+    head = getattr(model, "head", HEAD)
+    return head if isinstance(head, str) else "head."  # of a model whose classifier is called so, as timm's
 
 
 def freeze(model: nn.Module, part: str | None) -> None:
@@ -36,9 +37,15 @@ def start_training(model: nn.Module) -> None:
     So the statistics of their BatchNorm stay those of the checkpoint, nothing in them is dropped, and candidates are not drawn.
     """
     model.train()
-    for part in model.children():
-        learns = [parameter.requires_grad for parameter in part.parameters()]
-        if learns and not any(learns):
+    parts, head = [], head_of(model)
+    for name, part in model.named_children():  # those of a classifier of several layers too, of which the last one may learn
+        inner = list(part.children()) if head.startswith(f"{name}.") else []
+        parts += inner or [part]
+    learns = True
+    for part in reversed(parts):  # one without parameters, as a dropout, goes with what it gives its output to
+        own = [parameter.requires_grad for parameter in part.parameters()]
+        learns = any(own) if own else learns
+        if not learns:
             part.eval()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from option_fields import as_words
 from options import RESUME_MAY_CHANGE, ModelConfig, TrainConfig, program_of, same_value, specs
 from runs import RunError
 from runs.checkpoints import DamagedError, load_run_state
@@ -39,7 +40,10 @@ def resumable_state(folder: RunFolder, options: dict, quiet: bool = False) -> tu
         for name, value in options.items():
             trained = state["config"].get(name, DEFAULTS.get(name))  # an option that is newer than the run
             if name not in RESUME_MAY_CHANGE and not same_value(name, trained, value):
-                raise RunError(f"--resume: {path} was trained with --{name} {trained}, not {value}")
+                raise RunError(
+                    f"--resume: {path} was trained with --{name} {as_words(trained)}, not {as_words(value)}; give it as "
+                    "it was, or use another --output_dir for another run"
+                )
         if problems and not quiet:
             print(f"warning: {'; '.join(problems)}; going on from {path}", file=sys.stderr)
         return state, path
@@ -66,6 +70,13 @@ def resume(training: Training, folder: RunFolder, state: dict, path: Path) -> No
         raise RunError(f"--resume: {path} is damaged ({type(error).__name__})") from None
     if processes.first:
         print(f"resumed {path}: {training.epoch} epochs and {training.step} steps are done")
+        before, now = state["config"].get("num_epochs"), training.config.num_epochs
+        if training.config.scheduler == "cosine" and before != now:
+            print(
+                f"warning: --num_epochs was {before} and is {now}: from here on the learning rate is that of --scheduler "
+                f"cosine over {now} epochs, which the epochs so far were not trained at",
+                file=sys.stderr,
+            )
         if len(state["rng"]) != processes.world:
             print(
                 f"warning: {len(state['rng'])} processes trained so far, now there are {processes.world}: "

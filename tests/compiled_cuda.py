@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -134,6 +135,7 @@ def tf32(function: Callable, *arguments):
         torch.set_float32_matmul_precision("highest")
 
 
+@functools.cache
 def all_launches() -> dict[str, tuple]:
     """Name -> launch, in the atomic and the deterministic form; each once."""
     torch._C._ensureCUDADeviceGuardSet()

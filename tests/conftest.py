@@ -1,4 +1,5 @@
 import atexit
+import gc
 import math
 import os
 import shutil
@@ -23,10 +24,23 @@ settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40
 settings.load_profile("ci")
 
 
+# With tests of many seconds: of two processes, one would wait for the other if such a test came last.
+SLOW = ("test_processes", "test_cuda", "test_transforms", "test_layers", "test_vit", "test_allconvnet", "test_train_eval")
+SLOW += ("test_run_experiments", "test_resume", "test_cli", "test_place_attention", "test_dataset")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
 def pytest_collection_finish(session):
     """Where tests are about to run, with their modules imported and nothing computed yet."""
     import forked
 
+    # What was imported stays: a search for garbage need not look through it, nor run after every 700 objects.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000)
     forked.start()
 
 

@@ -370,8 +370,17 @@ def test_resume_within_an_epoch(tmp_path, monkeypatch):
 
 def test_resume_under_other_options(trained, capsys):
     base = f"{SMALL} --num_epochs 4 --output_dir {trained} --resume"
-    assert "--lr 0.001, not 0.5" in fails(f"{base} --lr 0.5", capsys)
-    assert "--K 9, not 5" in fails(f"{base} --K 5", capsys)
+    assert "--lr 0.001, not 0.5; give it as it was, or use another --output_dir" in fails(f"{base} --lr 0.5", capsys)
+    assert "--K 9, not 5;" in fails(f"{base} --K 5", capsys)
+    assert "--channels 4 8, not 4 6;" in fails(f"{base} --channels 4 6", capsys)
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "step"])
+def test_a_cosine_over_other_epochs_is_said(scheduler, tmp_path, capsys):
+    options = f"--scheduler {scheduler} --batch_size 100"
+    assert run(options, tmp_path / "run", epochs=1) == run(f"{options} --resume", tmp_path / "run", epochs=2) == 0
+    warning = capsys.readouterr().err
+    assert ("--num_epochs was 1 and is 2" in warning) == (scheduler == "cosine") and warning.count("warning") <= 1
 
 
 def test_torchvision_made_for_another_torch_is_one_line(tmp_path):

@@ -18,6 +18,7 @@ from convit import ConViTConfig, ConViTLayer, ConViTWithLinearClassifier
 from experiments.points import check_points, name_points, read_sweep
 from experiments.report import is_finished, write_summary
 from options import TrainConfig
+from registry import build_network
 from runs import RunError
 from runs.checkpoints import Leeway, load_state
 from runs.optimization import LearningRate, make_optimizer
@@ -296,6 +297,27 @@ def test_frozen_parts_compute_what_they_do_in_evaluation():
     assert not network.layers[0][1].running_mean.any()
     start_training(free := make(dropout=0.5))
     assert all(module.training for module in free.modules())
+
+
+def test_the_frozen_layers_of_a_classifier_drop_nothing():
+    vgg = AllConvNetConfig(model="vgg11", layer="Conv2d", image_size=32, batch_norm=True, classifier_width=4)
+    with torch.device("meta"):
+        network = build_network(vgg)
+    freeze(network, "backbone")
+    start_training(network)
+    assert not network.features.training
+    dropouts = [part.training for part in network.classifier if isinstance(part, nn.Dropout)]
+    assert dropouts == [False, True]  # the second is of the linear that learns
+
+
+def test_a_classifier_that_is_called_head_is_what_learns():
+    """As timm's, whose `head` is a module."""
+    model = nn.Module()
+    model.body, model.head = nn.Linear(3, 3), nn.Linear(3, 2)
+    freeze(model, "backbone")
+    start_training(model)
+    assert [name for name, each in model.named_parameters() if each.requires_grad] == ["head.weight", "head.bias"]
+    assert not model.body.training and model.head.training
 
 
 def test_freezing_and_layer_decay_need_a_model_that_can():

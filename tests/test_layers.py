@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from naive import aggregate, neighbors, pairs, window
+from side_by_side import SideBySide
 from torch import nn
 from torch.nn import functional as F
 
@@ -266,27 +267,25 @@ def test_autocast(layer_type, dtype):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
-def compilations():
-    """(sampling, samples, similarity, known): tables made on the first forward for all, in the constructor where a table is."""
-    for sampling, samples in SAMPLING:
-        for similarity in ("Col", "Loc", "Loc_Col"):
-            yield sampling, samples, similarity, False
-            if similarity == "Loc" or (sampling, similarity) == ("spatial", "Col"):
-                yield sampling, samples, similarity, True
-
-
-@pytest.mark.parametrize(("sampling", "samples", "similarity", "known"), list(compilations()))
+@pytest.mark.parametrize(("sampling", "samples"), SAMPLING)
 @pytest.mark.parametrize("layer_type", [ConvNN2d, ConvNNAttention2d])
-def test_compiles_without_a_graph_break(layer_type, sampling, samples, similarity, known):
-    """In training, with random candidates drawn inside the graph."""
-    cfg = NeighborConfig(K=3, sampling_type=sampling, num_samples=samples, similarity_type=similarity)
-    layer = layer_type(3, 4, cfg, image_size=(4, 6) if known else None).double()
+def test_compiles_without_a_graph_break(layer_type, sampling, samples):
+    """In training, with random candidates drawn inside the graph.
+
+    Tables are made on the first forward for all layers, and in the constructor for those that then have one.
+    """
+    layers = []
+    for similarity in ("Col", "Loc", "Loc_Col"):
+        cfg = NeighborConfig(K=3, sampling_type=sampling, num_samples=samples, similarity_type=similarity)
+        has_table = similarity == "Loc" or (sampling, similarity) == ("spatial", "Col")
+        layers += [layer_type(3, 4, cfg, image_size=size) for size in (None, (4, 6))[: 1 + has_table]]
+    model = SideBySide(layers).double()
     torch._dynamo.reset()
     x, results = torch.randn(2, 3, 4, 6).double(), []
-    for call in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):
+    for call in (torch.compile(model, backend="aot_eager", fullgraph=True), model):
         torch.manual_seed(1)
         y = call(x)
-        results.append((y, *torch.autograd.grad(y.square().sum(), layer.parameters())))
+        results.append((y, *torch.autograd.grad(y.square().sum(), model.parameters())))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
 

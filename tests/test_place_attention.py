@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from side_by_side import SideBySide
 
 import place_attention
 from benchmark import peak_memory
@@ -357,18 +358,24 @@ def test_dropout_drops_weights_in_training_only(strategy, name):
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_tiles_under_autocast_and_compiled(strategy, name):
+def test_under_autocast(strategy, name):
     layer, x = MIXERS[name](TokenLayout(6, 6, 1)), torch.randn(2, 37, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = layer(x)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), layer(x), atol=0.03, rtol=0.03)
-    if strategy == math.inf:
-        return  # dense attention is compiled in test_vit.py
+
+
+@pytest.mark.parametrize("strategy", [0], ids=["tiles"], indirect=True)  # dense attention is compiled in test_vit.py
+def test_compiled(strategy):
+    layers = SideBySide([make(TokenLayout(6, 6, 1)) for make in MIXERS.values()]).double()
+    x, results = torch.randn(2, 37, 16).double(), []
     torch._dynamo.reset()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), layer(x))
-    compiled(x).sum().backward()
+    for call in (torch.compile(layers, backend="aot_eager", fullgraph=True), layers):
+        out = call(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), layers.parameters())))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("mask_type", MASK_TYPES)

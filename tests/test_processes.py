@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 def start(command, rank=0, world=1, port=0, **more):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC")}
-    environment |= {"PYTHONPATH": str(ROOT)}  # for what torchrun starts
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # what torchrun starts has one thread, as forks have
     if world > 1:
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -365,8 +365,9 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_they_resume_exactly(t
     ((status, _, error),) = finish([start([*TORCHRUN, str(script), "0", "8", "torchrun", *here, "--resume"])])
     assert status != 0 and "stopped by SIGTERM" in error
     assert state_of(tmp_path / "run")["step"] >= 6 + 8
-    ((status, out, error),) = finish([start([*TORCHRUN, TRAIN[0], *here, "--resume"])])
-    assert status == 0 and f"resumed {tmp_path / 'run' / 'last.pt'}" in out and "processes trained so far" not in error
+    (first, out, error), (second, _, silent) = finish(start_both(TRAIN[0], *here, "--resume", TORCHELASTIC_RUN_ID="x"))
+    assert (first, second) == (0, 0) and silent == ""
+    assert f"resumed {tmp_path / 'run' / 'last.pt'}" in out and "processes trained so far" not in error
     assert plain(state_of(tmp_path / "run")) == plain(state_of(tmp_path / "whole"))
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 3
 

@@ -135,7 +135,7 @@ def test_the_sweeps_that_are_shipped(monkeypatch, tmp_path):
         check_points(points, Path("Output/nowhere"))
         sizes[path.stem] = len(points)
         assert f"python run_experiments.py {path}" in path.read_text()
-    assert sizes == {"fashion_mnist": 50, "mixers": 32, "k_test": 24, "local_masks": 51, "kvt_without_training": 7}
+    assert sizes == {"fashion_mnist": 62, "mixers": 32, "k_test": 24, "local_masks": 51, "kvt_without_training": 7}
 
 
 def test_a_sweep_of_several_programs(monkeypatch):
@@ -143,7 +143,7 @@ def test_a_sweep_of_several_programs(monkeypatch):
     monkeypatch.chdir(ROOT)
     points = name_points(*read_sweep("configs/sweeps/fashion_mnist.yaml", ["seed=3", "lr=0.5"]))
     found = {point.name: (point.program, point.values["lr"], point.values.get("config")) for point in points}
-    assert len(points) == 25
+    assert len(points) == 31
     small = "configs/vit_cifar_small.yaml"
     assert found["ViT_Attention_lr-0.5_seed-3"] == ("vit_main.py", 0.5, small)
     assert found["Peers_timm_lr-0.5_seed-3"] == ("examples/compare_with_timm.py", 0.5, small)

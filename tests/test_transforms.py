@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from side_by_side import SideBySide, in_groups
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -133,37 +134,32 @@ def test_an_exported_program_needs_none_of_our_modules(tmp_path):
     subprocess.run([sys.executable, "-c", LOADED_ELSEWHERE], cwd=tmp_path, check=True)
 
 
-def chain(kind, every):
-    """A model with one layer after the other: most of an export's time is spent once per model."""
+def many(kind, every):
+    """A model whose one mixer is these side by side: most of an export's time is spent once per model."""
+    models = [make(kind, **options) for options in every]
     if kind is ViT:
-        model = make(kind, num_layers=len(every))
-        for block, options in zip(model.blocks, every, strict=True):
-            block.mixer = make(kind, **options).blocks[0].mixer
+        models[0].blocks[0].mixer = SideBySide([model.blocks[0].mixer for model in models])
     else:
-        model = AllConvNet(AllConvNetConfig(channels=(8,) * len(every), layer="Conv2d", image_size=16, in_channels=1))
-        for place, (block, options) in enumerate(zip(model.layers, every, strict=True)):
-            block[0] = make(kind, **options, in_channels=8 if place else 1).layers[0][0]
-    return model
+        models[0].layers[0][0] = SideBySide([model.layers[0][0] for model in models])
+    return models[0]
 
 
-CHAINS = {
-    "layers of ViT": (ViT, [{"layer": name} for name in LAYERS1D_NAMES[:6]]),
-    "more of them": (ViT, [{"layer": name} for name in LAYERS1D_NAMES[6:12]]),
-    "the rest of them": (ViT, [{"layer": name} for name in LAYERS1D_NAMES[12:]]),
-    "GPSA in every block": (ViT, [{"layer": "GPSA", "num_local_layers": 0}] * 2),
+EXPORTED = {
+    **{" ".join(names): (ViT, [{"layer": name} for name in names]) for names in in_groups(LAYERS1D_NAMES, 3)},
+    "class token after local layers": (ViT, [{"layer": "GPSA", "num_layers": 2, "num_local_layers": 1}]),
     "neighbors of tokens": (ViT, [{"layer": "ConvNNAttention", **options} for options in NEIGHBORS]),
     "layers of AllConvNet": (AllConvNet, [{"layer": name} for name in (*LAYERS2D_NAMES, "Conv2d/ConvNN")]),
     "neighbors of pixels": (AllConvNet, [{"layer": "ConvNN", **options} for options in NEIGHBORS]),
 }
 
 
-@pytest.mark.parametrize(("kind", "every"), CHAINS.values(), ids=list(CHAINS))
+@pytest.mark.parametrize(("kind", "every"), EXPORTED.values(), ids=list(EXPORTED))
 def test_onnx(kind, every, tmp_path):
     """`--export FILE.onnx` for another number of images, as onnxruntime computes it."""
     onnxruntime = pytest.importorskip("onnxruntime")
     from runs.export import export_onnx
 
-    model = chain(kind, every).eval()
+    model = many(kind, every).eval()
     export_onnx(tmp_path / "model.onnx", model, (1, 16, 16))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for size in (1, 5):  # it was traced with two images

@@ -39,6 +39,10 @@ VIT = [
     ("--layer ConvNNAttention --kernel_size 3 --K 5 --no-softmax_topk_val", ["--kernel_size 3"]),
     ("--layer ConvNN --no-softmax_topk_val --score_temperature 2", ["--score_temperature 2.0"]),
     ("--layer KvtAttention --no-softmax_topk_val --score_temperature 2", ["--softmax_topk_val False"]),
+    ("--topk gumbel", ["--topk gumbel is not used by --layer Attention"]),
+    ("--layer KvtAttention --topk gumbel --K 1", []),
+    ("--layer KvtAttention --topk gumbel --no-softmax_topk_val", ["--softmax_topk_val False"]),
+    ("--layer ViG --topk straight_through", ["--topk straight_through is not used by --layer ViG"]),
     ("--layer Conv1d --attention_dropout 0.2 --kernel_size 3", ["--attention_dropout 0.2"]),
     ("--layer Conv1d --num_local_layers 2 --attention_dropout 0.2", []),  # of the Attention after them
     ("--layer Conv1d --num_local_layers 0 --kernel_size 3", ["--kernel_size 3 is not used by --num_local_layers 0"]),
@@ -60,6 +64,9 @@ VIT = [
     ("--drop_path 0.1 --qkv_bias False", []),
     ("--drop_path 0.1 --num_layers 1", ["--drop_path 0.1 is not used by --num_layers 1"]),
     ("--layer Conv1d --no-proj_bias --num_local_layers 0", []),
+    ("--layer ViG --similarity_type Loc --magnitude_type distance",
+     ["--magnitude_type distance is not used by --similarity_type Loc"]),
+    ("--layer ConvNN --similarity_type Loc --magnitude_type distance", []),
     ("--pool mean --lr 0.1 --patch_size 32 --momentum 0.5 --d_hidden 64 --num_heads 2", []),
 ]  # fmt: skip
 ALLCONVNET = [
@@ -72,6 +79,8 @@ ALLCONVNET = [
     ("--shuffle_pattern NA --shuffle_scale 4", ["--shuffle_scale 4 is not used by --shuffle_pattern NA"]),
     ("--similarity_type Loc --magnitude_type matmul", ["--magnitude_type matmul is not used by --similarity_type Loc"]),
     ("--similarity_type Loc --magnitude_type matmul --layer ConvNN_Attn", []),
+    ("--topk gumbel", ["--topk gumbel is not used by --layer ConvNN"]),  # its values are not weighed
+    ("--topk gumbel --layer Conv2d/ConvNN_Attn", []),
     ("--sampling_type spatial --num_samples 8", []),
     ("--drop_path 0.1", ["--drop_path 0.1 is not used by --layer ConvNN"]),
     ("--layer Conv2d --aggregation_type Loc_Col --attention_dropout 0.1", ["--attention_dropout 0.1"]),
@@ -91,6 +100,15 @@ def test_each_option_without_effect_is_named_in_a_line(program, line, expected, 
     for start in expected:
         (one,) = [each for each in found if each.startswith(start)]
         assert " is not used by --" in one
+
+
+def test_a_layer_of_ones_own_may_have_a_use_for_scores(tmp_path, capsys):
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\nclass Searching(nn.Conv2d):\n    def __init__(self, in_channels, out_channels, *, neighbors):\n"
+        "        super().__init__(in_channels, out_channels, 1)\n"
+    )
+    line = f"--layer ConvNN/{tmp_path / 'own.py'}:Searching --similarity_type Loc --magnitude_type matmul"
+    assert warnings(line, capsys, "allconvnet_main.py") == []
 
 
 SMALL_VIT = "--resize 8 --patch_size 4 --num_layers 1 --num_heads 1 --d_model 8 --d_mlp 8"
@@ -164,6 +182,7 @@ VIT_VALUES = TWO_VALUES | {
     "dilation": (1, 2),
     "graph_aggregation": ("max", "edge"),
     "score_temperature": (1.0, 2.0),
+    "topk": ("hard", "gumbel"),
     "region_size": (2, 1),
     "top_regions": (2, 3),
     "value_convolution": (3, 0),
@@ -193,6 +212,7 @@ ALLCONVNET_VALUES = TWO_VALUES | {
     "branch_join": ("relu", "conv1x1"),
     "graph_aggregation": ("max", "edge"),
     "score_temperature": (1.0, 2.0),
+    "topk": ("hard", "gumbel"),
 }
 
 

@@ -30,6 +30,7 @@ def runs(tmp_path_factory):
         "convnn-1": (vit_main, f"{vit} --layer ConvNNAttention --seed 1"),
         "gpsa": (vit_main, f"{vit} --layer GPSA --num_local_layers 1"),
         "mean": (vit_main, f"{vit} --pool mean"),
+        "vig": (vit_main, f"{vit} --layer ViG --dilation 3"),
         "conv": (vit_main, f"{vit} --layer Conv1dAttention"),
         "images": (allconvnet_main, f"{COMMON} --layer Conv2d/ConvNN --channels 4 6 --K 4 --padding 1 --shuffle_pattern NA"),
         "conv2d": (allconvnet_main, f"{COMMON} --layer Conv2d --channels 4"),
@@ -139,6 +140,23 @@ def test_neighbors_are_those_of_the_image_and_the_head(runs, head):
         ends = [line.get_data() for line in axis.lines if line.get_linestyle() == "-"]
         assert {(round(float(x[-1]) * 4 - 0.5), round(float(y[-1]) * 4 - 0.5)) for x, y in ends} == expected
         assert any(line.get_markersize() == 11 for line in axis.lines) == (0 in chosen)
+
+
+def test_of_a_dilated_graph_every_nth_neighbor_is_drawn(runs):
+    """Of 4 x 3 nearest the first, the fourth and so on: the ones that the maximum is taken over."""
+    figure = drawn("neighbors", runs / "vig", "--images", 1, "--queries", "0.6,0.3")
+    model, images, _, _ = visualize.load_run(runs / "vig", 1, None)
+    found = []
+    for block in model.blocks:
+        block.mixer.graph.register_forward_hook(lambda module, inputs, output: found.append(inputs[1]))
+    model(images)
+    query = 1 + 2 * 4 + 1
+    for axis, index in zip(figure.axes, found, strict=True):
+        patches = [token for token in index[0, query].tolist() if token > 0]  # the class token is a ring
+        ends = [line.get_data() for line in axis.lines if line.get_linestyle() == "-"]
+        assert [(round(float(y[-1]) * 4 - 0.5), round(float(x[-1]) * 4 - 0.5)) for x, y in ends] == [
+            divmod(token - 1, 4) for token in patches
+        ]
 
 
 @pytest.mark.parametrize(("class_tokens", "padding"), [(0, 0), (1, 0), (0, 2)])

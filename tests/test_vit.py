@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 import yaml
+from side_by_side import SideBySide, in_groups
 from torch import nn
 from torch.nn import functional as F
 
@@ -258,11 +259,13 @@ def test_bfloat16_autocast(layer):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize("layer", LAYERS1D)
-def test_compiles_without_a_graph_break(layer):
+@pytest.mark.parametrize("layers", in_groups(LAYERS1D_NAMES, 3), ids="-".join)
+def test_compiles_without_a_graph_break(layers):
     """In training, with activations that are recomputed and candidates that are drawn inside the graph."""
     options = {"sampling_type": "random", "num_samples": 5, "similarity_type": "Loc_Col"}
-    model, x = make(layer=layer, num_layers=1, **options).double(), images().double()
+    model, x = make(num_layers=1), images().double()
+    model.blocks[0].mixer = SideBySide([make(layer=layer, num_layers=1, **options).blocks[0].mixer for layer in layers])
+    model.double()
     model.blocks[0].drop_path.rate = 0.5  # which the last of several blocks has
     model.recompute = True
     torch._dynamo.reset()
