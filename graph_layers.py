@@ -21,7 +21,10 @@ from selection import NeighborSelection
 
 
 class GraphAggregation(nn.Module):
-    """Join every token with what it takes from its neighbors: x (B, N, C_in), index (B, N, K) -> (B, N, C_out).
+    """Join every token with what it takes from its neighbors: x (B, N, C_in), index (B, P, K) -> (B, N, C_out).
+
+    The index is of the last P tokens. Those before them, class tokens, have no K neighbors but take from all N: what few
+    patches tell is not enough to classify by.
 
     Args:
         kind: `max`, [x_i, max_j (x_j - x_i)] (max-relative, ViG); `mean`, [x_i, mean_j x_j] (GraphSAGE, arXiv 1706.02216);
@@ -47,13 +50,19 @@ class GraphAggregation(nn.Module):
             nn.init.xavier_uniform_(self.update.weight)  # a projection of the features of a head, started as the others are
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        # ReLU grows with its argument, so the maximum of `edge` goes inside: nothing is computed for every pair.
+        values = self.relative(x) if self.kind == "edge" else x
+        if self.kind == "mean":
+            weights = x.new_full((), 1 / index.shape[2]).expand(index.shape)
+            taken, of_all = weighted_sum(values, index, weights), values.mean(dim=1, keepdim=True)
+        else:
+            taken, of_all = max_neighbors(values, index), values.amax(dim=1, keepdim=True)
+        class_tokens = x.shape[1] - index.shape[1]
+        if class_tokens:
+            taken = torch.cat([of_all.expand(-1, class_tokens, -1).to(taken.dtype), taken], dim=1)
         if self.kind == "edge":
-            # ReLU grows with its argument, so the maximum goes inside: nothing is computed for every pair.
-            relative = self.relative(x)
-            return F.relu(max_neighbors(relative, index) - relative + self.own(x))
-        if self.kind == "max":
-            return self.join(x, max_neighbors(x, index) - x)
-        return self.join(x, weighted_sum(x, index, x.new_full((), 1 / index.shape[2]).expand(index.shape)))
+            return F.relu(taken - values + self.own(x))
+        return self.join(x, taken - x if self.kind == "max" else taken)
 
     def join(self, x: Tensor, taken: Tensor) -> Tensor:
         """The linear of every head, on its features and on what they took: (B, N, C_in) each -> (B, N, C_out)."""
@@ -65,6 +74,7 @@ class GraphMixer(MultiHeadMixer):
     """The graph convolution of ViG (Han et al., arXiv 2206.00272, eq. 4 to 6): GELU(GraphConv(x W_in)) W_out.
 
     The graph is one for all heads. Dilated, a token has every `dilation`-th of its K * dilation nearest ones, itself first.
+    Class tokens, which the paper has not, are candidates like the others and take from all.
 
     Args:
         neighbors: which tokens are neighbors; the paper compares features of length one (cosine).
@@ -104,7 +114,7 @@ class GraphMixer(MultiHeadMixer):
     def mix(self, x: Tensor, output_matrix: bool) -> tuple[Tensor, None]:
         grid = self.layout.grid
         features = self.select.search_features(x.detach(), grid)
-        index = self.select(features, features, grid)[:, :, :: self.dilation]
+        index = self.select(features, features, grid)[:, self.layout.class_tokens :, :: self.dilation]
         return self.split_heads(F.gelu(self.graph(x, index))), None
 
 
@@ -133,11 +143,7 @@ class AxialGraphMixer(MultiHeadMixer):
         return (self.input(x),)
 
     def mix(self, x: Tensor, output_matrix: bool) -> tuple[Tensor, None]:
-        largest = max_neighbors(x, self.near_candidates(x.detach()))  # (B, P, D)
-        if self.layout.class_tokens:
-            everyone = x.amax(dim=1, keepdim=True).expand(-1, self.layout.class_tokens, -1)
-            largest = torch.cat([everyone, largest], dim=1)
-        return self.split_heads(F.gelu(self.graph.join(x, largest - x))), None
+        return self.split_heads(F.gelu(self.graph(x, self.near_candidates(x.detach())))), None
 
     def near_candidates(self, x: Tensor) -> Tensor:
         """(B, P, A) candidates of every patch, with the patch itself in the place of those that are too far."""

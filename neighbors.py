@@ -140,7 +140,7 @@ def find_scored_neighbors(
 def gather_neighbors(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x (B, M, C) by index (B, N, K): (B, N, K, C). `aggregate` never materializes them."""
     B, N, K = index.shape
-    return x.gather(1, index.reshape(B, N * K, 1).expand(-1, -1, x.shape[2])).view(B, N, K, -1)
+    return x.gather(1, index.reshape(B, N * K, 1).expand(-1, -1, x.shape[2])).view(B, N, K, x.shape[2])
 
 
 def neighbor_scores(query: Tensor, key: Tensor, index: Tensor, metric: str) -> Tensor:

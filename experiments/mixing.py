@@ -117,7 +117,7 @@ def _of_sequence(mixer: MultiHeadMixer, x: Tensor, matrix: Tensor | None, grid: 
     if isinstance(mixer, GraphMixer):
         (x,) = mixer.project(x)
         features = mixer.select.search_features(x, mixer.layout.grid)
-        index = mixer.select(features, features, mixer.layout.grid)[:, :, :: mixer.dilation]
+        index = mixer.select(features, features, mixer.layout.grid)[:, where["class_tokens"] :, :: mixer.dilation]
         return _joined(mixer.graph, x, index, _choice(mixer.select.neighbors, "features", index.shape[2]), where)
     if isinstance(mixer, AxialGraphMixer):
         return _of_axes(mixer, mixer.project(x)[0], pairs, where)
@@ -165,14 +165,28 @@ def _scored(index, query, key, metric: str, temperature: float, heads: int, is_s
 
 
 def _joined(graph: GraphAggregation, x: Tensor, index: Tensor, rule: str, where: dict) -> Mixing:
-    """Of a graph convolution: x (B, N, C), index (B, N, K); one graph for all heads."""
+    """Of a graph convolution: x (B, N, C), index (B, P, K) of the patches; one graph for all heads.
+
+    Class tokens take from all tokens: of these the K that they take most from.
+    """
+    classes = torch.arange(x.shape[1]).expand(x.shape[0], where["class_tokens"], -1)
     if graph.kind == "mean":
-        weights = torch.full(index.shape, 1 / index.shape[2])
+        weights, of_classes = (torch.full(one.shape, 1 / one.shape[2]) for one in (index, classes))
         rule += ", their mean"
     else:
-        weights = _shares_of_maximum(graph.relative(x) if graph.kind == "edge" else x, index)
+        values = graph.relative(x) if graph.kind == "edge" else x
+        weights, of_classes = (_shares_of_maximum(values, one) for one in (index, classes))
         rule += ", their maximum; their weight is the share of the features that are theirs"
-    return _whole(index[:, None], weights[:, None], rule=rule, **where)
+    strongest, chosen = of_classes.topk(index.shape[2], dim=2)
+    weights = torch.cat([strongest, weights], dim=1)[:, None]
+    return Mixing(
+        index=torch.cat([chosen, index], dim=1)[:, None],
+        weights=weights,
+        share=weights.sum(dim=3),
+        is_whole=not where["class_tokens"],
+        rule=rule + "; class tokens take from all" * bool(where["class_tokens"]),
+        **where,
+    )
 
 
 def _of_axes(mixer: AxialGraphMixer, x: Tensor, pairs: int, where: dict) -> Mixing:

@@ -157,19 +157,26 @@ def test_neighbors_of_a_graph_are_those_it_takes_features_from(runs, name):
     taken = taken if name != "axes" else taken[::2]  # each is asked for by the layer, then by the record
     for mixing, (graph, x, index) in zip(found, taken, strict=True):
         assert mixing.index.shape[1] == 1 and mixing.is_share
-        assert mixing.weights.sum(dim=3) == pytest.approx(torch.ones(mixing.weights.shape[:3]).numpy(), abs=1e-5)
+        c = mixing.class_tokens
+        assert c == (name != "graph")
+        assert mixing.weights.sum(dim=3) == pytest.approx(mixing.share.numpy(), abs=1e-5)
+        assert mixing.share[:, :, c:] == pytest.approx(torch.ones(mixing.share[:, :, c:].shape).numpy(), abs=1e-5)
         if name != "axes":
-            assert torch.equal(mixing.index[:, 0], index)
+            assert torch.equal(mixing.index[:, 0, c:], index)
         if name == "mean":
-            assert (mixing.weights == 0.25).all()
+            assert (mixing.weights[:, :, c:] == 0.25).all() and (mixing.weights[:, :, :c] == 1 / mixing.num_keys).all()
             continue
         values = graph.relative(x).detach() if name == "graph" else x
-        for token in range(mixing.class_tokens, mixing.index.shape[2]):
-            mine = index[1, token - (name == "axes")].tolist()
+        for token in range(mixing.index.shape[2]):
+            mine = index[1, token - c].tolist() if token >= c else list(range(mixing.num_keys))
             best = values[1, mine].argmax(dim=0)
             counts = {j: sum(mine[slot] == j for slot in best.tolist()) / len(best) for j in mine}
-            shown = zip(mixing.index[1, 0, token].tolist(), mixing.weights[1, 0, token].tolist(), strict=True)
-            assert {j: w for j, w in shown if w > 0} == pytest.approx({j: w for j, w in counts.items() if w})
+            shown = {
+                j: w for j, w in zip(mixing.index[1, 0, token].tolist(), mixing.weights[1, 0, token].tolist(), strict=True) if w
+            }
+            assert shown == pytest.approx({j: counts[j] for j in (shown if token < c else counts) if counts[j]})
+            if token < c and len(shown) < sum(map(bool, counts.values())):  # some are left out: the weakest
+                assert max(counts[j] for j in counts if j not in shown) <= min(shown.values())
 
 
 def test_what_a_layer_packs_is_what_a_page_reads():

@@ -27,13 +27,23 @@ def plain_aggregation(graph, x, index):
     return torch.cat([F.linear(torch.cat([a, b], dim=2), weight, bias) for a, b, weight, bias in heads], dim=2)
 
 
+def with_classes(graph, x, index):
+    """Class tokens, the first ones, for which there is no index, take from all: (B, P, K) -> everything for all N tokens."""
+    classes = x.shape[1] - index.shape[1]
+    everyone = torch.arange(x.shape[1]).expand(len(x), x.shape[1], -1)
+    of_patches = torch.cat([index[:, :1].expand(-1, classes, -1), index], dim=1)
+    return torch.cat(
+        [plain_aggregation(graph, x, everyone)[:, :classes], plain_aggregation(graph, x, of_patches)[:, classes:]], dim=1
+    )
+
+
 @pytest.mark.parametrize("kind", GRAPH_AGGREGATIONS)
-@pytest.mark.parametrize("heads", [1, 3])
-def test_aggregation(kind, heads):
+@pytest.mark.parametrize("heads, classes", [(1, 0), (3, 0), (3, 2)])
+def test_aggregation(kind, heads, classes):
     graph = GraphAggregation(6, 9, heads, kind).double()
     x = torch.randn(2, 7, 6).double().requires_grad_()
-    index = torch.stack([torch.randperm(7)[:4] for _ in range(14)]).view(2, 7, 4)
-    assert_same(graph(x, index), plain_aggregation(graph, x, index), (x, *graph.parameters()))
+    index = torch.stack([torch.randperm(7)[:4] for _ in range(14)]).view(2, 7, 4)[:, classes:]
+    assert_same(graph(x, index), with_classes(graph, x, index), (x, *graph.parameters()))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -45,9 +55,19 @@ def test_vig(layout, metric, dilation):
     inner = layer.input(x)
     own = torch.eye(layout.num_tokens, dtype=torch.bool)
     nearest = scores(inner, inner, metric).masked_fill(own, torch.inf).topk(4 * dilation, dim=2).indices[:, :, ::dilation]
-    expected = layer.proj(F.gelu(plain_aggregation(layer.graph, inner, nearest)))
+    expected = layer.proj(F.gelu(with_classes(layer.graph, inner, nearest[:, layout.class_tokens :])))
     assert_same(layer(x), expected, (x, *layer.parameters()))
     assert layer(x, output_attentions=True)[1] is None
+
+
+@pytest.mark.parametrize("kind", GRAPH_AGGREGATIONS)
+def test_the_class_token_hears_of_every_patch(kind):
+    """With the K nearest only it would classify by few of them."""
+    layout = TokenLayout(4, 5, 1)
+    layer = GraphMixer(48, 2, NeighborConfig(K=2), layout=layout, aggregation=kind)
+    x = torch.randn(1, layout.num_tokens, 48, requires_grad=True)
+    layer(x)[:, 0].sum().backward()
+    assert (x.grad.abs().sum(dim=2) > 0).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
