@@ -1,12 +1,13 @@
 """Learning which K neighbors are chosen: a forward pass with K of them, and a gradient for all candidates.
 
 The plain choice (`--topk hard`) gives a gradient to the scores of the chosen pairs only, and with K = 1 to none. Here, in
-training, shares P = softmax(scores / temperature) over all candidates take their place in the backward pass:
+training, the scores get the gradient of shares P = softmax(scores / temperature) over all candidates, as if the slots were
 
     slot k < K:  P[i, j_k] x_{j_k}
     slot K:      P[i, j_K] x_{j_K} + sum over the candidates j that were not chosen of P[i, j] x_j
 
-then the convolution over the slots, or the sum. The forward pass has the K slots only, weighed as by the plain choice.
+before the convolution over the slots, or the sum. The forward pass has the K slots only, weighed as by the plain choice, and
+the values x and the filter get its gradient.
 
     straight_through  the K nearest (Bengio et al., arXiv 1308.3432)
     gumbel            K drawn without replacement from P (Gumbel top-k; Kool et al., arXiv 1903.06059)
@@ -85,19 +86,21 @@ def mix_straight_through(
     mix: Callable[[Tensor, Tensor, Tensor], Tensor],
     mix_last: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """`mix(values, index, weights)` of the chosen neighbors, with the gradient that it had if all candidates were taken.
+    """`mix(values, index, weights)` of the chosen neighbors, whose scores get the gradient that all candidates had.
 
     Args:
         values: (B, M, C).
-        dropout: probability of dropping the weight of a slot. The gradient of that slot is dropped with it; those that were not
-            chosen have no weight to drop.
+        dropout: probability of dropping the weight of a slot, and the gradient of its share; those that were not chosen have
+            no weight to drop.
         mix: values, index and weights (B, N, K) -> (B, N, D), linear in values * weights.
-        mix_last: what `mix` makes of values (B, N, C) in the last slot: (B, N, D).
+        mix_last: what `mix` makes of values (B, N, C) in the last slot, without a gradient to its parameters: (B, N, D).
     """
     index, weights, shares = choice
-    kept = F.dropout(torch.ones_like(weights), dropout)
-    with torch.no_grad():
-        out = mix(values, index, weights * kept)
-    others = shares.scatter(2, index, 0).to(values.dtype) @ values  # (B, N, C)
-    soft = mix(values, index, shares.gather(2, index) * kept) + mix_last(others)
-    return out + (soft - soft.detach())
+    weights = straight_through(weights, shares.gather(2, index))
+    others = shares.scatter(2, index, 0).to(values.dtype) @ values.detach()  # (B, N, C)
+    return straight_through(mix(values, index, F.dropout(weights, dropout)), mix_last(others))
+
+
+def straight_through(x: Tensor, soft: Tensor) -> Tensor:
+    """x, and its gradient, with that of `soft` beside it."""
+    return x + (soft - soft.detach())

@@ -340,14 +340,17 @@ def slot_convolution(conv: nn.Module, values: Tensor, index: Tensor, weights: Te
 
 
 def last_slot(conv: nn.Module, x: Tensor) -> Tensor:
-    """What `slot_convolution` makes of values that are in the last slot alone, one for each token: (B, N, C) -> (B, N, D)."""
+    """What `slot_convolution` makes of values in the last slot alone, one for each token: (B, N, C) -> (B, N, D).
+
+    Its filter is a constant here.
+    """
     if isinstance(conv, nn.Sequential):
         depthwise, pointwise = conv
-        return F.linear(last_slot(depthwise, x), pointwise.weight.squeeze(-1))
-    weight = conv.weight[:, :, -1]
+        return last_slot(pointwise, last_slot(depthwise, x))
+    weight = conv.weight.detach()[:, :, -1]
     return x * weight.squeeze(1).to(x.dtype) if conv.groups > 1 else F.linear(x, weight)
 
 
 def learned_slot_convolution(conv: nn.Module, values: Tensor, choice: Choice, dropout: float) -> Tensor:
-    """`slot_convolution` of the chosen neighbors, in whose backward pass those that were not chosen share the last slot."""
+    """`slot_convolution` of the chosen neighbors, with the gradient of all candidates to their scores."""
     return mix_straight_through(choice, values, dropout, partial(slot_convolution, conv), partial(last_slot, conv))

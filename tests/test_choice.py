@@ -1,4 +1,4 @@
-"""choice.py and --topk: the forward pass of K neighbors, the gradient of all candidates."""
+"""choice.py and --topk: the forward pass of K neighbors, the gradient of all candidates to their scores."""
 
 import itertools
 import math
@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -101,7 +102,7 @@ def test_the_forward_pass_is_the_plain_one_bit_for_bit(K, options):
 
 @pytest.mark.parametrize("kind", LEARNED)
 @pytest.mark.parametrize("make", [kvt(1), kvt(4), convnn(1), convnn(4)], ids=["kvt 1", "kvt 4", "convnn 1", "convnn 4"])
-def test_with_weights_of_one_the_backward_pass_is_that_of_attention(make, kind):
+def test_with_weights_of_one_queries_and_keys_have_the_gradient_of_attention(make, kind):
     (layer,) = twins(make, kind)
     if isinstance(layer, MultiHeadConvNNAttention):
         nn.init.ones_(layer.conv.weight)
@@ -111,8 +112,21 @@ def test_with_weights_of_one_the_backward_pass_is_that_of_attention(make, kind):
     out, found = gradients(layer, x)
     all_of_it, expected = gradients(attention, x)
     assert not torch.allclose(out, all_of_it)
-    # The output projection is behind the mixer: its weight sees the output, which is that of K neighbors.
-    assert_same_gradients(found, expected, ["x", "qkv.weight", "qkv.bias", "proj.bias"])
+    for name in ("qkv.weight", "qkv.bias"):
+        torch.testing.assert_close(found[name][:24], expected[name][:24], **EXACT)
+    assert not torch.allclose(found["qkv.weight"][24:], expected["qkv.weight"][24:])
+
+
+@pytest.mark.parametrize("options", [*OPTIONS[:5], {"dropout": 0.4}], ids=str)
+@pytest.mark.parametrize("K", [1, 4])
+def test_values_and_the_filter_have_the_gradient_of_the_plain_choice(K, options):
+    plain, learned = twins(convnn(K, **options), "hard", "straight_through")
+    x = tokens()
+    expected, found = gradients(plain, x)[1], gradients(learned, x)[1]
+    for one in (expected, found):
+        one["qkv.weight"], one["qkv.bias"] = one["qkv.weight"][24:], one["qkv.bias"][24:]
+        del one["x"]  # queries and keys are made of it too
+    assert_same_gradients(found, expected)
 
 
 @pytest.mark.parametrize("make", [kvt(N), convnn(N), convnn(N, convolution_type="standard", dropout=0.4)])
@@ -144,7 +158,7 @@ def test_one_neighbor_is_learned(make):
 
 
 def by_the_equation(layer, x, index, own, candidates):
-    """Slots of token i: P[i, j_k] x_{j_k}, and in the last one all other candidates too; every sum written out."""
+    """Every sum written out: slots of constant weights, then those of P, in the last one all others too, of constants."""
     select, grid = layer.select, LAYOUT.grid
     query, key, value = (part.flatten(0, 1) for part in layer.project(x))
     query, key = (select.search_features(part, grid) for part in (query, key))
@@ -156,15 +170,19 @@ def by_the_equation(layer, x, index, own, candidates):
         "cosine": lambda: F.cosine_similarity(query[:, :, None], key[:, None], dim=3),
         "euclidean": lambda: -(query[:, :, None] - key[:, None]).square().sum(dim=3).clamp_min(1e-300).sqrt(),
     }[select.neighbors.metric]() / layer.score_temperature
+    constants = {name: weight.detach() for name, weight in layer.conv.named_parameters()}
     outputs = []
     for b in range(len(index)):
         for i in range(N):
             among = sorted({*candidates, i} if own else candidates)
             share = dict(zip(among, scores[b, i, among].softmax(dim=0), strict=True))
-            slots = [share[j] * value[b, j] for j in index[b, i].tolist()]
-            rest = [share[j] * value[b, j] for j in among if j not in index[b, i].tolist()]
-            slots[-1] = slots[-1] + sum(rest, torch.zeros_like(slots[-1]))
-            outputs.append(layer.conv(torch.stack(slots, dim=1)[None])[0, :, 0])
+            slots = index[b, i].tolist()
+            weights = scores[b, i, slots].softmax(dim=0).detach()
+            hard = weights * value[b, slots].T
+            soft = [share[j] * value[b, j].detach() for j in slots]
+            soft[-1] = sum((share[j] * value[b, j].detach() for j in among if j not in slots), soft[-1])
+            soft = functional_call(layer.conv, constants, (torch.stack(soft, dim=1)[None],))[0, :, 0]
+            outputs.append(layer.conv(hard[None])[0, :, 0] + soft - soft.detach())
     out = torch.stack(outputs).view(*index.shape[:2], -1).unflatten(0, (-1, layer.num_heads))
     return layer.proj(out.transpose(1, 2).flatten(2))
 
@@ -175,18 +193,19 @@ CANDIDATES = {"all": range(N), "spatial": [0, *(1 + i for i in (0, 1, 3, 4, 5, 7
 @pytest.mark.parametrize("kind", LEARNED)
 @pytest.mark.parametrize("options", [one for one in OPTIONS[:6] if one.get("sampling_type") != "random"], ids=str)
 @pytest.mark.parametrize("K", [1, 3])
-def test_the_backward_pass_is_that_of_the_equation(K, options, kind, monkeypatch):
+def test_the_layer_is_the_equation(K, options, kind, monkeypatch):
     (layer,) = twins(convnn(K, **options), kind)
     layer.score_temperature = 0.7
     choose_as_it_does, chosen = layer.select.choose, []
     monkeypatch.setattr(layer.select, "choose", lambda *given: chosen.append(choose_as_it_does(*given)) or chosen[0])
     x = tokens(1)
-    _, found = gradients(layer, x)
+    out, found = gradients(layer, x)
     sampling = options.get("sampling_type", "all")
     where = {"index": chosen[0].index, "own": sampling != "all", "candidates": CANDIDATES[sampling]}
     monkeypatch.setattr(layer, "forward", lambda x: by_the_equation(layer, x, **where))
-    _, expected = gradients(layer, x)
-    assert_same_gradients(found, expected, [name for name in expected if name != "proj.weight"])
+    expected_out, expected = gradients(layer, x)
+    torch.testing.assert_close(out, expected_out, **EXACT)
+    assert_same_gradients(found, expected)
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------
