@@ -8,21 +8,18 @@ Losses and counts stay on the device; the CPU synchronizes with it every 20 step
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from dataset import Data, DataError, import_torchvision, load_data
-from kernels import backend
+from dataset import Data, DataError, load_data
 from option_fields import as_words
 from options import (  # noqa: F401  some are only offered from here as well
     AsTrained,
@@ -33,12 +30,12 @@ from options import (  # noqa: F401  some are only offered from here as well
     grid_of,
     sides_of,
 )
-from probe import probe
+from preparation import Job, facts_of, prepare
 from reading import as_text
 from runs import RunError
 from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_state, load_weights
 from runs.endings import STOPPED, exit_status
-from runs.export import check_export, export
+from runs.export import export
 from runs.files import ReadError, WriteError, check_writable  # noqa: F401  WriteError is only offered from here
 from runs.folder import RunFolder, costs_of, summarize
 from runs.measure import count_flops, count_parameters, device_name
@@ -55,7 +52,7 @@ from runs.optimization import (  # noqa: F401
     make_optimizer,
     new_step,
 )
-from runs.parameters import freeze, layer_scales, start_training
+from runs.parameters import start_training
 from runs.processes import Interrupted, ProcessError, Processes, Signals, seed_process
 from runs.progress import Progress, epoch_line
 from runs.provenance import (
@@ -67,9 +64,8 @@ from runs.provenance import (
     say_what_was_loaded,
 )
 from runs.resume import check_same_state, resumable_state, resume
-from runs.tracking import Tracker, is_installed
+from runs.tracking import Tracker
 from runs.training import Training
-from utils import choose_kernels, pick_device, seed_everything
 
 MEMORY_ADVICE = "a smaller --batch_size, --accumulate_steps, --use_amp or --use_compiled --compile_mode reduce-memory need less"
 MOST_CONFUSED = 200  # classes, of which test_results.json holds the matrix
@@ -299,7 +295,7 @@ def run(
     try:
         processes = Processes.from_environment()
         with signals, processes:
-            job = _Run(options, make_model, load, as_trained, announce, processes, signals)
+            job = Job(options, make_model, load, as_trained, announce, processes, signals)
             with making("what this run needs", MEMORY_ADVICE):
                 if options.train.test_only:
                     _test(job)
@@ -315,54 +311,7 @@ def run(
     return 0
 
 
-class _Run(NamedTuple):
-    options: Options
-    make_model: Callable[[ModelConfig], nn.Module]
-    load: Callable[[nn.Module, dict, Leeway], Loaded]
-    as_trained: Callable[[dict], AsTrained] | None
-    announce: Callable[[], None]
-    processes: Processes
-    signals: Signals
-
-
-def _prepare(run: _Run) -> tuple[nn.Module, RunFolder, torch.device, list[str]]:
-    """Everything that can fail before data is read or a file is written; also what the user should know of the layer."""
-    train, processes = run.options.train, run.processes
-    if train.batch_size < processes.world * train.accumulate_steps:
-        what = f"{processes.world} processes" + f" of {train.accumulate_steps} micro-batches each" * (
-            train.accumulate_steps > 1
-        )
-        raise RunError(f"--batch_size {train.batch_size} is the total, and fewer images than {what}")
-    device = pick_device(train.device, processes)
-    choose_kernels(train.kernels, device)
-    autocast_for(train, device)  # raises for a dtype that the device does not have
-    if train.export:
-        check_export(train)
-    data = run.options.data
-    if train.mixup or train.cutmix or data.auto_augment != "none" or data.random_erasing:
-        import_torchvision()
-    if train.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard")
-    if train.wandb and not is_installed():
-        raise RunError("--wandb needs the package wandb: pip install wandb")
-    seed_everything(train.seed, train.deterministic)  # before the model: all processes initialize the same weights
-    with making(f"the model of --layer {run.options.model.layer}"):
-        try:
-            warnings = probe(run.options.model, device)
-        except ValueError as error:
-            raise RunError(str(error)) from None
-        if warnings and processes.world > 1:
-            raise RunError(
-                f"{warnings[0]}; with several processes each parameter needs one: use it, or set its requires_grad to False"
-            )
-        model = run.make_model(run.options.model)
-    if not train.test_only:
-        freeze(model, train.freeze)
-        layer_scales(model, train.layer_decay)  # raises for a model whose blocks it cannot tell
-    return model, RunFolder(train.output_dir), device, warnings
-
-
-def _load_data(run: _Run, device: torch.device) -> Data:
+def _load_data(run: Job, device: torch.device) -> Data:
     options, processes = run.options, run.processes
     # The first may download it.
     with (
@@ -380,7 +329,7 @@ def _load_data(run: _Run, device: torch.device) -> Data:
         )
 
 
-def _test(run: _Run) -> None:
+def _test(run: Job) -> None:
     """Evaluate --checkpoint, else best.pt of the output folder; print and write test_results.json, nothing else."""
     options, processes = run.options, run.processes
     path = Path(options.train.checkpoint) if options.train.checkpoint else RunFolder(options.train.output_dir).best
@@ -391,7 +340,7 @@ def _test(run: _Run) -> None:
     run = run._replace(options=options)
     train = options.train
     check_writable(Path(train.output_dir), "--output_dir")
-    model, folder, device, _ = _prepare(run)
+    model, folder, device, _ = prepare(run)
     # Images of another size need no --override: what the model computes is the same function of an image, at that size.
     free = train.override or "resize" in changes or "config" not in state
     leeway = Leeway(resample=not train.strict and free, grid=grid_of(state.get("config")))
@@ -447,9 +396,9 @@ def _test(run: _Run) -> None:
         print(f"results are in {written}: test_results.json is of other options")
 
 
-def _train(run: _Run) -> None:
+def _train(run: Job) -> None:
     """Train from the beginning, from --checkpoint's weights, or from where --resume finds the run; write all outputs."""
-    model, folder, device, warnings = _prepare(run)
+    model, folder, device, warnings = prepare(run)
     options, processes = run.options, run.processes
     train, plain = options.train, options.as_dict()
     found = resumable_state(folder, plain, quiet=not processes.first) if train.resume else None
@@ -482,7 +431,7 @@ def _train(run: _Run) -> None:
         seed_process(train.seed, processes.rank)  # dropout and mixes differ between processes, unlike the weights
     else:
         resume(training, folder, *found)
-    facts = _facts(run, model, data, device)
+    facts = facts_of(run, model, data, device)
     if processes.first:
         run.announce()
         for warning in warnings:
@@ -514,20 +463,3 @@ def _reading() -> Iterator[None]:
         yield
     except DataError as error:
         raise ReadError(str(error)) from None
-
-
-def _facts(run: _Run, model: nn.Module, data: Data, device: torch.device) -> dict:
-    """What summary.json says of the model and the data."""
-    shape = (run.options.model.in_channels, *run.options.model.image_size)
-    return {
-        "parameters": count_parameters(model),
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "flops_per_image": count_flops(model, torch.zeros(1, *shape, device=device)),
-        "image_shape": shape,
-        "num_classes": run.options.model.num_classes,
-        "train_images": data.train.num_samples,
-        "test_images": data.test.num_samples,
-        "class_names": data.class_names,
-        "processes": run.processes.world,
-        "kernels": backend.running_on(device),
-    }

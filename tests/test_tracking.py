@@ -108,7 +108,7 @@ def test_whatever_fails_is_one_warning(where, calls, tmp_path, monkeypatch, caps
     package = Failing(where)
     monkeypatch.setitem(sys.modules, "wandb", package)
     package.Settings = dict
-    monkeypatch.setattr("train_eval.is_installed", lambda: True)
+    monkeypatch.setattr("preparation.is_installed", lambda: True)
     assert run(tmp_path / "run", 2) == 0
     assert [name for name, _ in package.calls] == calls and len(metrics(tmp_path / "run")) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if "--wandb" in line]
@@ -120,7 +120,7 @@ def test_a_resumed_run_has_the_id_and_one_that_is_written_over_another(tmp_path,
     package = Failing(None)
     monkeypatch.setitem(sys.modules, "wandb", package)
     package.Settings = dict
-    monkeypatch.setattr("train_eval.is_installed", lambda: True)
+    monkeypatch.setattr("preparation.is_installed", lambda: True)
     for more in ("", "--resume", "--overwrite"):
         assert run(tmp_path / "run", 2 if more == "--resume" else 1, more) == 0
     assert [value["id"] for name, value in package.calls if name == "init"] == [None, "an-id", None]
