@@ -135,7 +135,7 @@ def test_the_sweeps_that_are_shipped(monkeypatch, tmp_path):
         check_points(points, Path("Output/nowhere"))
         sizes[path.stem] = len(points)
         assert f"python run_experiments.py {path}" in path.read_text()
-    assert sizes == {"fashion_mnist": 62, "mixers": 32, "k_test": 24, "local_masks": 51, "kvt_without_training": 7}
+    assert sizes == {"fashion_mnist": 62, "mixers": 32, "k_test": 24, "local_masks": 51, "kvt_without_training": 7, "topk": 18}
 
 
 def test_a_sweep_of_several_programs(monkeypatch):
