@@ -10,10 +10,21 @@ import os
 
 import pytest
 import torch
+import triton
 from naive import aggregate as naive_aggregate
 from naive import gather, scores
 
 from kernels import cuda, triton_convolution
+
+if triton.__version__.startswith("3.6."):
+    # Its interpreter makes an int of an array of one element, which NumPy refuses since 2.5; later ones squeeze it.
+    _patch_tensor = triton.runtime.interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, scope):
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    triton.runtime.interpreter._patch_lang_tensor = patch_tensor
 
 torch.set_default_device(os.environ.get("CONVNN_TEST_DEVICE", "cpu"))  # cuda: not interpreted, where there is a GPU
 METRICS = ("cosine", "euclidean", "matmul")
