@@ -203,7 +203,7 @@ def test_every_layer_trains_a_step(layer, pool):
         by_place = {"GPSA": ("blocks.1.mixer.gate", "blocks.1.mixer.pos_proj"), "BiFormer": ("blocks.1.mixer.conv",)}
         unread = pool == "cls" and name.startswith(by_place.get(layer, ()))
         assert unread or parameter.grad.abs().sum() > 0, name
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
     assert F.cross_entropy(model(x), labels) < before
     logits, matrices = model.eval()(x, output_attentions=True)
     torch.testing.assert_close(logits, model(x))
@@ -280,12 +280,14 @@ def test_compiles_without_a_graph_break(layers):
 
 @pytest.mark.parametrize("layer", ["ConvNNAttention", "SparseAttention"])
 def test_inductor_gives_the_same_gradients(layer):
-    mixer, x = make(layer=layer).blocks[0].mixer.double(), torch.randn(2, 13, 16).double()
+    # Compiled, attention of float64 on the CPU has no backward pass in PyTorch 2.11 (it finds a float32).
+    dtype, tolerance = (torch.float64, 1e-9) if torch.__version__ >= "2.12" else (torch.float32, 1e-4)
+    mixer, x = make(layer=layer).blocks[0].mixer.to(dtype), torch.randn(2, 13, 16).to(dtype)
     expected = torch.autograd.grad(mixer(x).square().sum(), mixer.parameters())
     torch._dynamo.reset()
     compiled = torch.compile(mixer, fullgraph=True)
     for a, b in zip(torch.autograd.grad(compiled(x).square().sum(), mixer.parameters()), expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(a, b, atol=tolerance * max(1, b.abs().max().item()), rtol=tolerance)
 
 
 def test_recomputed_activations_give_the_same_gradients():
