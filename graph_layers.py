@@ -53,12 +53,12 @@ class GraphAggregation(nn.Module):
         # ReLU grows with its argument, so the maximum of `edge` goes inside: nothing is computed for every pair.
         values = self.relative(x) if self.kind == "edge" else x
         if self.kind == "mean":
-            weights = x.new_full((), 1 / index.shape[2]).expand(index.shape)
-            taken, of_all = weighted_sum(values, index, weights), values.mean(dim=1, keepdim=True)
+            taken = weighted_sum(values, index, x.new_full((), 1 / index.shape[2]).expand(index.shape))
         else:
-            taken, of_all = max_neighbors(values, index), values.amax(dim=1, keepdim=True)
+            taken = max_neighbors(values, index)
         class_tokens = x.shape[1] - index.shape[1]
         if class_tokens:
+            of_all = values.mean(dim=1, keepdim=True) if self.kind == "mean" else values.amax(dim=1, keepdim=True)
             taken = torch.cat([of_all.expand(-1, class_tokens, -1).to(taken.dtype), taken], dim=1)
         if self.kind == "edge":
             return F.relu(taken - values + self.own(x))
