@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from layers1d import MultiHeadAttention, TokenLayout
+from layers1d import MultiHeadAttention
+from multi_head import TokenLayout
 from options import CONVIT_SIZES
 from place_attention import GatedPositionalSelfAttention
 from vit import Block, drop_path_rates, init_vit_weights, prepend

@@ -2,7 +2,7 @@
 
 Small sets stay on the device as one uint8 tensor and are cropped, flipped, resized and normalized there, a batch at a
 time. Folders of images are decoded by worker processes; noise and normalization follow on the device. `data_files.py` reads
-the files; `augmentation.py` has what torchvision draws.
+the files; `augmentation.py` crops, mirrors and resizes, and has what torchvision draws.
 
 Nothing here draws from a global random number generator: order, augmentation and noise are functions of (seed, epoch,
 index of the image), so they do not depend on batch size, workers, or where a run was interrupted.
@@ -22,11 +22,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from augmentation import apply_policy, erase, forked_generator, make_policy
+from augmentation import (
+    apply_policy,
+    cover,
+    crop_and_flip,
+    erase,
+    forked_generator,
+    make_policy,
+    resize_images,
+    with_margin,
+)
 from data_files import (  # noqa: F401  some only offered from here as well
     CIFAR10_NAMES,
     CIFAR100_NAMES,
@@ -54,7 +62,6 @@ STATS = {  # mean and standard deviation of each channel, of pixels from 0 to 1
     "fashion_mnist": ((0.2860,), (0.3530,)),
     "digits": ((0.3054,), (0.3760,)),
 }
-BILINEAR = 2  # of PIL
 NO_FLIP = ("mnist", "digits")  # a mirrored 2 is no digit
 # Streams: independent numbers for independent purposes.
 CROP, ORDER, WORKER, TRAIN_NOISE, VAL_NOISE, TEST_NOISE, POLICY, ERASE = range(8)
@@ -70,27 +77,6 @@ def channel_stats(dataset: str) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the channels, of pixels from 0 to 1: (C, 1, 1) each."""
     mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in STATS.get(dataset, IMAGENET_STATS))
     return mean, std
-
-
-def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int) -> Tensor:
-    """Images (B, C, H, W) in a black border, cut back to (H, W) at (top, left) from 0 to 2 padding, some then mirrored.
-
-    `top`, `left` (B,) are int64, `flip` (B,) is bool: each image has its own.
-    """
-    B, C, H, W = images.shape
-    # One gather for the whole batch: the index of every pixel that leaves, in the padded image laid flat.
-    padded = F.pad(images, (padding, padding, padding, padding)).flatten(2)
-    rows = top[:, None] + torch.arange(H, device=images.device)  # (B, H)
-    cols = torch.arange(W, device=images.device).expand(B, W)
-    cols = left[:, None] + torch.where(flip[:, None], W - 1 - cols, cols)  # (B, W), read backwards where mirrored
-    pixel = rows[:, :, None] * (W + 2 * padding) + cols[:, None, :]  # (B, H, W)
-    return padded.gather(2, pixel.view(B, 1, H * W).expand(B, C, H * W)).view(B, C, H, W)
-
-
-def resize_images(images: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Pixels from 0 to 255 (B, C, H, W) -> float32 (B, C, *size), whole numbers as PIL's bilinear resize gives."""
-    images = F.interpolate(images.float(), size=sides_of(size), mode="bilinear", align_corners=False, antialias=True)
-    return images.round_().clamp_(0, 255)
 
 
 @dataclass(frozen=True)
@@ -228,19 +214,6 @@ class DeviceBatches(Batches):
         top, left = (draws[:, :2] * (2 * padding + 1)).long().unbind(1)
         flip = (draws[:, 2] < 0.5) & (self.recipe.dataset not in NO_FLIP)
         return crop_and_flip(images, top, left, flip, padding)
-
-
-def with_margin(sides: tuple[int, int]) -> tuple[int, int]:
-    """What images are resized to before their middle is cut out to these sides."""
-    return tuple(round(side * 256 / 224) for side in sides)
-
-
-def cover(sides: tuple[int, int], image):
-    """A PIL image resized, in its own proportions, to the smallest that covers (height, width)."""
-    (width, height), (rows, columns) = image.size, sides
-    if rows * width >= columns * height:
-        return image.resize((rows * width // height, rows), BILINEAR)
-    return image.resize((columns, columns * height // width), BILINEAR)
 
 
 def read_image(path: str | os.PathLike, config: DataConfig) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers1d import Bias, MultiHeadMixer, TokenLayout, both_biases
 from layers2d import ImageMixer
+from multi_head import Bias, MultiHeadMixer, TokenLayout, both_biases
 from neighbors import NeighborConfig, max_neighbors, neighbor_scores, weighted_sum
 from options import GRAPH_AGGREGATIONS, dilate
 from selection import NeighborSelection

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers1d import Bias, MultiHeadMixer, TokenLayout, attend
+from multi_head import Bias, MultiHeadMixer, TokenLayout, attend
 from options import PERFORMER_KERNELS, check_window
 from place_attention import PlacedPattern
 from tilings import neighborhood_tiling

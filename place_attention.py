@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from block_masks import BLOCK, BlockSparsePattern
 from kernels import backend
-from layers1d import Bias, MultiHeadMixer, TokenLayout, attend
+from multi_head import Bias, MultiHeadMixer, TokenLayout, attend
 from options import MASK_TYPES, check_window
 from selection import ConstantTables
 from tilings import (  # noqa: F401  (some are only offered from here, as before)

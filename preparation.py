@@ -1,9 +1,12 @@
-"""Before a run begins: everything that can fail before data is read or a file is written, and what is known then."""
+"""Before a run begins: everything that can fail before data is read or a file is written, the weights to start from, and
+what is known then."""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,10 +14,10 @@ from torch import nn
 
 from dataset import Data, import_torchvision
 from kernels import backend
-from options import AsTrained, ModelConfig, Options
+from options import AsTrained, ModelConfig, Options, grid_of
 from probe import probe
 from runs import RunError
-from runs.checkpoints import Leeway, Loaded
+from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_weights
 from runs.export import check_export
 from runs.folder import RunFolder
 from runs.measure import count_flops, count_parameters
@@ -22,6 +25,7 @@ from runs.memory import making
 from runs.optimization import autocast_for
 from runs.parameters import freeze, layer_scales
 from runs.processes import Processes, Signals
+from runs.provenance import check_same_class, list_of_loaded, say_what_differs, say_what_was_loaded
 from runs.tracking import is_installed
 from utils import choose_kernels, pick_device, seed_everything
 
@@ -73,6 +77,34 @@ def prepare(job: Job) -> tuple[nn.Module, RunFolder, torch.device, list[str]]:
         freeze(model, train.freeze)
         layer_scales(model, train.layer_decay)  # raises for a model whose blocks it cannot tell
     return model, RunFolder(train.output_dir), device, warnings
+
+
+def load_start(job: Job, model: nn.Module, resumed_from: Path | None) -> str:
+    """Put the weights of --checkpoint, if there is one, into a model that is about to be trained; returns what model.txt says.
+
+    resumed_from: the file that a run goes on from, whose weights come instead. Raises RunError.
+    """
+    train, plain, first = job.options.train, job.options.as_dict(), job.processes.first
+    if resumed_from is not None:
+        if train.checkpoint and first:
+            where = f"--resume goes on from {resumed_from}"
+            print(f"warning: --checkpoint {train.checkpoint} is not read: {where}", file=sys.stderr)
+        return ""
+    if not train.checkpoint:
+        unread = f"--freeze {train.freeze}" if train.freeze else "--strict" if train.strict else ""
+        if unread and first:
+            print(f"warning: {unread} goes with the weights of a --checkpoint, and none is given", file=sys.stderr)
+        return ""
+    path = Path(train.checkpoint)
+    state = load_checkpoint(path)
+    if isinstance(state.get("config"), dict):
+        check_same_class(plain, state["config"], path, "--checkpoint")
+    leeway = Leeway(partial=not train.strict, resample=not train.strict, grid=grid_of(state.get("config")))
+    loaded = load_weights(model, path, job.load, state=state, leeway=leeway)
+    if first:
+        say_what_differs(job.options.model, state, path)
+        say_what_was_loaded(loaded, path, model)
+    return list_of_loaded(loaded, path)
 
 
 def facts_of(job: Job, model: nn.Module, data: Data, device: torch.device) -> dict:

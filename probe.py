@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from allconvnet import make_single2d
 from hosts import VGG, WIDTHS
-from layers1d import TokenLayout
+from multi_head import TokenLayout
 from options import AllConvNetConfig, ModelConfig, Row, ViTConfig, layer_label
 from own_mixer import is_address, what_failed
 from registry import build_layer

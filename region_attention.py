@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers1d import Bias, MultiHeadMixer, TokenLayout, attend, mixing_matrix
+from multi_head import Bias, MultiHeadMixer, TokenLayout, attend, mixing_matrix
 from neighbors import find_neighbors, neighbor_scores, neighbor_weights, weighted_sum
 from options import check_value_convolution, region_sides
 

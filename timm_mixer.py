@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import Tensor, nn
 
-from layers1d import TokenLayout
+from multi_head import TokenLayout
 from options import LAYERS1D_ROWS, ViTConfig, layer_row
 from registry import layer_arguments, layer_class
 

@@ -30,7 +30,7 @@ from options import (  # noqa: F401  some are only offered from here as well
     grid_of,
     sides_of,
 )
-from preparation import Job, facts_of, prepare
+from preparation import Job, facts_of, load_start, prepare
 from reading import as_text
 from runs import RunError
 from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_state, load_weights
@@ -57,9 +57,7 @@ from runs.processes import Interrupted, ProcessError, Processes, Signals, seed_p
 from runs.progress import Progress, epoch_line
 from runs.provenance import (
     check_same_class,
-    list_of_loaded,
     options_as_trained,
-    say_what_differs,
     say_what_is_assumed,
     say_what_was_loaded,
 )
@@ -404,24 +402,7 @@ def _train(run: Job) -> None:
     found = resumable_state(folder, plain, quiet=not processes.first) if train.resume else None
     if train.export and found is not None and found[0]["best"] and not folder.best.exists():
         raise RunError(f"--export: {folder.best} of epoch {found[0]['best']['epoch']} is gone; leave --export out")
-    notes = ""  # for model.txt
-    if train.checkpoint and found is None:
-        path = Path(train.checkpoint)
-        state = load_checkpoint(path)
-        if isinstance(state.get("config"), dict):
-            check_same_class(plain, state["config"], path, "--checkpoint")
-        leeway = Leeway(partial=not train.strict, resample=not train.strict, grid=grid_of(state.get("config")))
-        loaded = load_weights(model, path, run.load, state=state, leeway=leeway)
-        notes = list_of_loaded(loaded, path)
-        if processes.first:
-            say_what_differs(options.model, state, path)
-            say_what_was_loaded(loaded, path, model)
-    elif train.checkpoint and processes.first:
-        print(f"warning: --checkpoint {train.checkpoint} is not read: --resume goes on from {found[1]}", file=sys.stderr)
-    elif processes.first and found is None:
-        unread = f"--freeze {train.freeze}" if train.freeze else "--strict" if train.strict else ""
-        if unread:
-            print(f"warning: {unread} goes with the weights of a --checkpoint, and none is given", file=sys.stderr)
+    notes = load_start(run, model, None if found is None else found[1])
     processes.connect(device)
     check_same_state(processes, folder, found)
     data = _load_data(run, device)

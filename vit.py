@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from layers1d import MultiHeadMixer, TokenLayout
+from multi_head import MultiHeadMixer, TokenLayout
 from options import LAYERS1D_ROWS, ViTConfig, layer_row
 from registry import build_layer
 from runs.checkpoints import Leeway, Loaded, load_state

@@ -46,8 +46,9 @@ def make_targets() -> list[Target]:
     import torch
     from torch import nn
 
-    from layers1d import MultiHeadAttention, MultiHeadConvNNAttention, MultiHeadKvtAttention, TokenLayout
+    from layers1d import MultiHeadAttention, MultiHeadConvNNAttention, MultiHeadKvtAttention
     from layers2d import ConvNN2d
+    from multi_head import TokenLayout
     from place_attention import MultiHeadLocalAttention, NeighborhoodAttention
 
     # Feature maps of CIFAR images, ViT-Tiny at 224 / 16, and 4,096 tokens for attention by location: it grows with N, not N^2.
