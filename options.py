@@ -503,6 +503,9 @@ class ModelConfig(NeighborConfig):
         readers = {layer for layer in in_use if "magnitude_type" in self._options_of(layer)}
         if self.similarity_type == "Loc" and readers <= self.unscored:  # which rank by distance then
             found.setdefault("magnitude_type", "similarity_type")
+        with_heads = {layer for layer in in_use if "num_heads" in self.sizes or "num_heads" in self._options_of(layer)}
+        if with_heads == {"ViG"} and self.graph_aggregation == "edge":  # one linear for all features
+            found["num_heads"] = "graph_aggregation"
         return found
 
     def _options_of(self, layer: str) -> set[str]:

@@ -67,6 +67,9 @@ VIT = [
     ("--layer ViG --similarity_type Loc --magnitude_type distance",
      ["--magnitude_type distance is not used by --similarity_type Loc"]),
     ("--layer ConvNN --similarity_type Loc --magnitude_type distance", []),
+    ("--layer ViG --graph_aggregation edge --num_heads 2", ["--num_heads 2 is not used by --graph_aggregation edge"]),
+    ("--layer ViG --graph_aggregation mean --num_heads 2", []),
+    ("--layer ViG --graph_aggregation edge --num_local_layers 1 --num_heads 2", []),  # of the Attention after it
     ("--pool mean --lr 0.1 --patch_size 32 --momentum 0.5 --d_hidden 64 --num_heads 2", []),
 ]  # fmt: skip
 ALLCONVNET = [
@@ -85,6 +88,8 @@ ALLCONVNET = [
     ("--drop_path 0.1", ["--drop_path 0.1 is not used by --layer ConvNN"]),
     ("--layer Conv2d --aggregation_type Loc_Col --attention_dropout 0.1", ["--attention_dropout 0.1"]),
     ("--layer Attention --attention_dropout 0.1 --convolution_type depthwise", ["--convolution_type depthwise"]),
+    ("--layer ViG --graph_aggregation edge --num_heads 2", ["--num_heads 2 is not used by --graph_aggregation edge"]),
+    ("--layer Attention/ViG --graph_aggregation edge --num_heads 2", []),
     ("--stem small --replace last 2", ["--stem small is not used by --model allconvnet", "--replace last 2"]),
     ("--model vgg11 --channels 8 8 --stem small --batch_norm --classifier_width 8", ["--channels 8 8"]),
     ("--model resnet18 --batch_norm --classifier_width 8 --num_layers 3 --replace last 2",
