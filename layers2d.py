@@ -15,6 +15,7 @@ its K best: `ConvNNAttention2d`. The same classes serve sequences, images with o
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import torch
@@ -258,6 +259,8 @@ def make_conv2d(
     bias: bool = True,
 ) -> nn.Module:
     """A convolution that keeps the size of the map, but for its stride; with aggregation_type Loc_Col a `CoordConv2d`."""
+    if kernel_size % 2 == 0:  # the copy of the map that PyTorch warns of is what keeps its size
+        warnings.filterwarnings("ignore", message="Using padding='same' with even kernel lengths")
     geometry = {"padding": "same"} if stride == 1 else {"padding": kernel_size // 2, "stride": stride}
     if aggregation_type == "Loc_Col":
         return CoordConv2d(in_channels, out_channels, kernel_size, image_size=image_size, bias=bias, **geometry)

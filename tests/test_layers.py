@@ -1,6 +1,7 @@
 """layers1d.py and layers2d.py: one file, since the 2-D layers are the 1-D ones over a folded grid."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from layers1d import Attention1d, ConvNN1d, ConvNNAttention1d, PixelShuffle1d, PixelUnshuffle1d
-from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d
+from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d, make_conv2d
 from neighbors import NeighborConfig, coordinates, grid_places, random_candidates, spatial_candidates
 
 SAMPLING = [("all", -1), ("random", 9), ("spatial", 3)]
@@ -288,6 +289,16 @@ def test_compiles_without_a_graph_break(layer_type, sampling, samples):
         results.append((y, *torch.autograd.grad(y.square().sum(), model.parameters())))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kernel_size", [2, 4])
+def test_an_even_kernel_keeps_the_size(kernel_size):
+    """With one row less of zeros before than after, and without a warning."""
+    before, after = (kernel_size - 1) // 2, kernel_size // 2
+    with warnings.catch_warnings(action="error"):
+        layer, x = make_conv2d(2, 3, kernel_size), torch.randn(2, 2, 5, 6)
+        y = layer(x)
+    torch.testing.assert_close(y, F.conv2d(F.pad(x, (before, after) * 2), layer.weight, layer.bias))
 
 
 def test_convnn_under_inductor_equals_eager():
