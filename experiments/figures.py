@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from options import LAYERS1D_ROWS
+
 COSTS = {
     "latency_ms_per_image": "latency (ms per image)",
     "mflops_per_image": "MFLOPs per image",
@@ -174,8 +176,40 @@ def draw(rows: list[dict]) -> dict:
     for option in swept:
         values = [row[option] for row in rows if row[option] != ""]
         if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-            figures[f"top1_by_{option}"] = draw_option(rows, option, [name for name in swept if name != option])
+            others = [name for name in swept if name != option]
+            ends = branches_alone(rows, others) if option == "branch_ratio" else []
+            figures[f"top1_by_{option}"] = draw_option(rows + ends, option, others)
     return figures
+
+
+def branches_alone(rows: list[dict], others: list[str]) -> list[dict]:
+    """Of two layers side by side each one alone, where the sweep has it: its row once more, as a share of 0 or 1.
+
+    An option that the one alone does not read may have any value beside the other.
+    """
+    side_by_side = [row for row in rows if row["branch_ratio"] != ""]
+    there = {(row["branch_ratio"], *(row[name] for name in others)) for row in side_by_side}
+    found = {}
+    for row in side_by_side:
+        line = {name: row[name] for name in others}
+        for share, layer in zip((0, 1), branches_of(str(row.get("layer", ""))), strict=True):
+            alone = [
+                one
+                for one in rows
+                if one["layer"] == layer and all(one[name] in ("", line[name]) for name in others if name != "layer")
+            ]
+            key = share, *line.values()
+            if len(alone) == 1 and key not in there:
+                found[key] = alone[0] | line | {"branch_ratio": share}
+    return list(found.values())
+
+
+def branches_of(layer: str) -> tuple[str, str]:
+    """The layers that have all features at a branch_ratio of 0 and of 1."""
+    first, _, second = layer.partition("/")
+    if not second and layer in LAYERS1D_ROWS and LAYERS1D_ROWS[layer].branches:
+        second, first = LAYERS1D_ROWS[layer].branches
+    return first, second
 
 
 def draw_tradeoff(rows: list[dict], swept: list[str]):

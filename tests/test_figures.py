@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from experiments.figures import (
     Mark,
+    branches_alone,
     draw_curves,
     draw_option,
     draw_tradeoff,
@@ -109,6 +110,26 @@ def test_lines_by_an_option_have_marks_of_their_own():
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 12
     assert all(list(line.get_xdata()) == SIXTY["K"] for line in lines)
     assert len(texts_inside(figure, figure.legends)) == 6 + 2 + 2
+
+
+def test_a_layer_alone_is_the_end_of_the_line_of_two_side_by_side():
+    def row(layer, compared, share, top1):
+        return {"layer": layer, "similarity_type": compared, "branch_ratio": share, "top1": top1, "top1_std": 0.0}
+
+    rows = [row("Conv2d", "", "", 60), row("ConvNN", "Col", "", 50), row("Attention", "", "", 1)]
+    rows += [row("Conv2d/ConvNN", compared, 0.5, 70) for compared in ("Col", "Loc_Col")]
+    rows += [row("Conv2d/ConvNN", "Loc_Col", 1, 55)]  # in place of ConvNN, which is not there
+    ends = branches_alone(rows, ["layer", "similarity_type"])
+    assert [(end["similarity_type"], end["branch_ratio"], end["top1"]) for end in ends] == [
+        ("Col", 0, 60),
+        ("Col", 1, 50),
+        ("Loc_Col", 0, 60),
+    ]
+    assert {end["layer"] for end in ends} == {"Conv2d/ConvNN"}
+    # of the ViT's, whose share is that of the first
+    rows = [row("ConvNNAttention", "Col", "", 50), row("Attention", "", "", 60), row("BranchAttention", "Col", 0.5, 70)]
+    ends = branches_alone(rows, ["layer", "similarity_type"])
+    assert [(end["branch_ratio"], end["top1"]) for end in ends] == [(0, 60), (1, 50)]
 
 
 def test_the_mean_of_seeds_in_a_band_ends_with_the_shortest_run():
