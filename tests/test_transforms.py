@@ -64,6 +64,7 @@ def batch(images=3):
     return torch.randn(images, 1, 16, 16), torch.randint(0, 10, (images,))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of PyTorch's attention, one image at a time
 @models
 def test_gradients_per_sample_by_torch_func(kind, options):
     """torch.func.grad under vmap over images gives the gradients that autograd gives."""
@@ -148,8 +149,11 @@ EXPORTED = {
     **{" ".join(names): (ViT, [{"layer": name} for name in names]) for names in in_groups(LAYERS1D_NAMES, 3)},
     "class token after local layers": (ViT, [{"layer": "GPSA", "num_layers": 2, "num_local_layers": 1}]),
     "neighbors of tokens": (ViT, [{"layer": "ConvNNAttention", **options} for options in NEIGHBORS]),
-    "layers of AllConvNet": (AllConvNet, [{"layer": name} for name in (*LAYERS2D_NAMES, "Conv2d/ConvNN")]),
-    "neighbors of pixels": (AllConvNet, [{"layer": "ConvNN", **options} for options in NEIGHBORS]),
+    "layers of AllConvNet and neighbors of pixels": (
+        AllConvNet,
+        [{"layer": name} for name in (*LAYERS2D_NAMES, "Conv2d/ConvNN")]
+        + [{"layer": "ConvNN", **options} for options in NEIGHBORS],
+    ),
 }
 
 
