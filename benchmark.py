@@ -291,11 +291,11 @@ def draw_scaling(rows: list[dict], title: str) -> bytes:
     for axis, label in zip(axes, ("forward + backward (ms)", "peak memory of it (MB)"), strict=True):
         axis.set_xscale("log")
         axis.set_xticks(tokens, [f"{number:,}" for number in tokens])
-        axis.minorticks_off()
         if any(number > 0 for line in axis.lines for number in line.get_ydata()):  # nothing was measured where all failed
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axis.minorticks_off()
         axis.set_xlabel("tokens")
         axis.set_title(label, fontsize=10)
         axis.grid(alpha=0.3)
