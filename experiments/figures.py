@@ -196,7 +196,7 @@ def branches_alone(rows: list[dict], others: list[str]) -> list[dict]:
             alone = [
                 one
                 for one in rows
-                if one["layer"] == layer and all(one[name] in ("", line[name]) for name in others if name != "layer")
+                if layer and one["layer"] == layer and all(one[name] in ("", line[name]) for name in others if name != "layer")
             ]
             key = share, *line.values()
             if len(alone) == 1 and key not in there:
