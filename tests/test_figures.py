@@ -130,9 +130,7 @@ def test_a_layer_alone_is_the_end_of_the_line_of_two_side_by_side():
     rows = [row("ConvNNAttention", "Col", "", 50), row("Attention", "", "", 60), row("BranchAttention", "Col", 0.5, 70)]
     ends = branches_alone(rows, ["layer", "similarity_type"])
     assert [(end["branch_ratio"], end["top1"]) for end in ends] == [(0, 60), (1, 50)]
-    shares = [
-        {"branch_ratio": share, "top1": 70, "top1_std": 0.0} for share in (0.25, 0.5)
-    ]  # of one layer, which no column names
+    shares = [{"branch_ratio": share, "top1": 70, "top1_std": 0.0} for share in (0.25, 0.5)]
     assert branches_alone(shares, []) == []
 
 
