@@ -89,10 +89,14 @@ def mark_rows(rows: list[dict], swept: list[str]) -> tuple[list[Mark], list[Sect
 
 def _mark_programs(rows: list[dict], rest: list[str]) -> tuple[list[Mark], list[Section]]:
     sections = {row["program"]: Section(str(row["program"]), {}) for row in rows}
+    first, used = {}, 0  # a marker for every 20 rows of a program, where colors begin again
+    for program in sections:
+        first[program] = used
+        used += math.ceil(sum(row["program"] == program for row in rows) / COLORS)
     marks = []
     for row in rows:
         section = sections[row["program"]]
-        marker = MARKERS[list(sections).index(row["program"]) % len(MARKERS)]
+        marker = MARKERS[(first[row["program"]] + len(section.entries) // COLORS) % len(MARKERS)]
         marks.append(Mark(color_of(len(section.entries)), marker))
         section.entries[label_of(row, rest)] = marks[-1]
     return marks, list(sections.values())

@@ -103,6 +103,13 @@ def test_an_entry_of_the_legend_names_the_row_of_its_mark():
     assert len({mark.marker for mark in marks}) == 3 and all(isinstance(mark, Mark) for mark in marks)
 
 
+def test_rows_of_programs_have_marks_of_their_own():
+    rows = [{"program": program, "layer": f"layer {n}"} for program, many in (("ViT", 23), ("Peers", 3)) for n in range(many)]
+    marks, sections = mark_rows(rows, ["program", "layer"])
+    assert len(set(marks)) == 26 and [len(section.entries) for section in sections] == [23, 3]
+    assert not {marker for _, marker in marks[:23]} & {marker for _, marker in marks[23:]}
+
+
 def test_lines_by_an_option_have_marks_of_their_own():
     rows = rows_of(**SIXTY)
     figure = draw_option(rows, "K", ["layer", "lr"])
