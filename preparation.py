@@ -84,7 +84,7 @@ def load_start(job: Job, model: nn.Module, resumed_from: Path | None) -> str:
 
     resumed_from: the file that a run goes on from, whose weights come instead. Raises RunError.
     """
-    train, plain, first = job.options.train, job.options.as_dict(), job.processes.first
+    train, first = job.options.train, job.processes.first
     if resumed_from is not None:
         if train.checkpoint and first:
             where = f"--resume goes on from {resumed_from}"
@@ -98,7 +98,7 @@ def load_start(job: Job, model: nn.Module, resumed_from: Path | None) -> str:
     path = Path(train.checkpoint)
     state = load_checkpoint(path)
     if isinstance(state.get("config"), dict):
-        check_same_class(plain, state["config"], path, "--checkpoint")
+        check_same_class(job.options.as_dict(), state["config"], path, "--checkpoint")
     leeway = Leeway(partial=not train.strict, resample=not train.strict, grid=grid_of(state.get("config")))
     loaded = load_weights(model, path, job.load, state=state, leeway=leeway)
     if first:

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from options import LAYERS1D_ROWS
+from options import LAYERS1D_ROWS, layers_of
 
 COSTS = {
     "latency_ms_per_image": "latency (ms per image)",
@@ -196,7 +196,7 @@ def branches_alone(rows: list[dict], others: list[str]) -> list[dict]:
     found = {}
     for row in side_by_side:
         line = {name: row[name] for name in others}
-        for share, layer in zip((0, 1), branches_of(str(row.get("layer", ""))), strict=True):
+        for share, layer in enumerate(branches_of(str(row.get("layer", "")))):
             alone = [
                 one
                 for one in rows
@@ -209,11 +209,12 @@ def branches_alone(rows: list[dict], others: list[str]) -> list[dict]:
 
 
 def branches_of(layer: str) -> tuple[str, str]:
-    """The layers that have all features at a branch_ratio of 0 and of 1."""
-    first, _, second = layer.partition("/")
-    if not second and layer in LAYERS1D_ROWS and LAYERS1D_ROWS[layer].branches:
-        second, first = LAYERS1D_ROWS[layer].branches
-    return first, second
+    """The layers that have all features at a branch_ratio of 0 and of 1, empty if it is one without branches."""
+    if layer in LAYERS1D_ROWS:
+        of_one, of_zero = LAYERS1D_ROWS[layer].branches or ("", "")  # the share is that of the first
+        return of_zero, of_one
+    layers = layers_of(layer)
+    return (layers[0], layers[1]) if len(layers) == 2 else ("", "")
 
 
 def draw_tradeoff(rows: list[dict], swept: list[str]):
