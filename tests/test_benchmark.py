@@ -22,12 +22,13 @@ def run(line, tmp_path):
 
 
 def test_a_row_for_every_layer_size_precision_and_execution(tmp_path, capsys):
-    line = "vit --layer Linformer ConvNNAttention --tokens 16 64 --d_model 8 --num_heads 2 --repeats 1 --batch_size 2 --K 4"
+    # 36: from 64 tokens on, PyTorch refuses attention of bfloat16 where ATEN_CPU_CAPABILITY hides the AVX-512 oneDNN finds.
+    line = "vit --layer Linformer ConvNNAttention --tokens 16 36 --d_model 8 --num_heads 2 --repeats 1 --batch_size 2 --K 4"
     rows = run(f"{line} --precision fp32 bf16", tmp_path)
     found = [(row["tokens"], row["layer"], row["precision"], row["execution"]) for row in rows]
     assert found == [
         (tokens, layer, precision, "eager")
-        for tokens in ("16", "64")
+        for tokens in ("16", "36")
         for layer in ("Linformer", "ConvNNAttention")
         for precision in ("fp32", "bf16")
     ]
