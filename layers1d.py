@@ -41,7 +41,7 @@ class PixelUnshuffle1d(nn.Module):
         B, C, N = x.shape
         if N % self.scale:
             raise ValueError(f"shuffle_scale={self.scale} does not divide the {N} tokens")
-        return x.view(B, C, N // self.scale, self.scale).transpose(2, 3).reshape(B, C * self.scale, -1)
+        return x.view(B, C, N // self.scale, self.scale).transpose(2, 3).reshape(B, C * self.scale, N // self.scale)
 
 
 class PixelShuffle1d(nn.Module):
@@ -55,7 +55,7 @@ class PixelShuffle1d(nn.Module):
         B, C, N = x.shape
         if C % self.scale:
             raise ValueError(f"shuffle_scale={self.scale} does not divide the {C} channels")
-        return x.view(B, C // self.scale, self.scale, N).transpose(2, 3).reshape(B, C // self.scale, -1)
+        return x.view(B, C // self.scale, self.scale, N).transpose(2, 3).reshape(B, C // self.scale, N * self.scale)
 
 
 class ConvNN1d(ConvNN2d):

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from choice import Choice, mix_straight_through
 from neighbors import NeighborConfig, aggregate, coordinates, grid_places, neighbor_weights
-from options import SHUFFLE_PATTERNS, check_slots, check_temperature, check_topk, shuffle_factors
+from options import SHUFFLE_PATTERNS, check_dropout, check_slots, check_temperature, check_topk, shuffle_factors
 from selection import GridTables, NeighborSelection
 
 
@@ -38,6 +38,8 @@ class ImageMixer(nn.Module):
         super().__init__()
         if shuffle_pattern not in SHUFFLE_PATTERNS:
             raise ValueError(f"shuffle_pattern={shuffle_pattern!r} is not one of {', '.join(SHUFFLE_PATTERNS)}")
+        if shuffle_scale < 1:
+            raise ValueError(f"shuffle_scale={shuffle_scale} must be at least 1")
         before, after = shuffle_factors(shuffle_pattern, shuffle_scale, self.axes)
         self.shuffle_scale = shuffle_scale
         self.token_channels = in_channels * before, out_channels * after
@@ -194,7 +196,8 @@ class Attention2d(ImageMixer):
     """Multi-head self-attention (Vaswani et al., arXiv 1706.03762) over the pixels of an image:
     (B, C_in, H, W) -> (B, C_out, H, W).
 
-    Raises ValueError if num_heads does not divide the channels that attention runs on.
+    Raises ValueError if num_heads does not divide the channels that attention runs on, and for an attention_dropout that is no
+    probability.
     """
 
     def __init__(
@@ -211,6 +214,7 @@ class Attention2d(ImageMixer):
         inputs, D = self.token_channels
         if num_heads < 1 or D % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide the {D} channels that attention runs on")
+        check_dropout(attention_dropout)
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
         self.qkv = nn.Linear(inputs, 3 * D)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from options import check_heads, sequence_grid
+from options import check_dropout, check_heads, sequence_grid
 from selection import ConstantTables
 
 
@@ -72,7 +72,7 @@ class MultiHeadMixer(ConstantTables):
     Args:
         num_heads: heads of d_model / num_heads features each; raises ValueError if that is not whole.
         layout: what the tokens are, where that matters to the mixer.
-        attention_dropout: probability of dropping a weight of a pair of tokens.
+        attention_dropout: probability of dropping a weight of a pair of tokens; raises ValueError if it is none.
         bias: of all projections, or (of those before mixing, of the one after it).
     """
 
@@ -87,6 +87,7 @@ class MultiHeadMixer(ConstantTables):
     ):
         super().__init__()
         check_heads(d_model, num_heads)
+        check_dropout(attention_dropout)
         self.num_heads = num_heads
         self.head_dim = d_model // num_heads
         self.layout = layout

@@ -101,7 +101,8 @@ def find_neighbors(
     query (B, N, C), key (B, M, C); metric: cosine, euclidean or matmul, or an alias of them; candidates (S,): only
     these keys count; self_index (N,): the row of key that is the query's own token, then always slot 0, the other
     K - 1 coming from the remaining keys. Scores are computed in float32 at least, whatever autocast says: bfloat16
-    ties often. Nothing here carries a gradient.
+    ties often. Distances are compared by products of centered tokens: in float32 the order of neighbors that are nearer than
+    about a thousandth of the spread of all tokens is left to rounding. Nothing here carries a gradient.
 
     Raises ValueError for an unknown metric and for a K without enough candidates.
     """
@@ -249,11 +250,13 @@ def coordinates(places: Tensor, grid: tuple[int, ...], dtype: torch.dtype, class
 def join_coordinates(features: Tensor, places: Tensor, lambda_param: float) -> Tensor:
     """lambda * features / std joined with (1 - lambda) * coordinates: (B, N, C), (N, axes) -> (B, N, C + axes).
 
-    The standard deviation is that of one image (and head), a constant for the gradient.
+    The standard deviation is that of one image (and head), a constant for the gradient. Features that differ by rounding only
+    tell tokens apart by noise: they count as 0, and coordinates alone decide.
     """
     B, N, C = features.shape
     wide = features.detach().to(accumulator(features.dtype))
-    std = wide.std(dim=(1, 2), keepdim=True, correction=min(1, N * C - 1)).clamp_min(1e-12)
+    std = wide.std(dim=(1, 2), keepdim=True, correction=min(1, N * C - 1))
+    std = std.masked_fill(std <= 1e-6 * wide.abs().amax(dim=(1, 2), keepdim=True), math.inf)
     features = (lambda_param * features / std).to(features.dtype)
     return torch.cat([features, ((1 - lambda_param) * places).expand(B, -1, -1)], dim=2)
 

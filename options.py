@@ -71,6 +71,7 @@ __all__ = [
     "branch_widths",
     "build",
     "canonical_metric",
+    "check_dropout",
     "check_fields",
     "check_heads",
     "check_slots",
@@ -994,6 +995,11 @@ def sequence_grid(grid: tuple[int, int]) -> tuple[int, ...]:
 def check_heads(d_model: int, num_heads: int) -> None:
     if num_heads < 1 or d_model % num_heads:
         raise ValueError(f"num_heads={num_heads} does not divide d_model={d_model}")
+
+
+def check_dropout(attention_dropout: float) -> None:
+    if not 0 <= attention_dropout < 1:
+        raise ValueError(f"attention_dropout={attention_dropout} must be at least 0 and below 1")
 
 
 def check_slots(convolution_type: str, aggregation_type: str) -> None:

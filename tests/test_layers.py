@@ -212,6 +212,7 @@ def test_pixel_shuffle_1d():
     assert down.shape == (2, 6, 4)
     assert torch.equal(down[:, 1], x[:, 0, 1::2]) and torch.equal(down[:, 4], x[:, 2, 0::2])
     assert torch.equal(PixelShuffle1d(2)(down), x)
+    assert PixelUnshuffle1d(2)(x[:0]).shape == (0, *down.shape[1:]) and PixelShuffle1d(2)(down[:0]).shape == (0, *x.shape[1:])
     with pytest.raises(ValueError, match="shuffle_scale=3"):
         PixelUnshuffle1d(3)(x)
     with pytest.raises(ValueError, match="shuffle_scale=2"):
@@ -368,6 +369,9 @@ def test_tables_in_float64_are_exact():
         ),
         (lambda: ConvNN2d(3, 4, NeighborConfig(), padding=-1), "padding=-1"),
         (lambda: ConvNN2d(3, 4, NeighborConfig(), shuffle_pattern="AB"), "BA, NA, B, A"),
+        (lambda: ConvNN2d(3, 4, NeighborConfig(), shuffle_pattern="BA", shuffle_scale=0), "shuffle_scale=0 must be at least 1"),
+        (lambda: ConvNN1d(3, 4, NeighborConfig(), shuffle_pattern="A", shuffle_scale=-2), "shuffle_scale=-2"),
+        (lambda: Attention2d(3, 4, 2, attention_dropout=1.5), "attention_dropout=1.5"),
         (lambda: ConvNN2d(3, 4, NeighborConfig(), shuffle_pattern="BA", image_size=(6, 7)), "shuffle_scale=2 .* 6 x 7"),
         (lambda: ConvNNAttention2d(3, 4, NeighborConfig(), convolution_type="dense"), "standard, depthwise"),
         (

@@ -389,6 +389,7 @@ GRID = TokenLayout(4, 4, 1)
     [
         (lambda: MultiHeadAttention(8, 3), "num_heads=3 does not divide d_model=8"),
         (lambda: MultiHeadAttention(8, 0), "num_heads=0"),
+        (lambda: MultiHeadAttention(8, 2, attention_dropout=-0.5), "attention_dropout=-0.5 must be at least 0 and below 1"),
         (lambda: MultiHeadConvNNAttention(8, 2, NeighborConfig(K=18), layout=GRID), "K=18 .* 1 to 17"),
         (
             lambda: MultiHeadConvNNAttention(

@@ -257,7 +257,21 @@ def test_joined_features_are_scaled_per_image():
         torch.testing.assert_close(joined[image : image + 1], alone, atol=1e-12, rtol=1e-12)
         torch.testing.assert_close(joined[image, :, :4], 0.3 * features[image] / features[image].std())
         torch.testing.assert_close(joined[image, :, 4:], 0.7 * places)
-    assert join_coordinates(torch.zeros(1, 12, 4).double(), places, 0.5).isfinite().all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1.0, 300.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_features_that_are_all_the_same_leave_neighbors_to_coordinates(value, dtype):
+    """One channel of a blank image: its standard deviation is 0, or what rounding leaves of 0."""
+    grid = (8, 8)
+    features = torch.full((2, 64, 1), value, dtype=dtype).requires_grad_()
+    joined = join_coordinates(features, coordinates(grid_places(grid), grid, dtype), 0.5)
+    torch.testing.assert_close(joined[..., 0], torch.zeros(2, 64, dtype=dtype), atol=0, rtol=0)
+    assert torch.autograd.grad(joined.square().sum(), features)[0].abs().max() == 0
+    index = find_neighbors(joined, joined, 5, "euclidean", self_index=torch.arange(64))
+    places = grid_places(grid).double()
+    inner = [row * 8 + column for row in range(1, 7) for column in range(1, 7)]  # with four neighbors at one pixel
+    assert ((places[index[:, inner, 1:]] - places[inner, None]).norm(dim=3) == 1).all()
 
 
 # --- score and aggregate: forward and gradients ---------------------------------------------------------------------
