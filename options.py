@@ -517,12 +517,16 @@ class ModelConfig(NeighborConfig):
     def values_that_hold(values: dict, given: dict) -> dict:
         """Of the values in a YAML file those that still hold beside the ones that the command line gives.
 
-        A layer that is given is another one than the file's, or the same in another place.
+        A layer that is given is another one than the file's, or the same in another place. A test of a run that the file has
+        trained is of its result, not of the weights that it started from, and exports nothing.
         """
-        if "layer" not in given:
-            return values
-        is_same = layer_label(str(given["layer"])) == layer_label(str(values.get("layer")))
-        dropped = {"layer_sha256"} if is_same else {"layer_sha256", "mixer_option"}
+        dropped = set()
+        if "layer" in given:
+            is_same = layer_label(str(given["layer"])) == layer_label(str(values.get("layer")))
+            dropped = {"layer_sha256"} if is_same else {"layer_sha256", "mixer_option"}
+        in_file, here = (str(one.get("test_only")).lower() == "true" for one in (values, given))
+        if here and not in_file:
+            dropped |= {"checkpoint", "export"}
         return {name: value for name, value in values.items() if name not in dropped}
 
 
@@ -1307,10 +1311,11 @@ class TrainConfig:
             raise ValueError(f"export={self.export!r} writes weights and test_only=True writes only its results; drop one")
         if self.checkpoint and not self.checkpoint.endswith((".pt", ".pth", ".safetensors")):
             raise ValueError(f"checkpoint={self.checkpoint!r} must end in .pt, .pth or .safetensors")
-        if self.checkpoint and os.path.isdir(self.checkpoint):
-            raise ValueError(f"checkpoint={self.checkpoint!r} is a folder; name a file in it")
-        if self.checkpoint and not os.path.isfile(self.checkpoint):
-            raise ValueError(f"checkpoint={self.checkpoint!r} does not exist")
+        if self.checkpoint and not self.resume:  # a run that is resumed does not read it
+            if os.path.isdir(self.checkpoint):
+                raise ValueError(f"checkpoint={self.checkpoint!r} is a folder; name a file in it")
+            if not os.path.isfile(self.checkpoint):
+                raise ValueError(f"checkpoint={self.checkpoint!r} does not exist")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ def load_start(job: Job, model: nn.Module, resumed_from: Path | None) -> str:
             print(f"warning: {unread} goes with the weights of a --checkpoint, and none is given", file=sys.stderr)
         return ""
     path = Path(train.checkpoint)
+    if not path.is_file():
+        raise RunError(f"--checkpoint {path} is no file, and --resume finds nothing in {train.output_dir} to go on from")
     state = load_checkpoint(path)
     if isinstance(state.get("config"), dict):
         check_same_class(job.options.as_dict(), state["config"], path, "--checkpoint")

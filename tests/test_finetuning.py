@@ -259,6 +259,24 @@ def test_a_sweep_evaluates_one_checkpoint_as_many_models(attention, tmp_path, ca
     capsys.readouterr()
 
 
+def test_a_run_is_tested_by_its_own_weights_and_resumed_without_those_it_started_from(attention, tmp_path, capsys):
+    """Its config.yaml names them, and where its own were exported to."""
+    start, folder, exported = tmp_path / "start.pt", tmp_path / "run", tmp_path / "out.safetensors"
+    start.write_bytes(attention.read_bytes())
+    assert run(f"{VIT} --lr 0.01 --checkpoint {start} --export {exported}", folder) == 0
+    config = f"--config {folder / 'config.yaml'}"
+    assert run(f"{config} --test_only", folder) == 0
+    assert json.loads((folder / "test_results.json").read_text())["checkpoint"] == str(folder / "best.pt")
+    assert run(f"{config} --test_only --checkpoint {start}", tmp_path / "of the start") == 0
+    assert json.loads((tmp_path / "of the start" / "test_results.json").read_text())["checkpoint"] == str(start)
+    start.unlink()
+    exported.unlink()
+    assert run(f"{config} --num_epochs 2 --resume", folder) == 0
+    exported.unlink()
+    assert f"--checkpoint {start} is no file" in refused(f"{config} --resume", tmp_path / "anew", capsys)
+    assert f"--checkpoint '{start}' does not exist" in refused(f"{config} --no-resume", tmp_path / "anew", capsys)
+
+
 def test_a_sweep_must_know_that_its_points_are_evaluated(attention, tmp_path):
     (tmp_path / "o.yaml").write_text(f"test_only: true\ncheckpoint: {attention}\n")
     (tmp_path / "s.yaml").write_text(
