@@ -920,11 +920,19 @@ class ViTConfig(ModelConfig):
 
     @staticmethod
     def values_that_hold(values: dict, given: dict) -> dict:
-        """Without what the file's model stands for, beside another model: it says nothing of that one."""
-        values = ModelConfig.values_that_hold(values, given)
-        if "model" not in given or given["model"] == values.get("model", "vit"):
-            return values
-        return {name: value for name, value in values.items() if name not in VIT_MODELS["convit_ti"]}
+        """Without what the file's model stands for, beside another model: it says nothing of that one.
+
+        config.yaml names its model; a file that names none says what it says of any. And it holds both coordinate_encoding and
+        the similarity_type that this stands for, of which one may be given.
+        """
+        values, dropped = ModelConfig.values_that_hold(values, given), set()
+        if "model" in values and given.get("model", values["model"]) != values["model"]:
+            dropped |= VIT_MODELS["convit_ti"].keys()
+        if given.get("similarity_type") == "Col":
+            dropped.add("coordinate_encoding")
+        if "coordinate_encoding" in given and values.get("coordinate_encoding") is True:
+            dropped |= {"similarity_type"} if values.get("similarity_type") == "Loc_Col" else set()
+        return {name: value for name, value in values.items() if name not in dropped}
 
     def layers_in_use(self) -> list[str]:
         local = [] if self.num_local_layers == 0 else [self.layer]

@@ -1061,6 +1061,21 @@ def test_coordinate_encoding_is_short_for_loc_col():
     assert parse_vit("").model.neighbors == NeighborConfig(magnitude_type="matmul")
 
 
+def test_coordinate_encoding_and_what_it_is_short_for_give_way_to_either_flag():
+    """config.yaml of a run holds both."""
+    Path("c.yaml").write_text(yaml.safe_dump(parse_vit("--coordinate_encoding").as_dict()))
+    assert parse_vit("--config c.yaml --similarity_type Col").model == ViTConfig()
+    assert parse_vit("--config c.yaml --no-coordinate_encoding").model == ViTConfig()
+    for same in ("--coordinate_encoding", "--similarity_type Loc_Col"):
+        assert parse_vit(f"--config c.yaml {same}") == parse_vit("--config c.yaml")
+    Path("c.yaml").write_text("similarity_type: Loc_Col\n")
+    assert parse_vit("--config c.yaml --no-coordinate_encoding").model.similarity_type == "Loc_Col"
+    trained = parse_vit("--layer ConvNNAttention --coordinate_encoding").as_dict()
+    found, changes = options.as_trained(PROGRAMS["vit_main.py"], {"similarity_type": "Col"}, trained)
+    assert found.model == ViTConfig(layer="ConvNNAttention")
+    assert changes.keys() == {"similarity_type", "coordinate_encoding"}
+
+
 CONVIT = {"ti": (192, 4), "ti_plus": (256, 4), "s": (432, 9), "s_plus": (576, 9), "b": (768, 16), "b_plus": (1024, 16)}
 
 
@@ -1091,6 +1106,9 @@ def test_flags_beside_a_convit_override_it():
     assert model == ViTConfig(model="convit_s", image_size=64, K=5, dropout=0.3)
     assert parse_vit("--config run.yaml --model vit").model == ViTConfig(image_size=64, K=5)
     assert parse_vit("--config run.yaml --model convit_ti --num_heads 8").model.num_heads == 8
+    # and a file that names no model says what it says of any
+    Path("small.yaml").write_text("num_layers: 11\nd_model: 48\n")
+    assert parse_vit("--config small.yaml --model convit_ti").model == ViTConfig(model="convit_ti", num_layers=11, d_model=48)
     smaller = dataclasses.replace(ViTConfig(model="convit_s"), num_layers=12, layer="Attention")
     assert (smaller.layer, smaller.num_heads, smaller.d_model) == ("Attention", 9, 432)
     first = parse_vit("--model convit_ti --num_heads 8 --d_model 512")
