@@ -3,7 +3,9 @@ what is known then."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import nn
 
 from dataset import Data, import_torchvision
 from kernels import backend
-from options import AsTrained, ModelConfig, Options, grid_of
+from options import AsTrained, ModelConfig, Options, TrainConfig, grid_of
 from probe import probe
 from runs import RunError
 from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_weights
@@ -23,7 +25,7 @@ from runs.folder import RunFolder
 from runs.measure import count_flops, count_parameters
 from runs.memory import making
 from runs.optimization import autocast_for
-from runs.parameters import freeze, layer_scales
+from runs.parameters import freeze, layer_scales, start_training
 from runs.processes import Processes, Signals
 from runs.provenance import check_same_class, list_of_loaded, say_what_differs, say_what_was_loaded
 from runs.tracking import is_installed
@@ -107,6 +109,32 @@ def load_start(job: Job, model: nn.Module, resumed_from: Path | None) -> str:
         say_what_differs(job.options.model, state, path)
         say_what_was_loaded(loaded, path, model)
     return list_of_loaded(loaded, path)
+
+
+def check_short_batches(model: nn.Module, train: TrainConfig, images: int, shape: tuple[int, ...], world: int) -> None:
+    """Raise RunError where a micro-batch will be one image, in which BatchNorm over a map of one pixel has nothing to compare.
+
+    images: of the training set, each (C, H, W) of `shape`; world: processes. Model and random numbers stay as they are.
+    """
+    batches = {min(train.batch_size, images), images % train.batch_size}
+    shares = {share for batch in batches for share in (batch // world, -(-batch // world)) if share}
+    sizes = {share: math.ceil(share / train.accumulate_steps) for share in shares}  # of the micro-batches but the last
+    has_one = any(1 in (size, share % size) for share, size in sizes.items())
+    if not has_one or not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+        return
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        one = copy.deepcopy(model)
+        start_training(one)
+        try:
+            one(torch.zeros(1, *shape, device=device))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise RunError(
+                f"--batch_size {train.batch_size} leaves a batch with one image, whose last map is one pixel: BatchNorm "
+                "has nothing to compare; use another --batch_size, --accumulate_steps or --resize"
+            ) from None
 
 
 def facts_of(job: Job, model: nn.Module, data: Data, device: torch.device) -> dict:

@@ -30,7 +30,7 @@ from options import (  # noqa: F401  some are only offered from here as well
     grid_of,
     sides_of,
 )
-from preparation import Job, facts_of, load_start, prepare
+from preparation import Job, check_short_batches, facts_of, load_start, prepare
 from reading import as_text
 from runs import RunError
 from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_state, load_weights
@@ -304,7 +304,7 @@ def run(
         if isinstance(error, DataError) and processes.local_rank:
             print(error, file=sys.stderr)  # of this process alone: `fail` leaves what concerns all to the first one
         fail(str(error))
-    except (KeyboardInterrupt, ValueError, RuntimeError, OSError, *STOPPED) as error:
+    except (KeyboardInterrupt, RuntimeError, OSError, *STOPPED) as error:
         return exit_status(error, options, processes, fail)
     return 0
 
@@ -413,6 +413,7 @@ def _train(run: Job) -> None:
     else:
         resume(training, folder, *found)
     facts = facts_of(run, model, data, device)
+    check_short_batches(model, train, facts["train_images"], facts["image_shape"], processes.world)
     if processes.first:
         run.announce()
         for warning in warnings:

@@ -35,13 +35,6 @@ def exit_status(error: BaseException, options: Options, processes: Processes | N
         speaks = is_first or isinstance(error, ReadError)  # which the others have not met
         return _say(f"stopped: {error}" + f"; --resume goes on from {last}" * is_kept, 1, speaks)
     text = " ".join(str(error).split())
-    if isinstance(error, ValueError):
-        if "more than 1 value per channel" not in text:
-            raise
-        fail(
-            f"--batch_size {train.batch_size} leaves a batch with one image, whose last map is one pixel: BatchNorm "
-            "has nothing to compare; use another --batch_size, --accumulate_steps or --resize"
-        )
     if train.deterministic and "deterministic" in text:
         fail(f"--deterministic: --layer {options.model.layer} has a step without a deterministic form here ({text[:150]})")
     if "DataLoader worker" in text:  # raised by torch's signal handler, wherever the run was

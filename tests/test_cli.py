@@ -1,5 +1,7 @@
 """The command line as a user types it: what it prints, what it leaves, what it says when something is wrong."""
 
+import contextlib
+import copy
 import csv
 import json
 import re
@@ -16,7 +18,11 @@ from forked import Forked
 import train_eval
 import utils
 import vit_main
+from allconvnet import AllConvNet, AllConvNetConfig
 from allconvnet_main import main
+from options import TrainConfig
+from preparation import check_short_batches
+from runs import RunError
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--dataset digits --layer Conv2d/ConvNN --channels 4 8 --batch_size 32 --train_limit 100 --test_limit 50 --device cpu"
@@ -278,10 +284,33 @@ def test_half_an_environment_of_several_processes(tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_of_one_image_without_a_neighbor(tmp_path, capsys):
+@pytest.mark.parametrize("images", ["--train_limit 33", "--train_limit 35 --accumulate_steps 2"])
+def test_a_batch_of_one_image_without_a_neighbor(images, tmp_path, capsys):
     line = "--dataset digits --device cpu --layer ConvNN --shuffle_pattern B --channels 4 8 8 --K 1 --batch_size 32"
-    error = fails(f"{line} --train_limit 33 --test_limit 10 --num_epochs 1 --output_dir {tmp_path / 'run'}", capsys)
+    error = fails(f"{line} {images} --test_limit 10 --num_epochs 1 --output_dir {tmp_path / 'run'}", capsys)
     assert "--batch_size 32 leaves a batch with one image" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_of_one_image_is_tried_on_a_copy():
+    """And only where there is one: of the last two of 34 images each of two processes gets one."""
+    convs = AllConvNetConfig(layer="ConvNN", channels=(4,), sampling_type="random", num_samples=9, image_size=8, in_channels=1)
+    model, config = AllConvNet(convs), TrainConfig(batch_size=32)
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    check_short_batches(model, config, 33, (1, 8, 8), world=1)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model = AllConvNet(AllConvNetConfig(layer="Conv2d", channels=(4,), image_size=1, in_channels=1))
+    for images, world, is_refused in (
+        (33, 1, True),
+        (33, 2, True),
+        (64, 1, False),
+        (34, 1, False),
+        (34, 2, True),
+        (11, 4, False),
+    ):
+        with pytest.raises(RunError, match="one image") if is_refused else contextlib.nullcontext():
+            check_short_batches(model, config, images, (1, 1, 1), world)
 
 
 def test_a_training_set_smaller_than_a_batch(tmp_path):
