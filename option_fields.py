@@ -173,21 +173,21 @@ def _check_text(name: str, value: str) -> str:
         raise ValueError(f"{name}={shown(value)} is not UTF-8, as config.yaml has it; use another name") from None
 
 
+def check_option(name: str, value, spec: Spec):
+    """`value` as the option holds it: lists become tuples, aliases stay. Raises ValueError."""
+    if value is None and spec.optional:
+        return None
+    if not spec.many:
+        return check_one(name, value, spec)
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"{name}={shown(value)} is not a list of at least one value; in a file it is written as [1, 2]")
+    return tuple(check_one(name, item, spec) for item in value)
+
+
 def check_fields(config) -> None:
-    """Check type, choices and range of every option of a (frozen) config; lists become tuples, aliases stay."""
+    """Check type, choices and range of every option of a (frozen) config."""
     for name, spec in specs(type(config)).items():
-        value = getattr(config, name)
-        if value is None and spec.optional:
-            continue
-        if spec.many:
-            if not isinstance(value, (list, tuple)) or not value:
-                raise ValueError(
-                    f"{name}={shown(value)} is not a list of at least one value; in a file it is written as [1, 2]"
-                )
-            value = tuple(check_one(name, item, spec) for item in value)
-        else:
-            value = check_one(name, value, spec)
-        object.__setattr__(config, name, value)
+        object.__setattr__(config, name, check_option(name, getattr(config, name), spec))
 
 
 def build(config: type, values: dict, **more):

@@ -26,6 +26,7 @@ from option_fields import (
     as_words,
     build,
     check_fields,
+    check_option,
     check_value,
     decide,
     did_you_mean,
@@ -1424,12 +1425,17 @@ def parse_options(
         return resolve(program.model, program.family, program.defaults | values), parser
     except ValueError as error:
         wrong = error
-    if values.get("test_only") and "resize" in values:
-        # The size is of images for the model that a checkpoint names, which these options need not be.
+    if values.get("test_only"):
+        # Options of a model go with the others that a checkpoint names, and the size with its model: `as_trained` judges them.
+        of_folder = {"model", "layer", "mixer_option"} if "layer" in values else {"model"}  # which is called after them
+        left = (specs(program.model).keys() - of_folder) | {"resize"}
         with contextlib.suppress(ValueError):
-            others = {name: value for name, value in values.items() if name != "resize"}
+            for name in values.keys() & specs(program.model).keys():
+                check_option(name, values[name], specs(program.model)[name])
+            others = {name: value for name, value in values.items() if name not in left}
             options = resolve(program.model, program.family, program.defaults | others)
-            return options._replace(data=build(DataConfig, options.as_dict() | {"resize": values["resize"]})), parser
+            size = {"resize": values["resize"]} if "resize" in values else {}
+            return options._replace(data=build(DataConfig, options.as_dict() | size)), parser
     parser.error(str(wrong))
 
 
@@ -1464,7 +1470,7 @@ class AsTrained(NamedTuple):
 
 
 def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
-    """From the options that the command line and its file state, and those in the checkpoint. Raises ValueError."""
+    """From the options that the command line and its file state, and those in the checkpoint, if any. Raises ValueError."""
     other = program_of(trained)
     if other and program in PROGRAMS.values() and PROGRAMS[other] is not program:
         raise ValueError(f"it was trained by {other}; evaluate it with that")

@@ -19,13 +19,14 @@ def options_as_trained(
     options: Options, as_trained: Callable[[dict], AsTrained] | None, state: dict, path: Path
 ) -> tuple[Options, dict]:
     """The options to evaluate a checkpoint with, and how they differ from those it was trained with. Raises RunError."""
-    trained = state.get("config")
-    if not isinstance(trained, dict) or as_trained is None:
+    if as_trained is None:
         return options, {}
+    trained = state.get("config")
+    is_ours = isinstance(trained, dict)
     try:
-        found, changes = as_trained(trained)
+        found, changes = as_trained(trained if is_ours else {})
     except (ValueError, TypeError) as error:
-        raise RunError(f"--test_only: with the options of {path}, {error}") from None
+        raise RunError("--test_only: " + f"with the options of {path}, " * is_ours + str(error)) from None
     if not options.train.checkpoint:  # results stay in the folder that the weights are from
         found = found._replace(train=replace(found.train, output_dir=options.train.output_dir))
     return found, changes

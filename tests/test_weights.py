@@ -78,6 +78,30 @@ def test_another_model_than_the_trained_one_needs_override(stated, trained, tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_stated_is_judged_with_the_options_of_the_checkpoint(tmp_path, capsys):
+    """Beside the defaults of the programs none of these would do."""
+    line = VIT.replace("--resize 8 --patch_size 4", "--resize 9 --patch_size 3").replace("--d_model 8", "--d_model 12")
+    assert run(line.replace("--num_heads 2", "--num_heads 3"), tmp_path / "vit") == 0
+    test = "--test_only --device cpu --test_limit 20"
+    for stated in ("--num_heads 3", "--patch_size 3", "--num_heads 3 --resize 9"):
+        assert run(f"{test} {stated}", tmp_path / "vit") == 0
+    line = "--dataset digits --layer Conv2d --channels 4 8 --train_limit 32 --test_limit 20 --device cpu --num_epochs 1"
+    assert allconvnet_main.main([*line.split(), "--output_dir", str(tmp_path / "conv")]) == 0
+    assert allconvnet_main.main([*test.split(), "--num_layers", "2", "--output_dir", str(tmp_path / "conv")]) == 0
+    assert sorted(path.name for path in tmp_path.rglob("test_results*")) == ["test_results.json"] * 2
+    # and what does not do there, or for weights without options, or by itself, is one line
+    test += f" --output_dir {tmp_path / 'vit'}"
+    assert f"with the options of {tmp_path / 'vit' / 'best.pt'}, --num_heads 5 does not divide --d_model 12" in refused(
+        f"{test} --num_heads 5", capsys
+    )
+    torch.save(evaluated_weights(tmp_path / "vit" / "best.pt"), tmp_path / "w.pt")
+    error = refused(f"{test} --checkpoint {tmp_path / 'w.pt'} --num_heads 3", capsys)
+    assert "--test_only: --num_heads 3 does not divide --d_model 512" in error
+    assert "--num_heads 0 must be at least 1" in refused(f"{test} --num_heads 0", capsys)
+    error = refused("--test_only --device cpu --layer KvtAttention --num_heads 3", capsys)
+    assert "there is no Output/ViT/KvtAttention/best.pt" in error
+
+
 def test_what_is_overridden_is_said_recorded_and_replaces_nothing(trained, tmp_path, capsys):
     line = f"--test_only --checkpoint {trained} --test_limit 20 --device cpu"
     assert run(line, tmp_path) == 0
