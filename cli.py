@@ -37,8 +37,9 @@ class OneLineParser(argparse.ArgumentParser):
 
     def see(self, name: str, value) -> None:
         """Note the value of a flag of the command line."""
-        if self._seen.setdefault(name, value) != value:
-            self.repeated[name] = (self._seen[name], value)
+        first = self._seen.setdefault(name, value)
+        if first is not value and first != value:  # NaN is not equal to itself
+            self.repeated[name] = (first, value)
 
     def note_repeated(self) -> None:
         """A line on stdout for every flag that was given several times: the last one counts, as everywhere with argparse.

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import options
+from cli import OneLineParser, number_type
 from options import (
     PROGRAMS,
     AllConvNetConfig,
@@ -374,6 +375,10 @@ def test_of_a_flag_that_is_given_twice_the_last_counts_and_is_named(capsys):
         "--channels is given more than once: 16 counts, not 8",
         "--lr is given more than once: 0.3 counts, not 0.1",
     ]
+    parser = OneLineParser()
+    parser.add_argument("--noise", type=number_type(float))
+    parser.parse_args(["--noise", "nan"])
+    assert parser.repeated == {}
 
 
 def test_a_variable_for_kernels_that_are_not_there_is_one_line(monkeypatch, capsys):
