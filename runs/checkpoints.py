@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickletools
 import re
 import warnings
 import zipfile
@@ -58,7 +59,7 @@ def load_checkpoint(path: Path) -> dict:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost anything
         code = "it is a pickle with code, which is not run: it holds more than tensors and plain values"
-        reason = code if _names_code(error) else "damaged, or another kind of file"
+        reason = code if _names_code(error, path) else "damaged, or another kind of file"
         reason = "it needs more memory than there is, or is damaged" if is_out_of_memory(error) else reason
         raise DamagedError(f"{path} is not a checkpoint that can be read: {reason}") from None
     if not isinstance(state, dict):
@@ -66,8 +67,14 @@ def load_checkpoint(path: Path) -> dict:
     return state | {"model": next((state[name] for name in WRAPPERS if isinstance(state.get(name), dict)), state)}
 
 
-def _names_code(error: Exception) -> bool:
+def _names_code(error: Exception, path: Path) -> bool:
     """Whether torch.load refused a file because it would call or import something."""
+    if "Unsupported operand" in str(error) and not zipfile.is_zipfile(path):  # a pickle of another protocol, or none at all
+        try:
+            with path.open("rb") as file:
+                return any(step.name in ("GLOBAL", "STACK_GLOBAL", "INST") for step, _, _ in pickletools.genops(file))
+        except Exception:  # a damaged file can raise almost anything
+            return False
     words = ("Unsupported", "unsupported", "GLOBAL", "not an allowed", "unrecognized function")
     return any(word in str(error) for word in words)
 

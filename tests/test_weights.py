@@ -256,9 +256,10 @@ def test_a_pickle_with_code_is_called_that(tmp_path, capsys):
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(DamagedError, match="a pickle with code, which is not run"):
             load_checkpoint(path)
-    (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(DamagedError, match="damaged, or another kind of file"):
-        load_checkpoint(tmp_path / "text.pt")
+    for text in ("hello", "xx", "{}"):
+        (tmp_path / "text.pt").write_text(text)
+        with pytest.raises(DamagedError, match="damaged, or another kind of file"):
+            load_checkpoint(tmp_path / "text.pt")
     assert capsys.readouterr().out == ""
 
 
