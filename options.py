@@ -1507,6 +1507,8 @@ def _plain(name: str, value):
         return sides_of(value)
     if name == "magnitude_type":
         return canonical_metric(value)
+    if name in ("checkpoint", "data_path"):
+        return value and os.path.realpath(value)
     return tuple(value) if isinstance(value, list) else value
 
 

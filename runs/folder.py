@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import nn
 
-from options import TrainConfig
+from options import TrainConfig, same_value
 from runs import RunError
 from runs.checkpoints import save_checkpoint
 from runs.files import as_csv, as_png, check_writable, remove_temporaries, write_atomically
@@ -251,7 +251,8 @@ class RunFolder:
         """Whether the file holds a result of the same options and checkpoint."""
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
-            return all(there[name] == results[name] for name in ("options", "checkpoint"))
+            then, now = (one["options"] | {"checkpoint": one["checkpoint"]} for one in (there, results))
+            return then.keys() == now.keys() and all(same_value(name, then[name], value) for name, value in now.items())
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
 

@@ -120,6 +120,17 @@ def test_what_is_overridden_is_said_recorded_and_replaces_nothing(trained, tmp_p
     assert run(line, tmp_path) == 0 and (tmp_path / "test_results.json").read_text() == "mine"
 
 
+def test_a_result_of_the_same_options_in_other_words_is_written_over(trained, tmp_path, monkeypatch):
+    line = f"--test_only --test_limit 20 --device cpu --output_dir {tmp_path / 'out'}"
+    assert run(f"{line} --checkpoint {trained} --resize 8") == 0
+    monkeypatch.chdir(trained.parent)
+    assert run(f"{line} --checkpoint best.pt --resize 8 8 --data_path {Path('Data').absolute()} --magnitude_type matmul") == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["test_results.json"]
+    assert run(f"{line} --checkpoint best.pt --magnitude_type similarity") == 0
+    assert run(f"{line} --checkpoint best.pt --magnitude_type cosine") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test_results-2.json", "test_results.json"]
+
+
 def test_options_that_change_no_number_need_no_override(trained):
     config = torch.load(trained, weights_only=True)["config"]
     program = PROGRAMS["vit_main.py"]
