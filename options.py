@@ -531,6 +531,25 @@ class ModelConfig(NeighborConfig):
         return {name: value for name, value in values.items() if name not in dropped}
 
 
+CLASSIFIER_WIDTHS = {"small": 512, "imagenet": 4096}  # of VGG, by the stem
+
+
+def _decided_by_size(values: dict, given: dict) -> set[str]:
+    """Names of what the data set, the size or the stem in a config.yaml decided and, as another is given, decides anew."""
+    if "model" not in values:  # written by hand: all of it was meant
+        return set()
+    found, resize, stem = set(), values.get("resize"), str(values.get("stem"))
+    info = DATASETS.get(str(values.get("dataset")))
+    if "dataset" in given and info and resize == info.size:
+        found.add("resize")
+    if "resize" in given or found:
+        with contextlib.suppress(TypeError, ValueError):  # of a size that is none
+            found |= {"stem"} if stem == default_stem(sides_of(resize)) else set()
+    if "stem" in found | given.keys() and values.get("classifier_width") == CLASSIFIER_WIDTHS.get(stem):
+        found.add("classifier_width")
+    return found
+
+
 of_model = functools.partial(option, decided=True)  # an option that `model` may decide
 
 
@@ -644,7 +663,7 @@ class AllConvNetConfig(ModelConfig):
         stem = self.stem or default_stem(self.image_size)
         object.__setattr__(self, "stem", stem)
         if self.model in VGG and self.classifier_width is None:
-            object.__setattr__(self, "classifier_width", 512 if stem == "small" else 4096)
+            object.__setattr__(self, "classifier_width", CLASSIFIER_WIDTHS[stem])
         takers = [name for name in self.layers_in_use() if "shuffle_pattern" in self.rows[name].arguments]
         if takers and self.shuffle_pattern in ("A", "B"):
             raise ValueError(
@@ -694,10 +713,10 @@ class AllConvNetConfig(ModelConfig):
     def values_that_hold(values: dict, given: dict) -> dict:
         """Without num_layers beside other channels: config.yaml holds the length of those it was written with.
 
-        And without what the file's model decided, beside another model.
+        And without what the file's model decided, beside another model, or the size of its images, beside another size.
         """
         values = ModelConfig.values_that_hold(values, given)
-        dropped = {"num_layers"} if "channels" in given else set()
+        dropped = _decided_by_size(values, given) | ({"num_layers"} if "channels" in given else set())
         if "model" in given and given["model"] != values.get("model", "allconvnet"):
             dropped |= {"shuffle_pattern", "stem", "classifier_width"}
         return {name: value for name, value in values.items() if name not in dropped}
@@ -1478,7 +1497,9 @@ def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
     own = {name: trained[name] for name in (*model, "dataset", "data_path", "resize", "criterion") if name in trained}
     if "dataset" in stated:
         own.pop("data_path", None)
-    held = program.defaults | program.model.values_that_hold(own, stated)
+    # Other images are for the model as it was trained.
+    model_options = {name: value for name, value in stated.items() if name not in ("dataset", "resize")}
+    held = program.defaults | program.model.values_that_hold(own, model_options)
     values = over(held, stated, specs(program.model))
     options = resolve(program.model, program.family, values)
     now, unused = options.as_dict(), options.model.without_effect().keys() | ONLY_IN_TRAINING

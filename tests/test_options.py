@@ -1295,3 +1295,26 @@ def test_config_of_a_run_can_be_run_with_other_channels(tmp_path):
     path.write_text(yaml.safe_dump(parse("--channels", "8", "16").as_dict()))
     assert parse("--config", str(path), "--channels", "8").model.num_layers == 1
     assert parse("--config", str(path)).model.num_layers == 2
+
+
+def test_what_size_and_data_set_decided_in_a_config_of_a_run_is_decided_anew(tmp_path):
+    """But not what was given, and not for a checkpoint, which is evaluated as it was trained."""
+    path = tmp_path / "config.yaml"
+
+    def again(first, line):
+        path.write_text(yaml.safe_dump(parse(first).as_dict()))
+        found = parse(f"--config {path} {line}")
+        return found.data.resize, found.model.stem, found.model.classifier_width
+
+    assert again("--model vgg11", "--resize 224") == (224, "imagenet", 4096)
+    assert again("--model vgg11", "--stem imagenet") == (32, "imagenet", 4096)
+    assert again("--model vgg11", "--dataset imagenette") == (224, "imagenet", 4096)
+    assert again("--model vgg11 --resize 64", "--dataset imagenette") == (64, "small", 512)
+    assert again("--model vgg11 --resize 160 --stem small", "--resize 224") == (224, "small", 512)
+    assert again("--model vgg11 --classifier_width 64", "--resize 224") == (224, "imagenet", 64)
+    assert again("--dataset digits", "--dataset cifar10")[0] == 32
+    path.write_text("dataset: digits\nresize: 8\n")
+    assert parse(f"--config {path} --dataset cifar10").data.resize == 8
+    trained = parse("--model vgg11").as_dict()
+    found = options.as_trained(PROGRAMS["allconvnet_main.py"], {"resize": 224, "dataset": "imagenette"}, trained).options
+    assert (found.data.resize, found.model.stem, found.model.classifier_width) == (224, "small", 512)
