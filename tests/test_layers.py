@@ -1,7 +1,6 @@
 """layers1d.py and layers2d.py: one file, since the 2-D layers are the 1-D ones over a folded grid."""
 
 import math
-import os
 import warnings
 
 import pytest
@@ -310,11 +309,7 @@ def test_convnn_under_inductor_equals_eager():
     layer = ConvNN2d(3, 4, neighbors, shuffle_pattern="BA").double()
     compiled = torch.compile(layer, fullgraph=True)
     x = torch.randn(2, 3, 4, 6).double().requires_grad_()
-    # Under ATEN_CPU_CAPABILITY=default the header of vectors is missing, and they are used all the same.
-    scalar = {"cpp.simdlen": 1} if os.environ.get("ATEN_CPU_CAPABILITY") == "default" else {}
-    with torch._inductor.config.patch(scalar):
-        ours = compiled(x)
-    theirs = layer(x)
+    ours, theirs = compiled(x), layer(x)
     torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
     inputs, direction = [x, *layer.parameters()], torch.randn_like(theirs)
     gradients = torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction)
