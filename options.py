@@ -518,15 +518,14 @@ class ModelConfig(NeighborConfig):
     def values_that_hold(values: dict, given: dict) -> dict:
         """Of the values in a YAML file those that still hold beside the ones that the command line gives.
 
-        A layer that is given is another one than the file's, or the same in another place. A test of a run that the file has
-        trained is of its result, not of the weights that it started from, and exports nothing.
+        A layer that is given is another one than the file's, or the same in another place. Beside the config.yaml of a run
+        that trained, a test is of its result, not of the weights that it started from, and exports nothing.
         """
         dropped = set()
         if "layer" in given:
             is_same = layer_label(str(given["layer"])) == layer_label(str(values.get("layer")))
             dropped = {"layer_sha256"} if is_same else {"layer_sha256", "mixer_option"}
-        in_file, here = (str(one.get("test_only")).lower() == "true" for one in (values, given))
-        if here and not in_file:
+        if [str(one.get("test_only")).lower() for one in (values, given)] == ["false", "true"]:
             dropped |= {"checkpoint", "export"}
         return {name: value for name, value in values.items() if name not in dropped}
 

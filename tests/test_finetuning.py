@@ -269,6 +269,9 @@ def test_a_run_is_tested_by_its_own_weights_and_resumed_without_those_it_started
     assert json.loads((folder / "test_results.json").read_text())["checkpoint"] == str(folder / "best.pt")
     assert run(f"{config} --test_only --checkpoint {start}", tmp_path / "of the start") == 0
     assert json.loads((tmp_path / "of the start" / "test_results.json").read_text())["checkpoint"] == str(start)
+    (tmp_path / "by hand.yaml").write_text(f"checkpoint: {start}\n")  # says what to test, as far as anybody knows
+    assert run(f"--config {shlex.quote(str(tmp_path / 'by hand.yaml'))} --device cpu --test_only", tmp_path / "by hand") == 0
+    assert json.loads((tmp_path / "by hand" / "test_results.json").read_text())["checkpoint"] == str(start)
     start.unlink()
     exported.unlink()
     assert run(f"{config} --num_epochs 2 --resume", folder) == 0
