@@ -1,6 +1,6 @@
 """All-convolutional networks whose layers are any mixer of `layers2d.py`, or two of them side by side.
 
-What puts a mixer in the place of a convolution stands here as well: `vgg.py` and `resnet.py` share it.
+What puts a mixer in the place of a convolution stands here as well: `models/vgg.py` and `models/resnet.py` share it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from graph_layers import GraphConv2d
-from hosts import Place
 from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d, CoordConv2d, Strided2d
-from options import LAYERS2D_ROWS, AllConvNetConfig
-from registry import build_layer
+from mixers.build import build_layer
+from mixers.graph import GraphConv2d
+from options.allconvnet import AllConvNetConfig
+from options.backbones import Place
+from options.layers import LAYERS2D_ROWS
 
 __all__ = ["LAYERS2D", "AllConvNet", "AllConvNetConfig", "make_convolution", "make_layer2d"]
 

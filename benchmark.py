@@ -19,20 +19,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.tables import as_markdown, as_text  # noqa: F401  some are only offered from here as well
-from hosts import VGG
-from options import (
-    LAYERS1D_NAMES,
-    LAYERS2D_NAMES,
-    AllConvNetConfig,
-    BenchmarkConfig,
-    ViTConfig,
-    build,
-    check_environment,
-    layer_label,
-    read_values,
-)
-from runs.measure import MEASURED, Case, peak_memory, seconds_of, training_flops  # noqa: F401
+from experiments.tables import as_markdown
+from options.allconvnet import AllConvNetConfig
+from options.backbones import VGG
+from options.benchmark import BenchmarkConfig
+from options.fields import build
+from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES, layer_label
+from options.parser import read_values
+from options.runs import check_environment
+from options.vit import ViTConfig
+from runs.measure import MEASURED, Case, training_flops
 from runs.streams import run_program
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
@@ -134,7 +130,7 @@ def make_mixers(
     from torch import nn
 
     if isinstance(config, AllConvNetConfig) and config.is_host:
-        from registry import build_network
+        from models.build import build_network
 
         images = torch.randn(batch_size, config.in_channels, *config.image_size)
         yield config.title, build_network(config), images
@@ -149,7 +145,8 @@ def make_mixers(
         yield layer_label(config.layer), make_layer2d(config, inputs, outputs), x
         return
     from layers1d import MultiHeadAttention
-    from vit import TokenLayout, make_layer1d
+    from mixers.base import TokenLayout
+    from vit import make_layer1d
 
     class Separate(MultiHeadAttention):
         """Attention whose queries, keys and values are three projections instead of a merged one."""
@@ -172,7 +169,7 @@ def torchvisions(config: AllConvNetConfig):
     """torchvision's network of the name of this host; for the small stem, with the two changes that are usual."""
     from torch import nn
 
-    from dataset import import_torchvision
+    from readers.files import import_torchvision
 
     name = config.model + "_bn" * config.batch_norm
     network = import_torchvision().models.get_model(name, num_classes=config.num_classes)
@@ -313,12 +310,12 @@ def main(argv: list[str] | None = None) -> int:
     # torch takes seconds to import: only once the options are known to be right.
     from tqdm import tqdm
 
-    from probe import probe
+    from launch.probe import probe
     from runs import RunError
+    from runs.devices import choose_kernels, pick_device
     from runs.files import WriteError, check_writable
     from runs.measure import device_name, versions
     from runs.memory import OutOfMemory, making
-    from utils import choose_kernels, pick_device
 
     folder = Path(bench.output_dir)
     try:

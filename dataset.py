@@ -1,8 +1,8 @@
 """Data sets by name, as batches on the device: `load_data`.
 
 Small sets stay on the device as one uint8 tensor and are cropped, flipped, resized and normalized there, a batch at a
-time. Folders of images are decoded by worker processes; noise and normalization follow on the device. `data_files.py` reads
-the files; `augmentation.py` crops, mirrors and resizes, and has what torchvision draws.
+time. Folders of images are decoded by worker processes; noise and normalization follow on the device. `readers/files.py` reads
+the files; `readers/augmentation.py` crops, mirrors and resizes, and has what torchvision draws.
 
 Nothing here draws from a global random number generator: order, augmentation and noise are functions of (seed, epoch,
 index of the image), so they do not depend on batch size, workers, or where a run was interrupted.
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from augmentation import (
+from options.data import DATASETS, DataConfig, sides_of
+from readers.augmentation import (
     apply_policy,
     cover,
     crop_and_flip,
@@ -35,24 +36,14 @@ from augmentation import (
     resize_images,
     with_margin,
 )
-from data_files import (  # noqa: F401  some only offered from here as well
-    CIFAR10_NAMES,
-    CIFAR100_NAMES,
-    DIGIT_NAMES,
-    FASHION_NAMES,
-    IMAGE_SUFFIXES,
+from readers.files import (
     READERS,
-    DataError,
     Images,
-    Source,
-    check_images,
-    decode_image,
     import_torchvision,
-    read_idx,
 )
-from hashing import gaussian, keys, uniform
-from options import DATASETS, DataConfig, sides_of
+from readers.images import DataError, check_images, decode_image
 from runs.processes import Signals
+from utils import gaussian, keys, uniform
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STATS = {  # mean and standard deviation of each channel, of pixels from 0 to 1

@@ -2,7 +2,7 @@
 
 Those on (B, C, N) come first: the mixers of `layers2d.py` on images with one side.
 
-Those on (B, N, d_model), for transformers, are a `MultiHeadMixer` (`multi_head.py`) each: projections, heads and output
+Those on (B, N, d_model), for transformers, are a `MultiHeadMixer` (`mixers/base.py`) each: projections, heads and output
 projection are written there once, and a mixer is its `mix`. A `TokenLayout` says what the N tokens are.
 """
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from choice import choose, mix_straight_through
 from layers2d import (
     Attention2d,
     ConvNN2d,
@@ -24,10 +23,12 @@ from layers2d import (
     make_slot_convolution,
     slot_convolution,
 )
-from multi_head import Bias, MultiHeadMixer, TokenLayout, attend, both_biases, mixing_matrix
-from neighbors import NeighborConfig, find_scored_neighbors, neighbor_weights, weighted_sum
-from options import branch_widths, check_slots, check_temperature, check_topk
-from selection import NeighborSelection
+from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, both_biases, mixing_matrix
+from mixers.selection import NeighborSelection
+from mixers.topk import choose, mix_straight_through
+from neighbors import find_scored_neighbors, neighbor_weights, weighted_sum
+from options.checks import branch_widths, check_slots, check_temperature, check_topk
+from options.neighbors import NeighborConfig
 
 
 class PixelUnshuffle1d(nn.Module):
@@ -105,7 +106,7 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
         convolution_type: over the slots, standard, depthwise or depthwise-separable, without bias.
         softmax_topk_val: weigh values by the softmax of the scores; False: by the raw scores.
         score_temperature: what scores are divided by before the softmax; towards 0, the nearest neighbor has all the weight.
-        topk: hard, or how the choice of neighbors is learned in training: straight_through, gumbel (`choice.py`).
+        topk: hard, or how the choice of neighbors is learned in training: straight_through, gumbel (`mixers/topk.py`).
 
     Raises ValueError if K, the samples, the heads, the temperature or the convolution type do not fit, and for a choice that
     cannot be learned: by location, or without the softmax.

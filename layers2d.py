@@ -22,50 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from choice import Choice, mix_straight_through
-from neighbors import NeighborConfig, aggregate, coordinates, grid_places, neighbor_weights
-from options import SHUFFLE_PATTERNS, check_dropout, check_slots, check_temperature, check_topk, shuffle_factors
-from selection import GridTables, NeighborSelection
-
-
-class ImageMixer(nn.Module):
-    """What the mixers share: shuffle patterns, and the fold of (B, C, *sides) into tokens (B, N, C) and back."""
-
-    axes = 2  # sides of an image
-    shuffles = nn.PixelUnshuffle, nn.PixelShuffle
-
-    def __init__(self, in_channels: int, out_channels: int, shuffle_pattern: str, shuffle_scale: int):
-        super().__init__()
-        if shuffle_pattern not in SHUFFLE_PATTERNS:
-            raise ValueError(f"shuffle_pattern={shuffle_pattern!r} is not one of {', '.join(SHUFFLE_PATTERNS)}")
-        if shuffle_scale < 1:
-            raise ValueError(f"shuffle_scale={shuffle_scale} must be at least 1")
-        before, after = shuffle_factors(shuffle_pattern, shuffle_scale, self.axes)
-        self.shuffle_scale = shuffle_scale
-        self.token_channels = in_channels * before, out_channels * after
-        unshuffle, shuffle = self.shuffles
-        self.unshuffle = unshuffle(shuffle_scale) if "B" in shuffle_pattern else nn.Identity()
-        self.shuffle = shuffle(shuffle_scale) if shuffle_pattern in ("A", "BA") else nn.Identity()
-
-    def token_grid(self, image_size: int | tuple[int, ...] | None, padding: int = 0) -> tuple[int, ...] | None:
-        """Sides of the grid of tokens that an input of this size becomes. Raises ValueError if the scale does not divide."""
-        if image_size is None:
-            return None
-        sides = (image_size,) * self.axes if isinstance(image_size, int) else tuple(image_size)
-        scale = 1 if isinstance(self.unshuffle, nn.Identity) else self.shuffle_scale
-        if any(side % scale for side in sides):
-            raise ValueError(f"shuffle_scale={scale} does not divide the {' x '.join(map(str, sides))} input")
-        return tuple(side // scale + 2 * padding for side in sides)
-
-    def fold(self, x: Tensor, padding: int = 0) -> tuple[Tensor, tuple[int, ...]]:
-        """(B, C, *sides) -> unshuffled tokens (B, N, C) inside a ring of zeros, and the sides of their grid."""
-        self.token_grid(tuple(x.shape[2:]))
-        x = F.pad(self.unshuffle(x), (padding, padding) * self.axes)
-        return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
-
-    def unfold(self, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Tokens (B, N, C) -> (B, C, *grid), shuffled."""
-        return self.shuffle(tokens.transpose(1, 2).unflatten(2, grid))
+from mixers.base import ImageMixer
+from mixers.selection import GridTables, NeighborSelection
+from mixers.topk import Choice, mix_straight_through
+from neighbors import aggregate, coordinates, grid_places, neighbor_weights
+from options.checks import check_dropout, check_slots, check_temperature, check_topk
+from options.neighbors import NeighborConfig
 
 
 class ConvNN2d(ImageMixer):
@@ -141,7 +103,7 @@ class ConvNNAttention2d(ImageMixer):
         convolution_type: over the slots, standard, depthwise or depthwise-separable, without bias.
         softmax_topk_val: weigh values by the softmax of the scores; False: by the raw scores.
         score_temperature: what scores are divided by before the softmax.
-        topk: hard, or how the choice of neighbors is learned in training: straight_through, gumbel (`choice.py`).
+        topk: hard, or how the choice of neighbors is learned in training: straight_through, gumbel (`mixers/topk.py`).
         attention_dropout: probability of dropping a weight.
         shuffle_pattern, shuffle_scale, image_size: as in `ConvNN2d`.
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels.operators  # noqa: F401  (registers torch.ops.convnn)
-from hashing import mix
 from kernels import backend, reference
 from kernels.reference import accumulator
-from options import METRICS, NeighborConfig
+from options.neighbors import METRICS, NeighborConfig
+from utils import mix
 
 __all__ = [
     "METRICS",

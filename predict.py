@@ -14,8 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from cli import number_type
-from options import OneLineParser
+from options.parser import OneLineParser, number_type
 from runs.streams import run_program
 
 SHEET = 64  # images on the contact sheet, at most
@@ -38,7 +37,7 @@ def make_parser() -> OneLineParser:
 
 def list_images(paths: list[Path]) -> list[Path]:
     """The files among the paths, and the image files in the folders and below. Raises ValueError for a path with none."""
-    from data_files import IMAGE_SUFFIXES
+    from readers.files import IMAGE_SUFFIXES
 
     found = []
     for path in paths:
@@ -65,8 +64,8 @@ def predict(run: Path, files: list[Path], device: str, batch_size: int, top: int
 
     from dataset import read_image
     from experiments.trained import as_picture, load_model, read_options
+    from runs.devices import pick_device
     from runs.progress import Progress
-    from utils import pick_device
 
     options = read_options(run)
     model, place = load_model(run, options), pick_device(device)
@@ -128,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         if not (args.run / "config.yaml").is_file():  # at once, before torch is imported
             raise ValueError(f"--run {args.run} holds no run: there is no config.yaml in it")
         files = list_images(args.images)
-        from dataset import DataError
+        from readers.images import DataError
         from runs import RunError
         from runs.files import as_csv, as_png, check_writable, write_atomically
 

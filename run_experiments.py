@@ -17,54 +17,22 @@ from pathlib import Path
 
 import yaml
 
-from cli import number_type, parse_yaml, some_path
-from experiments.figures import draw, draw_option, label_of  # noqa: F401  some only offered from here as well
-from experiments.points import (  # noqa: F401  some only offered from here as well
-    KEYS,
-    ROOT,
-    SET_BY_THE_SWEEP,
+from experiments.points import (
     Point,
-    as_word,
-    check_folder,
     check_points,
-    check_values,
-    combinations,
     find_config,
-    find_program,
     leave_out_unread,
     name_points,
-    parse_change,
     read_sweep,
-    resolved,
 )
 from experiments.published import Published, match, read_published
-from experiments.report import (  # noqa: F401
-    MEASURES,
-    as_cell,
-    as_markdown,
-    finished_summary,
+from experiments.report import (
     is_finished,
-    is_nan,
-    read_summary,
-    summarize,
     update_summary,
-    with_earlier,
-    write_summary,
 )
-from experiments.runner import (  # noqa: F401
-    PLOTS_EVERY,
-    ClusterRun,
-    Running,
-    Sweep,
-    cores,
-    last_line,
-    lock,
-    say,
-    submit,
-    visible_gpus,
-)
+from experiments.runner import Sweep, say, submit, visible_gpus
 from experiments.scaling import check_scale, scale_points
-from options import PROGRAMS, RESUME_MAY_CHANGE, OneLineParser, Program, did_you_mean, parse_options, read_yaml  # noqa: F401
+from options.parser import OneLineParser, number_type, parse_yaml, some_path
 
 
 def make_parser() -> OneLineParser:

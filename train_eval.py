@@ -19,38 +19,29 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dataset import Data, DataError, load_data
-from option_fields import as_words
-from options import (  # noqa: F401  some are only offered from here as well
-    AsTrained,
-    ModelConfig,
-    Options,
-    TrainConfig,
-    evaluation_options,
-    grid_of,
-    sides_of,
-)
-from preparation import Job, check_short_batches, facts_of, load_start, prepare
-from reading import as_text
+from dataset import Data, load_data
+from launch.prepare import Job, check_short_batches, facts_of, load_start, prepare
+from options.data import sides_of
+from options.fields import as_words
+from options.models import ModelConfig
+from options.reading import as_text
+from options.runs import AsTrained, Options, evaluation_options, grid_of
+from readers.images import DataError
 from runs import RunError
 from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_state, load_weights
 from runs.endings import STOPPED, exit_status
 from runs.export import export
-from runs.files import ReadError, WriteError, check_writable  # noqa: F401  WriteError is only offered from here
+from runs.files import ReadError, check_writable
 from runs.folder import RunFolder, costs_of, summarize
 from runs.measure import count_flops, count_parameters, device_name
 from runs.memory import making
 from runs.metrics import Confusion, Meter, Metrics, history_row
-from runs.optimization import (  # noqa: F401
-    Average,
-    LearningRate,
+from runs.optimization import (
     NonFiniteLoss,
     autocast_for,
     compile_for,
     make_loss,
     make_mix,
-    make_optimizer,
-    new_step,
 )
 from runs.parameters import start_training
 from runs.processes import Interrupted, ProcessError, Processes, Signals, seed_process

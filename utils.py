@@ -1,77 +1,15 @@
-"""Seeds, devices, and what computes on them.
+"""Seeds, and hashes that serve as random numbers: functions of (seed, epoch, index) instead of a generator's state.
 
-What a run needs besides (files, checkpoints, the output folder, measurements) is in the package `runs` and can be imported from
-here too.
+So an image is augmented alike whatever the batch size, the number of workers, or where a run was interrupted.
 """
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
-
-from kernels import backend
-from runs import RunError
-
-# What could be imported from here before is offered from here still.
-from runs.checkpoints import (  # noqa: F401
-    STATE,
-    DamagedError,
-    evaluated_weights,
-    load_checkpoint,
-    load_state,
-    load_weights,
-    random_state,
-    save_checkpoint,
-    set_random_state,
-)
-from runs.export import export_weights  # noqa: F401
-from runs.files import (  # noqa: F401
-    WriteError,
-    as_csv,
-    as_png,
-    atomic_file,
-    check_writable,
-    remove_temporaries,
-    write_atomically,
-)
-from runs.folder import COLUMNS, RunFolder, describe_model, draw_curves  # noqa: F401
-from runs.measure import count_flops, count_parameters, device_name, flops_of, measure_latency, versions  # noqa: F401
-from runs.measure import process_peak_memory as peak_memory  # noqa: F401
-from runs.processes import Processes, seed_process  # noqa: F401
-from runs.progress import Progress, epoch_line  # noqa: F401
-from runs.resume import resumable_state  # noqa: F401
-
-
-def pick_device(name: str, processes: Processes | None = None) -> torch.device:
-    """The device that --device names; auto takes cuda, then mps, then cpu. Raises RunError if it is absent.
-
-    With several processes on a machine, each has a GPU of its own.
-    """
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, there in present.items() if there)
-    if not present[name]:
-        raise RunError(f"--device {name}: there is none here; use {' or '.join(d for d, there in present.items() if there)}")
-    if processes is None or processes.world == 1:
-        return torch.device(name)
-    if name == "mps":
-        raise RunError("--device mps: several processes can train on cuda or cpu")
-    if name == "cuda" and processes.local_world > (count := torch.cuda.device_count()):
-        raise RunError(
-            f"--device cuda: more processes than GPUs on a machine; use torchrun --nproc_per_node={count}, or --device cpu"
-        )
-    return torch.device(name, processes.local_rank) if name == "cuda" else torch.device(name)
-
-
-def choose_kernels(name: str, device: torch.device) -> None:
-    """Compute by the backend that --kernels names; `auto` leaves it to CONVNN_KERNELS. Raises RunError if it is not there."""
-    if name == "triton" and device.type != "cuda":
-        raise RunError(f"--kernels triton needs CUDA, the device is {device.type}; use --kernels auto")
-    if name == "triton" and backend.triton_kernels() is None:
-        raise RunError("--kernels triton: Triton is not installed; it comes with PyTorch for CUDA on Linux")
-    if name != "auto":
-        backend.choose(name)
+from torch import Tensor
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -82,3 +20,50 @@ def seed_everything(seed: int, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
     # cuDNN's benchmark picks the fastest algorithm by timing, so another one from run to run.
     torch.backends.cudnn.benchmark = not deterministic
+
+
+def mix(x: Tensor) -> Tensor:
+    """The finalizer of MurmurHash3, in place on int32: a bijection after which every bit depends on every bit."""
+    # Shifts of int32 are arithmetic: the masks clear the copies of the sign. Products wrap around, as the hash wants it; the
+    # factors are unsigned there, hence less 2^32 here.
+    x ^= (x >> 16) & 0xFFFF
+    x *= 0x85EBCA6B - 2**32
+    x ^= (x >> 13) & 0x7FFFF
+    x *= 0xC2B2AE35 - 2**32
+    x ^= (x >> 16) & 0xFFFF
+    return x
+
+
+def keys(seed: int, epoch: int, index: Tensor, stream: int, salt: int = 0) -> Tensor:
+    """One int32 per index; different indices never share one within the same (seed, epoch, stream)."""
+    x = index.to(torch.int32, copy=True)
+    for word in (stream, epoch, seed):
+        word = (word * 0x9E3779B9 + salt + 1) % 2**32
+        x = mix(x.add_(word - 2**32 if word >= 2**31 else word))
+    return x
+
+
+def uniform(seed: int, epoch: int, index: Tensor, n: int, stream: int = 0) -> Tensor:
+    """`n` numbers in [0, 1) for each image: index (B,) -> float32 (B, n), in steps of 2^-24.
+
+    Row b depends on (seed, epoch, index[b], stream) only.
+    """
+    # Counter-based: number n of an image is a hash of start + n * stride, so any row can be had without those before it.
+    start = keys(seed, epoch, index, stream)[:, None]
+    # A stride of its own for every image: otherwise two images could share a stretch of their sequences.
+    stride = keys(seed, epoch, index, stream, salt=1)[:, None] | 1
+    # Counters are hashed first: multiples of one stride differ by a constant, which a single hash would let through.
+    columns = mix(torch.arange(1, n + 1, dtype=torch.int32, device=index.device))
+    x = mix(stride * columns + start)
+    # The upper 24 bits, as many as float32 holds exactly: every value is below 1.
+    return ((x >> 8) & 0xFFFFFF).float().mul_(2**-24)
+
+
+def gaussian(seed: int, epoch: int, index: Tensor, n: int, stream: int = 0) -> Tensor:
+    """`n` standard normal numbers for each image: index (B,) -> float32 (B, n), by Box and Muller's method."""
+    half = (n + 1) // 2
+    first, second = uniform(seed, epoch, index, 2 * half, stream).split(half, dim=1)
+    # log(1 - u) instead of log(u): u can be 0, and is never 1.
+    radius = torch.log1p(-first).mul_(-2).sqrt_()
+    angle = second * (2 * math.pi)
+    return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)[:, :n]

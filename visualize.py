@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli import new_path, number_type
 from experiments.figures import (
     COLORS,
     LINE_STYLES,
@@ -25,20 +24,17 @@ from experiments.figures import (
     plot_seeds,
     read_metrics,
 )
-from experiments.pictures import (  # noqa: F401  some are only offered from here as well
+from experiments.pictures import (
     draw_attention,
-    draw_choice,
     draw_masks,
     draw_neighbors,
     draw_samples,
-    layer_number,
-    show_picture,
-    title_of,
 )
 from experiments.points import readable
-from experiments.trained import as_picture, load_model, load_run, read_config, read_options  # noqa: F401  some only offered
-from option_fields import as_number
-from options import DATASETS, OneLineParser
+from experiments.trained import read_config
+from options.data import DATASETS
+from options.fields import as_number
+from options.parser import OneLineParser, new_path, number_type
 from runs.streams import run_program
 
 if TYPE_CHECKING:
@@ -129,7 +125,7 @@ def write_explorer(args: argparse.Namespace) -> str:
 def draw_analysis(args: argparse.Namespace) -> Figure:
     """Distances, hubs, mass and overlaps of the neighbors of runs, by layer; the numbers go into a table beside the figure."""
     from experiments import analysis
-    from utils import as_csv, write_atomically
+    from runs.files import as_csv, write_atomically
 
     rows = analysis.analyze_runs(args.runs, args.images, args.pairs, args.noise, args.data_path)
     table = (args.output or default_output(args)).with_suffix(".csv")
@@ -274,15 +270,16 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--output {output} is not a {suffix} file, which is what is {'drawn' if suffix == '.png' else 'written'}")
     try:
         figure = DRAW[args.figure](args)
-        from utils import as_png, write_atomically
+        from runs.files import as_png, write_atomically
 
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, figure.encode() if isinstance(figure, str) else as_png(figure))
     except Exception as error:
-        from dataset import DataError  # late, as torch takes seconds to import
+        from readers.images import DataError
+        from runs import RunError
         from runs.checkpoints import NonFiniteWeights
+        from runs.files import WriteError
         from runs.memory import is_out_of_memory
-        from utils import RunError, WriteError
 
         if is_out_of_memory(error):
             parser.error(f"out of memory while drawing {args.figure}; a smaller picture, or fewer, need less")

@@ -1,10 +1,8 @@
-"""Vision transformers whose attention is any mixer that has a row in `options.py`."""
+"""Vision transformers whose attention is any mixer that has a row in `options/`."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from functools import partial
 
 import torch
@@ -12,14 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from multi_head import MultiHeadMixer, TokenLayout
-from options import LAYERS1D_ROWS, ViTConfig, layer_row
-from registry import build_layer
-from runs.checkpoints import Leeway, Loaded, load_state
-from selection import ConstantTables
-
-__all__ = ["LAYERS1D", "TokenLayout", "ViT", "ViTConfig", "load_vit_weights", "make_layer1d"]
-
+from mixers.base import MultiHeadMixer, TokenLayout
+from mixers.build import build_layer
+from mixers.selection import ConstantTables
+from options.layers import LAYERS1D_ROWS, layer_row
+from options.vit import ViTConfig
 
 # ---------------------------------------------------------------------------------------------------------------
 # The registry
@@ -236,30 +231,6 @@ class ViT(ConstantTables):
 # Weights of others
 # ---------------------------------------------------------------------------------------------------------------
 
-# Names in torchvision's and in timm's state dicts, and ours.
-TORCHVISION = {
-    r"conv_proj\.": "patch_embedding.",
-    r"encoder\.pos_embedding": "pos_embedding",
-    r"encoder\.layers\.encoder_layer_(\d+)\.ln_([12])\.": r"blocks.\1.norm\2.",
-    r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.in_proj_": r"blocks.\1.mixer.qkv.",
-    r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.out_proj\.": r"blocks.\1.mixer.proj.",
-    r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.(?:linear_1|0)\.": r"blocks.\1.mlp.0.",
-    r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.(?:linear_2|3)\.": r"blocks.\1.mlp.2.",
-    r"encoder\.ln\.": "norm.",
-    r"heads\.head\.": "classifier.",
-}
-TIMM = {
-    r"patch_embed\.proj\.": "patch_embedding.",
-    r"cls_token": "class_token",
-    r"pos_embed": "pos_embedding",
-    r"blocks\.(\d+)\.attn\.gating_param": r"blocks.\1.mixer.gate",
-    r"blocks\.(\d+)\.attn\.": r"blocks.\1.mixer.",
-    r"blocks\.(\d+)\.mlp\.fc1\.": r"blocks.\1.mlp.0.",
-    r"blocks\.(\d+)\.mlp\.fc2\.": r"blocks.\1.mlp.2.",
-    r"norm\.": "norm.",
-    r"head\.": "classifier.",
-}
-
 
 def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], class_tokens: int = 0) -> Tensor:
     """Learned positions (1, class_tokens + h w, d) of a grid of patches, interpolated to another grid: bicubic, antialiased.
@@ -272,77 +243,3 @@ def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]
     image = patches.float().unflatten(1, old).permute(0, 3, 1, 2)  # (1, d, h, w)
     image = F.interpolate(image, size=new, mode="bicubic", antialias=True)
     return torch.cat([first, image.flatten(2).mT.to(table.dtype)], dim=1)
-
-
-def fit_positions(model: nn.Module, table: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, str]:
-    """Learned positions as this model has them, and what was done, in words. grid: theirs; None: the model's own, or a square.
-
-    A class token that joins after the local layers has no position: where the other model's has one it is left out, and where
-    ours has one it starts at zero. Raises ValueError where the grid cannot be told.
-    """
-    new, count, ours = model.config.grid, table.shape[1], model.config.class_tokens
-    if grid is None:
-        side = math.isqrt(count)  # of a square grid, with or without a class token
-        grid = new if table.shape == model.pos_embedding.shape else (side, side)
-    theirs = count - math.prod(grid)
-    if theirs not in (0, 1) or 0 in grid:
-        raise ValueError(
-            f"of an unknown grid: its {count} positions are not of a square of patches, with or without a class token"
-        )
-    table = resample_positions(table, grid, new, theirs)
-    table = table[:, 1:] if theirs > ours else F.pad(table, (0, 0, ours - theirs, 0))
-    return table, "" if grid == new else f"{grid[0]} x {grid[1]} to {new[0]} x {new[1]} patches"
-
-
-def joined_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With the queries, keys and values of timm's ConViT, which are `qk` and `v` there, as one `qkv`."""
-    joined = dict(weights)
-    for name in weights:
-        value = name.replace(".mixer.qk.", ".mixer.v.")
-        if value != name and value in weights and weights[name].shape[1:] == weights[value].shape[1:]:
-            joined[name.replace(".qk.", ".qkv.")] = torch.cat([joined.pop(name), joined.pop(value)])
-    return joined
-
-
-def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], leeway: Leeway = Leeway()) -> Loaded:  # noqa: B008  it is immutable
-    """Load a state dict of this model, or of the same architecture by torchvision or timm (`vit_b_16`, `vit_base_patch16_224`).
-
-    Theirs have patch_norm=False, final_norm=True, pos_embedding="learned", and as many classes as the model must have; timm's
-    ConViT (`convit_tiny`) is `model="convit_ti"` with proj_bias=True, and timm's with `fc_norm` are of another architecture.
-
-    leeway: how far they may differ; by default not at all. Raises ValueError that names the first difference.
-    """
-    foreign = {"conv_proj.weight": TORCHVISION, "patch_embed.proj.weight": TIMM}
-    names = next((table for name, table in foreign.items() if name in state_dict), {})
-
-    def ours(name: str) -> str:
-        for pattern, replacement in names.items():
-            if re.match(pattern, name):
-                return re.sub(pattern, replacement, name, count=1)
-        return name
-
-    weights, resampled = joined_projections({ours(name): value for name, value in state_dict.items()}), ""
-    try:
-        table = weights.get("pos_embedding")
-        if leeway.resample and table is not None and table.ndim == 3 and model.config.pos_embedding == "learned":
-            weights["pos_embedding"], resampled = fit_positions(model, table, leeway.grid)
-        return load_state(model, weights, leeway)._replace(resampled=resampled)
-    except ValueError as error:
-        given = {"--no-patch_norm": not model.config.patch_norm, "--final_norm": model.config.final_norm}
-        given |= {"--pos_embedding learned": model.config.pos_embedding == "learned"}
-        needed = " ".join(flag for flag, is_given in given.items() if not is_given)
-        advice = f"; those of torchvision and timm need {needed}" if names and needed else ""
-        if names is TIMM and "blocks.0.attn.gating_param" in state_dict and model.config.biases != (False, True):
-            advice += "; those of timm's ConViT need --no-attention_bias --proj_bias"
-        new, old = model.config.grid, leeway.grid
-        if leeway.resample and old not in (None, new) and ".mixer." in str(error):
-            advice += (
-                f"; --layer {model.config.layer} has parameters for every token, so it runs on the {old[0]} x {old[1]} patches "
-                "that it was made for"
-            )
-        first = next((name for name in ("conv_proj.weight", "patch_embed.proj.weight") if name in state_dict), None)
-        if first and state_dict[first].ndim == 4 and state_dict[first].shape[1] != model.config.in_channels:
-            advice += (
-                f"; they are for images of {state_dict[first].shape[1]} channels, and these have {model.config.in_channels}"
-            )
-        raise ValueError(f"{error}{advice}") from None

@@ -10,7 +10,7 @@ if __name__ == "__main__":  # before other imports: no traceback of one that is 
 import sys
 from functools import partial
 
-from options import PROGRAMS, as_trained, parse_options, warn_without_effect
+from options.runs import PROGRAMS, as_trained, parse_options, warn_without_effect
 from runs.streams import run_program
 
 
@@ -18,8 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     program = PROGRAMS["vit_main.py"]
     options, parser = parse_options(program, __doc__, argv)
     # torch takes seconds to import: only once the options are known to be right.
+    from models.pretrained import load_vit_weights
     from train_eval import run
-    from vit import ViT, load_vit_weights
+    from vit import ViT
 
     def announce() -> None:
         parser.note_repeated()

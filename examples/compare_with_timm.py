@@ -21,7 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from options import Program, ViTConfig, as_trained, option, parse_options
+from options.fields import option
+from options.runs import Program, as_trained, parse_options
+from options.vit import ViTConfig
 from runs.streams import run_program
 
 PEERS = {"timm": "timm", "vit-pytorch": "vit_pytorch", "vit-pytorch-simple": "vit_pytorch"}  # and the package of each

@@ -7,7 +7,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from convit import ConViTConfig, ConViTWithLinearClassifier
+from models.convit import ConViTConfig, ConViTWithLinearClassifier
 
 
 def main() -> None:

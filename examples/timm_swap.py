@@ -18,9 +18,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from dataset import load_data
-from options import DataConfig, TrainConfig
-from timm_mixer import timm_mixer
-from train_eval import Training, evaluate, make_loss, train_one_epoch
+from models.timm import timm_mixer
+from options.data import DataConfig
+from options.training import TrainConfig
+from runs.optimization import make_loss
+from runs.training import Training
+from train_eval import evaluate, train_one_epoch
 
 SIDE, PATCH = 8, 2
 TOKENS = (SIDE // PATCH) ** 2 + 1

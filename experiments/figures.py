@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from options import LAYERS1D_ROWS, layers_of
+from options.layers import LAYERS1D_ROWS, layers_of
 
 COSTS = {
     "latency_ms_per_image": "latency (ms per image)",

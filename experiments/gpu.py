@@ -29,7 +29,7 @@ def run(*words: str, **environment: str) -> int:
 def run_tests() -> str:
     """The kernels against the plain form, and all models against themselves on the CPU."""
     failed = run("-m", "pytest", "-m", "gpu", "tests") or run(
-        "-m", "pytest", "tests/interpreted_cuda.py", CONVNN_TEST_DEVICE="cuda"
+        "-m", "pytest", "tests/kernels/interpreted_cuda.py", CONVNN_TEST_DEVICE="cuda"
     )
     return f"Tests on the device: {'failed' if failed else 'passed'}."
 
@@ -75,7 +75,8 @@ def run_profiles() -> str:
     """What the steps of the first two layers spend their time on."""
     import torch
 
-    from vit import ViT, ViTConfig
+    from options.vit import ViTConfig
+    from vit import ViT
 
     texts = []
     for layer in LAYERS[:2]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from experiments.trained import Run
-from graph_layers import AxialGraphMixer, GraphAggregation, GraphConv2d, GraphMixer
 from layers1d import MultiHeadConvNNAttention, MultiHeadKvtAttention
 from layers2d import Attention2d, ConvNN2d, ConvNNAttention2d
-from multi_head import MultiHeadMixer
+from mixers.base import MultiHeadMixer
+from mixers.graph import AxialGraphMixer, GraphAggregation, GraphConv2d, GraphMixer
 from neighbors import find_neighbors, gather_neighbors, neighbor_scores, neighbor_weights
 from vit import ViT
 

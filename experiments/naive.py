@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kernels.backend import use
 from layers1d import MultiHeadKvtAttention
-from place_attention import PlacedPattern
-from selection import NeighborSelection
+from mixers.local import PlacedPattern
+from mixers.selection import NeighborSelection
 
 
 class Naive(nn.Module):

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from experiments.trained import as_picture, load_run, read_options
-from options import DATASETS, DataConfig, ViTConfig
+from options.data import DATASETS, DataConfig
+from options.vit import ViTConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # takes most of a second to import
@@ -74,8 +75,8 @@ def draw_neighbors(args: argparse.Namespace) -> Figure:
     import torch
     from matplotlib.figure import Figure
 
-    from graph_layers import GraphMixer
-    from selection import NeighborSelection
+    from mixers.graph import GraphMixer
+    from mixers.selection import NeighborSelection
 
     options = read_options(args.run, args.data_path)
     model, images, labels, names = load_run(args.run, args.images, args.data_path)
@@ -158,7 +159,11 @@ def draw_masks(args: argparse.Namespace) -> Figure:
     """The local masks by type and expansion step, and beside each the pattern around one patch on the grid."""
     from matplotlib.figure import Figure
 
-    from masks import generate_1d_attention_mask, generate_2d_attention_mask_all_neighbors, generate_2d_attention_mask_cardinal
+    from mixers.masks import (
+        generate_1d_attention_mask,
+        generate_2d_attention_mask_all_neighbors,
+        generate_2d_attention_mask_cardinal,
+    )
 
     height, width = args.grid
     types = {

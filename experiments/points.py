@@ -18,20 +18,12 @@ from typing import NamedTuple
 
 import yaml
 
-from cli import parse_yaml
-from option_fields import as_words, specs
-from options import (
-    PROGRAMS,
-    RESUME_MAY_CHANGE,
-    Options,
-    Program,
-    did_you_mean,
-    layer_label,
-    parse_options,
-    read_yaml,
-    same_value,
-)
-from reading import as_path
+from options.fields import as_words, did_you_mean, specs
+from options.layers import layer_label
+from options.parser import parse_yaml, read_yaml
+from options.reading import as_path
+from options.runs import PROGRAMS, Options, Program, parse_options, same_value
+from options.training import RESUME_MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parent.parent  # where the programs are
 KEYS = ("program", "options", "grid", "seed")

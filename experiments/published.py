@@ -8,8 +8,12 @@ import math
 from typing import NamedTuple
 
 from experiments.points import Point, find_program
-from options import PROGRAMS, DataConfig, TrainConfig, canonical_metric, did_you_mean, specs
-from reading import read_text
+from options.data import DataConfig
+from options.fields import did_you_mean, specs
+from options.neighbors import canonical_metric
+from options.reading import read_text
+from options.runs import PROGRAMS
+from options.training import TrainConfig
 
 MEASURES = ("top1", "best_top1", "epoch_seconds")  # as the summary calls them
 ABOUT = ("epochs", "source")

@@ -12,7 +12,7 @@ from pathlib import Path
 from experiments.figures import draw, draw_curves, read_metrics
 from experiments.points import Point, as_word, resolved, stated
 from experiments.published import NOTE, Published, as_text, put_beside
-from options import read_yaml
+from options.parser import read_yaml
 
 FAILURE = "failure.txt"  # in the folder of a point whose last run failed
 MEASURES = {  # column -> where it stands in summary.json, and what it is divided by
@@ -160,7 +160,7 @@ def update_summary(
     points: list[Point], folder: Path, draw_plots: bool = True, published: dict[str, Published] | None = None
 ) -> bool:
     """`write_summary`; where it cannot be written, a warning instead, as runs are worth more than tables of them."""
-    from utils import WriteError
+    from runs.files import WriteError
 
     try:
         write_summary(points, folder, draw_plots, published)

@@ -16,7 +16,7 @@ from pathlib import Path
 from experiments.points import ROOT, Point, program_path
 from experiments.published import Published
 from experiments.report import FAILURE, finished_summary, is_finished, update_summary
-from machine import cpu_cores as cores
+from options.machine import cpu_cores as cores
 from runs.lock import VARIABLE, LockedError, identity, release, take
 
 PLOTS_EVERY = 30  # seconds: drawing takes one or two
@@ -55,7 +55,7 @@ class Sweep:
 
     def start(self, point: Point, slot: int, descriptor: int) -> Running:
         """Start a point, whose lock we hold. Raises OSError or WriteError if its folder cannot be written to."""
-        from utils import write_atomically
+        from runs.files import write_atomically
 
         folder = self.folder / point.name
         write_atomically(folder / "point.json", json.dumps(point._asdict()))  # for the summary of later sweeps in this folder
@@ -84,7 +84,7 @@ class Sweep:
 
     def start_some(self, waiting: list[Point], running: list[Running], progress) -> None:
         """Start points while slots are free. What is finished is done; what another process runs waits for that."""
-        from utils import WriteError
+        from runs.files import WriteError
 
         for point in list(waiting):
             free = set(range(self.slots)) - {run.slot for run in running}

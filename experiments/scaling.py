@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 
 from experiments.points import Point, name_of, options_of
-from options import DATASETS, Options
+from options.data import DATASETS
+from options.runs import Options
 
 LEAST_PER_CLASS = 10  # images, in either part
 LIMITS = ("train_limit", "test_limit")

@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import number_type
 from experiments.tables import as_markdown
-from machine import cpu_cores
-from options import NeighborConfig, OneLineParser
+from options.machine import cpu_cores
+from options.neighbors import NeighborConfig
+from options.parser import OneLineParser, number_type
 from runs import RunError
 from runs.files import as_csv, check_writable, write_atomically
 from runs.measure import Case, device_name, median_ms, peak_memory, seconds_of, spread, take_turns, training_flops, versions
@@ -48,8 +48,8 @@ def make_targets() -> list[Target]:
 
     from layers1d import MultiHeadAttention, MultiHeadConvNNAttention, MultiHeadKvtAttention
     from layers2d import ConvNN2d
-    from multi_head import TokenLayout
-    from place_attention import MultiHeadLocalAttention, NeighborhoodAttention
+    from mixers.base import TokenLayout
+    from mixers.local import MultiHeadLocalAttention, NeighborhoodAttention
 
     # Feature maps of CIFAR images, ViT-Tiny at 224 / 16, and 4,096 tokens for attention by location: it grows with N, not N^2.
     torch.manual_seed(0)
@@ -280,7 +280,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output_dir", default="./Output/targets", help="folder for tables as .csv, and targets.md")
     args = parser.parse_args(argv)
     parser.note_repeated()
-    from utils import pick_device
+    from runs.devices import pick_device
 
     folder = Path(args.output_dir)
     try:

@@ -6,7 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from options import PROGRAMS, Options, ViTConfig, read_yaml, resolve
+from options.parser import read_yaml
+from options.runs import PROGRAMS, Options, resolve
+from options.vit import ViTConfig
+from runs.checkpoints import load_checkpoint, load_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,8 +45,7 @@ def read_options(folder: Path, data_path: str | None = None) -> Options:
 
 def load_model(folder: Path, options: Options, weights: str = "best.pt") -> nn.Module:
     """The model of a run in eval mode on the CPU, with the weights in one of its files. Raises ValueError without that file."""
-    import utils
-    from registry import build_network
+    from models.build import build_network
     from runs.provenance import check_same_class
     from vit import ViT
 
@@ -51,9 +53,9 @@ def load_model(folder: Path, options: Options, weights: str = "best.pt") -> nn.M
     if not path.exists():
         raise ValueError(f"{folder} holds no {weights}; its run has not ended its first epoch")
     model = (ViT if isinstance(options.model, ViTConfig) else build_network)(options.model)
-    state = utils.load_checkpoint(path)
+    state = load_checkpoint(path)
     check_same_class(options.as_dict(), state.get("config") or {}, path, weights)
-    utils.load_weights(model, path, flag=weights, state=state)
+    load_weights(model, path, flag=weights, state=state)
     return model.eval()
 
 

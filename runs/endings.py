@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from options import Options
+from options.runs import Options
 from runs.checkpoints import NonFiniteWeights
 from runs.files import ReadError, WriteError
 from runs.folder import RunFolder

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from options import TrainConfig
+from options.training import TrainConfig
 from runs import RunError
 from runs.checkpoints import evaluated_weights, load_state
 from runs.files import check_writable, is_same_file, remove_temporaries, write_atomically

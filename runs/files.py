@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from reading import what_is_wrong_with
+from options.reading import what_is_wrong_with
 from runs import RunError
 
 

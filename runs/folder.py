@@ -18,7 +18,8 @@ import torch
 import yaml
 from torch import nn
 
-from options import TrainConfig, same_value
+from options.runs import same_value
+from options.training import TrainConfig
 from runs import RunError
 from runs.checkpoints import save_checkpoint
 from runs.files import as_csv, as_png, check_writable, remove_temporaries, write_atomically

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from options import TrainConfig
+from options.training import TrainConfig
 from runs import RunError
 from runs.parameters import parameter_groups
 from runs.processes import Processes

@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from options import TrainConfig
+from options.training import TrainConfig
 from runs import RunError
 
 HEAD = "classifier."  # of a model that does not say otherwise by its `head`

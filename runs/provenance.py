@@ -9,7 +9,9 @@ from pathlib import Path
 
 from torch import nn
 
-from options import AsTrained, ModelConfig, Options, as_words, assumed_options, same_value
+from options.fields import as_words
+from options.models import ModelConfig
+from options.runs import AsTrained, Options, assumed_options, same_value
 from runs import RunError
 from runs.checkpoints import Loaded
 from runs.parameters import head_of

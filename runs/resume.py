@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from option_fields import as_words
-from options import RESUME_MAY_CHANGE, ModelConfig, TrainConfig, program_of, same_value, specs
+from options.fields import as_words, specs
+from options.models import ModelConfig
+from options.runs import program_of, same_value
+from options.training import RESUME_MAY_CHANGE, TrainConfig
 from runs import RunError
 from runs.checkpoints import DamagedError, load_run_state
 from runs.folder import RunFolder

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from options import TrainConfig
+from options.training import TrainConfig
 from runs.checkpoints import random_state, set_random_state
 from runs.metrics import Meter, Metrics
 from runs.optimization import (

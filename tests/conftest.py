@@ -31,7 +31,7 @@ settings.load_profile("ci")
 
 # With tests of many seconds: of two processes, one would wait for the other if such a test came last.
 SLOW = ("test_processes", "test_cuda", "test_transforms", "test_layers", "test_vit", "test_allconvnet", "test_train_eval")
-SLOW += ("test_run_experiments", "test_resume", "test_cli", "test_place_attention", "test_dataset")
+SLOW += ("test_run_experiments", "test_resume", "test_cli", "test_local", "test_dataset")
 
 
 def pytest_collection_modifyitems(items):
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish(session):
     """Where tests are about to run, with their modules imported and nothing computed yet."""
-    import forked
+    from tests.helpers import forked
 
     # What was imported stays: a search for garbage need not look through it, nor run after every 700 objects.
     gc.collect()

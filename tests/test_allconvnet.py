@@ -5,11 +5,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from allconvnet import LAYERS2D, AllConvNet, AllConvNetConfig, make_layer2d
-from graph_layers import GraphConv2d
+from allconvnet import LAYERS2D, AllConvNet, make_layer2d
 from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d
-from options import LAYERS2D_NAMES
-from utils import count_flops, count_parameters
+from mixers.graph import GraphConv2d
+from options.allconvnet import AllConvNetConfig
+from options.layers import LAYERS2D_NAMES
+from runs.measure import count_flops, count_parameters
 
 PAIRS = [f"{a}/{b}" for a, b in itertools.permutations(LAYERS2D, 2)]
 LAYERS = [*LAYERS2D, *PAIRS]

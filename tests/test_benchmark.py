@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import benchmark
-from benchmark import Case, make_mixers, measure, parse, peak_memory, training_flops
-from options import LAYERS1D_NAMES, LAYERS2D_NAMES
-from runs.measure import count_flops, count_parameters
+from benchmark import make_mixers, measure, parse
+from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES
+from runs.measure import Case, count_flops, count_parameters, peak_memory, training_flops
 
 CPU = torch.device("cpu")
 

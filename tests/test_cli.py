@@ -13,16 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from forked import Forked
 
-import train_eval
-import utils
 import vit_main
-from allconvnet import AllConvNet, AllConvNetConfig
+from allconvnet import AllConvNet
 from allconvnet_main import main
-from options import TrainConfig
-from preparation import check_short_batches
+from launch.prepare import check_short_batches
+from options.allconvnet import AllConvNetConfig
+from options.training import TrainConfig
 from runs import RunError
+from runs.checkpoints import evaluated_weights
+from runs.export import export_weights
+from runs.files import check_writable
+from runs.training import Training
+from tests.helpers.forked import Forked
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--dataset digits --layer Conv2d/ConvNN --channels 4 8 --batch_size 32 --train_limit 100 --test_limit 50 --device cpu"
@@ -192,7 +195,7 @@ def test_save_every_and_export_and_checkpoint(tmp_path):
     assert {path.name for path in (tmp_path / "run").glob("epoch_*.pt")} == {"epoch_2.pt", "epoch_4.pt"}
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
     for path in (exported, tmp_path / "run" / "best.pt"):
-        weights = utils.evaluated_weights(path)
+        weights = evaluated_weights(path)
         assert all(torch.equal(weights[name], value) for name, value in best.items())
         run(f"--checkpoint '{path}' --lr 0 --weight_decay 0 --overwrite", tmp_path / "from", epochs=1)
         started = torch.load(tmp_path / "from" / "last.pt", weights_only=True)["model"]
@@ -324,7 +327,7 @@ def test_an_output_folder_that_is_a_file(tmp_path, capsys):
 
 
 def test_the_output_folder_is_checked_once(tmp_path, monkeypatch):
-    checked, real = [], train_eval.check_writable
+    checked, real = [], check_writable
     for module in ("train_eval", "runs.folder"):
         monkeypatch.setattr(f"{module}.check_writable", lambda folder, flag: (checked.append(flag), real(folder, flag)))
     run("", tmp_path / "run", epochs=1)
@@ -372,11 +375,10 @@ def test_resume_from_a_damaged_state(trained, tmp_path, capsys):
 
 def test_resume_within_an_epoch(tmp_path, monkeypatch):
     """Killed in the middle of the second epoch, after a checkpoint within it: the same files as if it had not been."""
-    import train_eval
 
     options = "--batch_size 4 --save_minutes 1e-9 --scheduler cosine --warmup_epochs 1 --mixup 0.3 --ema_decay 0.5 --augment"
     assert run(options, tmp_path / "whole") == 0
-    original, steps = train_eval.Training.update, []
+    original, steps = Training.update, []
 
     def update(self, *args):
         steps.append(1)
@@ -384,7 +386,7 @@ def test_resume_within_an_epoch(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         original(self, *args)
 
-    monkeypatch.setattr(train_eval.Training, "update", update)
+    monkeypatch.setattr(Training, "update", update)
     assert run(options, tmp_path / "killed") == 130
     monkeypatch.undo()
     assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"] > 0
@@ -520,14 +522,14 @@ def test_vit_checkpoints_of_torchvision(tmp_path, capsys):
     results = []
     torch.save(reference.state_dict(), tmp_path / "a.pt")
     torch.save({"state_dict": reference.state_dict()}, tmp_path / "b.pth")
-    utils.export_weights(tmp_path / "c.safetensors", reference.state_dict())
+    export_weights(tmp_path / "c.safetensors", reference.state_dict())
     for name, file in (("a.pt", "test_results"), ("b.pth", "test_results-2"), ("c.safetensors", "test_results-3")):
         assert run_vit(f"{same} --checkpoint {tmp_path / name}", tmp_path / "run") == 0
         written = json.loads((tmp_path / "run" / f"{file}.json").read_text())
         assert written["checkpoint"] == str(tmp_path / name)
         results.append(written["loss"])
     from dataset import load_data
-    from options import DataConfig
+    from options.data import DataConfig
 
     data = load_data(
         DataConfig(dataset="digits", resize=8, test_limit=50, num_workers=0),
@@ -618,7 +620,7 @@ def test_commands_of_the_pages_parse(command, monkeypatch):
     import run_experiments
     import visualize
     from experiments.points import find_program
-    from options import parse_options
+    from options.runs import parse_options
 
     monkeypatch.chdir(ROOT)
     _, program, *argv = shlex.split(command, comments=True)

@@ -21,10 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-import data_files
 import dataset
-import hashing
-from dataset import DATASETS, DataConfig, DataError, DeviceBatches, Recipe, decode_image, load_data
+from dataset import DeviceBatches, Recipe, load_data
+from options.data import DATASETS, DataConfig
+from readers import files as data_files
+from readers.augmentation import crop_and_flip, resize_images
+from readers.files import READERS, import_torchvision
+from readers.images import DataError, decode_image
+from utils import gaussian, keys, uniform
 
 CPU = torch.device("cpu")
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -103,13 +107,13 @@ def uniform_in_integers(seed, epoch, index, column, stream):
 @given(st.integers(0, 2**31 - 1), st.integers(0, 10**6), st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5))
 @settings(max_examples=50, deadline=None)
 def test_uniform_is_the_hash_in_plain_integers(seed, epoch, index):
-    drawn = dataset.uniform(seed, epoch, torch.tensor(index), 7, stream=2)
+    drawn = uniform(seed, epoch, torch.tensor(index), 7, stream=2)
     expected = [[uniform_in_integers(seed, epoch, i, column, 2) for column in range(7)] for i in index]
     assert torch.equal(drawn, torch.tensor(expected, dtype=torch.float32))
 
 
 def test_uniform_is_uniform_and_uncorrelated():
-    rows = dataset.uniform(0, 0, torch.arange(20000), 50)
+    rows = uniform(0, 0, torch.arange(20000), 50)
     assert 0 <= rows.min() < 1e-5 and 1 - 1e-5 < rows.max() < 1
     assert abs(rows.mean() - 0.5) < 5 * (1 / 12 / 1e6) ** 0.5
     assert abs(rows.var() - 1 / 12) < 5 * (1 / 180 / 1e6) ** 0.5
@@ -124,27 +128,27 @@ def test_uniform_is_uniform_and_uncorrelated():
         "index": (rows[1:], rows[:-1]),
         "index, shifted": (rows[1:, 1:], rows[:-1, :-1]),
         "column": (rows[:, 1:], rows[:, :-1]),
-        "epoch": (rows, dataset.uniform(0, 1, torch.arange(20000), 50)),
-        "seed": (rows, dataset.uniform(1, 0, torch.arange(20000), 50)),
-        "stream": (rows, dataset.uniform(0, 0, torch.arange(20000), 50, stream=1)),
+        "epoch": (rows, uniform(0, 1, torch.arange(20000), 50)),
+        "seed": (rows, uniform(1, 0, torch.arange(20000), 50)),
+        "stream": (rows, uniform(0, 0, torch.arange(20000), 50, stream=1)),
     }
     for what, (a, b) in neighbours.items():
         assert abs(correlation(a, b)) < 5e-3, what  # five standard deviations of 1e6 pairs
     between_columns = torch.corrcoef(rows.T) - torch.eye(50)
-    between_rows = torch.corrcoef(dataset.uniform(3, 0, torch.arange(200), 20000)) - torch.eye(200)
+    between_rows = torch.corrcoef(uniform(3, 0, torch.arange(200), 20000)) - torch.eye(200)
     assert between_columns.abs().max() < 6 / 20000**0.5 and between_rows.abs().max() < 6 / 20000**0.5
 
 
 def test_seed_epoch_and_stream_all_matter_and_no_two_keys_collide():
     index = torch.arange(100)
-    keys = [hashing.keys(s, e, index, r).tolist() for s in range(10) for e in range(10) for r in range(3)]
+    keys = [keys(s, e, index, r).tolist() for s in range(10) for e in range(10) for r in range(3)]
     repeats = 30000 - len({key for row in keys for key in row})
     assert repeats < 3  # 0.1 expected of 32-bit numbers drawn at random
-    assert len(hashing.keys(7, 3, torch.arange(10**6), 1).unique()) == 10**6
+    assert len(keys(7, 3, torch.arange(10**6), 1).unique()) == 10**6
 
 
 def test_gaussian_moments():
-    z = dataset.gaussian(5, 2, torch.arange(1001), 999, stream=3).double()
+    z = gaussian(5, 2, torch.arange(1001), 999, stream=3).double()
     assert z.shape == (1001, 999)
     assert abs(z.mean()) < 5e-3 and abs(z.var() - 1) < 7e-3
     assert abs((z**3).mean()) < 0.02 and abs((z**4).mean() - 3) < 0.05
@@ -177,7 +181,7 @@ def test_crop_and_flip_equals_a_loop(data):
     offsets = st.lists(st.integers(0, 2 * padding), min_size=B, max_size=B)
     top, left = data.draw(offsets), data.draw(offsets)
     flip = data.draw(st.lists(st.booleans(), min_size=B, max_size=B))
-    out = dataset.crop_and_flip(images, torch.tensor(top), torch.tensor(left), torch.tensor(flip), padding)
+    out = crop_and_flip(images, torch.tensor(top), torch.tensor(left), torch.tensor(flip), padding)
     assert out.dtype == torch.uint8
     for i in range(B):
         assert torch.equal(out[i], naive_crop_and_flip(images[i], top[i], left[i], flip[i], padding))
@@ -186,7 +190,7 @@ def test_crop_and_flip_equals_a_loop(data):
 @pytest.mark.parametrize("native, size", [(32, 224), (32, 48), (32, 16), (32, 31), (28, 7), (8, 33)])
 def test_resize_equals_pil(native, size):
     images = random_images(3, 3, native)
-    ours = dataset.resize_images(torch.from_numpy(images), size)
+    ours = resize_images(torch.from_numpy(images), size)
     for image, mine in zip(images, ours, strict=True):
         pil = Image.fromarray(image.transpose(1, 2, 0)).resize((size, size), Image.Resampling.BILINEAR)
         difference = mine.permute(1, 2, 0) - torch.from_numpy(np.array(pil).astype(np.float32))
@@ -574,7 +578,7 @@ def test_failed_download_leaves_nothing(tmp_path, monkeypatch, capsys):
         print("Downloading")
         raise RuntimeError("Error downloading\nsecond line")
 
-    monkeypatch.setattr(dataset.import_torchvision().datasets, "FashionMNIST", download)
+    monkeypatch.setattr(import_torchvision().datasets, "FashionMNIST", download)
     for path in (tmp_path / "not" / "there", tmp_path):
         message = fails("fashion_mnist", path, download=True)
         assert "Error downloading second line" in message and str(path) in message and "--dataset digits" in message
@@ -589,13 +593,13 @@ def test_download(tmp_path, monkeypatch, capsys):
         print("Downloading")
         write_mnist(Path(root) / "FashionMNIST" / "raw", gz=True)
 
-    monkeypatch.setattr(dataset.import_torchvision().datasets, "FashionMNIST", download)
+    monkeypatch.setattr(import_torchvision().datasets, "FashionMNIST", download)
     path = tmp_path / "new" / "Data"
     (path / "FashionMNIST" / "raw").mkdir(parents=True)  # left by something else
     data = load("fashion_mnist", path, download=True)
     assert data.train.num_samples == 20 and capsys.readouterr().out == ""
     assert [entry.name for entry in path.iterdir()] == ["FashionMNIST"]
-    monkeypatch.delattr(dataset.import_torchvision().datasets, "FashionMNIST")  # a second time there is no need
+    monkeypatch.delattr(import_torchvision().datasets, "FashionMNIST")  # a second time there is no need
     load("fashion_mnist", path, download=True)
 
 
@@ -977,6 +981,7 @@ WORKER_SCRIPT = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 import dataset, torch
+from options.data import DataConfig
 assert "torchvision" not in sys.modules and "sklearn" not in sys.modules
 
 def inherited(number, frame):
@@ -987,7 +992,7 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
 leaves = os.fork() == 0  # one that leaves its workers, and then one whose worker is killed
 if not leaves:
     print(os.waitstatus_to_exitcode(os.wait()[1]))
-config = dataset.DataConfig(dataset="folder", data_path=sys.argv[1], resize=8, num_workers=2)
+config = DataConfig(dataset="folder", data_path=sys.argv[1], resize=8, num_workers=2)
 data = dataset.load_data(config, batch_size=1, seed=0, device=torch.device("cpu"))
 train, test = data.train.epoch(0), data.test.epoch(0)
 next(train), next(test)
@@ -1101,7 +1106,7 @@ def test_data_error_crosses_processes_as_one_line():
 
 
 def test_every_data_set_has_a_reader():
-    assert set(dataset.READERS) == set(DATASETS)
+    assert set(READERS) == set(DATASETS)
     assert set(dataset.STATS) == {name for name, info in DATASETS.items() if not info.streamed}
     for name, (mean, std) in dataset.STATS.items():
         assert len(mean) == len(std) == DATASETS[name].channels

@@ -87,7 +87,8 @@ def test_by_path_from_an_empty_folder(tmp_path, monkeypatch, capsys):
 # What the copy runs, in one process: the commands of the page, two mistakes, and the option beside two layers.
 DRIVER = """
 import shlex, sys
-import options, pytest, vit_main
+import pytest, vit_main
+from options.runs import PROGRAMS, parse_options, warn_without_effect
 for line in sys.argv[1].splitlines():
     python, *words = shlex.split(line)
     assert python == "python"
@@ -99,8 +100,8 @@ for line in sys.argv[1].splitlines():
     print("ended with", int(code or 0), flush=True)
 for layer in ("CosineAttention", "Performer"):
     line = ["--layer", layer, "--cosine_temperature", "0.2"]
-    resolved, parser = options.parse_options(options.PROGRAMS["vit_main.py"], "", line)
-    options.warn_without_effect(resolved.model, parser)
+    resolved, parser = parse_options(PROGRAMS["vit_main.py"], "", line)
+    warn_without_effect(resolved.model, parser)
     print(layer, resolved.as_dict()["cosine_temperature"])
 """
 

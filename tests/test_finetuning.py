@@ -11,19 +11,22 @@ import yaml
 from torch import nn
 
 import allconvnet_main
-import train_eval
 import vit_main
-from allconvnet import AllConvNet, AllConvNetConfig
-from convit import ConViTConfig, ConViTLayer, ConViTWithLinearClassifier
+from allconvnet import AllConvNet
 from experiments.points import check_points, name_points, read_sweep
 from experiments.report import is_finished, write_summary
-from options import TrainConfig
-from registry import build_network
+from models.build import build_network
+from models.convit import ConViTConfig, ConViTLayer, ConViTWithLinearClassifier
+from models.pretrained import load_vit_weights
+from options.allconvnet import AllConvNetConfig
+from options.training import TrainConfig
+from options.vit import ViTConfig
 from runs import RunError
 from runs.checkpoints import Leeway, load_state
 from runs.optimization import LearningRate, make_optimizer
 from runs.parameters import freeze, layer_scales, parameter_groups, start_training
-from vit import Block, DropPath, ViT, ViTConfig, drop_path_rates, load_vit_weights, resample_positions
+from runs.training import Training
+from vit import Block, DropPath, ViT, drop_path_rates, resample_positions
 
 VIT = (
     "--dataset digits --resize 8 --patch_size 2 --num_layers 2 --num_heads 2 --d_model 8 --d_mlp 8 --pos_embedding learned "
@@ -486,7 +489,7 @@ def test_convits_own_config_has_it_too():
 def test_fine_tuning_goes_on_bit_for_bit(more, attention, tmp_path, monkeypatch):
     line = f"{VIT} --num_epochs 2 --layer ConvNNAttention --K 3 --checkpoint {attention} {more}"
     assert run(line, tmp_path / "whole") == 0
-    original, calls = train_eval.Training.update, []
+    original, calls = Training.update, []
 
     def update(self, *args):
         original(self, *args)
@@ -494,7 +497,7 @@ def test_fine_tuning_goes_on_bit_for_bit(more, attention, tmp_path, monkeypatch)
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_eval.Training, "update", update)
+    monkeypatch.setattr(Training, "update", update)
     run(f"{line} --save_minutes 0", tmp_path / "run")
     monkeypatch.undo()
     torch.manual_seed(77)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from options import LAYERS1D_NAMES
-from vit import ViT, ViTConfig
+from options.layers import LAYERS1D_NAMES
+from options.vit import ViTConfig
+from vit import ViT
 
 SMALL = {
     "image_size": 32,

@@ -5,14 +5,15 @@ import warnings
 
 import pytest
 import torch
-from naive import aggregate, neighbors, pairs, window
-from side_by_side import SideBySide
 from torch import nn
 from torch.nn import functional as F
 
 from layers1d import Attention1d, ConvNN1d, ConvNNAttention1d, PixelShuffle1d, PixelUnshuffle1d
 from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d, make_conv2d
-from neighbors import NeighborConfig, coordinates, grid_places, random_candidates, spatial_candidates
+from neighbors import coordinates, grid_places, random_candidates, spatial_candidates
+from options.neighbors import NeighborConfig
+from tests.helpers.naive import aggregate, neighbors, pairs, window
+from tests.helpers.side_by_side import SideBySide
 
 SAMPLING = [("all", -1), ("random", 9), ("spatial", 3)]
 

@@ -5,18 +5,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from naive import aggregate as naive_aggregate
-from naive import gather, pairs, scores, window
-from naive import neighbors as naive_neighbors
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels.chunked
 import kernels.cpu
-from benchmark import peak_memory
 from kernels import reference
+from kernels.reference import gather
 from neighbors import (
-    METRICS,
-    NeighborConfig,
     aggregate,
     coordinates,
     find_neighbors,
@@ -32,6 +27,11 @@ from neighbors import (
     spatial_candidates,
     weighted_sum,
 )
+from options.neighbors import METRICS, NeighborConfig
+from runs.measure import peak_memory
+from tests.helpers.naive import aggregate as naive_aggregate
+from tests.helpers.naive import neighbors as naive_neighbors
+from tests.helpers.naive import pairs, scores, window
 
 CPU = torch.device("cpu")
 KINDS = ("cosine", "euclidean", "matmul")

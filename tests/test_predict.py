@@ -10,8 +10,9 @@ from PIL import Image
 import predict
 import visualize
 import vit_main
-from dataset import DataConfig, load_data, read_image
+from dataset import load_data, read_image
 from experiments.trained import load_model, read_options
+from options.data import DataConfig
 from runs.metrics import Confusion
 
 LINE = (

@@ -13,12 +13,16 @@ from PIL import Image
 from torch.nn import functional as F
 
 import allconvnet_main
-import hosts
 import vit_main
-from allconvnet import AllConvNet, AllConvNetConfig
-from dataset import DataConfig, DeviceBatches, Recipe, load_data, resize_images
-from options import PROGRAMS, parse_options
-from vit import LAYERS1D, ViT, ViTConfig
+from allconvnet import AllConvNet
+from dataset import DeviceBatches, Recipe, load_data
+from options import backbones as hosts
+from options.allconvnet import AllConvNetConfig
+from options.data import DataConfig
+from options.runs import PROGRAMS, parse_options
+from options.vit import ViTConfig
+from readers.augmentation import resize_images
+from vit import LAYERS1D, ViT
 
 ALONG_THE_SEQUENCE = ("ConvNN", "Conv1d", "Linformer")  # parameters for every token
 SMALL = {"patch_size": 4, "num_layers": 1, "num_heads": 2, "d_model": 16, "d_mlp": 16, "pos_embedding": "learned"}

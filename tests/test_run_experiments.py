@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked import Forked
 from PIL import Image
 
 import run_experiments
 from experiments import points as sweep_points
 from experiments import runner
-from run_experiments import check_points, leave_out_unread, lock, name_points, read_sweep, summarize
+from experiments.points import check_points, leave_out_unread, name_points, read_sweep, resolved
+from experiments.report import summarize, write_summary
+from experiments.runner import ClusterRun, lock
+from tests.helpers.forked import Forked
 
 ROOT = Path(run_experiments.__file__).parent
 
@@ -427,7 +429,7 @@ def test_only_runs_without_a_schedule_may_become_longer(before, now, is_allowed,
     points = name_points(*read_sweep("sweep.yaml", []))
     folder = Path("out") / points[0].name
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(run_experiments.resolved(points[0], Path("out")) | before))
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved(points[0], Path("out")) | before))
     if is_allowed:
         check_points(points, Path("out"))
     else:
@@ -498,11 +500,11 @@ def test_submitted_runs(tmp_path):
 
 def test_a_job_that_is_requeued_is_submitted_as_it_was(sweep):
     pytest.importorskip("submitit")
-    run, points = run_experiments.ClusterRun(), name_points(*read_sweep("sweep.yaml", []))
+    run, points = ClusterRun(), name_points(*read_sweep("sweep.yaml", []))
     run.process = subprocess.Popen(["sleep", "3600"])
     again = run.checkpoint(points[0], points, sweep / "out", 1)
     assert run.process.wait(timeout=1800) in (0, -signal.SIGTERM)  # 0: it is known only that it has ended
-    assert type(again.function) is run_experiments.ClusterRun and again.args == (points[0], points, sweep / "out", 1)
+    assert type(again.function) is ClusterRun and again.args == (points[0], points, sweep / "out", 1)
     assert again.result() == points[0].name and (sweep / "out" / "summary.csv").exists()
     with pytest.raises(RuntimeError, match=r"Attention_seed-0 failed: .* lr is too high"):
         run(points[0]._replace(values=points[0].values | {"lr": 0.5, "num_epochs": 3}), points, sweep / "out", 1)
@@ -512,7 +514,7 @@ def test_summary_of_runs_that_are_missing_or_unfinished(sweep):
     points = name_points(*read_sweep("sweep.yaml", []))
     rows = summarize(points, Path("nothing"))
     assert [row["runs"] for row in rows] == [0, 0] and all(math.isnan(row["top1"]) for row in rows)
-    run_experiments.write_summary(points, Path("."))
+    write_summary(points, Path("."))
     assert not Path("tradeoff.png").exists() and Path("summary.md").exists()
 
 

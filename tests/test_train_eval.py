@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from side_by_side import SideBySide, in_groups
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,21 +11,16 @@ import allconvnet
 import train_eval
 import vit
 from dataset import DeviceBatches, Recipe
-from options import LAYERS1D_NAMES, LAYERS2D_NAMES, TrainConfig
-from train_eval import (
-    Average,
-    LearningRate,
-    Meter,
-    NonFiniteLoss,
-    Training,
-    autocast_for,
-    evaluate,
-    make_loss,
-    make_mix,
-    make_optimizer,
-    train_one_epoch,
-)
-from utils import RunError
+from options.allconvnet import AllConvNetConfig
+from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES
+from options.training import TrainConfig
+from options.vit import ViTConfig
+from runs import RunError
+from runs.metrics import Meter
+from runs.optimization import Average, LearningRate, NonFiniteLoss, autocast_for, make_loss, make_mix, make_optimizer
+from runs.training import Training
+from tests.helpers.side_by_side import SideBySide, in_groups
+from train_eval import evaluate, train_one_epoch
 
 CPU = torch.device("cpu")
 
@@ -443,13 +437,13 @@ def make_vit(*layers):
     """One block, whose mixers are these layers side by side."""
     options = SMALL | {"patch_size": 2, "num_layers": 1, "num_heads": 2, "d_model": 8, "d_mlp": 8, "kernel_size": 3}
     options |= {"hybrid_dilations": (1,), "nystrom_landmarks": 4}
-    models = [vit.ViT(vit.ViTConfig(**options, layer=layer)) for layer in layers]
+    models = [vit.ViT(ViTConfig(**options, layer=layer)) for layer in layers]
     models[0].blocks[0].mixer = SideBySide([model.blocks[0].mixer for model in models])
     return models[0]
 
 
 def make_allconvnet(*layers):
-    models = [allconvnet.AllConvNet(allconvnet.AllConvNetConfig(**SMALL, channels=(4,), layer=layer)) for layer in layers]
+    models = [allconvnet.AllConvNet(AllConvNetConfig(**SMALL, channels=(4,), layer=layer)) for layer in layers]
     models[0].layers[0][0] = SideBySide([model.layers[0][0] for model in models])
     return models[0]
 

@@ -5,17 +5,20 @@ import sys
 
 import pytest
 import torch
-from side_by_side import SideBySide, in_groups
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from allconvnet import AllConvNet, AllConvNetConfig
-from convit import ConViTConfig, ConViTWithLinearClassifier
+from allconvnet import AllConvNet
 from layers2d import ConvNN2d
-from neighbors import NeighborConfig, aggregate, find_neighbors, find_scored_neighbors, neighbor_scores, weighted_sum
-from options import LAYERS1D_NAMES, LAYERS2D_NAMES
-from vit import ViT, ViTConfig
+from models.convit import ConViTConfig, ConViTWithLinearClassifier
+from neighbors import aggregate, find_neighbors, find_scored_neighbors, neighbor_scores, weighted_sum
+from options.allconvnet import AllConvNetConfig
+from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES
+from options.neighbors import NeighborConfig
+from options.vit import ViTConfig
+from tests.helpers.side_by_side import SideBySide, in_groups
+from vit import ViT
 
 SMALL = {
     "image_size": 16,

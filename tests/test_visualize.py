@@ -11,11 +11,18 @@ from PIL import Image
 import allconvnet_main
 import visualize
 import vit_main
-from dataset import DataConfig, load_data
-from layers1d import NeighborSelection
-from masks import generate_1d_attention_mask, generate_2d_attention_mask_all_neighbors, generate_2d_attention_mask_cardinal
-from neighbors import NeighborConfig
-from utils import as_png
+from dataset import load_data
+from experiments.pictures import draw_attention, draw_choice, draw_neighbors, layer_number
+from experiments.trained import as_picture, load_run
+from mixers.masks import (
+    generate_1d_attention_mask,
+    generate_2d_attention_mask_all_neighbors,
+    generate_2d_attention_mask_cardinal,
+)
+from mixers.selection import NeighborSelection
+from options.data import DataConfig
+from options.neighbors import NeighborConfig
+from runs.files import as_png
 
 COMMON = "--dataset digits --num_epochs 2 --train_limit 40 --test_limit 20 --batch_size 20 --device cpu --download False"
 
@@ -88,8 +95,8 @@ def test_seeds_are_one_line_in_a_band(runs):
 def test_attention_maps_are_those_of_the_patches(runs):
     for name in ("convnn", "gpsa", "mean"):
         args = visualize.make_parser().parse_args(["attention", str(runs / name), "--images", "3"])
-        axes = visualize.draw_attention(args).axes
-        model, images, labels, names = visualize.load_run(runs / name, 3, None)
+        axes = draw_attention(args).axes
+        model, images, labels, names = load_run(runs / name, 3, None)
         logits, matrices = model(images, output_attentions=True)
         assert len(axes) == 3 * 4  # image, two blocks, average
         for image in range(3):
@@ -109,7 +116,7 @@ def test_attention_maps_are_those_of_the_patches(runs):
 def test_neighbors_in_a_ring_of_padding(runs):
     """Each token and what it picks among 10 x 10, of which the inner 8 x 8 are the image."""
     figure = drawn("neighbors", runs / "images", "--images", 2, "--queries", "0.2,0.3", "1,1")
-    model, images, _, _ = visualize.load_run(runs / "images", 2, None)
+    model, images, _, _ = load_run(runs / "images", 2, None)
     found = []
     for block in model.layers:
         block[0].second.select.register_forward_hook(lambda module, inputs, output: found.append(output))
@@ -129,8 +136,8 @@ def test_neighbors_in_a_ring_of_padding(runs):
 def test_neighbors_are_those_of_the_image_and_the_head(runs, head):
     """Lines end where the mixing matrix of that image and head is not zero."""
     line = ["neighbors", str(runs / "convnn"), "--images", "3", "--queries", "0.6,0.3", "--head", str(head)]
-    figure = visualize.draw_neighbors(visualize.make_parser().parse_args(line))
-    model, images, _, _ = visualize.load_run(runs / "convnn", 3, None)
+    figure = draw_neighbors(visualize.make_parser().parse_args(line))
+    model, images, _, _ = load_run(runs / "convnn", 3, None)
     _, matrices = model(images, output_attentions=True)
     query = 1 + 2 * 4 + 1  # of the 4 x 4 patches after the class token
     for number, axis in enumerate(figure.axes):
@@ -145,7 +152,7 @@ def test_neighbors_are_those_of_the_image_and_the_head(runs, head):
 def test_of_a_dilated_graph_every_nth_neighbor_is_drawn(runs):
     """Of 4 x 3 nearest the first, the fourth and so on: the ones that the maximum is taken over."""
     figure = drawn("neighbors", runs / "vig", "--images", 1, "--queries", "0.6,0.3")
-    model, images, _, _ = visualize.load_run(runs / "vig", 1, None)
+    model, images, _, _ = load_run(runs / "vig", 1, None)
     found = []
     for block in model.blocks:
         block.mixer.graph.register_forward_hook(lambda module, inputs, output: found.append(inputs[1]))
@@ -171,7 +178,7 @@ def test_neighbors_are_drawn_where_they_are(class_tokens, padding):
     tokens = torch.randn(1, class_tokens + grid[0] * grid[1], 3)
     index = select(tokens, tokens, grid)[0]
     axis = Figure().subplots()
-    visualize.draw_choice(axis, select, grid, index, (0.5, 0.2), "C0")
+    draw_choice(axis, select, grid, index, (0.5, 0.2), "C0")
     ends = {
         tuple(round(float(value[-1]), 6) for value in line.get_data()) for line in axis.lines if line.get_marker() in ("o", "*")
     }
@@ -182,10 +189,10 @@ def test_neighbors_are_drawn_where_they_are(class_tokens, padding):
 
 
 def test_layer_names():
-    assert visualize.layer_number("blocks.2.mixer.select") == "layer 3"
-    assert visualize.layer_number("layers.0.mixer.second.select") == "layer 1 (second)"
-    assert visualize.layer_number("features.16.select") == "features.16"
-    assert visualize.layer_number("layer2.0.conv1.layer.select") == "layer2.0.conv1"
+    assert layer_number("blocks.2.mixer.select") == "layer 3"
+    assert layer_number("layers.0.mixer.second.select") == "layer 1 (second)"
+    assert layer_number("features.16.select") == "features.16"
+    assert layer_number("layer2.0.conv1.layer.select") == "layer2.0.conv1"
 
 
 @pytest.mark.parametrize(
@@ -224,7 +231,7 @@ def test_samples_are_the_first_training_images(more):
     images, labels = next(iter(data.train.epoch(0)))
     assert len(axes) == 16 and not any(axis.images for axis in axes[10:])  # two rows of eight
     for axis, image, label in zip(axes, images, labels, strict=False):
-        shown, expected = axis.images[0].get_array(), visualize.as_picture(image, "digits")
+        shown, expected = axis.images[0].get_array(), as_picture(image, "digits")
         torch.testing.assert_close(torch.tensor(shown), torch.tensor(expected))
         assert axis.get_title() == data.class_names[label]
 
@@ -235,7 +242,7 @@ def test_a_picture_is_the_image_before_it_was_normalized():
     images, _ = next(iter(data.test.epoch(0)))
     raw = data.test._images[:3, 0].float() / 255
     for image, pixels in zip(images, raw, strict=True):
-        torch.testing.assert_close(torch.tensor(visualize.as_picture(image, "digits")), pixels)
+        torch.testing.assert_close(torch.tensor(as_picture(image, "digits")), pixels)
 
 
 def test_default_places_of_figures(runs, monkeypatch, tmp_path, capsys):

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torchvision
 import yaml
-from side_by_side import SideBySide, in_groups
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,20 +19,23 @@ from layers1d import (
     MultiHeadConvNN,
     MultiHeadConvNNAttention,
     MultiHeadKvtAttention,
-    TokenLayout,
 )
-from linear_attention import HybridAttention, LinformerAttention, NystromformerAttention, PerformerAttention
-from options import LAYERS1D_NAMES, LAYERS1D_ROWS
-from place_attention import (
+from mixers.base import TokenLayout
+from mixers.linear import HybridAttention, LinformerAttention, NystromformerAttention, PerformerAttention
+from mixers.local import (
     GatedPositionalSelfAttention,
     MultiHeadLocalAttention,
     MultiHeadMaskedAttention,
     MultiHeadSparseAttention,
     NeighborhoodAttention,
 )
-from train_eval import make_optimizer
-from utils import count_flops, count_parameters
-from vit import LAYERS1D, ViT, ViTConfig, load_vit_weights, make_layer1d
+from models.pretrained import load_vit_weights
+from options.layers import LAYERS1D_NAMES, LAYERS1D_ROWS
+from options.vit import ViTConfig
+from runs.measure import count_flops, count_parameters
+from runs.optimization import make_optimizer
+from tests.helpers.side_by_side import SideBySide, in_groups
+from vit import LAYERS1D, ViT, make_layer1d
 
 TYPES = {
     "Attention": MultiHeadAttention,
@@ -461,7 +463,7 @@ def test_images_that_patches_do_not_divide_are_refused():  # other sizes: test_r
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_optimizer_moves_every_parameter(name):
-    from options import TrainConfig
+    from options.training import TrainConfig
 
     model = make(layer="BranchAttention", pos_embedding="learned")
     before = {name: value.clone() for name, value in model.state_dict().items()}

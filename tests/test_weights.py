@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import allconvnet_main
-import utils
 import vit
 import vit_main
-from options import PROGRAMS, as_trained, parse_options
+from models.pretrained import load_vit_weights
+from options.runs import PROGRAMS, as_trained, parse_options
+from options.vit import ViTConfig
+from runs import RunError
 from runs.checkpoints import (
     DamagedError,
     NonFiniteWeights,
@@ -22,7 +24,7 @@ from runs.checkpoints import (
     load_checkpoint,
     load_state,
 )
-from utils import RunError
+from runs.folder import RunFolder
 
 VIT = (
     "--dataset digits --resize 8 --patch_size 4 --num_layers 1 --num_heads 2 --d_model 8 --d_mlp 8 --batch_size 16 "
@@ -250,7 +252,7 @@ def test_weights_that_overflow_leave_no_result(trained, tmp_path, capsys):
     assert run(f"--test_only --checkpoint {tmp_path / 'x.pt'} --device cpu --test_limit 20", tmp_path / "run") == 1
     assert "the test loss" in capsys.readouterr().err and not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="JSON"):
-        utils.RunFolder(tmp_path / "run").write_test_results({"loss": math.nan})
+        RunFolder(tmp_path / "run").write_test_results({"loss": math.nan})
 
 
 class Evil:
@@ -284,12 +286,12 @@ def test_a_folder_is_called_that(tmp_path, capsys):
 def test_advice_for_weights_of_others_names_what_is_missing_only():
     def model(**more):
         size = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_layers": 1, "num_heads": 2, "d_model": 8, "d_mlp": 8}
-        return vit.ViT(vit.ViTConfig(**size, **more))
+        return vit.ViT(ViTConfig(**size, **more))
 
     weights = {"patch_embed.proj.weight": torch.ones(8, 3, 4, 4)}
     with pytest.raises(ValueError, match="need --no-patch_norm --final_norm --pos_embedding learned; they are for images of 3"):
-        vit.load_vit_weights(model(), weights)
+        load_vit_weights(model(), weights)
     given = model(patch_norm=False, final_norm=True, pos_embedding="learned")
     with pytest.raises(ValueError, match="are for images of 3 channels, and these have 1") as caught:
-        vit.load_vit_weights(given, weights)
+        load_vit_weights(given, weights)
     assert "need" not in str(caught.value)

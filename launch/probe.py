@@ -1,0 +1,132 @@
+"""A mixer of one's own on a batch of two, before data is read: what it gives, its mixing matrix, numbers and gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from allconvnet import make_single2d
+from mixers.base import TokenLayout
+from mixers.build import build_layer
+from options.allconvnet import AllConvNetConfig
+from options.backbones import VGG, WIDTHS
+from options.custom_mixer import is_address, what_failed
+from options.layers import Row, layer_label
+from options.models import ModelConfig
+from options.vit import ViTConfig
+from runs.memory import is_out_of_memory
+
+
+class Trial(NamedTuple):
+    """A mixer to be made, the shape that it is given, and the one that it must give; heads: of its mixing matrix, in 1-D."""
+
+    address: str
+    file: str
+    make: Callable[[], nn.Module]
+    given: tuple[int, ...]
+    wanted: tuple[int, ...]
+    heads: int | None = None
+
+    def error(self, what: str) -> ValueError:
+        return ValueError(f"--layer {self.address}: {layer_label(self.address)} {what}")
+
+    def call(self, what: str, function: Callable, *arguments):
+        """The result of somebody's code. Raises ValueError, in one line, for an error of theirs."""
+        try:
+            return function(*arguments)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise self.error(f"{what}: {what_failed(error, self.file)}") from None
+
+    def check(self, out: object, call: str) -> None:
+        """Raise ValueError for an output that cannot be trained on."""
+        if not isinstance(out, Tensor) or tuple(out.shape) != self.wanted or not out.is_floating_point():
+            raise self.error(f"gave {_kind(out)} for {call} of {self.given}; it must give {self.wanted}")
+        if not out.isfinite().all():
+            raise self.error(f"gave numbers that are not finite (NaN or infinity) for {call}")
+
+
+def probe(config: ModelConfig, device: torch.device) -> list[str]:
+    """Try each class of one's own that the model is made of, on `device`; the random numbers of the run stay as they are.
+
+    Returns a line for each that leaves parameters without a gradient. Raises ValueError, in one line, for what cannot train:
+    a constructor or a forward that raises, another shape, a missing pair under output_attentions, NaN or infinity.
+    """
+    lines = {}
+    for trial in trials(config):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            if missing := try_out(trial, device):
+                lines[f"--layer {layer_label(trial.address)}: no gradient reaches {', '.join(missing)}"] = None
+    return list(lines)
+
+
+def trials(config: ModelConfig) -> Iterator[Trial]:
+    """What to try: the mixer of a ViT once, as its blocks are alike, and that of each layer of a network of convolutions."""
+    if isinstance(config, ViTConfig) and is_address(config.layer) and config.num_local_layers != 0:
+        layout = TokenLayout(*config.grid, config.class_tokens)
+        shape, row = (2, layout.num_tokens, config.d_model), config.rows[config.layer]
+        make = partial(build_layer, row, config, config.d_model, config.num_heads, layout=layout)
+        yield Trial(config.layer, file_of(row), make, shape, shape, config.num_heads)
+    elif isinstance(config, AllConvNetConfig):
+        for one, before, after, stride in dict.fromkeys(layers2d(config)):
+            for name, width in one.branches(after):
+                if is_address(name):
+                    make = partial(make_single2d, name, one, before, width, stride=stride)
+                    sides = [-(-side // stride) for side in config.grid_after(name, one.image_size)]
+                    yield Trial(name, file_of(one.rows[name]), make, (2, before, *one.image_size), (2, width, *sides))
+
+
+def layers2d(config: AllConvNetConfig) -> Iterator[tuple[AllConvNetConfig, int, int, int]]:
+    """Of each layer: its config, channels in and out, and its stride."""
+    if config.is_host:
+        before = config.in_channels if config.model in VGG or config.stem == "small" else WIDTHS[0]
+        for place in config.places():
+            if place.is_replaced:
+                yield config.at(place), before, place.out_channels, place.stride
+            before = place.out_channels
+        return
+    for before, after, grid in zip((config.in_channels, *config.channels), config.channels, config.grids(), strict=False):
+        yield dataclasses.replace(config, channels=(after,), num_layers=None, image_size=grid), before, after, 1
+
+
+def file_of(row: Row) -> str:
+    return sys.modules[row.target.partition(":")[0]].__file__
+
+
+def try_out(trial: Trial, device: torch.device) -> list[str]:
+    """Names of the parameters that get no gradient. Raises ValueError as `probe` does."""
+    # A module of its own, thrown away: no statistic of the one that is trained may change.
+    mixer = trial.call("cannot be made", lambda: trial.make().to(device))
+    x = torch.randn(trial.given, device=device, requires_grad=True)
+    out = trial.call("fails in forward", mixer, x)
+    trial.check(out, "forward")
+    if out.requires_grad:
+        trial.call("fails in its backward pass", (out * torch.randn_like(out)).sum().backward)
+    if trial.heads is not None:
+        with torch.no_grad():
+            pair = trial.call("fails in forward(x, True), its output_attentions", mixer.eval(), x.detach(), True)
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise trial.error(
+                f"gave {_kind(pair)} for forward(x, True); under output_attentions it must give a pair: the output, and the "
+                "(B, heads, N, N) matrix that values were multiplied by, or None"
+            )
+        trial.check(pair[0], "forward(x, True)[0]")
+        tokens = trial.given[1]
+        wanted = (2, trial.heads, tokens, tokens)
+        if pair[1] is not None and (not isinstance(pair[1], Tensor) or tuple(pair[1].shape) != wanted):
+            raise trial.error(f"gave {_kind(pair[1])} for the matrix of forward(x, True); it must be {wanted}, or None")
+    return [name for name, parameter in mixer.named_parameters() if parameter.requires_grad and parameter.grad is None]
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape)) + ("" if value.is_floating_point() else f" of {value.dtype}")
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (tuple, list)) else "")

@@ -1,0 +1,175 @@
+"""What the mixers of transformers share: what the tokens are, projections and heads, softmax attention.
+
+A mixer on (B, N, d_model) is a `MultiHeadMixer` that says how it mixes the values of its heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixers.selection import ConstantTables
+from options.checks import check_dropout, check_heads, sequence_grid, shuffle_factors
+from options.layers import SHUFFLE_PATTERNS
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """What the N tokens of a sequence are: class tokens first, then a grid of patches in raster order.
+
+    A single row or column of patches is a sequence without a grid.
+    """
+
+    height: int
+    width: int
+    class_tokens: int = 0
+
+    def __post_init__(self):
+        if self.height < 1 or self.width < 1 or self.class_tokens < 0:
+            raise ValueError(f"{self} needs at least one patch, and no fewer than 0 class tokens")
+
+    @property
+    def num_patches(self) -> int:
+        return self.height * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        return self.class_tokens + self.num_patches
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Sides of the grid: (height, width), or (length,) of a sequence."""
+        return sequence_grid((self.height, self.width))
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, dropout: float = 0.0, output_matrix: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(q k^T / sqrt(d)) v among the pairs that `mask` (N, M) allows: (B, H, N, d), and the softmax if asked for."""
+    if not output_matrix:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None
+    scores = query @ key.mT / math.sqrt(query.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    matrix = scores.softmax(dim=-1)
+    return F.dropout(matrix, dropout).to(value.dtype) @ value, matrix
+
+
+Bias = bool | tuple[bool, bool]  # of all projections, or of those before mixing and of the one after it
+
+
+def both_biases(bias: Bias) -> tuple[bool, bool]:
+    return bias if isinstance(bias, tuple) else (bias, bias)
+
+
+class MultiHeadMixer(ConstantTables):
+    """What mixers of tokens (B, N, d_model) -> (B, N, d_model) share: projections, heads, and the mixing matrix.
+
+    A mixer overrides `mix`, and `make_projection` and `project` where it projects otherwise.
+
+    Args:
+        num_heads: heads of d_model / num_heads features each; raises ValueError if that is not whole.
+        layout: what the tokens are, where that matters to the mixer.
+        attention_dropout: probability of dropping a weight of a pair of tokens; raises ValueError if it is none.
+        bias: of all projections, or (of those before mixing, of the one after it).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        layout: TokenLayout | None = None,
+        attention_dropout: float = 0.0,
+        bias: Bias = True,
+    ):
+        super().__init__()
+        check_heads(d_model, num_heads)
+        check_dropout(attention_dropout)
+        self.num_heads = num_heads
+        self.head_dim = d_model // num_heads
+        self.layout = layout
+        self.attention_dropout = attention_dropout
+        before, after = both_biases(bias)
+        self.make_projection(d_model, before)
+        self.proj = nn.Linear(d_model, d_model, bias=after)
+
+    def forward(self, x: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
+        """x (B, N, d_model) -> the same; with output_attentions also the mixing matrix (B, H, N, N), None for convolutions."""
+        if self.layout is not None and x.shape[1] != self.layout.num_tokens:
+            raise ValueError(f"{x.shape[1]} tokens were given, and the layer was made for {self.layout}")
+        out, matrix = self.mix(*self.project(x), output_attentions)  # (B, H, N, d)
+        out = self.proj(out.transpose(1, 2).flatten(2))
+        return (out, matrix) if output_attentions else out
+
+    def make_projection(self, d_model: int, bias: bool) -> None:
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)
+
+    def init_weights(self) -> None:
+        """What a mixer initializes by itself, after the model has initialized its linears."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, N, d_model) -> what `mix` mixes, here query, key and value of every head: (B, H, N, d) each."""
+        return tuple(self.split_heads(part) for part in self.qkv(x).chunk(3, dim=2))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, N, d_model) -> (B, H, N, d)."""
+        return x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
+        """(B, H, N, d) each -> mixed values (B, H, N, d), and the matrix (B, H, N, N) if asked for."""
+        raise NotImplementedError
+
+    @property
+    def dropout(self) -> float:
+        """Probability of dropping a weight now."""
+        return self.attention_dropout if self.training else 0.0
+
+
+def mixing_matrix(index: Tensor, weights: Tensor, heads: int, num_keys: int | None = None) -> Tensor:
+    """Weights of the K neighbors (B * H, N, K) scattered to (B, H, N, num_keys), as many keys as queries if not given."""
+    BH, N, _ = index.shape
+    return weights.new_zeros(BH, N, num_keys or N).scatter(2, index, weights).unflatten(0, (-1, heads))
+
+
+class ImageMixer(nn.Module):
+    """What the mixers share: shuffle patterns, and the fold of (B, C, *sides) into tokens (B, N, C) and back."""
+
+    axes = 2  # sides of an image
+    shuffles = nn.PixelUnshuffle, nn.PixelShuffle
+
+    def __init__(self, in_channels: int, out_channels: int, shuffle_pattern: str, shuffle_scale: int):
+        super().__init__()
+        if shuffle_pattern not in SHUFFLE_PATTERNS:
+            raise ValueError(f"shuffle_pattern={shuffle_pattern!r} is not one of {', '.join(SHUFFLE_PATTERNS)}")
+        if shuffle_scale < 1:
+            raise ValueError(f"shuffle_scale={shuffle_scale} must be at least 1")
+        before, after = shuffle_factors(shuffle_pattern, shuffle_scale, self.axes)
+        self.shuffle_scale = shuffle_scale
+        self.token_channels = in_channels * before, out_channels * after
+        unshuffle, shuffle = self.shuffles
+        self.unshuffle = unshuffle(shuffle_scale) if "B" in shuffle_pattern else nn.Identity()
+        self.shuffle = shuffle(shuffle_scale) if shuffle_pattern in ("A", "BA") else nn.Identity()
+
+    def token_grid(self, image_size: int | tuple[int, ...] | None, padding: int = 0) -> tuple[int, ...] | None:
+        """Sides of the grid of tokens that an input of this size becomes. Raises ValueError if the scale does not divide."""
+        if image_size is None:
+            return None
+        sides = (image_size,) * self.axes if isinstance(image_size, int) else tuple(image_size)
+        scale = 1 if isinstance(self.unshuffle, nn.Identity) else self.shuffle_scale
+        if any(side % scale for side in sides):
+            raise ValueError(f"shuffle_scale={scale} does not divide the {' x '.join(map(str, sides))} input")
+        return tuple(side // scale + 2 * padding for side in sides)
+
+    def fold(self, x: Tensor, padding: int = 0) -> tuple[Tensor, tuple[int, ...]]:
+        """(B, C, *sides) -> unshuffled tokens (B, N, C) inside a ring of zeros, and the sides of their grid."""
+        self.token_grid(tuple(x.shape[2:]))
+        x = F.pad(self.unshuffle(x), (padding, padding) * self.axes)
+        return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
+
+    def unfold(self, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Tokens (B, N, C) -> (B, C, *grid), shuffled."""
+        return self.shuffle(tokens.transpose(1, 2).unflatten(2, grid))

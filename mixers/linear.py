@@ -1,0 +1,278 @@
+"""Attention whose cost grows linearly with the number of tokens N, on (B, N, d_model).
+
+Linformer compresses keys and values, Performer replaces the softmax by random features, Nystromformer goes through
+landmarks, Hybrid joins neighborhoods and a Performer. None holds an (N, N) matrix unless it is asked for: then it is what
+the mixer makes of an identity in place of the values. `attention_dropout` drops weights of a query: of the compressed
+keys, of the features, of the landmarks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend
+from mixers.local import PlacedPattern
+from mixers.tilings import neighborhood_tiling
+from options.checks import check_window
+from options.layers import PERFORMER_KERNELS
+
+
+class LinearMixer(MultiHeadMixer):
+    """A mixer that is linear in its values: it overrides `weigh`."""
+
+    def weigh(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """query and key (B, H, N, d), value (B, H, N, e) -> mixed values (B, H, N, e)."""
+        raise NotImplementedError
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
+        out = self.weigh(query, key, value, self.dropout)
+        return out, self.weigh(query, key, identity_values(value), 0.0) if output_matrix else None
+
+
+def identity_values(value: Tensor) -> Tensor:
+    """(B, H, N, d) -> an identity (N, N) for each of them, whose mixture is the mixing matrix."""
+    B, H, N, _ = value.shape
+    return torch.eye(N, dtype=value.dtype, device=value.device).expand(B, H, N, N)
+
+
+class LinformerAttention(LinearMixer):
+    """Linformer (Wang et al., arXiv 2006.04768): attention to k learned mixtures of the keys and of the values. O(N k).
+
+    The projections (k, N) are shared by all heads. With k = N and identities as projections it is `MultiHeadAttention`.
+
+    Raises ValueError for a k below 1.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        k: int,
+        *,
+        layout: TokenLayout,
+        attention_dropout: float = 0.0,
+        bias: Bias = True,
+    ):
+        super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
+        if k < 1:
+            raise ValueError(f"k={k} must be at least 1")
+        # Normal with variance 1/N, so that a mixture of N tokens has the variance of one (the paper's theorem 2 has 1/k, which
+        # keeps the norm of all N instead and lets scores and values grow with N / k).
+        N = layout.num_tokens
+        self.key_projection = nn.Parameter(torch.randn(k, N) / math.sqrt(N))
+        self.value_projection = nn.Parameter(torch.randn(k, N) / math.sqrt(N))
+
+    def weigh(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        return attend(query, self.key_projection @ key, self.value_projection @ value, dropout=dropout)[0]
+
+
+class RandomFeatures(nn.Module):
+    """FAVOR+ (Choromanski et al., arXiv 2009.14794): attention by a kernel of positive random features.
+
+    `softmax` features estimate softmax(q k^T / sqrt(d)) without bias, `relu` features make a kernel of their own. Both run on
+    the logarithms of the features, as two softmaxes: over the tokens for every feature, then over the features for every
+    query. That equals the quotient of the paper, needs neither its stabilizers nor its small constants, and cannot overflow.
+
+    `features` (m, d), orthogonal in blocks of d, are drawn at construction, saved with the model, and drawn anew by
+    `redraw(seed)`.
+    """
+
+    def __init__(self, head_dim: int, num_features: int, kernel: str):
+        super().__init__()
+        if num_features < 1:
+            raise ValueError(f"num_features={num_features} must be at least 1")
+        if kernel not in PERFORMER_KERNELS:
+            raise ValueError(f"kernel={kernel!r} is not one of {', '.join(PERFORMER_KERNELS)}")
+        self.kernel = kernel
+        self.register_buffer("features", orthogonal_features(num_features, head_dim))
+
+    def extra_repr(self) -> str:
+        return "features={}, head_dim={}, kernel={}".format(*self.features.shape, self.kernel)
+
+    def redraw(self, seed: int) -> None:
+        """Other features: those of this seed."""
+        self.features.copy_(orthogonal_features(*self.features.shape, torch.Generator().manual_seed(seed)))
+
+    def log_features(self, x: Tensor) -> Tensor:
+        """(B, H, N, d) -> logarithms of the features (B, H, N, m), but for a constant, in float32 at least."""
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            x = x.to(dtype) / x.shape[-1] ** 0.25
+            projected = x @ self.features.to(dtype).T
+            if self.kernel == "softmax":
+                return projected - x.square().sum(dim=-1, keepdim=True) / 2
+            # The constant is that of the paper's code: a query without any feature sees all alike.
+            return (projected.relu() + 1e-3).log()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """query and key (B, H, N, d), value (B, H, N, e) -> (B, H, N, e)."""
+        query, key = self.log_features(query), self.log_features(key)
+        total = key.logsumexp(dim=2, keepdim=True)  # (B, H, 1, m): how much of a feature all keys have
+        values = (key - total).exp().mT.to(value.dtype) @ value  # (B, H, m, e)
+        weights = (query + total).softmax(dim=-1)  # (B, H, N, m)
+        return F.dropout(weights, dropout).to(value.dtype) @ values
+
+
+def orthogonal_features(num_features: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
+    """(m, d): rows with the lengths of normal vectors, in orthogonal blocks of d rows (arXiv 2009.14794, section 2)."""
+    blocks = []
+    for _ in range(math.ceil(num_features / dim)):
+        q, r = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))
+        blocks.append((q * r.diagonal().sign()).T)  # signs that make the rotation uniform
+    lengths = torch.randn(num_features, dim, dtype=torch.float64, generator=generator).norm(dim=1, keepdim=True)
+    return (torch.cat(blocks)[:num_features] * lengths).float()
+
+
+class PerformerAttention(LinearMixer):
+    """Performer (Choromanski et al., arXiv 2009.14794): attention by positive random features. O(N m).
+
+    Args:
+        num_features: random features (m); with more of them the softmax kernel comes closer to `MultiHeadAttention`.
+        kernel: `softmax` or `relu`.
+
+    Raises ValueError for fewer than one feature or an unknown kernel.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_features: int,
+        *,
+        kernel: str = "softmax",
+        attention_dropout: float = 0.0,
+        bias: Bias = True,
+    ):
+        super().__init__(d_model, num_heads, attention_dropout=attention_dropout, bias=bias)
+        self.random = RandomFeatures(self.head_dim, num_features, kernel)
+
+    def weigh(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        return self.random(query, key, value, dropout)
+
+
+class NystromformerAttention(LinearMixer):
+    """Nystromformer (Xiong et al., arXiv 2102.03902): attention from queries to landmarks to keys. O(N m).
+
+    Landmarks are the means of m runs of tokens of nearly equal length. With a landmark for every token it is
+    `MultiHeadAttention`, computed as such.
+
+    Args:
+        num_landmarks: landmarks (m).
+        conv_kernel: tokens under the depthwise convolution of the values, one for every head, that is added; 0: none.
+
+    Raises ValueError for fewer than one landmark or a negative conv_kernel.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_landmarks: int,
+        *,
+        layout: TokenLayout,
+        conv_kernel: int = 0,
+        attention_dropout: float = 0.0,
+        bias: Bias = True,
+    ):
+        super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
+        if num_landmarks < 1:
+            raise ValueError(f"num_landmarks={num_landmarks} must be at least 1")
+        if conv_kernel < 0:
+            raise ValueError(f"conv_kernel={conv_kernel} must be at least 0")
+        N = layout.num_tokens
+        self.set_tables(lambda: {"segments": segment_members(num_landmarks, N) if num_landmarks < N else None})
+        self.reach = (conv_kernel - 1) // 2, conv_kernel // 2  # tokens before and after
+        self.conv = None
+        if conv_kernel:
+            self.conv = nn.Conv2d(num_heads, num_heads, (conv_kernel, 1), groups=num_heads, bias=False)
+
+    def weigh(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        if self.segments is None:
+            out, _ = attend(query, key, value, dropout=dropout)
+        else:
+            lengths = self.segments.sum(dim=1, keepdim=True)
+            query_landmarks, key_landmarks = (self.segments.to(x.dtype) @ x / lengths for x in (query, key))  # (B, H, m, d)
+            values, _ = attend(query_landmarks, key, value)  # (B, H, m, e)
+            with torch.autocast(query.device.type, enabled=False):
+                dtype = torch.promote_types(query.dtype, torch.float32)
+                scores = query_landmarks.to(dtype) @ key_landmarks.to(dtype).mT / math.sqrt(self.head_dim)
+                values = pseudo_inverse(scores.softmax(dim=-1)) @ values.to(dtype)
+            out, _ = attend(query, key_landmarks, values.to(query.dtype), dropout=dropout)
+        return out if self.conv is None else out + self.conv(F.pad(value, (0, 0, *self.reach)))
+
+
+def segment_members(segments: int, tokens: int) -> Tensor:
+    """(m, N) of ones and zeros: which tokens belong to which of m runs, whose lengths differ by one at most."""
+    segment = torch.arange(tokens) * segments // tokens
+    return (segment == torch.arange(segments)[:, None]).float()
+
+
+def pseudo_inverse(matrix: Tensor, iterations: int = 6) -> Tensor:
+    """Moore-Penrose inverse of matrices (..., m, m) of softmax rows, by the third-order iteration of arXiv 2102.03902.
+
+    Each starts from its own norms, so that it does not depend on the others in the batch.
+    """
+    norms = matrix.sum(dim=-2).amax(dim=-1) * matrix.sum(dim=-1).amax(dim=-1)
+    inverse = matrix.mT / norms[..., None, None]
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    for _ in range(iterations):
+        product = matrix @ inverse
+        inverse = inverse @ (13 * eye - product @ (15 * eye - product @ (7 * eye - product))) / 4
+    return inverse
+
+
+class HybridAttention(MultiHeadMixer):
+    """Regional and global attention in one, after Ibtehaz et al. (arXiv 2406.08859). Memory O(N).
+
+    One neighborhood attention for every dilation, and a Performer for global context, on the same queries, keys and values;
+    every token fuses the branches by a learned softmax gate.
+
+    Args:
+        window: side of the neighborhoods, odd.
+        dilations: steps between the patches of a neighborhood, one branch each.
+        num_features, kernel: of the Performer.
+
+    Raises ValueError if the window is even, or times a dilation more than a side of the grid.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        layout: TokenLayout,
+        window: int,
+        dilations: tuple[int, ...],
+        num_features: int,
+        kernel: str = "softmax",
+        attention_dropout: float = 0.0,
+        bias: Bias = True,
+    ):
+        super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
+        for dilation in dilations:
+            check_window(window, dilation, layout.grid, names=("window", "dilations"))
+        tilings = [neighborhood_tiling(layout.height, layout.width, window, dilation) for dilation in dilations]
+        self.regional = nn.ModuleList(PlacedPattern([tiling], layout) for tiling in tilings)
+        self.context = RandomFeatures(self.head_dim, num_features, kernel)
+        self.gate = nn.Linear(d_model, len(dilations) + 1, bias=bias)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value of every head, and the share of every branch (B, 1, N, branches)."""
+        return *super().project(x), self.gate(x).softmax(dim=-1)[:, None]
+
+    def mix(
+        self, query: Tensor, key: Tensor, value: Tensor, shares: Tensor, output_matrix: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        *regional, last = shares.to(value.dtype).split(1, dim=-1)
+        out = last * self.context(query, key, value, self.dropout)
+        matrix = last * self.context(query, key, identity_values(value), 0.0) if output_matrix else None
+        for share, pattern in zip(regional, self.regional, strict=True):
+            mixed, weights = pattern(query, key, value, dropout=self.dropout, output_matrix=output_matrix)
+            out = out + share * mixed
+            if output_matrix:
+                matrix = matrix + share * weights
+        return out, matrix

@@ -1,0 +1,249 @@
+"""Attention through regions of a grid, or through clusters: BiFormer, block-sparse top-k, PaCa, Context Cluster.
+
+Regions are squares of patches (stretches of a sequence). Class tokens attend to all, and where tokens choose regions they
+are attended by all.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, mixing_matrix
+from neighbors import find_neighbors, neighbor_scores, neighbor_weights, weighted_sum
+from options.checks import check_value_convolution, region_sides
+
+
+def region_tables(layout: TokenLayout, region_size: int) -> dict[str, Tensor]:
+    """`regions` (R, s), the patches of each region; `order` (P,), where each patch stands in them; `region_of` (P,).
+
+    Raises ValueError if regions of this side do not divide the grid.
+    """
+    height, width = region_sides(region_size, (layout.height, layout.width))
+    patches = torch.arange(layout.num_patches).view(layout.height // height, height, layout.width // width, width)
+    regions = patches.transpose(1, 2).reshape(-1, height * width)
+    order = regions.flatten().argsort()
+    return {"regions": regions, "order": order, "region_of": order // regions.shape[1]}
+
+
+def by_region(x: Tensor, regions: Tensor, class_tokens: int) -> Tensor:
+    """(B, H, N, d) of all tokens -> (B, H, R, s, d) of the patches, by the table `regions` (R, s)."""
+    return x[:, :, class_tokens:].index_select(2, regions.flatten()).unflatten(2, regions.shape)
+
+
+class RegionMixer(MultiHeadMixer):
+    """A mixer whose tokens choose the `top_regions` best of R regions, the square ones of side `region_size` of the grid.
+
+    Raises ValueError if regions do not divide the grid, or there are fewer than top_regions.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        layout: TokenLayout,
+        region_size: int,
+        top_regions: int,
+        attention_dropout: float = 0.0,
+        bias: Bias = True,
+    ):
+        super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
+        self.set_tables(partial(region_tables, layout, region_size))
+        if not 1 <= top_regions <= len(self.regions):
+            raise ValueError(f"top_regions={top_regions} must be 1 to {len(self.regions)}, the number of regions")
+        self.top_regions = top_regions
+
+    def by_region(self, x: Tensor) -> Tensor:
+        return by_region(x, self.regions, self.layout.class_tokens)
+
+
+class BiLevelRoutingAttention(RegionMixer):
+    """Bi-level routing attention (BiFormer, Zhu et al., arXiv 2303.08810, section 3.2).
+
+    A region is routed to the `top_regions` regions whose mean keys have the largest products with its mean query, all heads
+    together; its patches attend to the patches of those. With all regions, or with one, it is `MultiHeadAttention`.
+    Keys and values are copied `top_regions` times, not once for every query.
+
+    Args:
+        value_convolution: side of the depthwise convolution of the values on the grid that is added to the patches (the
+            paper's local context enhancement, 5), without bias; 0: none. The mixing matrix does not hold it.
+
+    Raises ValueError as `RegionMixer`, and for a value_convolution that is even but not 0, or that reaches over the grid.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        layout: TokenLayout,
+        region_size: int,
+        top_regions: int,
+        value_convolution: int = 0,
+        attention_dropout: float = 0.0,
+        bias: Bias = True,
+    ):
+        super().__init__(
+            d_model,
+            num_heads,
+            layout=layout,
+            region_size=region_size,
+            top_regions=top_regions,
+            attention_dropout=attention_dropout,
+            bias=bias,
+        )
+        check_value_convolution(value_convolution, layout.grid)
+        self.conv = None
+        if value_convolution:
+            kernel = [value_convolution if side > 1 else 1 for side in (layout.height, layout.width)]
+            self.conv = nn.Conv2d(d_model, d_model, kernel, padding="same", groups=d_model, bias=False)
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
+        out, matrix = self.mix_regions(query, key, value, output_matrix)
+        return (out if self.conv is None else out + self.convolve(value)), matrix
+
+    def convolve(self, value: Tensor) -> Tensor:
+        """The convolution of the values of the patches, and zeros for class tokens: (B, H, N, d) -> the same."""
+        c, layout = self.layout.class_tokens, self.layout
+        image = value[:, :, c:].mT.flatten(1, 2).unflatten(2, (layout.height, layout.width))  # (B, H * d, h, w)
+        return F.pad(self.conv(image).flatten(2).unflatten(1, (self.num_heads, -1)).mT, (0, 0, c, 0))
+
+    def mix_regions(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
+        c = self.layout.class_tokens
+        queries, keys, values = (self.by_region(part) for part in (query, key, value))  # (B, H, R, s, d)
+        means = [part.detach().mean(dim=3).transpose(1, 2).flatten(2) for part in (queries, keys)]  # (B, R, H * d)
+        routes = find_neighbors(*means, self.top_regions, "matmul")  # (B, R, k)
+        if output_matrix:
+            return attend(query, key, value, mask=self.mask_of(routes), dropout=self.dropout, output_matrix=True)
+        keys, values = (
+            self.routed(part, whole[:, :, :c], routes) for part, whole in ((keys, key), (values, value))
+        )  # (B, H, R, c + k * s, d)
+        out = attend(*(part.flatten(1, 2) for part in (queries, keys, values)), dropout=self.dropout)[0]  # (B, H * R, s, d)
+        out = out.unflatten(1, (self.num_heads, -1)).flatten(2, 3).index_select(2, self.order)
+        if c:
+            out = torch.cat([attend(query[:, :, :c], key, value, dropout=self.dropout)[0], out], dim=2)
+        return out, None
+
+    def routed(self, regions: Tensor, classes: Tensor, routes: Tensor) -> Tensor:
+        """Regions (B, H, R, s, d) -> those that each region is routed to, one after the other, after the class tokens."""
+        B, H, R, s, d = regions.shape
+        chosen = routes.flatten(1)[:, None, :, None].expand(-1, H, -1, s * d)
+        found = regions.flatten(3).gather(2, chosen).view(B, H, R, -1, d)
+        return torch.cat([classes[:, :, None].expand(-1, -1, R, -1, -1), found], dim=3)
+
+    def mask_of(self, routes: Tensor) -> Tensor:
+        """(B, 1, N, N), True where the row attends to the column."""
+        B, R, _ = routes.shape
+        allowed = torch.zeros(B, R, R, dtype=torch.bool, device=routes.device).scatter(2, routes, True)
+        allowed = allowed.index_select(1, self.region_of).index_select(2, self.region_of)
+        c = self.layout.class_tokens
+        return F.pad(allowed, (c, 0, c, 0), value=True)[:, None]
+
+
+class BlockTopKAttention(RegionMixer):
+    """The selection of native sparse attention (NSA, Yuan et al., arXiv 2502.11089, section 3.3.2), both ways and on a grid.
+
+    Of every head, a token chooses the `top_regions` regions whose mean keys (the compressed blocks) have the largest products
+    with its query, and attends to their patches. With all regions it is `MultiHeadAttention`. The paper adds attention to the
+    compressed blocks and a sliding window, by gates; here each is a mixer of its own.
+    """
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
+        c, heads = self.layout.class_tokens, query.shape[:2]
+        blocks = self.by_region(key.detach()).mean(dim=3).flatten(0, 1)  # (B * H, R, d)
+        query, key, value = (part.flatten(0, 1) for part in (query, key, value))
+        chosen = find_neighbors(query[:, c:], blocks, self.top_regions, "matmul")  # (B * H, P, k)
+        index = self.regions[chosen].flatten(2) + c  # (B * H, P, k * s)
+        classes = torch.arange(c, device=index.device).expand(*index.shape[:2], -1)
+        index = torch.cat([classes, index], dim=2)
+        weights = neighbor_weights(neighbor_scores(query[:, c:], key, index, "matmul"), "matmul")
+        out = weighted_sum(value, index, F.dropout(weights, self.dropout)).unflatten(0, heads)
+        matrix = mixing_matrix(index, weights, self.num_heads, key.shape[1]) if output_matrix else None
+        if c:
+            of_classes, whole = attend(
+                *(part.unflatten(0, heads) for part in (query[:, :c], key, value)),
+                dropout=self.dropout,
+                output_matrix=output_matrix,
+            )
+            out = torch.cat([of_classes, out], dim=2)
+            matrix = torch.cat([whole, matrix], dim=2) if output_matrix else None
+        return out, matrix
+
+
+class PatchToClusterAttention(MultiHeadMixer):
+    """Patch-to-cluster attention (PaCa, Grainger et al., arXiv 2203.11987): keys and values are those of clusters.
+
+    A cluster is a mean of the tokens, weighed by a softmax over them that a linear predicts from their features. Where each
+    token is a cluster of its own it is `MultiHeadAttention`. Time and memory are linear in the tokens.
+
+    Raises ValueError for fewer than one cluster.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, *, num_clusters: int, attention_dropout: float = 0.0, bias: Bias = True):
+        super().__init__(d_model, num_heads, attention_dropout=attention_dropout, bias=bias)
+        if num_clusters < 1:
+            raise ValueError(f"num_clusters={num_clusters} must be at least 1")
+        self.cluster = nn.Linear(d_model, num_clusters, bias=False)  # a softmax over tokens does not see a bias
+
+    def assign(self, x: Tensor) -> Tensor:
+        """(B, N, d_model) -> (B, M, N), how much each token counts in each cluster."""
+        return self.cluster(x).softmax(dim=1).mT
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        assignment = self.assign(x)
+        d_model = x.shape[2]
+        weights = self.qkv.weight.split([d_model, 2 * d_model])
+        biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split([d_model, 2 * d_model])
+        query = F.linear(x, weights[0], biases[0])
+        key, value = F.linear(assignment.to(x.dtype) @ x, weights[1], biases[1]).chunk(2, dim=2)
+        return *(self.split_heads(part) for part in (query, key, value)), assignment
+
+    def mix(
+        self, query: Tensor, key: Tensor, value: Tensor, assignment: Tensor, output_matrix: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        out, matrix = attend(query, key, value, dropout=self.dropout, output_matrix=output_matrix)
+        return out, matrix @ assignment[:, None].to(matrix.dtype) if output_matrix else None
+
+
+class ContextClusterMixer(MultiHeadMixer):
+    """Context Cluster (Ma et al., arXiv 2303.01494, eq. 1 and 2): tokens join the nearest center, which gives back.
+
+    Centers are the means of the regions of the grid. A token of cosine s to its center has weight w = sigmoid(scale s + shift).
+    A center collects g = (v_c + sum of w v) / (1 + sum of w) over the tokens that are nearest to it; each of those gets w g.
+    Time and memory are linear in tokens x regions.
+
+    Raises ValueError if regions of this side do not divide the grid.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, *, layout: TokenLayout, region_size: int, bias: Bias = True):
+        super().__init__(d_model, num_heads, layout=layout, bias=bias)
+        self.set_tables(partial(region_tables, layout, region_size))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def make_projection(self, d_model: int, bias: bool) -> None:
+        self.features_values = nn.Linear(d_model, 2 * d_model, bias=bias)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.split_heads(part) for part in self.features_values(x).chunk(2, dim=2))
+
+    def mix(self, features: Tensor, values: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
+        centers, center_values = (self.centers(part) for part in (features, values))  # (B, H, R, d)
+        cosines = F.normalize(centers, dim=3, eps=1e-6) @ F.normalize(features, dim=3, eps=1e-6).mT  # (B, H, R, N)
+        nearest = torch.zeros_like(cosines).scatter(2, cosines.argmax(dim=2, keepdim=True), 1.0)
+        weights = (self.scale * cosines + self.shift).sigmoid() * nearest
+        share = 1 / (1 + weights.sum(dim=3, keepdim=True))  # (B, H, R, 1)
+        weights = weights.to(values.dtype)
+        out = weights.mT @ ((center_values + weights @ values) * share.to(values.dtype))
+        if not output_matrix:
+            return out, None
+        means = self.centers(torch.eye(values.shape[2], device=values.device, dtype=weights.dtype)[None, None])
+        return out, weights.mT @ ((means + weights) * share)
+
+    def centers(self, x: Tensor) -> Tensor:
+        """Means over the regions: (B, H, N, d) of all tokens -> (B, H, R, d)."""
+        return by_region(x, self.regions, self.layout.class_tokens).mean(dim=3)

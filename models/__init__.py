@@ -1,0 +1,1 @@
+"""Networks around the mixers: ConViT, torchvision's backbones, timm; building and pretrained weights."""

@@ -1,0 +1,293 @@
+"""`AllConvNetConfig`: options of the convolutional program's models."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from options.backbones import HOSTS, RESNET, STEMS, VGG, Place, choose, default_stem, places_of
+from options.checks import check_slots, check_topk, shuffle_factors
+from options.data import DATASETS, sides_of
+from options.fields import LAYERS, SIDE, WIDTH, address_hint, as_words, decide, option, redefault
+from options.layers import (
+    BRANCH_JOINS,
+    CONVOLUTION_TYPES,
+    GRAPH_AGGREGATIONS,
+    LAYERS2D_NAMES,
+    LAYERS2D_ROWS,
+    SHUFFLE_PATTERNS,
+    TOPKS,
+    Row,
+    layer_label,
+    layers_of,
+)
+from options.models import LAYER_SHA256, MIXER_OPTION, OWN_LAYER, ModelConfig, of_model
+from options.neighbors import NeighborConfig, as_sides
+
+CLASSIFIER_WIDTHS = {"small": 512, "imagenet": 4096}  # of VGG, by the stem
+
+
+def _decided_by_size(values: dict, given: dict) -> set[str]:
+    """Names of what the data set, the size or the stem in a config.yaml decided and, as another is given, decides anew."""
+    if "model" not in values:  # written by hand: all of it was meant
+        return set()
+    found, resize, stem = set(), values.get("resize"), str(values.get("stem"))
+    info = DATASETS.get(str(values.get("dataset")))
+    if "dataset" in given and info and resize == info.size:
+        found.add("resize")
+    if "resize" in given or found:
+        with contextlib.suppress(TypeError, ValueError):  # of a size that is none
+            found |= {"stem"} if stem == default_stem(sides_of(resize)) else set()
+    if "stem" in found | given.keys() and values.get("classifier_width") == CLASSIFIER_WIDTHS.get(stem):
+        found.add("classifier_width")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllConvNetConfig(ModelConfig):
+    """A convolutional network whose convolutions are a mixer: one, BatchNorm and ReLU per entry of `channels`, or a host.
+
+    In a host (`options/backbones.py`) every layer has the options that its map allows: `at`.
+    """
+
+    rows: ClassVar[dict[str, Row]] = LAYERS2D_ROWS
+
+    sizes: ClassVar[tuple[str, str]] = ("in_channels", "out_channels")
+    unscored: ClassVar[frozenset[str]] = frozenset({"ConvNN", "ViG"})
+
+    model: str = option(
+        "allconvnet",
+        "a stack of --channels, or VGG, ResNet with --layer for 3 x 3 convolutions",
+        choices=("allconvnet", *HOSTS),
+    )
+    layer: str = option("ConvNN", f"{', '.join(LAYERS2D_NAMES)}, or A/B of two different ones side by side{OWN_LAYER}")
+    mixer_option: tuple[str, ...] | None = option(None, MIXER_OPTION, kind=str, many=True, metavar="NAME=VALUE", repeat=True)
+    layer_sha256: str | None = option(None, LAYER_SHA256, kind=str, flag=False)
+    num_layers: int | None = option(None, "must match the length of --channels if given", kind=int, low=1, high=LAYERS)
+    channels: tuple[int, ...] = option((32, 64, 128, 256, 512), "output channels of each layer", low=1, high=WIDTH)
+    kernel_size: int = option(3, "Conv2d: side of the window", low=1, high=SIDE)
+    num_heads: int = option(4, "Attention: heads", low=1, high=WIDTH)
+    attention_dropout: float = option(
+        0.0, "ConvNN_Attn, Attention: probability of dropping a weight of a pair of tokens", low=0, below=1
+    )
+    convolution_type: str = option("standard", "ConvNN_Attn: convolution over the K slots", choices=CONVOLUTION_TYPES)
+    shuffle_pattern: str = of_model(
+        "BA",
+        "pixel-unshuffle before (B), shuffle after (A), both (BA) or neither (NA, the default in VGG and ResNet)",
+        choices=SHUFFLE_PATTERNS,
+    )
+    shuffle_scale: int = option(2, "side of the block that a shuffle moves into channels", low=1, high=SIDE)
+    graph_aggregation: str = option("max", "ViG: what a token takes from its neighbors", choices=GRAPH_AGGREGATIONS)
+    score_temperature: float = option(
+        1.0, "ConvNN attention: what scores are divided by before the softmax", low=1e-6, high=1e6
+    )
+    topk: str = option(
+        "hard",
+        "ConvNN attention: the choice of neighbors in training, hard, or learned by a gradient for all candidates, of the "
+        "nearest (straight_through) or of K drawn by their scores (gumbel)",
+        choices=TOPKS,
+    )
+    padding: int = option(0, "ConvNN: zero ring around the image that takes part in the search", low=0, high=SIDE)
+    branch_ratio: float = option(0.5, "A/B: share of the output channels of B; 0 and 1 build the single layer", low=0, high=1)
+    branch_join: str = option("relu", "A/B: ReLU after each, or a 1 x 1 convolution of both", choices=BRANCH_JOINS)
+    replace: tuple[str, ...] = option(
+        ("all",), "VGG, ResNet: the 3 x 3 convolutions that --layer replaces: all, last n, or stages 3 4"
+    )
+    stem: str | None = option(
+        None,
+        "ResNet: a 3 x 3 convolution, or 7 x 7 and a pooling; VGG: classifier on 1 x 1, or on 7 x 7 pixels (default: small "
+        "for images below 128 pixels)",
+        kind=str,
+        choices=STEMS,
+    )
+    classifier_width: int | None = option(
+        None,
+        "VGG: hidden features of the classifier (default: 512 with the small stem, else 4096)",
+        kind=int,
+        low=1,
+        high=WIDTH,
+    )
+    batch_norm: bool = option(False, "VGG: BatchNorm after each convolution")
+    magnitude_type: str = redefault(NeighborConfig, "magnitude_type", "similarity")
+
+    def __post_init__(self):
+        decide(self, {"shuffle_pattern": "NA"} if str(self.model) in HOSTS else {})
+        if isinstance(self.replace, (list, tuple)):  # [last, 3] in a file
+            object.__setattr__(self, "replace", tuple(str(word) if type(word) is int else word for word in self.replace))
+        self._check_ranges()
+        self._check_names()
+        if self.is_host:
+            self._settle()
+            return
+        if self.num_layers not in (None, len(self.channels)):
+            raise ValueError(
+                f"num_layers={self.num_layers} does not match channels={as_words(self.channels)}; drop one of them"
+            )
+        object.__setattr__(self, "num_layers", len(self.channels))
+        for index, grid in enumerate(self.grids()):
+            for name, width in self.branches(self.channels[index]):
+                self._check_layer(name, width, grid)
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the layers replace convolutions of a network that exists without them."""
+        return self.model in HOSTS
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} with {layer_label(self.layer)}" if self.is_host else layer_label(self.layer)
+
+    def _check_names(self) -> None:
+        names = layers_of(self.layer)
+        for name in names:
+            if name not in self.rows:
+                valid, whole = ", ".join(LAYERS2D_NAMES), self.layer if self.layer.endswith(".py") else name
+                raise ValueError(
+                    f"layer={self.layer!r} is not one of {valid} or A/B of two{address_hint(whole, LAYERS2D_NAMES)}"
+                )
+        if len(names) > 2 or len(set(names)) != len(names):
+            raise ValueError(f"layer={self.layer!r} must be one layer, or A/B of two different ones")
+
+    def _settle(self) -> None:
+        """What a host decides by the size of the images, and whether every layer fits its place."""
+        stem = self.stem or default_stem(self.image_size)
+        object.__setattr__(self, "stem", stem)
+        if self.model in VGG and self.classifier_width is None:
+            object.__setattr__(self, "classifier_width", CLASSIFIER_WIDTHS[stem])
+        takers = [name for name in self.layers_in_use() if "shuffle_pattern" in self.rows[name].arguments]
+        if takers and self.shuffle_pattern in ("A", "B"):
+            raise ValueError(
+                f"shuffle_pattern={self.shuffle_pattern} changes the size of the map, which model={self.model} decides; "
+                "use BA or NA"
+            )
+        if self.model in RESNET and "Conv2d" in self.layers_in_use() and self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={self.kernel_size} must be odd in model={self.model}, where it has strides")
+        for place in dict.fromkeys(self.places()):
+            if place.is_replaced:
+                try:
+                    self.at(place)
+                except ValueError as error:
+                    where = f"layer={self.layer} on the {as_sides(place.grid)} map of stage {place.stage} of model={self.model}"
+                    raise ValueError(f"{where}: {error}; or let it stay a convolution (replace)") from None
+
+    def places(self) -> list[Place]:
+        """The 3 x 3 convolutions of a host in their order, and which of them `layer` replaces."""
+        return choose(self.replace, places_of(self.model, self.stem, self.image_size), self.model)
+
+    def at(self, place: Place) -> AllConvNetConfig:
+        """The config of the single layer at this place of a host.
+
+        A token cannot have more neighbors than its map has tokens: there K is their number. Where the samples are more than
+        there are tokens, or than there are rows or columns, all tokens are candidates. Raises ValueError if something else
+        does not fit.
+        """
+        own = {"model": "allconvnet", "channels": (place.out_channels,), "num_layers": None, "image_size": place.grid}
+        grids = [self._tokens(name, place.grid) for name in self.layers_in_use() if "neighbors" in self.rows[name].arguments]
+        if grids:
+            grid = min(grids, key=math.prod)
+            most = {"all": math.inf, "random": math.prod(grid), "spatial": min(grid) - 2 * self.sample_padding}
+            fitted = {"num_samples": self.num_samples if self.num_samples <= most[self.sampling] else -1}
+            own |= fitted | {"K": min(self.K, math.prod(grid))}
+        return dataclasses.replace(self, **own)
+
+    def _tokens(self, name: str, grid: tuple[int, int]) -> tuple[int, int]:
+        """Sides of the grid of tokens that this layer makes of a map. Raises ValueError if the shuffle does not divide it."""
+        options = self.rows[name].arguments
+        if "shuffle_pattern" in options and self.shuffle_pattern in ("B", "BA"):
+            self._check_divides(grid)
+            grid = tuple(side // self.shuffle_scale for side in grid)
+        ring = 2 * self.padding if "padding" in options else 0
+        return tuple(side + ring for side in grid)
+
+    @staticmethod
+    def values_that_hold(values: dict, given: dict) -> dict:
+        """Without num_layers beside other channels: config.yaml holds the length of those it was written with.
+
+        And without what the file's model decided, beside another model, or the size of its images, beside another size.
+        """
+        values = ModelConfig.values_that_hold(values, given)
+        dropped = _decided_by_size(values, given) | ({"num_layers"} if "channels" in given else set())
+        if "model" in given and given["model"] != values.get("model", "allconvnet"):
+            dropped |= {"shuffle_pattern", "stem", "classifier_width"}
+        return {name: value for name, value in values.items() if name not in dropped}
+
+    def layers_in_use(self) -> list[str]:
+        return [name for name, _ in self.branches(2)]
+
+    def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
+        found = super().without_effect(defaults=defaults)
+        own = {"channels", "num_layers"} if self.is_host else {"replace", "stem"}
+        own |= set() if self.model in VGG else {"classifier_width", "batch_norm"}
+        found |= dict.fromkeys(own, "model")
+        if len(layers_of(self.layer)) == 1:
+            found["branch_ratio"] = found["branch_join"] = "layer"
+        elif self.branch_ratio in (0, 1):
+            found["branch_join"] = "branch_ratio"
+        found["drop_path"] = "layer"  # a stack, and a host of convolutions, has none in its blocks
+        return found
+
+    def branches(self, out_channels: int) -> list[tuple[str, int]]:
+        """(layer, its share of the output channels) of the one or two layers side by side."""
+        first, *others = layers_of(self.layer)
+        if not others or self.branch_ratio == 0:
+            return [(first, out_channels)]
+        (second,) = others
+        if self.branch_ratio == 1:
+            return [(second, out_channels)]
+        if out_channels < 2:
+            raise ValueError(f"channels={out_channels} cannot be shared by the two branches of layer={self.layer}")
+        width = min(max(math.ceil(out_channels * self.branch_ratio - 0.5), 1), out_channels - 1)  # a half goes to the first
+        return [(first, out_channels - width), (second, width)]
+
+    def grids(self) -> list[tuple[int, int]]:
+        """Height and width of the feature map that enters each layer; patterns A and B change it on the way."""
+        height, width = self.image_size
+        names = self.layers_in_use()
+        keeping = [name for name in names if "shuffle_pattern" not in self.rows[name].arguments]
+        if keeping == names or self.shuffle_pattern in ("BA", "NA"):
+            return [(height, width)] * self.num_layers
+        if keeping:
+            raise ValueError(
+                f"shuffle_pattern={self.shuffle_pattern} changes the size of the map and {keeping[0]} keeps it; use BA or NA"
+            )
+        result = []
+        for _ in self.channels:
+            result.append((height, width))
+            height, width = self.grid_after(names[0], (height, width))
+        return result
+
+    def grid_after(self, layer: str, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the map that leaves a layer."""
+        pattern = self.shuffle_pattern if "shuffle_pattern" in self.rows[layer].arguments else "NA"
+        if pattern == "A":
+            return grid[0] * self.shuffle_scale, grid[1] * self.shuffle_scale
+        if pattern == "B":
+            self._check_divides(grid)
+            return grid[0] // self.shuffle_scale, grid[1] // self.shuffle_scale
+        return grid
+
+    def _check_divides(self, grid: tuple[int, int]) -> None:
+        if any(side % self.shuffle_scale for side in grid):
+            raise ValueError(
+                f"shuffle_scale={self.shuffle_scale} does not divide the {as_sides(grid)} map; "
+                f"use a scale that divides it, shuffle_pattern=NA or another size (resize)"
+            )
+
+    def _check_layer(self, name: str, out_channels: int, grid: tuple[int, int]) -> None:
+        """Relations between options that only matter for the layers in use."""
+        options = self.rows[name].arguments
+        grid = self._tokens(name, grid)
+        if "num_heads" in options:
+            pattern = self.shuffle_pattern if "shuffle_pattern" in options else "NA"
+            width = out_channels * shuffle_factors(pattern, self.shuffle_scale, 2)[1]
+            if width % self.num_heads:
+                raise ValueError(f"num_heads={self.num_heads} does not divide the {width} channels that attention runs on")
+        if "neighbors" in options:
+            self.neighbors.check_candidates(grid)
+        if "convolution_type" in options:
+            check_slots(self.convolution_type, self.aggregation_type)
+        if "topk" in options:
+            check_topk(self.topk, self.similarity_type)

@@ -1,0 +1,80 @@
+"""`DataConfig` and the table of data sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from options.fields import IMAGES, SIDE, as_words, check_fields, option
+
+
+class DatasetInfo(NamedTuple):
+    """What validation needs to know of a data set before it is read."""
+
+    size: int  # side of the image a model sees unless --resize says otherwise
+    channels: int
+    classes: int | None  # None: as many as the training folder has
+    streamed: bool  # read from files as training goes, instead of held on the device
+    images: tuple[int, int] | None  # for training and for testing; None: as many as there are in the folder
+
+
+DATASETS = {
+    "cifar10": DatasetInfo(32, 3, 10, False, (50_000, 10_000)),
+    "cifar100": DatasetInfo(32, 3, 100, False, (50_000, 10_000)),
+    "imagenet": DatasetInfo(224, 3, 1000, True, (1_281_167, 50_000)),
+    "imagenet100": DatasetInfo(224, 3, 100, True, None),
+    "imagenette": DatasetInfo(224, 3, 10, True, (9_469, 3_925)),
+    "mnist": DatasetInfo(28, 1, 10, False, (60_000, 10_000)),
+    "fashion_mnist": DatasetInfo(28, 1, 10, False, (60_000, 10_000)),
+    "digits": DatasetInfo(8, 1, 10, False, (1_437, 360)),
+    "folder": DatasetInfo(224, 3, None, True, None),
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What images a run sees."""
+
+    heading = "data"
+
+    dataset: str = option("cifar10", "data set; digits is embedded, folder has train/ and val/", choices=tuple(DATASETS))
+    data_path: str = option("./Data", "folder that holds the data sets")
+    resize: int | tuple[int, int] | None = option(
+        None, "side the images are resized to, or height and width", kind=int, many=True, low=1, high=SIDE
+    )
+    val_fraction: float = option(
+        0.0, "share of the training set held out; the best epoch then goes by it, not by the test set", low=0, below=1
+    )
+    augment: bool = option(False, "random crop, and horizontal flip where the class survives it")
+    auto_augment: str = option(
+        "none",
+        "after --augment, torchvision's RandAugment (two operations of magnitude 9) or TrivialAugmentWide (one operation)",
+        choices=("none", "rand", "trivial"),
+    )
+    random_erasing: float = option(
+        0.0, "probability that a training image gets a box of the mean color, by torchvision's RandomErasing", low=0, high=1
+    )
+    noise: float = option(
+        0.0, "standard deviation of Gaussian noise on training and test images, whose values run from 0 to 1", low=0, high=1000
+    )
+    download: bool = option(True, "download the data set if it is not there")
+    num_workers: int | None = option(
+        None, "processes that read images (default: one per core, at most 8)", kind=int, low=0, high=1024
+    )
+    train_limit: int | None = option(None, "train on the first n images, balanced by class", kind=int, low=1, high=IMAGES)
+    test_limit: int | None = option(None, "test on the first n images, balanced by class", kind=int, low=1, high=IMAGES)
+
+    def __post_init__(self):
+        if self.resize is not None and not isinstance(self.resize, (list, tuple)):
+            object.__setattr__(self, "resize", (self.resize,))
+        check_fields(self)
+        if self.resize is not None:
+            if len(self.resize) > 2:
+                raise ValueError(f"resize={as_words(self.resize)} is neither a side nor height and width")
+            if len(set(self.resize)) == 1:
+                object.__setattr__(self, "resize", self.resize[0])
+
+
+def sides_of(resize: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width: one number is a square."""
+    return (resize, resize) if isinstance(resize, int) else tuple(resize)

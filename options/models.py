@@ -1,0 +1,163 @@
+"""`ModelConfig`: options that the models of both programs share."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from options.custom_mixer import OwnMixer, flag_of, is_address, lines_of_help, load, settle
+from options.fields import SIDE, WIDTH, as_words, check_value, option, shown, specs
+from options.layers import WITHOUT_EFFECT, Row, layer_label, layer_row, layers_of
+from options.neighbors import NeighborConfig
+
+OWN_LAYER = "; FILE.py:Class or package.module:Class is one of your own"
+MIXER_OPTION = "an option of a layer of your own, repeatable; --help beside --layer FILE.py:Class lists them"
+LAYER_SHA256 = "of the file of a layer of your own, as a run notes it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(NeighborConfig):
+    """What both models have: neighbors, layers that stand in `rows`, and the three fields that the data set decides.
+
+    The `rows` of a config whose layer is a class of one's own have that as well, under its address.
+    """
+
+    heading = "model and layer"
+    rows: ClassVar[dict[str, Row]] = {}
+    sizes: ClassVar[tuple[str, str]]  # what a layer gets by position
+    unscored: ClassVar[frozenset[str]]  # layers that look for neighbors and have no use for their scores
+
+    drop_path: float = option(
+        0.0,
+        "ViT: probability of skipping a block's mixer or MLP for an image, rising linearly over the blocks to this",
+        low=0,
+        below=1,
+    )
+    image_size: int | tuple[int, int] = 32
+    in_channels: int = 3
+    num_classes: int = 10
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        size = self.image_size
+        sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+        if len(sides) != 2:
+            raise ValueError(f"image_size={shown(size)} is neither a side nor height and width")
+        object.__setattr__(self, "image_size", tuple(check_value("image_size", side, int, 1, SIDE) for side in sides))
+        for name in ("in_channels", "num_classes"):
+            object.__setattr__(self, name, check_value(name, getattr(self, name), int, 1, WIDTH))
+        self._take_own_mixers()
+
+    @classmethod
+    def own_mixers(cls, layer: str) -> list[OwnMixer]:
+        """The classes that a layer names by address, imported. Raises ValueError for one that cannot be a mixer."""
+        # Words that a row may take: the options of the layers, by their own names, and what the model makes of its options.
+        words = {name: name for row in cls.rows.values() for name in row.arguments.values()}
+        words |= {name: name for name in specs(NeighborConfig)}
+        words |= {"bias": "biases"} if "biases" in words else {}
+        return [load(name, cls.sizes, words) for name in layers_of(layer) if is_address(name)]
+
+    def _take_own_mixers(self) -> None:
+        """Import the classes that `layer` names by address; then the config holds their rows, whole addresses and hashes."""
+        mixers = self.own_mixers(self.layer)
+        if not mixers:
+            for name in ("mixer_option", "layer_sha256"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={as_words(getattr(self, name))} is of a class of your own, as layer=FILE.py:Class, and not of "
+                        f"{self.layer}, whose options are flags"
+                    )
+            return
+        addresses = iter([mixer.address for mixer in mixers])
+        layer = "/".join(next(addresses) if is_address(name) else name for name in layers_of(self.layer))
+        sha256 = "/".join(mixer.sha256 for mixer in mixers)
+        if self.layer_sha256 not in (None, sha256):
+            raise ValueError(
+                f"layer={layer} has changed: its SHA-256 was {self.layer_sha256} and is now {sha256}; give its file the former "
+                "content back, or take it as it is now: by the flag --layer for a new run, by --override under --test_only"
+            )
+        values, settled = settle(mixers, self.mixer_option or ())
+        rows = {
+            mixer.address: Row(mixer.target, " ".join(f"{a}={o}" for a, o in mixer.takes.items()), fixed=tuple(own.items()))
+            for mixer, own in zip(mixers, values, strict=True)
+        }
+        found = {"layer": layer, "layer_sha256": sha256, "mixer_option": settled or None, "rows": self.rows | rows}
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def more_help(cls, given: dict) -> list[tuple[str, str, dict[str, str]]]:
+        """What --help lists of the classes that --layer names by address: title, text, and a line for each option."""
+        layers = given.get("layer") or []
+        mixers = [mixer for layer in ([layers] if isinstance(layers, str) else layers) for mixer in cls.own_mixers(layer)]
+        result = []
+        for mixer in mixers:
+            sources = {argument: flag_of(name) for argument, name in mixer.takes.items()}
+            flags = [flag + f" (as {a})" * (flag != f"--{a}") if flag else a for a, flag in sources.items()]
+            text = mixer.about + f" Of the model it gets {', '.join(flags)}." * bool(flags)
+            result.append((f"options of {mixer.address}", text, lines_of_help(mixer)))
+        return result
+
+    @property
+    def neighbors(self) -> NeighborConfig:
+        return NeighborConfig(**{f.name: getattr(self, f.name) for f in fields(NeighborConfig)})
+
+    @property
+    def title(self) -> str:
+        """What a run is of, in its first line."""
+        return layer_label(self.layer)
+
+    def layers_in_use(self) -> list[str]:
+        """Names of the layers that the model is made of."""
+        raise NotImplementedError
+
+    def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
+        """Options that this model does not read, each with the option that makes it so.
+
+        An option at its default says nothing else than the other one, as in --sampling_type all --num_samples -1: it is left
+        out here unless `defaults`.
+        """
+        in_use = self.layers_in_use()
+        if not self.rows.keys() >= set(in_use):
+            return {}  # a layer of another library: what it reads is not known here
+        read = {name for layer in in_use for name in self._options_of(layer)}
+        of_layers = {name for row in self.rows.values() for name in row.options}
+        own = specs(type(self))
+        found = {name: "layer" for name in own if name in of_layers - read}
+        if self.mixer_option and not any(map(is_address, in_use)):
+            found["mixer_option"] = "layer"
+        for name, other, values in WITHOUT_EFFECT:
+            if name not in own or name in found or other not in own or other in found:
+                continue
+            if getattr(self, other) in values and (defaults or getattr(self, name) != own[name].default):
+                found[name] = other
+        readers = {layer for layer in in_use if "magnitude_type" in self._options_of(layer)}
+        if self.similarity_type == "Loc" and readers <= self.unscored:  # which rank by distance then
+            found.setdefault("magnitude_type", "similarity_type")
+        with_heads = {layer for layer in in_use if "num_heads" in self.sizes or "num_heads" in self._options_of(layer)}
+        if with_heads == {"ViG"} and self.graph_aggregation == "edge":  # one linear for all features
+            found["num_heads"] = "graph_aggregation"
+        return found
+
+    def _options_of(self, layer: str) -> set[str]:
+        row = layer_row(self.rows, layer, self.branch_ratio)
+        return row.options | ({"branch_ratio"} if self.rows[layer].branches else set())
+
+    @staticmethod
+    def values_that_hold(values: dict, given: dict) -> dict:
+        """Of the values in a YAML file those that still hold beside the ones that the command line gives.
+
+        A layer that is given is another one than the file's, or the same in another place. Beside the config.yaml of a run
+        that trained, a test is of its result, not of the weights that it started from, and exports nothing.
+        """
+        dropped = set()
+        if "layer" in given:
+            is_same = layer_label(str(given["layer"])) == layer_label(str(values.get("layer")))
+            dropped = {"layer_sha256"} if is_same else {"layer_sha256", "mixer_option"}
+        if [str(one.get("test_only")).lower() for one in (values, given)] == ["false", "true"]:
+            dropped |= {"checkpoint", "export"}
+        return {name: value for name, value in values.items() if name not in dropped}
+
+
+of_model = functools.partial(option, decided=True)  # an option that `model` may decide

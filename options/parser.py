@@ -1,0 +1,299 @@
+"""Command lines and YAML files from dataclasses whose fields are options: a parser whose errors are one line.
+
+Knows no particular option and needs no torch: the table of options is `options/`, what a field accepts `options/fields.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+from options.fields import KINDS, WRITTEN, Spec, as_number, as_words, convert, did_you_mean, shown, specs
+from options.reading import read_text, what_is_wrong_with
+
+# ---------------------------------------------------------------------------------------------------------------
+# The parser
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors and warnings are one line each; `given` names the options that the command line itself gave."""
+
+    LONGEST = 2000  # characters of a message, whatever it quotes
+    given: frozenset[str] = frozenset()
+    stated: dict = {}  # noqa: RUF012  what the command line and its file give, by name, once it is known
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.repeated: dict[str, tuple] = {}  # flags given several times: the first of their values, and the last
+        self._seen: dict[str, object] = {}
+        for name, action in ((None, _Store), ("store", _Store), ("store_const", _StoreConst)):
+            self.register("action", name, action)
+
+    def see(self, name: str, value) -> None:
+        """Note the value of a flag of the command line."""
+        first = self._seen.setdefault(name, value)
+        if first is not value and first != value:  # NaN is not equal to itself
+            self.repeated[name] = (first, value)
+
+    def note_repeated(self) -> None:
+        """A line on stdout for every flag that was given several times: the last one counts, as everywhere with argparse.
+
+        Not a warning on stderr: scripts put their flags behind those of others on purpose.
+        """
+        for name, (first, last) in self.repeated.items():
+            line = self._line("note", f"--{name} is given more than once: {as_words(last)} counts, not {as_words(first)}")
+            self._print_message(line, sys.stdout)
+
+    def error(self, message: str):
+        """One line, exit status 2; `name=value` in a message becomes the flag a user would type."""
+        self.exit(2, self._line("error", message))
+
+    def warn(self, message: str) -> None:
+        self._print_message(self._line("warning", message), sys.stderr)
+
+    def _line(self, what: str, message: str) -> str:
+        names = "|".join(re.escape(action.dest) for action in self._actions)
+        message = re.sub(rf"(?<!\S)({names})=", r"--\1 ", " ".join(message.split()))
+        if len(message) > self.LONGEST:
+            message = f"{message[: self.LONGEST // 2]} ... {message[-self.LONGEST // 2 :]}"
+        # Of the processes that torchrun starts on a machine, which all read the same options, one speaks.
+        silent = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0"
+        return "" if silent else f"{self.prog}: {what}: {message}\n"
+
+
+class _Store(argparse._StoreAction):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if option_string is not None:
+            parser.see(self.dest, values)
+        super().__call__(parser, namespace, values, option_string)
+
+
+class _StoreConst(argparse._StoreConstAction):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.see(self.dest, self.const)
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _add_option(group, name: str, spec: Spec, default) -> None:
+    """Values are collected as text; `convert` and the dataclasses give the same errors for flags, YAML and Python."""
+    shown = "" if default is None else f" (default: {as_words(default)})".replace("%", "%%")
+    metavar = spec.metavar or ("{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper())
+    flags = [f"--{name}", *(f"--{alias}" for alias in spec.aliases)]
+    kwargs = {"dest": name, "default": argparse.SUPPRESS, "help": spec.help + shown, "metavar": metavar}
+    if spec.kind is bool:
+        group.add_argument(*flags, **kwargs | {"nargs": "?", "const": "True", "metavar": "True|False"})
+        no = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        group.add_argument(f"--no-{name}", action="store_const", const="False", **no)
+    else:
+        group.add_argument(*flags, **kwargs, nargs="+" if spec.many else None, action="extend" if spec.repeat else None)
+
+
+def _add_lines(group, lines: dict[str, str]) -> None:
+    """Lines of --help that look like flags; none of them is one, since the parser ends when it has shown them."""
+    for line, help in lines.items():
+        group.add_argument(f"--{line}", action="store_true", default=argparse.SUPPRESS, help=help.replace("%", "%%"))
+
+
+def make_parser(
+    model_type: type, others: tuple[type, ...], description: str, defaults: dict, prog: str | None
+) -> OneLineParser:
+    """Flags of a model and of other configs; where both have one of the same name it is that of the others.
+
+    The heading of an option in --help is its `group`, or else the `heading` of its config.
+    """
+    parser = OneLineParser(prog=prog, description=description, usage="%(prog)s [options]", allow_abbrev=False)
+    parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.I)  # -1e-3 is a value as well, not a flag
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags on the command line win")
+    elsewhere = {name for config in others for name in specs(config)}
+    groups = {}
+    for config in (model_type, *others):
+        for name, spec in sorted(specs(config).items(), key=lambda one: one[1].group != ""):
+            if not spec.flag or (config is model_type and name in elsewhere):
+                continue
+            heading = spec.group or config.heading
+            if heading not in groups:
+                groups[heading] = parser.add_argument_group(heading)
+            _add_option(groups[heading], name, spec, defaults.get(name, spec.default))
+    return parser
+
+
+def some_path(text: str) -> Path:
+    """A type for `argparse`: a path that is not empty, which would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is empty")
+    return Path(text)
+
+
+def new_path(text: str) -> Path:
+    """A type for `argparse`: a path that can be written to, as far as its name tells."""
+    wrong = "is empty" if not text else what_is_wrong_with(text)
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{text!r}: {wrong}")
+    return Path(text)
+
+
+def number_type(kind: type, low: float | None = None, high: float | None = None):
+    """A type for `argparse`: a number, of at least `low` and at most `high`, in plain decimal digits."""
+
+    def read(text: str):
+        try:
+            value = as_number(text, kind)
+            if low is not None and not value >= low:
+                raise ValueError(f"is not {KINDS[kind]}")
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} {error}" + f" of at least {low}" * (low is not None)) from None
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"{text!r} is more than {high}")
+        return value
+
+    return read
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# YAML, and both together
+# ---------------------------------------------------------------------------------------------------------------
+
+
+MOST_BYTES = 100_000  # of a YAML file: fifty times config.yaml, and what is read within seconds
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error instead of the last one winning, and in which nothing is an alias
+    or has a tag.
+
+    Aliases of aliases make a few hundred bytes stand for billions of values. As in YAML 1.2, a plain word is a truth value if
+    it is true or false, and a number if it is in decimal digits: `no` and `1:30`, to YAML 1.1 False and 90, are texts.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] not in ("bool", "int", "float")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise ValueError(f"line {event.start_mark.line + 1}: an alias (*{event.anchor}); write the value out")
+        event = self.peek_event()
+        if event.tag is not None:  # which makes 90 of 1:30, a set, a date or an object
+            raise ValueError(f"line {event.start_mark.line + 1}: a tag ({event.tag}); write the value without it")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # a list or mapping as a key: the constructor says what is wrong with it
+            if key.value in seen:
+                raise ValueError(f"the key {shown(key.value)} is given twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+for kind, pattern, first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", WRITTEN[int].pattern, "-+0123456789"),
+    (
+        "float",
+        r"[-+]?((0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+):
+    _PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{pattern})\Z"), list(first))
+
+
+def parse_yaml(text: str):
+    """The value that a YAML text says. Raises yaml.YAMLError, ValueError and RecursionError."""
+    return yaml.load(text, Loader=_PlainLoader)
+
+
+def read_yaml(path: str) -> dict:
+    """The mapping in a YAML file; ValueError in one line for whatever is wrong with it."""
+    try:
+        values = parse_yaml(read_text(path, MOST_BYTES))
+    except OSError as error:
+        raise ValueError(f"config={path!r}: {error.strerror or error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"config={path!r}: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"config={path!r} must be a list of `name: value` lines")
+    return values
+
+
+def _read_options(path: str, known: dict[str, Spec]) -> dict:
+    """What a YAML file gives, aliases replaced by the names they stand for. Raises ValueError for a name that is not known."""
+    values = read_yaml(path)
+    aliases = {alias: name for name, spec in known.items() for alias in spec.aliases}
+    for alias in aliases.keys() & values.keys():
+        if aliases[alias] in values:
+            raise ValueError(f"config={path!r}: {alias!r} is another name of {aliases[alias]!r}; drop one of them")
+        values[aliases[alias]] = values.pop(alias)
+    for name in values:
+        if name not in known:
+            raise ValueError(f"config={path!r}: unknown key {shown(name)}{did_you_mean(name, known)}")
+    return values
+
+
+def over(values: dict, given: dict, known: dict[str, Spec]) -> dict:
+    """The values with the given ones over them; of an option that may be repeated, those that are given come after."""
+    both = [
+        name for name, spec in known.items() if spec.repeat and isinstance(values.get(name), (list, tuple)) and given.get(name)
+    ]
+    return values | given | {name: [*values[name], *given[name]] for name in both}
+
+
+def _did_you_mean_flag(word: str, flags: list[str]) -> str:
+    """A suggestion of a flag; for one letter (`-b`) those that begin with it, as there are no short flags but -h."""
+    if re.fullmatch(r"-\w", word):
+        close = sorted({flag for flag in flags if flag.startswith(f"-{word}") and not flag.startswith("--no-")})
+        one_of = "one of " if len(close) > 1 else ""
+        return f"; did you mean {one_of}{', '.join(close)}?" if close else ""
+    return did_you_mean(word, [flag for flag in flags if flag.startswith("--")])
+
+
+def read_values(
+    model_type: type,
+    others: tuple[type, ...],
+    description: str,
+    argv: list[str] | None,
+    defaults: dict,
+    prog: str | None = None,
+) -> tuple[dict, OneLineParser]:
+    """What flags and, under them, a YAML file give, by name and converted, and the parser, whose `error` ends in one line.
+
+    `model_type.values_that_hold(values, given)` says which values of the file still hold beside those of the command line, and
+    `model_type.more_help(given)` what --help lists besides: (title, text, {line: help}).
+    """
+    parser = make_parser(model_type, others, description, defaults, prog)
+    known = {name: spec for config in (model_type, *others) for name, spec in specs(config).items()}
+    argv = sys.argv[1:] if argv is None else argv
+    if asked := {"-h", "--help"}.intersection(argv):
+        given = vars(parser.parse_known_args([word for word in argv if word not in asked])[0])
+        try:
+            for title, text, lines in model_type.more_help(given):
+                _add_lines(parser.add_argument_group(title, text), lines)
+        except ValueError as error:
+            parser.error(str(error))
+    given, rest = parser.parse_known_args(argv)
+    given = vars(given)
+    if rest:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        what = f"unknown option {rest[0]}" if rest[0].startswith("-") else f"a value without an option: {rest[0]!r}"
+        parser.error(f"{what}{_did_you_mean_flag(rest[0].split('=')[0], flags)}")
+    path = given.pop("config")
+    if "config" in parser.repeated:
+        parser.error(f"--config is given more than once ({', '.join(parser.repeated['config'])}); a run takes one file")
+    parser.given = frozenset(given)
+    try:
+        values = {} if path is None else model_type.values_that_hold(_read_options(path, known), given)
+        return {name: convert(name, value, known[name]) for name, value in over(values, given, known).items()}, parser
+    except ValueError as error:
+        parser.error(str(error))

@@ -1,0 +1,252 @@
+"""Options of a run: from flags and YAML to checked configs, and from a checkpoint to the options it was trained with."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from options.allconvnet import AllConvNetConfig
+from options.backbones import HOSTS
+from options.data import DATASETS, DataConfig, sides_of
+from options.fields import as_words, build, check_option, shown, specs
+from options.layers import layer_label
+from options.machine import cpu_cores
+from options.models import ModelConfig
+from options.neighbors import as_sides, canonical_metric
+from options.parser import OneLineParser, over, read_values
+from options.reading import as_text, what_is_wrong_with
+from options.training import KERNELS_IN_ENVIRONMENT, KERNELS_VARIABLE, TrainConfig
+from options.vit import CONVITS, ViTConfig
+
+
+def check_environment() -> None:
+    """Raise ValueError for a variable that would end the import of the kernels."""
+    kernels = os.environ.get(KERNELS_VARIABLE, "auto")
+    if kernels not in KERNELS_IN_ENVIRONMENT:
+        raise ValueError(f"{KERNELS_VARIABLE}={shown(kernels)} is not one of {', '.join(KERNELS_IN_ENVIRONMENT)}")
+
+
+class Options(NamedTuple):
+    """The resolved options of one run."""
+
+    model: AllConvNetConfig | ViTConfig
+    data: DataConfig
+    train: TrainConfig
+
+    def as_dict(self) -> dict:
+        """Every option by name, as plain values that YAML and a checkpoint can hold."""
+        values = {}
+        for config in self:
+            for name in specs(type(config)):
+                value = getattr(config, name)
+                value = list(value) if isinstance(value, tuple) else value
+                values[name] = as_text(value) if isinstance(value, str) else value
+        return values
+
+
+def _check_paths(data: DataConfig, train: TrainConfig) -> None:
+    """Raise ValueError for a path that can neither be read nor made; permissions and free space show when it is used."""
+    for name, path in (("data_path", data.data_path), ("output_dir", train.output_dir), ("export", train.export)):
+        wrong = path and what_is_wrong_with(path)
+        if wrong:
+            raise ValueError(f"{name}={path!r}: {wrong}")
+
+
+def _count_classes(data_path: str) -> int:
+    train = Path(data_path) / "train"
+    if not all(os.path.isdir(os.path.join(data_path, part)) for part in ("train", "val")):
+        raise ValueError(f"data_path={data_path!r} must hold train/ and val/ with one folder per class for dataset=folder")
+    try:
+        classes = sum(entry.is_dir() for entry in train.iterdir())
+    except OSError as error:
+        raise ValueError(f"data_path={data_path!r}: {error.filename} cannot be read ({error.strerror})") from None
+    if classes < 2:
+        raise ValueError(f"data_path={data_path!r} has {classes} class folders in train/; it needs at least 2")
+    return classes
+
+
+def resolve(model_type: type, family: str, values: dict) -> Options:
+    """Options from plain values by name; what the data set decides is filled in. Raises ValueError."""
+
+    data, train = build(DataConfig, values), build(TrainConfig, values)
+    if train.override:  # the file of a layer may be another than the one that was trained
+        values = {name: value for name, value in values.items() if name != "layer_sha256"}
+    info = DATASETS[data.dataset]
+    data = dataclasses.replace(
+        data,
+        resize=data.resize or info.size,
+        num_workers=min(8, cpu_cores()) if data.num_workers is None else data.num_workers,
+    )
+    classes = info.classes or _count_classes(data.data_path)
+    model = build(model_type, values, image_size=data.resize, in_channels=info.channels, num_classes=classes)
+    if train.output_dir is None:
+        name, preset = layer_label(model.layer).replace("/", "-"), getattr(model, "model", None)
+        folder = f"{preset}/{name}" if preset in HOSTS else f"{family}/{preset if preset in CONVITS else name}"
+        train = dataclasses.replace(train, output_dir=f"./Output/{folder}")
+    _check_paths(data, train)
+    return Options(model, data, train)
+
+
+class Program(NamedTuple):
+    """A command line that trains: its model, the name of its output folder, and its own defaults."""
+
+    model: type
+    family: str
+    defaults: dict
+
+
+PROGRAMS = {
+    "allconvnet_main.py": Program(AllConvNetConfig, "AllConvNet", {}),
+    "vit_main.py": Program(ViTConfig, "ViT", {"lr": 1e-4, "resize": 224}),
+}
+
+
+def parse_options(
+    program: Program, description: str, argv: list[str] | None = None, prog: str | None = None
+) -> tuple[Options, OneLineParser]:
+    """Flags over YAML over defaults -> checked options of a run, and the parser, whose `error` ends it in one line."""
+    values, parser = read_values(program.model, (DataConfig, TrainConfig), description, argv, program.defaults, prog)
+    parser.stated, wrong = values, None
+    try:
+        check_environment()
+        return resolve(program.model, program.family, program.defaults | values), parser
+    except ValueError as error:
+        wrong = error
+    if values.get("test_only"):
+        # Options of a model go with the others that a checkpoint names, and the size with its model: `as_trained` judges them.
+        of_folder = {"model", "layer", "mixer_option"} if "layer" in values else {"model"}  # which is called after them
+        left = (specs(program.model).keys() - of_folder) | {"resize"}
+        with contextlib.suppress(ValueError):
+            for name in values.keys() & specs(program.model).keys():
+                check_option(name, values[name], specs(program.model)[name])
+            others = {name: value for name, value in values.items() if name not in left}
+            options = resolve(program.model, program.family, program.defaults | others)
+            size = {"resize": values["resize"]} if "resize" in values else {}
+            return options._replace(data=build(DataConfig, options.as_dict() | size)), parser
+    parser.error(str(wrong))
+
+
+# Options of a model that change neither its weights nor what it computes when it is evaluated.
+ONLY_IN_TRAINING = {"dropout", "attention_dropout", "drop_path", "initializer_range", "topk"}
+
+
+# Those that the shapes of its weights show; `model` stands for others.
+SHOWN_BY_SHAPES = set(
+    "model num_layers channels patch_size d_model d_mlp kernel_size attention_bias qkv_bias proj_bias patch_norm final_norm "
+    "pos_embedding pool linformer_k convolution_type branch_ratio shuffle_pattern shuffle_scale replace stem classifier_width "
+    "batch_norm".split()
+)
+
+
+def program_of(options: dict) -> str | None:
+    """The program whose run wrote these options, if they are those of one of ours."""
+    found = [name for name, program in PROGRAMS.items() if specs(program.model).keys() <= options.keys()]
+    return found[0] if len(found) == 1 else None
+
+
+def evaluation_options(options: Options) -> dict:
+    """What decides the result of an evaluation, by name, as plain values."""
+    names = "dataset data_path resize noise test_limit criterion use_amp amp_dtype seed".split()
+    values = options.as_dict()
+    return {name: values[name] for name in (*specs(type(options.model)), *names)}
+
+
+class AsTrained(NamedTuple):
+    """How to evaluate a checkpoint of ours."""
+
+    options: Options  # the model's as it was trained, but for those that were stated
+    changes: dict[str, tuple]  # stated options of the model that were others in training: (trained, stated)
+
+
+def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
+    """From the options that the command line and its file state, and those in the checkpoint, if any. Raises ValueError."""
+    other = program_of(trained)
+    if other and program in PROGRAMS.values() and PROGRAMS[other] is not program:
+        raise ValueError(f"it was trained by {other}; evaluate it with that")
+    model = [name for name in specs(program.model) if name in trained]
+    own = {name: trained[name] for name in (*model, "dataset", "data_path", "resize", "criterion") if name in trained}
+    if "dataset" in stated:
+        own.pop("data_path", None)
+    # Other images are for the model as it was trained.
+    model_options = {name: value for name, value in stated.items() if name not in ("dataset", "resize")}
+    held = program.defaults | program.model.values_that_hold(own, model_options)
+    values = over(held, stated, specs(program.model))
+    options = resolve(program.model, program.family, values)
+    now, unused = options.as_dict(), options.model.without_effect().keys() | ONLY_IN_TRAINING
+    if "resize" in own and isinstance(options.model, AllConvNetConfig):
+        # Its layers run on maps of any size; those of a host would have other K, and so other weights, in a model for this one.
+        options = options._replace(model=dataclasses.replace(options.model, image_size=own["resize"]))
+    both = {name: (own[name], now[name]) for name in (*model, "resize") if name in own and name not in unused}
+    return AsTrained(options, {name: pair for name, pair in both.items() if not same_value(name, *pair)})
+
+
+def same_value(name: str, first, second) -> bool:
+    """Whether two values of an option mean the same; a layer by address is the same wherever its file lies."""
+    return _plain(name, first) == _plain(name, second)
+
+
+def _plain(name: str, value):
+    """A value in the one form, of several, that means the same."""
+    if name == "layer":
+        return layer_label(str(value))
+    if name == "resize":
+        return sides_of(value)
+    if name == "magnitude_type":
+        return canonical_metric(value)
+    if name in ("checkpoint", "data_path"):
+        return value and os.path.realpath(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def grid_of(trained: dict | None) -> tuple[int, int] | None:
+    """Rows and columns of patches in the model that had these options, if they say so."""
+    if not isinstance(trained, dict):
+        return None
+    size, patch = trained.get("resize"), trained.get("patch_size")
+    sides = (size, size) if isinstance(size, int) else size
+    numbers = (*sides, patch) if isinstance(sides, (list, tuple)) else ()
+    is_known = len(numbers) == 3 and all(type(one) is int and one > 0 for one in numbers)
+    return (sides[0] // patch, sides[1] // patch) if is_known else None
+
+
+def assumed_options(model: ModelConfig) -> dict:
+    """Options that decide what a model computes and that the shapes of its weights do not show, by name."""
+    names = specs(type(model)).keys() - SHOWN_BY_SHAPES - ONLY_IN_TRAINING - model.without_effect().keys()
+    values = {name: getattr(model, name) for name in specs(type(model)) if name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def warn_without_effect(model: ModelConfig, parser: OneLineParser) -> None:
+    """A line on stderr for every option that the command line gave and the model does not read; files serve several layers."""
+    for name, other in model.without_effect().items():
+        if name in parser.given:
+            parser.warn(f"{name}={as_words(getattr(model, name))} is not used by {other}={as_words(getattr(model, other))}")
+
+
+def warn_fitted(model: AllConvNetConfig, parser: OneLineParser) -> None:
+    """A line on stderr where maps of a host have fewer tokens than neighbors or samples are asked for."""
+    if not model.is_host:
+        return
+    found: dict[str, list[str]] = {}
+    for place in dict.fromkeys(place for place in model.places() if place.is_replaced):
+        one = model.at(place)
+        for name in ("K", "num_samples"):
+            if getattr(one, name) != getattr(model, name):
+                value = "all" if name == "num_samples" else one.K
+                found.setdefault(name, []).append(f"{value} on the {as_sides(place.grid)} map of stage {place.stage}")
+    for name, maps in found.items():
+        given = f"{name}={getattr(model, name)}"
+        parser.warn(f"{given} does not fit all maps of model={model.model}: it is {', '.join(dict.fromkeys(maps))}")
+
+
+def warn_oversized(model: AllConvNetConfig, parser: OneLineParser) -> None:
+    """A line on stderr where the default network, made for 32 x 32 pixels, meets images of at most 8 x 8."""
+    spec = specs(AllConvNetConfig)["channels"]
+    if not model.is_host and max(model.image_size) <= 8 and model.channels == spec.default and "channels" not in parser.given:
+        parser.warn(
+            f"the default channels={as_words(spec.default)} are for images of 32 x 32 and learn {as_sides(model.image_size)} "
+            "slowly and badly; channels=16 32 64, as in configs/demo.yaml, would fit"
+        )

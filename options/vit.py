@@ -1,0 +1,258 @@
+"""`ViTConfig`: options of the vision transformer, and its presets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from options.checks import (
+    branch_widths,
+    check_heads,
+    check_slots,
+    check_topk,
+    check_value_convolution,
+    check_window,
+    dilate,
+    region_sides,
+    sequence_grid,
+)
+from options.custom_mixer import is_address
+from options.fields import LAYERS, SIDE, TOKENS, WIDTH, decide, option, redefault
+from options.layers import (
+    CONVOLUTION_TYPES,
+    GRAPH_AGGREGATIONS,
+    LAYERS1D_NAMES,
+    LAYERS1D_ROWS,
+    MASK_TYPES,
+    PERFORMER_KERNELS,
+    TOPKS,
+    Row,
+    layer_row,
+    layers_of,
+)
+from options.models import LAYER_SHA256, MIXER_OPTION, OWN_LAYER, ModelConfig, of_model
+from options.neighbors import NeighborConfig, as_sides
+
+CONVIT_SIZES = {"Ti": (192, 4), "Ti_plus": (256, 4), "S": (432, 9), "S_plus": (576, 9), "B": (768, 16), "B_plus": (1024, 16)}
+
+
+# What `model` stands for (ConViT: d'Ascoli et al., arXiv 2103.10697).
+VIT_MODELS = {"vit": {}} | {
+    f"convit_{size.lower()}": {
+        "layer": "GPSA",
+        "num_layers": 12,
+        "num_local_layers": 10,
+        "num_heads": heads,
+        "d_model": dim,
+        "d_mlp": 4 * dim,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "attention_bias": False,
+        "pos_embedding": "learned",
+        "patch_norm": False,
+        "final_norm": True,
+        "initializer_range": 0.02,
+    }
+    for size, (dim, heads) in CONVIT_SIZES.items()
+}
+
+
+CONVITS = VIT_MODELS.keys() - {"vit"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(ModelConfig):
+    """A vision transformer: patches, then blocks of a mixer and an MLP, then a linear classifier.
+
+    What is not given comes from `VIT_MODELS[model]`, and else from the defaults; `dataclasses.replace` gives all that there is.
+    """
+
+    rows: ClassVar[dict[str, Row]] = LAYERS1D_ROWS
+    sizes: ClassVar[tuple[str, str]] = ("d_model", "num_heads")
+    unscored: ClassVar[frozenset[str]] = frozenset({"ViG"})
+
+    model: str = option("vit", "ViT, or the flags of a ConViT; others given beside it win", choices=tuple(VIT_MODELS))
+    layer: str = of_model("Attention", f"token mixer of the blocks{OWN_LAYER}", choices=LAYERS1D_NAMES, address=True)
+    mixer_option: tuple[str, ...] | None = option(None, MIXER_OPTION, kind=str, many=True, metavar="NAME=VALUE", repeat=True)
+    layer_sha256: str | None = option(None, LAYER_SHA256, kind=str, flag=False)
+    patch_size: int = option(16, "side of a patch in pixels", low=1, high=SIDE)
+    num_layers: int = of_model(8, "blocks", low=1, high=LAYERS)
+    num_heads: int = of_model(8, "heads; 1 gives ConvNN attention without head splitting", low=1, high=WIDTH)
+    d_model: int = of_model(512, "features per token", low=1, high=WIDTH, aliases=("d_hidden",))
+    d_mlp: int = of_model(2048, "hidden features of the MLP", low=1, high=WIDTH)
+    dropout: float = of_model(0.1, "probability of dropping what a mixer or MLP adds", low=0, below=1)
+    attention_dropout: float = of_model(0.1, "probability of dropping a weight of a pair of tokens", low=0, below=1)
+    attention_bias: bool = of_model(True, "biases of the q, k, v and output projections")
+    qkv_bias: bool | None = option(None, "biases of the q, k, v projections; none: --attention_bias", kind=bool)
+    proj_bias: bool | None = option(None, "bias of the output projection; none: --attention_bias", kind=bool)
+    pos_embedding: str = of_model("sinusoidal", "positions added to the tokens", choices=("sinusoidal", "learned", "none"))
+    patch_norm: bool = of_model(True, "LayerNorm after the patch embedding")
+    final_norm: bool = of_model(False, "LayerNorm after the last block")
+    pool: str = option("cls", "classify by a class token, or by the mean of the patches", choices=("cls", "mean"))
+    num_local_layers: int | None = of_model(
+        None, "the first n blocks use --layer, the rest Attention and the class token", kind=int, low=0, high=LAYERS
+    )
+    initializer_range: float | None = of_model(
+        None, "standard deviation of a truncated normal initialization; none: Xavier uniform", kind=float, low=0, high=100
+    )
+    convolution_type: str | None = option(
+        None,
+        "ConvNN layers: convolution over the K slots; Conv1d, Conv1dAttention, BranchConv: along the sequence; none: "
+        "depthwise over slots, standard along the sequence",
+        kind=str,
+        choices=CONVOLUTION_TYPES,
+    )
+    softmax_topk_val: bool = option(
+        True, "ConvNN layers: weigh values by the softmax of the K scores; False: by the raw scores"
+    )
+    graph_aggregation: str = option("max", "ViG: what a token takes from its neighbors", choices=GRAPH_AGGREGATIONS)
+    score_temperature: float = option(
+        1.0, "ConvNN layers, KvtAttention: what scores are divided by before the softmax", low=1e-6, high=1e6
+    )
+    topk: str = option(
+        "hard",
+        "ConvNN layers, KvtAttention: the choice of neighbors in training, hard, or learned by a gradient for all candidates, "
+        "of the nearest (straight_through) or of K drawn by their scores (gumbel)",
+        choices=TOPKS,
+    )
+    coordinate_encoding: bool = option(False, "short for --similarity_type Loc_Col")
+    kernel_size: int = option(
+        9, "Conv1d, Conv1dAttention, BranchConv: tokens; NeighborhoodAttention: side of the window, odd", low=1, high=SIDE
+    )
+    window_size: int = option(16, "LocalAttention: |i - j| <= window_size", low=0, high=TOKENS)
+    sparse_mode: str = option("strided", "SparseAttention: which tokens attend to which", choices=("all", "local", "strided"))
+    sparse_context_window: int = option(14, "SparseAttention: stride, and twice the reach to either side", low=1, high=TOKENS)
+    dilation: int = option(
+        1,
+        "NeighborhoodAttention, GreedyViG: step between patches; ViG: takes every n-th of the K * n nearest",
+        low=1,
+        high=SIDE,
+    )
+    region_size: int = option(2, "BiFormer, BlockTopK, ContextCluster: side of a region in patches", low=1, high=SIDE)
+    top_regions: int = option(4, "BiFormer, BlockTopK: regions that are attended to", low=1, high=TOKENS)
+    value_convolution: int = option(
+        0, "BiFormer: side of the depthwise convolution of the values that is added, odd; 0: off", low=0, high=SIDE
+    )
+    num_clusters: int = option(16, "PaCa: clusters that are attended to", low=1, high=TOKENS)
+    branch_ratio: float = option(0.5, "BranchConv, BranchAttention: share of the ConvNN branch", low=0, high=1)
+    mask_type: str = option("2d_all_neighbors", "MaskedAttention: which patches are near", choices=MASK_TYPES)
+    expansion_step: int = option(1, "MaskedAttention: how far near patches are", low=0, high=SIDE)
+    linformer_k: int = option(64, "Linformer: learned mixtures of the keys and of the values", low=1, high=TOKENS)
+    performer_features: int = option(64, "Performer, Hybrid: random features", low=1, high=TOKENS)
+    performer_kernel: str = option("softmax", "Performer, Hybrid: kernel of the random features", choices=PERFORMER_KERNELS)
+    nystrom_landmarks: int = option(32, "Nystromformer: landmarks; as many as tokens is attention", low=1, high=TOKENS)
+    nystrom_conv_kernel: int = option(0, "Nystromformer: kernel of the depthwise value convolution; 0: off", low=0, high=TOKENS)
+    hybrid_window: int = option(3, "Hybrid: side of the windows, odd", low=1, high=SIDE)
+    hybrid_dilations: tuple[int, ...] = option(
+        (1, 2), "Hybrid: step between the patches of a window, one for each", low=1, high=SIDE
+    )
+    locality_strength: float = option(1.0, "GPSA: how sharply heads attend around their offsets at first", low=0, high=1000)
+    magnitude_type: str = redefault(NeighborConfig, "magnitude_type", "matmul")
+    image_size: int | tuple[int, int] = 224
+
+    def __post_init__(self):
+        decide(self, VIT_MODELS.get(str(self.model), {}))
+        if is_address(str(self.layer)) and len(layers_of(self.layer)) > 1:
+            raise ValueError(
+                f"layer={self.layer!r} must be one layer; two side by side are of allconvnet_main.py, and a folder that is "
+                "called as a layer is written ./Attention/file.py:Class"
+            )
+        self._check_ranges()
+        if any(side % self.patch_size for side in self.image_size):
+            raise ValueError(
+                f"patch_size={self.patch_size} does not divide the {as_sides(self.image_size)} image; "
+                f"use one that does, or another size (resize)"
+            )
+        check_heads(self.d_model, self.num_heads)
+        if self.initializer_range == 0:
+            raise ValueError("initializer_range=0 makes all projections equal; it must be above 0")
+        if self.num_local_layers is not None and self.num_local_layers >= self.num_layers:
+            raise ValueError(
+                f"num_local_layers={self.num_local_layers} must be below num_layers={self.num_layers}; "
+                f"a smaller number, or none for {self.layer} in every block"
+            )
+        if self.coordinate_encoding and self.similarity_type == "Col":
+            object.__setattr__(self, "similarity_type", "Loc_Col")
+        if self.num_local_layers != 0:
+            self._check_layer()
+
+    @staticmethod
+    def values_that_hold(values: dict, given: dict) -> dict:
+        """Without what the file's model stands for, beside another model: it says nothing of that one.
+
+        config.yaml names its model; a file that names none says what it says of any. And it holds both coordinate_encoding and
+        the similarity_type that this stands for, of which one may be given.
+        """
+        values, dropped = ModelConfig.values_that_hold(values, given), set()
+        if "model" in values and given.get("model", values["model"]) != values["model"]:
+            dropped |= VIT_MODELS["convit_ti"].keys()
+        if given.get("similarity_type") == "Col":
+            dropped.add("coordinate_encoding")
+        if "coordinate_encoding" in given and values.get("coordinate_encoding") is True:
+            dropped |= {"similarity_type"} if values.get("similarity_type") == "Loc_Col" else set()
+        return {name: value for name, value in values.items() if name not in dropped}
+
+    def layers_in_use(self) -> list[str]:
+        local = [] if self.num_local_layers == 0 else [self.layer]
+        return local if self.num_local_layers is None else [*local, "Attention"]
+
+    def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
+        found = super().without_effect(defaults=defaults)
+        if self.num_layers == 1:
+            found["drop_path"] = "num_layers"  # it rises from 0 in the first block
+        no_layer = self.num_local_layers == 0  # which is why the options of `layer` are not read
+        return {name: "num_local_layers" if no_layer and other == "layer" else other for name, other in found.items()}
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def biases(self) -> bool | tuple[bool, bool]:
+        """Of all projections in a mixer, or of those before mixing and of the one after it where they differ."""
+        pair = tuple(self.attention_bias if one is None else one for one in (self.qkv_bias, self.proj_bias))
+        return pair[0] if pair[0] == pair[1] else pair
+
+    @property
+    def class_tokens(self) -> int:
+        """Class tokens in the blocks that use `layer`: under num_local_layers it joins after them."""
+        return int(self.pool == "cls" and self.num_local_layers is None)
+
+    def _check_layer(self) -> None:
+        """Relations between options that only matter for the layer in use."""
+        if self.layer not in self.rows:
+            return
+        row = layer_row(self.rows, self.layer, self.branch_ratio)
+        if row.branches:
+            branch_widths(self.d_model, self.num_heads, self.branch_ratio)
+        if "neighbors" in row.arguments:
+            grid = sequence_grid(self.grid)
+            self.check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
+            if "convolution_type" in row.arguments:
+                check_slots(self.convolution_type or "depthwise", self.aggregation_type)
+            if "topk" in row.arguments:
+                check_topk(self.topk, self.similarity_type, self.softmax_topk_val)
+            if self.coordinate_encoding and self.similarity_type == "Loc":
+                raise ValueError("coordinate_encoding=True is short for similarity_type=Loc_Col, not Loc; drop one of them")
+        elif "K" in row.arguments:
+            tokens = math.prod(self.grid) + self.class_tokens
+            if self.K > tokens:
+                raise ValueError(f"K={self.K} is more than the {tokens} tokens there are; K can be 1 to {tokens}")
+        if self.layer == "ViG":
+            dilate(self.neighbors, self.dilation).check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
+        if "region_size" in row.arguments:
+            sides = region_sides(self.region_size, self.grid)
+            regions = math.prod(self.grid) // math.prod(sides)
+            if "top_regions" in row.arguments and self.top_regions > regions:
+                raise ValueError(f"top_regions={self.top_regions} is more than the {regions} regions there are")
+        if self.layer == "BiFormer":
+            check_value_convolution(self.value_convolution, sequence_grid(self.grid))
+        if self.layer == "NeighborhoodAttention":
+            check_window(self.kernel_size, self.dilation, sequence_grid(self.grid))
+        if self.layer == "Hybrid":
+            for dilation in self.hybrid_dilations:
+                check_window(
+                    self.hybrid_window, dilation, sequence_grid(self.grid), names=("hybrid_window", "hybrid_dilations")
+                )

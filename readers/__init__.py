@@ -1,0 +1,1 @@
+"""Read image files, folders and archives; augment images."""

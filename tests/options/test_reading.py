@@ -1,0 +1,143 @@
+"""What is read from files, and the encoding in which text is."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import allconvnet_main
+from options.reading import as_path, as_text, open_regular, read_at_most, read_text, what_is_wrong_with
+from options.runs import PROGRAMS, parse_options, warn_oversized
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call opens a file as text, as far as its source says."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    owner = getattr(getattr(call.func, "value", None), "id", "")
+    if name in ("read_text", "write_text"):
+        return name != "read_text" or isinstance(call.func, ast.Attribute)
+    if name not in ("open", "fdopen") or owner in ("gzip", "Image") or (owner == "os" and name == "open"):
+        return False
+    modes = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+    modes += [word.value.value for word in call.keywords if word.arg == "mode"]
+    return not any(isinstance(mode, str) and "b" in mode and len(mode) < 4 for mode in modes)
+
+
+def test_text_is_utf8_whatever_the_locale():
+    sources = [path for pattern in ("*.py", "[a-z]*/*.py") for path in ROOT.glob(pattern) if "tests" not in path.parts]
+    assert len(sources) > 40
+    calls = [
+        (path.name, call.lineno, [word.arg for word in call.keywords])
+        for path in sources
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and opens_text(call)
+    ]
+    assert calls and not [call for call in calls if "encoding" not in call[2]]
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "loop", tmp_path / "gone", "/dev/zero", "a\0b"):
+        with pytest.raises(OSError) as error:
+            open_regular(path)
+        assert error.value.strerror
+
+
+def test_no_more_is_read_than_is_wanted(tmp_path):
+    (tmp_path / "file").write_bytes(b"12345")
+    for most, expected in ((0, b""), (3, b"123"), (5, b"12345"), (10**18, b"12345")):
+        with open_regular(tmp_path / "file") as file:
+            assert read_at_most(file, most) == expected
+    assert read_text(tmp_path / "file", 5) == "12345"
+    with pytest.raises(OSError, match="larger than 4 bytes"):
+        read_text(tmp_path / "file", 4)
+
+
+def test_what_is_wrong_with_a_path(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("gone")
+    (tmp_path / "link").symlink_to("file")
+    for good in ("", "new", "new/deeper", "file", "link"):
+        assert what_is_wrong_with(str(tmp_path / good)) is None
+    for bad, says in [
+        ("loop", "symbolic links"),
+        ("loop/below", "symbolic links"),
+        ("dangling", "gone, which does not exist"),
+        ("dangling/below", "gone, which does not exist"),
+        ("file/below", "a file"),
+        ("x" * 300, "too long"),
+    ]:
+        assert says in what_is_wrong_with(str(tmp_path / bad)), bad
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--data_path", "--export"])
+def test_paths_that_nothing_can_be_at_are_refused_with_their_flag(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("loop.onnx").symlink_to("loop.onnx")
+    Path("dangling.onnx").symlink_to("gone")
+    for value in ("loop.onnx", "dangling.onnx", "caf\udce9.onnx", "nul\0.onnx", "line\nbreak.onnx", "x" * 300 + ".onnx"):
+        with pytest.raises(SystemExit) as stop:
+            parse_options(PROGRAMS["allconvnet_main.py"], "Train.", ["--dataset", "digits", "--K", "4", flag, value])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and f"error: {flag} " in err, err
+    assert sorted(os.listdir()) == ["dangling.onnx", "loop.onnx"]
+
+
+def test_the_default_network_warns_of_images_that_it_is_too_large_for(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def warned(line: str) -> str:
+        options, parser = parse_options(PROGRAMS["allconvnet_main.py"], "Train.", line.split())
+        warn_oversized(options.model, parser)
+        return capsys.readouterr().err
+
+    for line in ("--dataset digits", "--dataset cifar10 --resize 8"):
+        err = warned(line)
+        assert err.count("\n") == 1 and "warning: " in err and "8 x 8" in err and "--channels 16 32 64" in err
+    for line in (
+        "",
+        "--dataset mnist",
+        "--dataset digits --channels 16 32 64",
+        "--dataset digits --channels 32 64 128 256 512",
+    ):
+        assert warned(line) == ""
+
+
+@pytest.mark.parametrize("text", ["plain", "Süß ✓", "日本"])
+def test_paths_in_a_locale_that_has_other_letters(text, monkeypatch):
+    raw = text.encode()
+    for there in (text, raw.decode("ascii", "surrogateescape")):
+        assert as_text(there) == text
+    assert as_path(text) == text
+    monkeypatch.setattr(os, "fsdecode", lambda name: name.decode("ascii", "surrogateescape"))  # as under LC_ALL=C
+    path = raw.decode("ascii", "surrogateescape")
+    assert as_path(text) == path == as_path(path) and as_text(path) == text
+    for bad in ("caf\udce9", "\ud800"):
+        with pytest.raises(UnicodeError):
+            as_path(bad)
+
+
+def test_a_run_under_lc_all_c_writes_utf_8(tmp_path):
+    """And one in another locale goes on with it."""
+    folder = tmp_path / "Ausgabe-ü ✓"
+    line = "--dataset digits --layer Conv2d --channels 4 --train_limit 32 --test_limit 20 --device cpu"
+    done = subprocess.run(
+        [sys.executable, "allconvnet_main.py", *line.split(), "--num_epochs", "1", "--output_dir", str(folder)],
+        cwd=Path(__file__).parent.parent.parent,
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"},
+        capture_output=True,
+    )
+    assert done.returncode == 0 and done.stderr == b"" and f"results are in {folder}\n".encode() in done.stdout
+    for name in ("config.yaml", "args.txt"):
+        assert yaml.safe_load((folder / name).read_text(encoding="utf-8"))["output_dir"] == str(folder)
+    assert torch.load(folder / "last.pt", weights_only=True)["config"]["output_dir"] == str(folder)
+    assert allconvnet_main.main(["--config", str(folder / "config.yaml"), "--num_epochs", "2", "--resume"]) == 0

@@ -1,0 +1,253 @@
+"""Image files: damage that decoders pass over in silence, and a check before training that is paid for once."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import allconvnet_main
+from readers import images as image_files
+from readers.images import DataError, check_image, check_images, decode_image
+from runs import files as run_files
+
+SOUND = [
+    ("RGB", {}),
+    ("RGB", {"progressive": True}),
+    ("RGB", {"restart_marker_rows": 2}),
+    ("RGB", {"subsampling": 0}),
+    ("L", {}),
+    ("CMYK", {}),
+]
+
+
+def photo(mode="RGB", size=(90, 70), seed=0, **how) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise).resize(size, Image.Resampling.BOX).convert(mode).save(stream, "JPEG", quality=80, **how)
+    return stream.getvalue()
+
+
+def says(path) -> str:
+    with pytest.raises(DataError) as caught:
+        decode_image(str(path))
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "how"), [one for one in SOUND if "progressive" not in one[1]])
+@pytest.mark.parametrize("place", [0.5, 0.7, 0.95])
+def test_a_jpeg_whose_data_ends_in_the_middle_is_named(mode, how, place, tmp_path):
+    """PIL gives it a grey rest; the header and the last marker are as they should be."""
+    raw = photo(mode, **how)
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(raw[: int(place * len(raw))] + b"\xff\xd9")
+    check_image(str(path))
+    corner = np.asarray(Image.open(path))[-4:, -4:]
+    assert ((corner == 128) | (corner == 127)).all()
+    assert "ends in the middle" in says(path)
+    path.write_bytes(raw[: int(place * len(raw))] + b"\xff\xd9 and what a camera appends")
+    with pytest.raises(DataError):
+        check_image(str(path))
+
+
+@pytest.mark.parametrize(("mode", "how"), SOUND)
+def test_a_jpeg_that_ends_grey_by_nature_is_read(mode, how, tmp_path):
+    grey = Image.new("RGB", (90, 70), (128, 128, 128))
+    grey.paste(Image.open(io.BytesIO(photo(size=(90, 30)))), (0, 0))
+    path = tmp_path / "grey.jpg"
+    grey.convert(mode).save(path, quality=80, **how)
+    assert image_files._ends_grey(Image.open(path)) or mode == "CMYK"
+    assert np.array_equal(np.asarray(decode_image(str(path))), np.asarray(Image.open(path).convert("RGB")))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 100), (8, 8), (17, 9)])
+def test_small_jpegs_are_read(size, tmp_path):
+    path = tmp_path / "small.jpg"
+    Image.new("RGB", size, (128, 128, 128)).save(path)
+    check_image(str(path))
+    assert decode_image(str(path)).size == size
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_quick_look_at_a_jpeg_raises_nothing_whatever_it_meets(seed, tmp_path):
+    """On files with some bytes of their headers changed or cut out; what it passes, PIL opens or the decoder names."""
+    rng = np.random.default_rng(seed)
+    raw = photo(["RGB", "L"][seed % 2], size=(20, 16), **({"icc_profile": bytes(9000)} if seed % 3 else {}))
+    path = tmp_path / "image.jpg"
+
+    def looks_plain(data) -> bool:
+        path.write_bytes(data)
+        with open(path, "rb") as file:
+            return image_files._is_plain_jpeg(file)
+
+    assert looks_plain(raw)
+    assert not any(looks_plain(raw[:length]) for length in (0, 1, 2, 3, 4, 11, 12, 19, 20, 100, 300, len(raw) - 1))
+    for _ in range(40):
+        some = bytearray(raw)
+        for place in rng.integers(0, len(raw), rng.integers(1, 4)):
+            some[place] = rng.integers(256)
+        if rng.random() < 0.3:
+            del some[int(rng.integers(2, 600)) :][: int(rng.integers(1, 9))]
+        if looks_plain(bytes(some)):
+            try:
+                width, height = Image.open(path).size
+                assert 0 < max(width, height) <= image_files.LONGEST * min(width, height)
+            except OSError:
+                assert "cannot be read as an image" in says(path)
+
+
+def write_folder(root, classes="ab", train=4, val=2):
+    for part, n in (("train", train), ("val", val)):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                (root / part / name / f"{i}.jpg").write_bytes(photo(size=(24, 20), seed=i))
+
+
+RUN = "--layer Conv2d --channels 4 --dataset folder --resize 8 --batch_size 4 --num_workers 0 --device cpu".split()
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_an_image_that_turns_out_damaged_on_the_way_ends_the_run_with_status_1(part, tmp_path, quick_results, capsys):
+    write_folder(tmp_path / "data")
+    line = [*RUN, "--data_path", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run")]
+    assert allconvnet_main.main([*line, "--num_epochs", "1"]) == 0
+    path = tmp_path / "data" / part / "b" / "1.jpg"
+    raw = path.read_bytes()
+    path.write_bytes(raw[: len(raw) * 2 // 3] + b"\xff\xd9")
+    capsys.readouterr()
+    assert allconvnet_main.main([*line, "--num_epochs", "2", "--resume"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("stopped: ") and str(path) in error
+    assert f"--resume goes on from {tmp_path / 'run' / 'last.pt'}" in error
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1
+    if part == "val":
+        assert allconvnet_main.main([*line, "--test_only"]) == 1
+        assert str(path) in capsys.readouterr().err
+    path.write_bytes(raw)
+    assert allconvnet_main.main([*line, "--num_epochs", "2", "--resume"]) == 0
+
+
+def test_images_in_no_class_folder_are_said_to_be_left_out(tmp_path, quick_results, capsys):
+    write_folder(tmp_path / "data")
+    for name in ("x.jpg", "y.PNG"):
+        (tmp_path / "data" / "train" / name).write_bytes(photo(size=(24, 20)))
+    line = [*RUN, "--data_path", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run"), "--num_epochs", "1"]
+    assert allconvnet_main.main(line) == 0
+    error = capsys.readouterr().err
+    assert error == f"warning: 2 images in {tmp_path / 'data' / 'train'} itself, in no class folder, are left out\n"
+
+
+# --- once ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checks(tmp_path, monkeypatch):
+    """The files that have been looked at; what is remembered is of this test alone."""
+    seen = []
+    real = image_files.check_image
+    monkeypatch.setenv("CONVNN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(image_files, "check_image", lambda path: (seen.append(path), real(path))[1])
+    monkeypatch.setattr(image_files, "TOGETHER", 3)
+    return seen
+
+
+def files_in(root, count=8):
+    paths = [root / "train" / name / f"{i}.jpg" for name in "ab" for i in range(count // 2)]
+    for i, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photo(size=(24, 20), seed=i))
+    return paths, np.array([os.fsencode(path) for path in paths])
+
+
+def test_images_are_checked_once(tmp_path, checks):
+    paths, files = files_in(tmp_path)
+    check_images(files, threads=2, quiet=True)
+    assert sorted(checks) == sorted(map(str, paths))
+    checks.clear()
+    check_images(files, threads=1, quiet=True)
+    assert checks == []
+    os.utime(paths[3], ns=(1, 1))  # alone in its chunk of at most three of a folder
+    check_images(files, threads=1, quiet=True)
+    assert checks == [str(paths[3])]
+    checks.clear()
+    paths[5].write_bytes(photo(size=(24, 20), seed=50))
+    check_images(files, threads=1, quiet=True)
+    assert checks == [str(path) for path in paths[4:7]]
+
+
+def test_what_some_processes_have_checked_another_number_of_them_knows(tmp_path, checks):
+    paths, files = files_in(tmp_path)
+    for rank in range(3):
+        check_images(files, threads=1, quiet=True, rank=rank, world=3)
+    assert sorted(checks) == sorted(map(str, paths))
+    checks.clear()
+    for rank in range(2):
+        check_images(files, threads=1, quiet=True, rank=rank, world=2)
+    assert checks == []
+
+
+def test_a_broken_image_is_found_again_and_the_others_are_remembered(tmp_path, checks):
+    paths, files = files_in(tmp_path)
+    paths[4].write_bytes(b"no image")
+    for _ in range(2):
+        checks.clear()
+        with pytest.raises(DataError, match=str(paths[4])):
+            check_images(files, threads=1, quiet=True)
+    assert str(paths[4]) in checks and not set(checks) & set(map(str, paths[:4]))
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "[1, 2]", '"x"', '{"a": 1}', "\ud800"])
+def test_a_damaged_memory_of_checks_is_no_memory(text, tmp_path, checks):
+    paths, files = files_in(tmp_path)
+    check_images(files, threads=1, quiet=True)
+    (memory,) = (tmp_path / "cache").iterdir()
+    assert len(json.loads(memory.read_text())) == 4
+    memory.write_bytes(text.encode(errors="surrogatepass"))
+    checks.clear()
+    check_images(files, threads=1, quiet=True)
+    assert len(checks) == len(paths)
+
+
+def test_where_nothing_can_be_remembered_images_are_checked_every_time(tmp_path, checks, monkeypatch, capsys):
+    paths, files = files_in(tmp_path)
+
+    def read_only(*_, **_more):
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", read_only)
+        check_images(files, threads=1, quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_files, "open", read_only, raising=False)
+        check_images(files, threads=1, quiet=True)
+    for name in ("CONVNN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # a user without a home
+    check_images(files, threads=1, quiet=True)
+    assert len(checks) == 3 * len(paths) and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"CONVNN_CACHE": "/one", "XDG_CACHE_HOME": "/two", "HOME": "/three"}, "/one"),
+        ({"XDG_CACHE_HOME": "/two", "HOME": "/three"}, "/two/convnn"),
+        ({"CONVNN_CACHE": "", "XDG_CACHE_HOME": "relative", "HOME": "/three"}, "/three/.cache/convnn"),
+    ],
+)
+def test_where_checks_are_remembered(variables, folder, monkeypatch):
+    for name in ("CONVNN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert image_files._cache_folder() == Path(folder)
