@@ -13,7 +13,7 @@ from runs.checkpoints import Leeway, Loaded, load_state
 
 def build_network(config: AllConvNetConfig) -> nn.Module:
     """The network that `config.model` names. Raises ValueError as its constructor does."""
-    module, name = ("vgg", "VGG") if config.model in VGG else ("resnet", "ResNet")
+    module, name = ("models.vgg", "VGG") if config.model in VGG else ("models.resnet", "ResNet")
     if not config.is_host:
         module, name = "allconvnet", "AllConvNet"
     return getattr(importlib.import_module(module), name)(config)

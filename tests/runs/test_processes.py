@@ -161,11 +161,16 @@ SAME_AS_ONE = """
 import math, sys
 import numpy as np, torch
 from dataset import DeviceBatches, Recipe
-from options import AllConvNetConfig, LAYERS1D_NAMES, LAYERS2D_NAMES, TrainConfig, ViTConfig
+from options.allconvnet import AllConvNetConfig
+from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES
+from options.training import TrainConfig
+from options.vit import ViTConfig
 from allconvnet import AllConvNet
 from vit import ViT
 from runs.processes import Processes, Signals
-from train_eval import NonFiniteLoss, Training, evaluate, make_loss, train_one_epoch
+from runs.optimization import NonFiniteLoss, make_loss
+from runs.training import Training
+from train_eval import evaluate, train_one_epoch
 
 CPU = torch.device("cpu")
 SMALL = dict(image_size=8, patch_size=2, in_channels=1, num_layers=2, num_heads=2, d_model=8, d_mlp=8, dropout=0.0,
