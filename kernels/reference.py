@@ -36,6 +36,11 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return copies.gather(1, index[..., None].expand(-1, -1, -1, x.shape[2]))
 
 
+def largest(scores: Tensor, K: int) -> Tensor:
+    """Columns of the K largest of each row, largest first, of equal ones the smallest first: (B, N, M) -> (B, N, K)."""
+    return scores.sort(dim=2, descending=True, stable=True).indices[:, :, :K]  # topk leaves the order of equal ones open
+
+
 def nearest(scores: Tensor, K: int, candidates: Tensor | None, self_index: Tensor | None) -> Tensor:
     """index (B, N, K) of the K best of scores (B, N, M) among the candidates; the token itself, if asked for, first."""
     N, M = scores.shape[1:]
@@ -43,9 +48,9 @@ def nearest(scores: Tensor, K: int, candidates: Tensor | None, self_index: Tenso
         allowed = torch.zeros(M, dtype=torch.bool, device=scores.device).index_fill(0, candidates, True)
         scores = scores.masked_fill(~allowed, -torch.inf)
     if self_index is None:
-        return scores.topk(K, dim=2).indices
+        return largest(scores, K)
     own = self_index[:, None] == torch.arange(M, device=scores.device)  # (N, M)
-    others = scores.masked_fill(own, -torch.inf).topk(K - 1, dim=2).indices
+    others = largest(scores.masked_fill(own, -torch.inf), K - 1)
     return torch.cat([self_index.view(1, N, 1).expand(scores.shape[0], -1, -1), others], dim=2)
 
 
