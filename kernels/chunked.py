@@ -54,6 +54,17 @@ def gathered(x: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def center(keys: Tensor) -> Tensor:
+    """Mean of the keys (B, M, C), rounded to a power of two near their spread: (B, 1, C).
+
+    Less such a center, numbers that are whole, or of few digits, stay so, and equal distances are equal in every backend.
+    """
+    mean = keys.mean(dim=1, keepdim=True)
+    spread = (keys - mean).abs().amax(dim=(1, 2), keepdim=True).clamp_min_(torch.finfo(keys.dtype).tiny)
+    step = spread / torch.frexp(spread).mantissa  # exact
+    return (mean / step).round_() * step
+
+
 def ordered(scores: Tensor) -> Tensor:
     """float32 as int32 in the same order: both zeros equal, NaN as infinity, and -inf above the least finite number."""
     most = torch.finfo(torch.float32).max
@@ -124,8 +135,8 @@ def search(
                 if metric == "cosine":  # the length of the query does not change an order
                     keys = F.normalize(keys, dim=2, eps=1e-12)
                 elif metric == "euclidean":  # -|q - k|^2 / 2 without |q|^2; centered, so that little cancels
-                    center = keys.mean(dim=1, keepdim=True)
-                    keys, queries = keys - center, queries - center
+                    middle = center(keys)
+                    keys, queries = keys - middle, queries - middle
                     offset = keys.square().sum(dim=2).mul_(-0.5)[:, None]  # (b, 1, M)
             part = queries[:, n]
             scores = torch.bmm(part, keys.mT) if offset is None else torch.baddbmm(offset, part, keys.mT)

@@ -7,7 +7,6 @@ products over all of them cost less still. What neither serves goes through `chu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch

@@ -37,8 +37,23 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 def largest(scores: Tensor, K: int) -> Tensor:
-    """Columns of the K largest of each row, largest first, of equal ones the smallest first: (B, N, M) -> (B, N, K)."""
-    return scores.sort(dim=2, descending=True, stable=True).indices[:, :, :K]  # topk leaves the order of equal ones open
+    """Columns of the K largest of each row, largest first, of equal ones the smallest first: (B, N, M) -> (B, N, K).
+
+    Not by `topk`, which leaves the order of equal scores open.
+    """
+    if not torch.compiler.is_exporting():
+        return scores.sort(dim=2, descending=True, stable=True).indices[:, :, :K]
+    # ONNX has no stable sort. From the K-th largest score follows which columns are among the K, and their ranks from pairs.
+    M, least = scores.shape[2], scores.topk(K, dim=2).values[:, :, -1:]
+    above, equal = scores > least, scores == least
+    chosen = above | (equal & (equal.long().cumsum(2) <= K - above.long().sum(2, keepdim=True)))
+    columns = torch.arange(M, device=scores.device)
+    columns = -(torch.where(chosen, -columns, -columns - M).topk(K, dim=2).values) % M  # in rising order
+    values = scores.gather(2, columns)
+    own, other = values[..., None], values[:, :, None]  # (B, N, K, 1), (B, N, 1, K)
+    earlier = torch.ones(K, K, dtype=torch.bool, device=scores.device).tril(-1)
+    rank = ((other > own) | ((other == own) & earlier)).long().sum(3)
+    return torch.zeros_like(columns).scatter(2, rank, columns)
 
 
 def nearest(scores: Tensor, K: int, candidates: Tensor | None, self_index: Tensor | None) -> Tensor:
@@ -58,6 +73,8 @@ def find_neighbors(
     query: Tensor, key: Tensor, K: int, metric: str, candidates: Tensor | None, self_index: Tensor | None
 ) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):
+        if metric == "cosine":  # the length of the query does not change an order; equal keys have equal scores
+            key, metric = F.normalize(key.to(accumulator(key.dtype)), dim=2, eps=1e-12), "matmul"
         return nearest(all_scores(query, key, metric), K, candidates, self_index)
 
 
