@@ -54,9 +54,49 @@ def gathered(x: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def center(keys: Tensor) -> Tensor:
+    """Mean of the keys (B, M, C), rounded to a power of two near their spread: (B, 1, C).
+
+    Less such a center, numbers that are whole, or of few digits, stay so, and equal distances are equal in every backend.
+    """
+    mean = keys.mean(dim=1, keepdim=True)
+    spread = (keys - mean).abs().amax(dim=(1, 2), keepdim=True).clamp_min_(torch.finfo(keys.dtype).tiny)
+    step = spread / torch.frexp(spread).mantissa  # exact
+    return (mean / step).round_() * step
+
+
+def ordered(scores: Tensor) -> Tensor:
+    """float32 as int32 in the same order: both zeros equal, NaN as infinity, and -inf above the least finite number."""
+    most = torch.finfo(torch.float32).max
+    # What masks a score is the least finite number, and even a score of -inf must come before it.
+    bits = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-0.999 * most).add_(0.0).view(torch.int32)
+    return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
+
+
 def largest(scores: Tensor, K: int) -> Tensor:
-    """Columns of the K largest of each row, largest first: (b, n, M) -> (b, n, K)."""
-    return scores.topk(K, dim=2).indices
+    """Columns of the K largest of each row, largest first, of equal ones the smallest first: (b, n, M) -> (b, n, K)."""
+    M = scores.shape[2]
+    if K == 1:
+        return scores.max(dim=2, keepdim=True).indices  # documented to be the first of equal ones
+    if scores.device.type != "cpu":
+        return largest_exactly(scores, K)
+    # topk leaves the order of equal scores open. Where the K + 1 largest of a row fall, none of them are equal.
+    values, columns = scores.topk(min(K + 1, M), dim=2)
+    tied = ~(values[:, :, :-1] > values[:, :, 1:]).all(dim=2)
+    columns = columns[:, :, :K]
+    if tied.any():
+        columns[tied] = largest_exactly(scores[tied][None], K)[0]
+    return columns
+
+
+def largest_exactly(scores: Tensor, K: int) -> Tensor:
+    """`largest` without a look at the scores, which would wait for the device."""
+    if scores.dtype != torch.float32:
+        return scores.sort(dim=2, descending=True, stable=True).indices[:, :, :K]
+    M = scores.shape[2]
+    inverted = torch.arange(M - 1, -1, -1, device=scores.device)
+    found = ordered(scores).long().mul_(2**31).add_(inverted).topk(K, dim=2).values
+    return M - 1 - found.bitwise_and_(2**31 - 1)
 
 
 def search(
@@ -84,6 +124,7 @@ def search(
         return index, products
     all_keys = key
     if candidates is not None:
+        candidates = candidates.sort().values  # of equal scores, the first column is then the smallest index
         key = key.index_select(1, candidates)
     M = key.shape[1]
     keys = offset = None
@@ -94,8 +135,8 @@ def search(
                 if metric == "cosine":  # the length of the query does not change an order
                     keys = F.normalize(keys, dim=2, eps=1e-12)
                 elif metric == "euclidean":  # -|q - k|^2 / 2 without |q|^2; centered, so that little cancels
-                    center = keys.mean(dim=1, keepdim=True)
-                    keys, queries = keys - center, queries - center
+                    middle = center(keys)
+                    keys, queries = keys - middle, queries - middle
                     offset = keys.square().sum(dim=2).mul_(-0.5)[:, None]  # (b, 1, M)
             part = queries[:, n]
             scores = torch.bmm(part, keys.mT) if offset is None else torch.baddbmm(offset, part, keys.mT)

@@ -7,7 +7,6 @@ products over all of them cost less still. What neither serves goes through `chu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +19,7 @@ from kernels.reference import accumulator
 
 CHUNK = 2**18  # elements of a chunk of scores: a megabyte of float32, about a core's cache
 GATHERED = 2**20  # elements of a chunk of gathered rows
+COLUMN_BITS = 20  # of a key, which a double holds beside the 32 bits of a score
 DENSE = 20  # tokens per neighbor, up to which products over all tokens cost less than work on each of K neighbors (measured)
 
 
@@ -58,27 +58,22 @@ def pairs_by_key(index: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def largest(scores: Tensor, K: int) -> Tensor:
-    """Columns of the K largest of each row, largest first: (b, n, M) -> (b, n, K).
+    """Return the columns of the K largest of each row, largest first, of equal ones the smallest column first.
 
-    For short rows the CPU's topk sorts. Faster: K times the largest, as doubles whose last bits, which a float32 leaves empty,
-    hold the column. A larger score has the larger double; of equal scores each has one of its own.
+    (b, n, M) -> (b, n, K). The CPU's topk sorts short rows; K times the largest is faster. Keys are doubles from 1 to 2 whose
+    bits hold the score in its order-preserving form and, below it, the inverted column: no two of a row are equal.
     """
     M = scores.shape[2]
     if scores.dtype != torch.float32 or not 1 < K <= 16 or not 32 <= M < 64 * K:
         return chunked.largest(scores, K)
-    # Numbers that are not finite would lose their column: they become the largest ones, and the least but for masked ones.
-    most = torch.finfo(torch.float32).max
-    keys = scores.nan_to_num(nan=most, posinf=most, neginf=-0.999 * most).double()
-    # A zero with a column in its last bits would be a denormal, which a processor may flush to zero, column and all. So
-    # little as this changes no other number, and makes a zero one that is not denormal.
-    keys += 2.0**-300
-    keys.view(torch.int64).bitwise_or_(torch.arange(M))
+    keys = chunked.ordered(scores).long().bitwise_left_shift_(COLUMN_BITS)
+    keys = keys.add_(torch.arange(M - 1, -1, -1) + (0x3FF8 << 48)).view(torch.float64)
     found = keys.new_empty(K, *scores.shape[:2], 1)
     columns = torch.empty(found.shape, dtype=torch.long)
     for k in range(K):
         torch.amax(keys, dim=2, keepdim=True, out=found[k])
-        torch.bitwise_and(found[k].view(torch.int64), 2**29 - 1, out=columns[k])
-        keys.scatter_(2, columns[k], -math.inf)
+        torch.bitwise_and(found[k].view(torch.int64), 2**COLUMN_BITS - 1, out=columns[k])
+        keys.scatter_(2, torch.sub(M - 1, columns[k], out=columns[k]), 0)
     return columns.squeeze(3).permute(1, 2, 0)
 
 

@@ -36,6 +36,26 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return copies.gather(1, index[..., None].expand(-1, -1, -1, x.shape[2]))
 
 
+def largest(scores: Tensor, K: int) -> Tensor:
+    """Columns of the K largest of each row, largest first, of equal ones the smallest first: (B, N, M) -> (B, N, K).
+
+    Not by `topk`, which leaves the order of equal scores open.
+    """
+    if not torch.compiler.is_exporting():
+        return scores.sort(dim=2, descending=True, stable=True).indices[:, :, :K]
+    # ONNX has no stable sort. From the K-th largest score follows which columns are among the K, and their ranks from pairs.
+    M, least = scores.shape[2], scores.topk(K, dim=2).values[:, :, -1:]
+    above, equal = scores > least, scores == least
+    chosen = above | (equal & (equal.long().cumsum(2) <= K - above.long().sum(2, keepdim=True)))
+    columns = torch.arange(M, device=scores.device)
+    columns = -(torch.where(chosen, -columns, -columns - M).topk(K, dim=2).values) % M  # in rising order
+    values = scores.gather(2, columns)
+    own, other = values[..., None], values[:, :, None]  # (B, N, K, 1), (B, N, 1, K)
+    earlier = torch.ones(K, K, dtype=torch.bool, device=scores.device).tril(-1)
+    rank = ((other > own) | ((other == own) & earlier)).long().sum(3)
+    return torch.zeros_like(columns).scatter(2, rank, columns)
+
+
 def nearest(scores: Tensor, K: int, candidates: Tensor | None, self_index: Tensor | None) -> Tensor:
     """index (B, N, K) of the K best of scores (B, N, M) among the candidates; the token itself, if asked for, first."""
     N, M = scores.shape[1:]
@@ -43,9 +63,9 @@ def nearest(scores: Tensor, K: int, candidates: Tensor | None, self_index: Tenso
         allowed = torch.zeros(M, dtype=torch.bool, device=scores.device).index_fill(0, candidates, True)
         scores = scores.masked_fill(~allowed, -torch.inf)
     if self_index is None:
-        return scores.topk(K, dim=2).indices
+        return largest(scores, K)
     own = self_index[:, None] == torch.arange(M, device=scores.device)  # (N, M)
-    others = scores.masked_fill(own, -torch.inf).topk(K - 1, dim=2).indices
+    others = largest(scores.masked_fill(own, -torch.inf), K - 1)
     return torch.cat([self_index.view(1, N, 1).expand(scores.shape[0], -1, -1), others], dim=2)
 
 
@@ -53,6 +73,8 @@ def find_neighbors(
     query: Tensor, key: Tensor, K: int, metric: str, candidates: Tensor | None, self_index: Tensor | None
 ) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):
+        if metric == "cosine":  # the length of the query does not change an order; equal keys have equal scores
+            key, metric = F.normalize(key.to(accumulator(key.dtype)), dim=2, eps=1e-12), "matmul"
         return nearest(all_scores(query, key, metric), K, candidates, self_index)
 
 

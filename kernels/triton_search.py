@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import chunked
 from kernels import triton_common as common
 from kernels.triton_common import block, load_rows, row_offset, rows_of
 from kernels.triton_sums import dot_pairs
@@ -175,7 +176,7 @@ def search(
     center = terms = None
     if metric != "matmul":
         if metric == "euclidean":
-            center = key.mean(dim=1, dtype=torch.float32)  # so that little cancels in q.k - |k|^2 / 2
+            center = chunked.center(key.float()).squeeze(1)  # so that little cancels in q.k - |k|^2 / 2
         terms = key.new_empty((B, M), dtype=torch.float32)
         common.launch(
             _key_terms_kernel,
