@@ -65,10 +65,7 @@ def read_sweep(path: str, changes: list[str]) -> tuple[list[tuple[str, dict]], l
 
     A mapping of the grid may have a program and options of its own; `program` is then an axis, and the first one.
     """
-    try:
-        sweep = read_yaml(path)
-    except ValueError as error:
-        raise ValueError(str(error).removeprefix("config=")) from None
+    sweep = read_yaml(path)
     for key in sweep:
         if key not in KEYS:
             raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(key, KEYS)}; a sweep has {', '.join(KEYS)}")

@@ -354,9 +354,9 @@ def settle(mixers: Sequence[OwnMixer], given: Sequence[str]) -> tuple[list[dict]
     for text in given:
         name, equals, value = text.partition("=")
         if not name or not equals:
-            raise ValueError(f"mixer_option={text!r} is not name=value")
+            raise ValueError(f"--mixer_option {text!r} is not name=value")
         if not any(name in mixer.arguments for mixer in mixers):
-            raise ValueError(f"mixer_option={text!r}: {_why_unknown(name, mixers)}")
+            raise ValueError(f"--mixer_option {text!r}: {_why_unknown(name, mixers)}")
         texts[name] = value
     values = []
     for mixer in mixers:
@@ -365,7 +365,7 @@ def settle(mixers: Sequence[OwnMixer], given: Sequence[str]) -> tuple[list[dict]
             try:
                 values[-1][name] = read_value(name, texts[name], mixer.arguments[name])
             except ValueError as error:
-                raise ValueError(f"mixer_option='{name}={texts[name]}': {error}") from None
+                raise ValueError(f"--mixer_option '{name}={texts[name]}': {error}") from None
     settled: dict[str, set[str]] = {}
     for mixer, own in zip(mixers, values, strict=True):
         for name, argument in mixer.arguments.items():

@@ -65,8 +65,8 @@ class ModelConfig(NeighborConfig):
             for name in ("mixer_option", "layer_sha256"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"{name}={as_words(getattr(self, name))} is of a class of your own, as layer=FILE.py:Class, and not of "
-                        f"{self.layer}, whose options are flags"
+                        f"{name} {as_words(getattr(self, name))} is for a custom mixer (layer=FILE.py:Class), and "
+                        f"layer={self.layer} is none"
                     )
             return
         addresses = iter([mixer.address for mixer in mixers])

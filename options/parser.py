@@ -51,15 +51,14 @@ class OneLineParser(argparse.ArgumentParser):
             self._print_message(line, sys.stdout)
 
     def error(self, message: str):
-        """One line, exit status 2; `name=value` in a message becomes the flag a user would type."""
+        """Print the message in one line and exit with status 2."""
         self.exit(2, self._line("error", message))
 
     def warn(self, message: str) -> None:
         self._print_message(self._line("warning", message), sys.stderr)
 
     def _line(self, what: str, message: str) -> str:
-        names = "|".join(re.escape(action.dest) for action in self._actions)
-        message = re.sub(rf"(?<!\S)({names})=", r"--\1 ", " ".join(message.split()))
+        message = " ".join(message.split())
         if len(message) > self.LONGEST:
             message = f"{message[: self.LONGEST // 2]} ... {message[-self.LONGEST // 2 :]}"
         # Of the processes that torchrun starts on a machine, which all read the same options, one speaks.
@@ -218,13 +217,13 @@ def read_yaml(path: str) -> dict:
     try:
         values = parse_yaml(read_text(path, MOST_BYTES))
     except OSError as error:
-        raise ValueError(f"config={path!r}: {error.strerror or error}") from None
+        raise ValueError(f"{path!r}: {error.strerror or error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"config={path!r}: {error}") from None
+        raise ValueError(f"{path!r}: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ValueError(f"config={path!r} must be a list of `name: value` lines")
+        raise ValueError(f"{path!r} must be a list of `name: value` lines")
     return values
 
 
@@ -234,11 +233,11 @@ def _read_options(path: str, known: dict[str, Spec]) -> dict:
     aliases = {alias: name for name, spec in known.items() for alias in spec.aliases}
     for alias in aliases.keys() & values.keys():
         if aliases[alias] in values:
-            raise ValueError(f"config={path!r}: {alias!r} is another name of {aliases[alias]!r}; drop one of them")
+            raise ValueError(f"{path!r}: {alias!r} is another name of {aliases[alias]!r}; drop one of them")
         values[aliases[alias]] = values.pop(alias)
     for name in values:
         if name not in known:
-            raise ValueError(f"config={path!r}: unknown key {shown(name)}{did_you_mean(name, known)}")
+            raise ValueError(f"{path!r}: unknown key {shown(name)}{did_you_mean(name, known)}")
     return values
 
 
@@ -293,7 +292,11 @@ def read_values(
         parser.error(f"--config is given more than once ({', '.join(parser.repeated['config'])}); a run takes one file")
     parser.given = frozenset(given)
     try:
-        values = {} if path is None else model_type.values_that_hold(_read_options(path, known), given)
+        values = {} if path is None else _read_options(path, known)
+    except ValueError as error:
+        parser.error(f"--config {error}")
+    try:
+        values = model_type.values_that_hold(values, given)
         return {name: convert(name, value, known[name]) for name, value in over(values, given, known).items()}, parser
     except ValueError as error:
         parser.error(str(error))

@@ -223,7 +223,7 @@ def warn_without_effect(model: ModelConfig, parser: OneLineParser) -> None:
     """A line on stderr for every option that the command line gave and the model does not read; files serve several layers."""
     for name, other in model.without_effect().items():
         if name in parser.given:
-            parser.warn(f"{name}={as_words(getattr(model, name))} is not used by {other}={as_words(getattr(model, other))}")
+            parser.warn(f"--{name} {as_words(getattr(model, name))} is not used by --{other} {as_words(getattr(model, other))}")
 
 
 def warn_fitted(model: AllConvNetConfig, parser: OneLineParser) -> None:
@@ -238,8 +238,8 @@ def warn_fitted(model: AllConvNetConfig, parser: OneLineParser) -> None:
                 value = "all" if name == "num_samples" else one.K
                 found.setdefault(name, []).append(f"{value} on the {as_sides(place.grid)} map of stage {place.stage}")
     for name, maps in found.items():
-        given = f"{name}={getattr(model, name)}"
-        parser.warn(f"{given} does not fit all maps of model={model.model}: it is {', '.join(dict.fromkeys(maps))}")
+        given = f"--{name} {getattr(model, name)}"
+        parser.warn(f"{given} does not fit all maps of --model {model.model}: it is {', '.join(dict.fromkeys(maps))}")
 
 
 def warn_oversized(model: AllConvNetConfig, parser: OneLineParser) -> None:
@@ -247,6 +247,6 @@ def warn_oversized(model: AllConvNetConfig, parser: OneLineParser) -> None:
     spec = specs(AllConvNetConfig)["channels"]
     if not model.is_host and max(model.image_size) <= 8 and model.channels == spec.default and "channels" not in parser.given:
         parser.warn(
-            f"the default channels={as_words(spec.default)} are for images of 32 x 32 and learn {as_sides(model.image_size)} "
-            "slowly and badly; channels=16 32 64, as in configs/demo.yaml, would fit"
+            f"the default --channels {as_words(spec.default)} are for images of 32 x 32 and learn {as_sides(model.image_size)} "
+            "slowly and badly; --channels 16 32 64, as in configs/demo.yaml, would fit"
         )

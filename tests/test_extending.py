@@ -138,4 +138,4 @@ def test_with_a_row_in_a_copy(tmp_path):
     assert "CosineAttention 0.2\nPerformer 0.2\n" in done.stdout
     assert done.stderr.count("warning") == 1 and "--cosine_temperature 0.2 is not used by --layer Performer" in done.stderr
     assert "did you mean CosineAttention?" in done.stderr
-    assert "--cosine_temperature 0.0 must be at least 0.001" in done.stderr
+    assert "cosine_temperature=0.0 must be at least 0.001" in done.stderr

@@ -280,7 +280,7 @@ def test_a_run_is_tested_by_its_own_weights_and_resumed_without_those_it_started
     assert run(f"{config} --num_epochs 2 --resume", folder) == 0
     exported.unlink()
     assert f"--checkpoint {start} is no file" in refused(f"{config} --resume", tmp_path / "anew", capsys)
-    assert f"--checkpoint '{start}' does not exist" in refused(f"{config} --no-resume", tmp_path / "anew", capsys)
+    assert f"checkpoint='{start}' does not exist" in refused(f"{config} --no-resume", tmp_path / "anew", capsys)
 
 
 def test_a_sweep_must_know_that_its_points_are_evaluated(attention, tmp_path):

@@ -52,7 +52,7 @@ def test_what_is_no_size_is_one_line(line, capsys):
     with pytest.raises(SystemExit) as end:
         resolved(f"--resize {line}")
     error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1 and "--resize" in error
+    assert end.value.code == 2 and error.count("\n") == 1 and "resize" in error
 
 
 # --- the images -----------------------------------------------------------------------------------------------------

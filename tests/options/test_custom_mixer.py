@@ -255,8 +255,8 @@ OPTIONS = [
     ("vit_main.py", "mine.py:Kinds", "window_size=3", "Kinds gets window_size from --window_size"),
     ("vit_main.py", "mine.py:Kinds", "bias=False", "Kinds gets bias from --attention_bias"),
     ("vit_main.py", "mine.py:Kinds", "layout=1", "Kinds gets layout from the model"),
-    ("vit_main.py", "Attention", "steps=1", "--mixer_option steps=1 is of a class of your own"),
-    ("allconvnet_main.py", "Conv2d/ConvNN", "steps=1", "--mixer_option steps=1 is of a class of your own"),
+    ("vit_main.py", "Attention", "steps=1", "mixer_option steps=1 is for a custom mixer"),
+    ("allconvnet_main.py", "Conv2d/ConvNN", "steps=1", "mixer_option steps=1 is for a custom mixer"),
     ("vit_main.py", "min.py:Kinds", "", "there is no file"),
     ("vit_main.py", "min.py:Kinds", "", "did you mean mine?"),
     ("vit_main.py", "mine.py:Kind", "", "there is no class 'Kind' in"),
@@ -282,7 +282,7 @@ def parse(program):
 def test_a_class_that_cannot_be_a_mixer(code, line, message, capsys):
     Path("m.py").write_text(HEAD + code)
     said = line_of(parse("vit_main.py"), f"--layer m.py:M {line}", capsys)
-    assert "error: --layer '" in said and "m.py:M'" in said and message in said
+    assert "error: layer='" in said and "m.py:M'" in said and message in said
 
 
 @pytest.mark.parametrize(("program", "layer", "option", "message"), OPTIONS, ids=[f"{one[1]} {one[2]}" for one in OPTIONS])
@@ -437,7 +437,7 @@ def test_sweeps_name_points_by_classes_and_options(capsys):
     for axes, message in [
         ({"layer": ["mine.py:Kvt", "other.py:Kvt"]}, "two points would be named Kvt"),
         ({"layer": ["mine.py:Kvt"], "mixer_option": ["tap=3"]}, "Kvt has no option tap; did you mean top?"),
-        ({"layer": ["Attention", "mine.py:Kvt"], "mixer_option": ["top=3"]}, "is of a class of your own"),
+        ({"layer": ["Attention", "mine.py:Kvt"], "mixer_option": ["top=3"]}, "is for a custom mixer"),
         ({"layer": ["mine.py:Kinds"], "mixer_option": ["rate=2", "rate=2.0"]}, "are the same run"),
     ]:
         Path("s.yaml").write_text(yaml.safe_dump(sweep | {"grid": axes}))
@@ -450,7 +450,7 @@ def test_benchmark_gives_each_layer_its_options(capsys):
     assert [config.mixer_option and config.mixer_option[0] for config in configs] == [None, "top=3", "steps=4"]
     for line, message in [
         (f"{names} --mixer_option tap=3", "Kvt has no option tap; did you mean top?"),
-        ("Attention --mixer_option top=3", "is of a class of your own"),
+        ("Attention --mixer_option top=3", "is for a custom mixer"),
         ("mine.py:Kvt ./mine.py:Kvt", "two layers would be called Kvt"),
     ]:
         assert message in line_of(benchmark.parse, f"vit --layer {line} --tokens 16", capsys)
