@@ -557,8 +557,8 @@ def test_without_a_terminal_there_is_one_line_per_epoch(tmp_path):
     assert [line.split()[0] for line in out.splitlines()] == ["Conv2d/ConvNN", "epoch", "epoch", "best"]
 
 
-# docs/extending.md is applied word by word by test_extending.py: its commands need the mixer that it adds.
-PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "extending.md")]
+# docs/custom_mixers.md is applied word by word by test_custom_mixers.py: its commands need the mixer that it adds.
+PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "custom_mixers.md")]
 
 
 def blocks(language):
@@ -588,7 +588,7 @@ def test_the_promises_name_tests_that_exist():
 
 
 def test_what_the_pages_link_and_name_exists():
-    for page in [*PAGES, ROOT / "docs" / "extending.md"]:
+    for page in [*PAGES, ROOT / "docs" / "custom_mixers.md"]:
         text = page.read_text()
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"

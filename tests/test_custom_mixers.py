@@ -1,4 +1,4 @@
-"""docs/extending.md, word by word: by path from an empty folder, and with a row in a copy of the project."""
+"""docs/custom_mixers.md, word by word: by path from an empty folder, and with a row in a copy of the project."""
 
 import os
 import re
@@ -19,7 +19,7 @@ import vit_main
 from experiments import runner
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "extending.md").read_text()
+PAGE = (ROOT / "docs" / "custom_mixers.md").read_text()
 BY_PATH, WITH_A_ROW = PAGE.split("\n## With a row\n")
 MAINS = {"vit_main.py": vit_main, "run_experiments.py": run_experiments, "benchmark.py": benchmark, "visualize.py": visualize}
 
