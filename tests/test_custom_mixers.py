@@ -113,10 +113,10 @@ def test_with_a_row_in_a_copy(tmp_path):
         elif path.name in ("configs", "data", "__pycache__") or (path.name[0] != "." and any(path.glob("*.py"))):
             shutil.copytree(path, tmp_path / path.name)
     (code,) = blocks("python", BY_PATH)
-    (tmp_path / "cosine_attention.py").write_text(code)
-    added = {"cosine_attention.py": code.count("\n")}
-    place = r"In `([\w.]+)`, below the line that starts with `([^`]+)`"
-    steps = re.findall(rf"\*\*\d\. The \w+\.\*\* {place}:\n\n```python\n(.*?)```", WITH_A_ROW, flags=re.S)
+    (tmp_path / "mixers" / "cosine_attention.py").write_text(code)
+    added = {"mixers/cosine_attention.py": code.count("\n")}
+    location = r"In `([\w./]+)`, below the line that starts with `([^`]+)`"
+    steps = re.findall(rf"\*\*\d\. The \w+\.\*\* {location}:\n\n```python\n(.*?)```", WITH_A_ROW, flags=re.S)
     assert len(steps) == 2
     for name, anchor, line in steps:
         lines = (tmp_path / name).read_text().splitlines(keepends=True)
