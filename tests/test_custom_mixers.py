@@ -1,4 +1,4 @@
-"""docs/custom_mixers.md, word by word: by path from an empty folder, and with a row in a copy of the project."""
+"""Follow docs/custom_mixers.md literally: by path from an empty folder, and with a row in a copy of the project."""
 
 import os
 import re
