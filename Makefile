@@ -1,4 +1,4 @@
-# `make demo` and `make test` need only Python >= 3.11; VENV=path reuses an environment.
+# `make demo` and `make test` need only Python 3.11 or later. VENV=path reuses an environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -17,15 +17,15 @@ demo: $(VENV)/.installed
 	@echo "  $(BIN)/python allconvnet_main.py --config configs/demo.yaml --test_only"
 	@echo "  $(BIN)/python allconvnet_main.py --help"
 
-# Two tests at a time.
+# Run two tests at a time.
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Times against what is promised, on a machine that does nothing else; fails where a target is missed.
+# Compare times with their targets; needs an idle machine. Fails if a target is missed.
 bench: $(VENV)/.installed
 	$(BIN)/python benchmark.py targets
 
-# What only a GPU can show: tests, targets, epochs, profiles; says what it skips where there is none.
+# Run the tests, targets, epochs and profiles that need a GPU; without one, list what is skipped.
 gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m experiments.gpu
 

@@ -1,4 +1,4 @@
-"""docs/extending.md, word by word: by path from an empty folder, and with a row in a copy of the project."""
+"""Follow docs/custom_mixers.md literally: by path from an empty folder, and with a row in a copy of the project."""
 
 import os
 import re
@@ -19,7 +19,7 @@ import vit_main
 from experiments import runner
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "extending.md").read_text()
+PAGE = (ROOT / "docs" / "custom_mixers.md").read_text()
 BY_PATH, WITH_A_ROW = PAGE.split("\n## With a row\n")
 MAINS = {"vit_main.py": vit_main, "run_experiments.py": run_experiments, "benchmark.py": benchmark, "visualize.py": visualize}
 
@@ -113,10 +113,10 @@ def test_with_a_row_in_a_copy(tmp_path):
         elif path.name in ("configs", "data", "__pycache__") or (path.name[0] != "." and any(path.glob("*.py"))):
             shutil.copytree(path, tmp_path / path.name)
     (code,) = blocks("python", BY_PATH)
-    (tmp_path / "cosine_attention.py").write_text(code)
-    added = {"cosine_attention.py": code.count("\n")}
-    place = r"In `([\w.]+)`, below the line that starts with `([^`]+)`"
-    steps = re.findall(rf"\*\*\d\. The \w+\.\*\* {place}:\n\n```python\n(.*?)```", WITH_A_ROW, flags=re.S)
+    (tmp_path / "mixers" / "cosine_attention.py").write_text(code)
+    added = {"mixers/cosine_attention.py": code.count("\n")}
+    location = r"In `([\w./]+)`, below the line that starts with `([^`]+)`"
+    steps = re.findall(rf"\*\*\d\. The \w+\.\*\* {location}:\n\n```python\n(.*?)```", WITH_A_ROW, flags=re.S)
     assert len(steps) == 2
     for name, anchor, line in steps:
         lines = (tmp_path / name).read_text().splitlines(keepends=True)
