@@ -37,7 +37,7 @@ def make_parser() -> OneLineParser:
 
 def list_images(paths: list[Path]) -> list[Path]:
     """The files among the paths, and the image files in the folders and below. Raises ValueError for a path with none."""
-    from readers.files import IMAGE_SUFFIXES
+    from readers.folders import IMAGE_SUFFIXES
 
     found = []
     for path in paths:
