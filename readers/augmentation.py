@@ -1,13 +1,13 @@
-"""Images cropped, mirrored and resized; and torchvision's own augmentation: a policy, and erasing.
+"""Crop, flip and resize images; torchvision's policies and random erasing.
 
-torchvision draws from torch's global generator. Here it draws from that one's copy, set anew for every image, so that an image
-is augmented alike in any batch and process, and the run's own numbers stay as they were.
+torchvision draws from torch's global generator. Here that generator is seeded anew for every image and restored afterwards: an
+image is augmented alike in any batch and process, and the run's own random numbers are unaffected.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,17 +16,22 @@ from torch.nn import functional as F
 from options.data import sides_of
 from readers.files import import_torchvision
 
-BILINEAR = 2  # of PIL
+# Streams of random numbers: independent numbers for independent purposes (`utils.keys`).
+CROP, ORDER, WORKER, TRAIN_NOISE, VAL_NOISE, TEST_NOISE, POLICY, ERASE = range(8)
+NOISE = {"train": TRAIN_NOISE, "val": VAL_NOISE, "test": TEST_NOISE}
+BILINEAR = 2  # PIL's number
 POLICIES = {"rand": "RandAugment", "trivial": "TrivialAugmentWide"}  # names in torchvision.transforms.v2
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int) -> Tensor:
-    """Images (B, C, H, W) in a black border, cut back to (H, W) at (top, left) from 0 to 2 padding, some then mirrored.
+    """Add a black border to images (B, C, H, W), crop each to (H, W) at its own place, and mirror some.
 
-    `top`, `left` (B,) are int64, `flip` (B,) is bool: each image has its own.
+    Args:
+        top, left: Corners of the crops, (B,) int64 from 0 to 2 padding.
+        flip: Images to mirror, (B,) bool.
     """
     B, C, H, W = images.shape
-    # One gather for the whole batch: the index of every pixel that leaves, in the padded image laid flat.
+    # One gather for the whole batch, by the index of every output pixel in the flattened padded image.
     padded = F.pad(images, (padding, padding, padding, padding)).flatten(2)
     rows = top[:, None] + torch.arange(H, device=images.device)  # (B, H)
     cols = torch.arange(W, device=images.device).expand(B, W)
@@ -36,59 +41,77 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, paddi
 
 
 def resize_images(images: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Pixels from 0 to 255 (B, C, H, W) -> float32 (B, C, *size), whole numbers as PIL's bilinear resize gives."""
+    """Resize pixels from 0 to 255 (B, C, H, W) to float32 (B, C, *size), whole numbers as by PIL's bilinear resize."""
     images = F.interpolate(images.float(), size=sides_of(size), mode="bilinear", align_corners=False, antialias=True)
     return images.round_().clamp_(0, 255)
 
 
-def with_margin(sides: tuple[int, int]) -> tuple[int, int]:
-    """What images are resized to before their middle is cut out to these sides."""
-    return tuple(round(side * 256 / 224) for side in sides)
-
-
-def cover(sides: tuple[int, int], image):
-    """A PIL image resized, in its own proportions, to the smallest that covers (height, width)."""
+def _cover(sides: tuple[int, int], image):
+    """Resize a PIL image, in its own proportions, to the smallest that covers (height, width)."""
     (width, height), (rows, columns) = image.size, sides
     if rows * width >= columns * height:
         return image.resize((rows * width // height, rows), BILINEAR)
     return image.resize((columns, columns * height // width), BILINEAR)
 
 
-@contextlib.contextmanager
-def forked_generator() -> Iterator[torch.Generator]:
-    """torch's CPU generator to set and draw from, as it was again afterwards."""
+def image_transform(
+    sides: tuple[int, int], *, augment: bool = False, auto_augment: str = "none", margin: bool = True
+) -> Callable:
+    """Return a transform of PIL images to (C, *sides) uint8, drawing from torch's CPU generator.
+
+    Args:
+        augment: Random resized crop and horizontal flip. Otherwise the image is resized to cover the sides and cropped
+            around its center.
+        auto_augment: Policy that follows: none, rand or trivial.
+        margin: Resize to cover 256/224 of the sides before the center crop.
+    """
+    v2 = import_torchvision().transforms.v2
+    if augment:
+        steps = [v2.RandomResizedCrop(sides), v2.RandomHorizontalFlip()]
+    else:
+        covered = tuple(round(side * 256 / 224) for side in sides) if margin else sides
+        steps = [partial(_cover, covered), v2.CenterCrop(sides)]
+    if auto_augment != "none":
+        steps.append(make_policy(auto_augment))
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def seeded(items: Iterable, seeds: Tensor) -> Iterator:
+    """Yield each item with torch's CPU generator seeded by its number of `seeds` (B,); then restore the generator's state."""
     with torch.random.fork_rng(devices=[]):
-        # The CPU generator alone: torch.manual_seed would reset the GPU's for dropout as well.
-        yield torch.default_generator
+        for item, seed in zip(items, seeds.tolist(), strict=True):
+            # The CPU generator only: torch.manual_seed would also reset the GPU's, which dropout uses.
+            torch.default_generator.manual_seed(seed % 2**32)
+            yield item
 
 
-def make_policy(name: str):
-    """torchvision's transform with its defaults, bilinear as in its reference: a PIL image -> another of its size and mode."""
+def make_policy(name: str) -> Callable:
+    """Return torchvision's policy with its defaults, bilinear as in its reference: PIL image -> PIL image of equal size."""
     transforms = import_torchvision().transforms
     return getattr(transforms.v2, POLICIES[name])(interpolation=transforms.InterpolationMode.BILINEAR)
 
 
-def apply_policy(policy, images: Tensor, seeds: Tensor) -> Tensor:
-    """uint8 images (B, C, H, W) of 1 or 3 channels on the CPU, one by one through a policy (as PIL images: the fastest)."""
+def apply_policy(policy: Callable, images: Tensor, seeds: Tensor) -> Tensor:
+    """Apply a policy to uint8 images (B, C, H, W) of 1 or 3 channels on the CPU, each with its seed (B,).
+
+    The images are converted to PIL one by one, for which the policies are fastest.
+    """
     functional = import_torchvision().transforms.v2.functional
     out = torch.empty_like(images)
-    with forked_generator() as generator:
-        for image, seed, to in zip(images, seeds.tolist(), out, strict=True):
-            generator.manual_seed(seed % 2**32)
-            to.copy_(functional.pil_to_tensor(policy(functional.to_pil_image(image))))
+    for image, changed in seeded(zip(images, out, strict=True), seeds):
+        changed.copy_(functional.pil_to_tensor(policy(functional.to_pil_image(image))))
     return out
 
 
 def erase(images: Tensor, probability: float, seeds: Tensor) -> Tensor:
-    """Images (B, C, H, W) in place -> a box of each set to 0 with this probability (Zhong et al., arXiv 1708.04896).
+    """Set a box of each image (B, C, H, W) to 0, in place, with this probability (Zhong et al., arXiv 1708.04896).
 
-    The boxes are those of torchvision's RandomErasing with its defaults, drawn on the CPU; the device is not waited for.
+    Boxes are those of torchvision's RandomErasing with its defaults. They are drawn on the CPU, seeded by `seeds` (B,),
+    without waiting for the device.
     """
     B, _, H, W = images.shape
     transform = import_torchvision().transforms.RandomErasing(probability, inplace=True)
     kept = torch.ones(B, 1, H, W, dtype=torch.bool, pin_memory=images.is_cuda)
-    with forked_generator() as generator:
-        for image, seed in zip(kept, seeds.tolist(), strict=True):
-            generator.manual_seed(seed % 2**32)
-            transform(image)
+    for image in seeded(kept, seeds):
+        transform(image)
     return images.masked_fill_(~kept.to(images.device, non_blocking=True), 0)

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import visualize
+from dataset import channel_stats
 from experiments.analysis import PANELS, analyze_runs, draw_analysis, kept_epochs
 from experiments.trained import load_run
 from neighbors import grid_places
@@ -81,9 +82,7 @@ def test_overlaps_are_those_with_the_changed_images(runs):
     rows = rows_of(runs, "convnn", noise=0.3)
     model, images, _, _ = load_run(runs / "convnn", 3, None)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * 0.3
-    from dataset import IMAGENET_STATS, STATS
-
-    std = torch.tensor(STATS.get("digits", IMAGENET_STATS)[1]).view(-1, 1, 1)
+    _, std = channel_stats("digits")
     order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.arange(16).view(4, 4).flip(1).flatten()])
     with torch.no_grad():
         one, flipped, noisy = (model(x, output_attentions=True)[1] for x in (images, images.flip(3), images + noise / std))
