@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from allconvnet import make_single2d
 from mixers.base import TokenLayout
 from mixers.build import build_layer
+from models.backbones import plan
 from options.allconvnet import AllConvNetConfig
-from options.backbones import VGG, WIDTHS
 from options.custom_mixer import is_address, what_failed
 from options.layers import Row, layer_label
 from options.models import ModelConfig
@@ -85,16 +84,14 @@ def trials(config: ModelConfig) -> Iterator[Trial]:
 
 
 def layers2d(config: AllConvNetConfig) -> Iterator[tuple[AllConvNetConfig, int, int, int]]:
-    """Of each layer: its config, channels in and out, and its stride."""
-    if config.is_host:
-        before = config.in_channels if config.model in VGG or config.stem == "small" else WIDTHS[0]
-        for place in config.places():
-            if place.is_replaced:
-                yield config.at(place), before, place.out_channels, place.stride
-            before = place.out_channels
+    """Yield config, channels in and out and stride of every layer. Raises ValueError for one that does not fit its map."""
+    if config.is_backbone:
+        for convolution in plan(config)[1]:
+            if convolution.layer is not None:
+                yield convolution.layer, *convolution.channels, convolution.module.stride[0]
         return
     for before, after, grid in zip((config.in_channels, *config.channels), config.channels, config.grids(), strict=False):
-        yield dataclasses.replace(config, channels=(after,), num_layers=None, image_size=grid), before, after, 1
+        yield config.layer_on(after, grid), before, after, 1
 
 
 def file_of(row: Row) -> str:
