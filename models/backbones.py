@@ -38,11 +38,6 @@ class Convolution(NamedTuple):
     grid: tuple[int, int]
     layer: AllConvNetConfig | None
 
-    @property
-    def channels(self) -> tuple[int, int]:
-        """Channels in and out."""
-        return self.module.in_channels, self.module.out_channels
-
 
 def plan(config: AllConvNetConfig) -> tuple[nn.Module, list[Convolution]]:
     """Build torchvision's network on the meta device, with the stem of the config, and list its 3 x 3 convolutions in order.
@@ -79,9 +74,15 @@ def plan(config: AllConvNetConfig) -> tuple[nn.Module, list[Convolution]]:
 
 def adapt(network: nn.Module, config: AllConvNetConfig) -> None:
     """Give torchvision's network the stem of the config, its input channels and, in a VGG, its classifier."""
+    stem = next(name for name, part in network.named_modules() if isinstance(part, nn.Conv2d))
+    old = network.get_submodule(stem)
+    geometry = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding, "bias": old.bias is not None}
     is_small = config.stem == "small"
+    if is_small and config.model not in VGG:
+        geometry |= {"kernel_size": 3, "stride": 1, "padding": 1}
+        network.set_submodule("maxpool" if config.model in RESNET else "features.pool0", nn.Identity())
+    network.set_submodule(stem, nn.Conv2d(config.in_channels, old.out_channels, **geometry))
     if config.model in VGG:
-        network.features[0] = nn.Conv2d(config.in_channels, network.features[0].out_channels, 3, padding=1)
         channels, side, width = network.classifier[0].in_features // 7**2, 1 if is_small else 7, config.classifier_width
         network.avgpool = nn.AdaptiveAvgPool2d(side)
         network.classifier[0] = nn.Linear(channels * side**2, width)
@@ -90,13 +91,6 @@ def adapt(network: nn.Module, config: AllConvNetConfig) -> None:
         for part in network.features:
             if isinstance(part, nn.ReLU):
                 part.inplace = False  # a layer may need its output in the backward pass
-        return
-    stem, pooling = ("conv1", "maxpool") if config.model in RESNET else ("features.conv0", "features.pool0")
-    geometry = {"kernel_size": 3, "padding": 1} if is_small else {"kernel_size": 7, "stride": 2, "padding": 3}
-    out_channels = network.get_submodule(stem).out_channels
-    network.set_submodule(stem, nn.Conv2d(config.in_channels, out_channels, bias=False, **geometry))
-    if is_small:
-        network.set_submodule(pooling, nn.Identity())
 
 
 def find_convolutions(network: nn.Module) -> list[tuple[str, nn.Conv2d, int]]:
@@ -134,16 +128,16 @@ def warn_fitted(config: AllConvNetConfig, warn: Callable[[str], None]) -> None:
     """Warn where maps of a backbone have fewer tokens than the neighbors or samples that the config asks for."""
     if not config.is_backbone:
         return
-    maps: dict[str, dict[str, None]] = {}  # of an option: where it is smaller, each once
-    for convolution in plan(config)[1]:
-        for name in ("K", "num_samples"):
-            fitted = getattr(convolution.layer or config, name)
-            if fitted != getattr(config, name):
-                value = "all" if name == "num_samples" else fitted
-                where = f"{value} on the {as_sides(convolution.grid)} map of stage {convolution.stage}"
-                maps.setdefault(name, {})[where] = None
-    for name, where in maps.items():
-        warn(f"--{name} {getattr(config, name)} does not fit all maps of --model {config.model}: it is {', '.join(where)}")
+    convolutions = plan(config)[1]
+    for name in ("K", "num_samples"):
+        maps = []
+        for _, _, stage, grid, layer in convolutions:
+            if layer is not None and getattr(layer, name) != getattr(config, name):
+                value = "all" if name == "num_samples" else layer.K
+                maps.append(f"{value} on the {as_sides(grid)} map of stage {stage}")
+        if maps:
+            where = ", ".join(dict.fromkeys(maps))
+            warn(f"--{name} {getattr(config, name)} does not fit all maps of --model {config.model}: it is {where}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -188,8 +182,11 @@ def build_backbone(config: AllConvNetConfig) -> nn.Module:
     """
     network, convolutions = plan(config)
     layers = {convolution.name: convolution.layer for convolution in convolutions}
+    parts = list(network.named_modules())
+    stem = next(name for name, part in parts if isinstance(part, nn.Conv2d))
+    head = [name for name, part in parts if isinstance(part, nn.Linear)][-1]
     # Weights are drawn in the order of the forward pass, each layer's once: the initial numbers belong to a seed.
-    for name, part in list(network.named_modules()):
+    for name, part in parts:
         if layers.get(name) is not None:
             channels, stride, bias = (part.in_channels, part.out_channels), part.stride[0], part.bias is not None
             part = make_layer2d(layers[name], *channels, stride=stride, bias=bias)
@@ -198,18 +195,16 @@ def build_backbone(config: AllConvNetConfig) -> nn.Module:
             part.to_empty(device=torch.get_default_device())
             part.reset_parameters()
         init_for_relu(part, "fan_in" if config.model in DENSENET else "fan_out")
-    if config.model in RESNET:
-        network.head, stem, sequences = "fc.", "conv1", ["layer1", "layer2", "layer3", "layer4"]
-    else:
-        network.head, stem = ("classifier.6.", "features.0") if config.model in VGG else ("classifier.", "features.conv0")
-        sequences = ["features"]
+    if config.model not in RESNET:
         init_classifier(network.classifier, config)
-    for name in sequences:
-        segments = Segments(OrderedDict(network.get_submodule(name).named_children()))
-        segments.owner = (network,)
-        network.set_submodule(name, segments)
+    for name, part in list(network.named_children()):
+        if isinstance(part, nn.Sequential) and name != "classifier":
+            segments = Segments(OrderedDict(part.named_children()))
+            segments.owner = (network,)
+            setattr(network, name, segments)
     network.config = config
-    network.replaceable = "|".join([re.escape(network.head), *(re.escape(f"{name}.") for name in (stem, *layers))])
+    network.head = f"{head}."
+    network.replaceable = "|".join(re.escape(f"{name}.") for name in (stem, *layers, head))
     network.recompute = False
     return network
 

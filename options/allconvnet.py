@@ -153,8 +153,8 @@ class AllConvNetConfig(ModelConfig):
         if self.model in VGG and self.classifier_width is None:
             object.__setattr__(self, "classifier_width", CLASSIFIER_WIDTHS[stem])
         check_image_size(self.model, stem, self.image_size)
-        takers = [name for name in self.layers_in_use() if "shuffle_pattern" in self.rows[name].arguments]
-        if takers and self.shuffle_pattern in ("A", "B"):
+        has_shuffle = any("shuffle_pattern" in self.rows[name].arguments for name in self.layers_in_use())
+        if has_shuffle and self.shuffle_pattern in ("A", "B"):
             raise ValueError(
                 f"shuffle_pattern={self.shuffle_pattern} changes the size of the map, which model={self.model} decides; "
                 "use BA or NA"
@@ -229,20 +229,16 @@ class AllConvNetConfig(ModelConfig):
 
     def grids(self) -> list[tuple[int, int]]:
         """Return height and width of the map that enters each layer of a stack; the patterns A and B change them."""
-        height, width = self.image_size
         names = self.layers_in_use()
         keeping = [name for name in names if "shuffle_pattern" not in self.rows[name].arguments]
-        if keeping == names or self.shuffle_pattern in ("BA", "NA"):
-            return [(height, width)] * self.num_layers
-        if keeping:
+        if self.shuffle_pattern in ("A", "B") and keeping and keeping != names:
             raise ValueError(
                 f"shuffle_pattern={self.shuffle_pattern} changes the size of the map and {keeping[0]} keeps it; use BA or NA"
             )
-        result = []
+        result = [self.image_size]
         for _ in self.channels:
-            result.append((height, width))
-            height, width = self.grid_after(names[0], (height, width))
-        return result
+            result.append(self.grid_after(names[0], result[-1]))
+        return result[:-1]
 
     def grid_after(self, layer: str, grid: tuple[int, int]) -> tuple[int, int]:
         """Return height and width of the map that leaves a layer."""
