@@ -13,7 +13,7 @@ if __name__ == "__main__":  # before other imports: no traceback of one that is 
 import sys
 from functools import partial
 
-from options.runs import PROGRAMS, as_trained, parse_options, warn_fitted, warn_oversized, warn_without_effect
+from options.runs import PROGRAMS, as_trained, parse_options, warn_oversized, warn_without_effect
 from runs.streams import run_program
 
 
@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     program = PROGRAMS["allconvnet_main.py"]
     options, parser = parse_options(program, __doc__, argv)
     # torch takes seconds to import: only once the options are known to be right.
+    from models.backbones import warn_fitted
     from models.build import build_network, load_network_weights
     from train_eval import run
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.note_repeated()
         warn_without_effect(options.model, parser)
         warn_oversized(options.model, parser)
-        warn_fitted(options.model, parser)
+        warn_fitted(options.model, parser.warn)
 
     stated = partial(as_trained, program, parser.stated)
     return run(options, build_network, parser.error, load_network_weights, stated, announce)

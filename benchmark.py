@@ -97,7 +97,7 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
 
 def has_baseline(config: ViTConfig | AllConvNetConfig) -> bool:
     """Whether `make_mixers` knows another form of this layer or network to compare it with."""
-    return config.layer == "Attention" if isinstance(config, ViTConfig) else config.is_host and config.layer == "Conv2d"
+    return config.layer == "Attention" if isinstance(config, ViTConfig) else config.is_backbone and config.layer == "Conv2d"
 
 
 def mixer_options(family: Family, layers: tuple[str, ...], given: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -129,7 +129,7 @@ def make_mixers(
     import torch
     from torch import nn
 
-    if isinstance(config, AllConvNetConfig) and config.is_host:
+    if isinstance(config, AllConvNetConfig) and config.is_backbone:
         from models.build import build_network
 
         images = torch.randn(batch_size, config.in_channels, *config.image_size)

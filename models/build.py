@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
-
 from torch import Tensor, nn
 
+from allconvnet import AllConvNet
+from models.backbones import build_backbone, needed_flags
 from options.allconvnet import AllConvNetConfig
-from options.backbones import VGG, flags_for
 from runs.checkpoints import Leeway, Loaded, load_state
 
 
 def build_network(config: AllConvNetConfig) -> nn.Module:
-    """The network that `config.model` names. Raises ValueError as its constructor does."""
-    module, name = ("models.vgg", "VGG") if config.model in VGG else ("models.resnet", "ResNet")
-    if not config.is_host:
-        module, name = "allconvnet", "AllConvNet"
-    return getattr(importlib.import_module(module), name)(config)
+    """Build the network that `config.model` names. Raises ValueError if a layer does not fit its map."""
+    return build_backbone(config) if config.is_backbone else AllConvNet(config)
 
 
 def load_network_weights(network: nn.Module, state_dict: dict[str, Tensor], leeway: Leeway = Leeway()) -> Loaded:  # noqa: B008
-    """Load a state dict of this network; torchvision's are those of its hosts with Conv2d.
+    """Load a state dict of this network; for a backbone with Conv2d also one of torchvision.
 
-    leeway: how far they may differ; by default not at all. Raises ValueError that names the first difference, and the flags of
-    the host that the weights are of.
+    leeway: accepted differences; by default none. Raises ValueError with the first difference, and the flags of the backbone
+    that the weights belong to.
     """
     try:
         return load_state(network, state_dict, leeway)
     except ValueError as error:
-        flags = flags_for(network.config, state_dict)
+        flags = needed_flags(network.config, state_dict)
         raise ValueError(f"{error}{'; these weights need ' * bool(flags)}{flags}") from None

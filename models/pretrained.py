@@ -1,4 +1,4 @@
-"""Load weights of ours, torchvision's and timm's into a ViT."""
+"""Load weights of our own ViT, torchvision's and timm's into a ViT."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from runs.checkpoints import Leeway, Loaded, load_state
 from vit import resample_positions
 
-# Names in torchvision's and in timm's state dicts, and ours.
+# Names in the state dicts of torchvision and timm, and ours.
 TORCHVISION = {
     r"conv_proj\.": "patch_embedding.",
     r"encoder\.pos_embedding": "pos_embedding",
@@ -39,11 +39,19 @@ TIMM = {
 }
 
 
-def fit_positions(model: nn.Module, table: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, str]:
-    """Learned positions as this model has them, and what was done, in words. grid: theirs; None: the model's own, or a square.
+FOREIGN = {"conv_proj.weight": TORCHVISION, "patch_embed.proj.weight": TIMM}  # by the name of their first weight
 
-    A class token that joins after the local layers has no position: where the other model's has one it is left out, and where
-    ours has one it starts at zero. Raises ValueError where the grid cannot be told.
+
+def fit_positions(model: nn.Module, table: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, str]:
+    """Return learned positions resampled to the grid of this model, and a note on it.
+
+    A class token that joins after the local layers has no position: a surplus position is dropped, and a missing one is zero.
+
+    Args:
+        table: positions (1, tokens, d) of the other model.
+        grid: rows and columns of its patches; None: those of this model if the shapes agree, else a square.
+
+    Raises ValueError if the grid cannot be derived.
     """
     new, count, ours = model.config.grid, table.shape[1], model.config.class_tokens
     if grid is None:
@@ -60,7 +68,7 @@ def fit_positions(model: nn.Module, table: Tensor, grid: tuple[int, int] | None)
 
 
 def joined_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With the queries, keys and values of timm's ConViT, which are `qk` and `v` there, as one `qkv`."""
+    """Join `qk` and `v` of timm's ConViT to one `qkv`."""
     joined = dict(weights)
     for name in weights:
         value = name.replace(".mixer.qk.", ".mixer.v.")
@@ -72,42 +80,39 @@ def joined_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], leeway: Leeway = Leeway()) -> Loaded:  # noqa: B008  it is immutable
     """Load a state dict of this model, or of the same architecture by torchvision or timm (`vit_b_16`, `vit_base_patch16_224`).
 
-    Theirs have patch_norm=False, final_norm=True, pos_embedding="learned", and as many classes as the model must have; timm's
-    ConViT (`convit_tiny`) is `model="convit_ti"` with proj_bias=True, and timm's with `fc_norm` are of another architecture.
+    Both need patch_norm=False, final_norm=True, pos_embedding="learned" and the same number of classes; timm's ConViT
+    (`convit_tiny`) is `model="convit_ti"` with proj_bias=True. Models of timm with `fc_norm` are of another architecture.
 
-    leeway: how far they may differ; by default not at all. Raises ValueError that names the first difference.
+    leeway: accepted differences; by default none. Raises ValueError that names the first difference.
     """
-    foreign = {"conv_proj.weight": TORCHVISION, "patch_embed.proj.weight": TIMM}
-    names = next((table for name, table in foreign.items() if name in state_dict), {})
-
-    def ours(name: str) -> str:
-        for pattern, replacement in names.items():
-            if re.match(pattern, name):
-                return re.sub(pattern, replacement, name, count=1)
-        return name
-
-    weights, resampled = joined_projections({ours(name): value for name, value in state_dict.items()}), ""
+    stem = next((name for name in FOREIGN if name in state_dict), None)
+    weights = {}
+    for name, value in state_dict.items():
+        patterns = FOREIGN.get(stem, {})
+        pattern = next((pattern for pattern in patterns if re.match(pattern, name)), None)
+        weights[name if pattern is None else re.sub(pattern, patterns[pattern], name, count=1)] = value
+    weights, resampled = joined_projections(weights), ""
     try:
         table = weights.get("pos_embedding")
         if leeway.resample and table is not None and table.ndim == 3 and model.config.pos_embedding == "learned":
             weights["pos_embedding"], resampled = fit_positions(model, table, leeway.grid)
         return load_state(model, weights, leeway)._replace(resampled=resampled)
     except ValueError as error:
-        given = {"--no-patch_norm": not model.config.patch_norm, "--final_norm": model.config.final_norm}
-        given |= {"--pos_embedding learned": model.config.pos_embedding == "learned"}
-        needed = " ".join(flag for flag, is_given in given.items() if not is_given)
-        advice = f"; those of torchvision and timm need {needed}" if names and needed else ""
-        if names is TIMM and "blocks.0.attn.gating_param" in state_dict and model.config.biases != (False, True):
+        config, advice = model.config, ""
+        fits = {"--no-patch_norm": not config.patch_norm, "--final_norm": config.final_norm}
+        fits |= {"--pos_embedding learned": config.pos_embedding == "learned"}
+        if stem and not all(fits.values()):
+            needed = " ".join(flag for flag, is_given in fits.items() if not is_given)
+            advice += f"; those of torchvision and timm need {needed}"
+        if "blocks.0.attn.gating_param" in state_dict and config.biases != (False, True):
             advice += "; those of timm's ConViT need --no-attention_bias --proj_bias"
-        new, old = model.config.grid, leeway.grid
+        new, old = config.grid, leeway.grid
         if leeway.resample and old not in (None, new) and ".mixer." in str(error):
             advice += (
-                f"; --layer {model.config.layer} has parameters for every token, so it runs on the {old[0]} x {old[1]} patches "
+                f"; --layer {config.layer} has parameters for every token, so it runs on the {old[0]} x {old[1]} patches "
                 "that it was made for"
             )
-        first = next((name for name in ("conv_proj.weight", "patch_embed.proj.weight") if name in state_dict), None)
-        if first and state_dict[first].ndim == 4 and state_dict[first].shape[1] != model.config.in_channels:
-            advice += (
-                f"; they are for images of {state_dict[first].shape[1]} channels, and these have {model.config.in_channels}"
-            )
+        if stem and state_dict[stem].ndim == 4 and state_dict[stem].shape[1] != config.in_channels:
+            channels = state_dict[stem].shape[1]
+            advice += f"; they are for images of {channels} channels, and these have {config.in_channels}"
         raise ValueError(f"{error}{advice}") from None

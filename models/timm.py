@@ -13,19 +13,19 @@ from options.vit import ViTConfig
 
 
 def timm_mixer(layer: str, **options) -> type[nn.Module]:
-    """A class to give to timm as `attn_layer`, or to make a `Block`'s `attn` of: (B, N, dim) -> the same.
+    """Return a class for timm's `attn_layer`, or for the `attn` of a `Block`: (B, N, dim) -> the same.
 
-    Its projections are `qkv` and `proj` as in timm's own attention, whose weights it therefore takes.
+    Its projections are called `qkv` and `proj` as in timm's attention, so it takes the weights of that.
 
     Args:
-        layer: a name of `LAYERS1D_ROWS`.
-        options: fields of `ViTConfig`: those of the mixer, and image_size (224), patch_size (16) and pool (cls; `mean` for a
-            model without a class token), which say what the tokens are. Heads, biases and dropout are as timm asks for them.
+        layer: a name in `LAYERS1D_ROWS`.
+        options: fields of `ViTConfig` for the mixer, and image_size (224), patch_size (16) and pool (cls; `mean` for a model
+            without a class token), which describe the tokens. timm passes heads, biases and dropout.
 
-    Raises ValueError for an unknown layer or an option that does not fit, and when the class is used for what it does not have:
-    normalized queries and keys, masks.
+    Raises ValueError for an unknown layer or an option that does not fit; the class raises it for normalized queries and keys,
+    and for masks.
     """
-    base = ViTConfig(layer=layer, d_model=2**16, num_heads=1, **options)  # the features are known when timm makes the layer
+    base = ViTConfig(layer=layer, d_model=2**16, num_heads=1, **options)  # timm passes the features later
     layout = TokenLayout(*base.grid, base.class_tokens)
     row = layer_row(LAYERS1D_ROWS, layer, base.branch_ratio)
 
@@ -56,7 +56,7 @@ def timm_mixer(layer: str, **options) -> type[nn.Module]:
 
         def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
             if attn_mask is not None or is_causal:
-                raise ValueError(f"{layer} chooses which tokens attend to which by itself, and takes no mask")
+                raise ValueError(f"{layer} selects the tokens that attend to each other itself, and takes no mask")
             return self.proj_drop(super().forward(x))
 
     Mixer.__name__ = Mixer.__qualname__ = layer_class(row).__name__

@@ -1,4 +1,4 @@
-"""`AllConvNetConfig`: options of the convolutional program's models."""
+"""`AllConvNetConfig`: model options of the convolutional program."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from options.backbones import HOSTS, RESNET, STEMS, VGG, Place, choose, default_stem, places_of
+from options.backbones import BACKBONES, CLASSIFIER_WIDTHS, RESNET, STEMS, VGG, check_image_size, default_stem
 from options.checks import check_slots, check_topk, shuffle_factors
 from options.data import DATASETS, sides_of
 from options.fields import LAYERS, SIDE, WIDTH, address_hint, as_words, decide, option, redefault
@@ -27,11 +27,9 @@ from options.layers import (
 from options.models import LAYER_SHA256, MIXER_OPTION, OWN_LAYER, ModelConfig, of_model
 from options.neighbors import NeighborConfig, as_sides
 
-CLASSIFIER_WIDTHS = {"small": 512, "imagenet": 4096}  # of VGG, by the stem
-
 
 def _decided_by_size(values: dict, given: dict) -> set[str]:
-    """Names of what the data set, the size or the stem in a config.yaml decided and, as another is given, decides anew."""
+    """Return the options in a config.yaml that followed from its data set, size or stem, where another one is given."""
     if "model" not in values:  # written by hand: all of it was meant
         return set()
     found, resize, stem = set(), values.get("resize"), str(values.get("stem"))
@@ -39,7 +37,7 @@ def _decided_by_size(values: dict, given: dict) -> set[str]:
     if "dataset" in given and info and resize == info.size:
         found.add("resize")
     if "resize" in given or found:
-        with contextlib.suppress(TypeError, ValueError):  # of a size that is none
+        with contextlib.suppress(TypeError, ValueError):  # an invalid size: reported elsewhere
             found |= {"stem"} if stem == default_stem(sides_of(resize)) else set()
     if "stem" in found | given.keys() and values.get("classifier_width") == CLASSIFIER_WIDTHS.get(stem):
         found.add("classifier_width")
@@ -48,20 +46,19 @@ def _decided_by_size(values: dict, given: dict) -> set[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class AllConvNetConfig(ModelConfig):
-    """A convolutional network whose convolutions are a mixer: one, BatchNorm and ReLU per entry of `channels`, or a host.
+    """A convolutional network: mixer, BatchNorm and ReLU for every entry of `channels`, or a backbone (`options/backbones.py`).
 
-    In a host (`options/backbones.py`) every layer has the options that its map allows: `at`.
+    In a backbone, `models/backbones.py` checks that the layers fit their maps.
     """
 
     rows: ClassVar[dict[str, Row]] = LAYERS2D_ROWS
-
     sizes: ClassVar[tuple[str, str]] = ("in_channels", "out_channels")
     unscored: ClassVar[frozenset[str]] = frozenset({"ConvNN", "ViG"})
 
     model: str = option(
         "allconvnet",
-        "a stack of --channels, or VGG, ResNet with --layer for 3 x 3 convolutions",
-        choices=("allconvnet", *HOSTS),
+        "a stack of --channels, or a VGG, ResNet or DenseNet with --layer for its 3 x 3 convolutions",
+        choices=("allconvnet", *BACKBONES),
     )
     layer: str = option("ConvNN", f"{', '.join(LAYERS2D_NAMES)}, or A/B of two different ones side by side{OWN_LAYER}")
     mixer_option: tuple[str, ...] | None = option(None, MIXER_OPTION, kind=str, many=True, metavar="NAME=VALUE", repeat=True)
@@ -76,30 +73,28 @@ class AllConvNetConfig(ModelConfig):
     convolution_type: str = option("standard", "ConvNN_Attn: convolution over the K slots", choices=CONVOLUTION_TYPES)
     shuffle_pattern: str = of_model(
         "BA",
-        "pixel-unshuffle before (B), shuffle after (A), both (BA) or neither (NA, the default in VGG and ResNet)",
+        "pixel-unshuffle before (B), shuffle after (A), both (BA) or neither (NA, the default in a backbone)",
         choices=SHUFFLE_PATTERNS,
     )
     shuffle_scale: int = option(2, "side of the block that a shuffle moves into channels", low=1, high=SIDE)
-    graph_aggregation: str = option("max", "ViG: what a token takes from its neighbors", choices=GRAPH_AGGREGATIONS)
-    score_temperature: float = option(
-        1.0, "ConvNN attention: what scores are divided by before the softmax", low=1e-6, high=1e6
-    )
+    graph_aggregation: str = option("max", "ViG: aggregation of the neighbors of a token", choices=GRAPH_AGGREGATIONS)
+    score_temperature: float = option(1.0, "ConvNN attention: temperature of the softmax over the scores", low=1e-6, high=1e6)
     topk: str = option(
         "hard",
-        "ConvNN attention: the choice of neighbors in training, hard, or learned by a gradient for all candidates, of the "
-        "nearest (straight_through) or of K drawn by their scores (gumbel)",
+        "ConvNN attention: top-k in training, hard, or learned by a gradient for all candidates, of the nearest "
+        "(straight_through) or of K drawn by their scores (gumbel)",
         choices=TOPKS,
     )
     padding: int = option(0, "ConvNN: zero ring around the image that takes part in the search", low=0, high=SIDE)
     branch_ratio: float = option(0.5, "A/B: share of the output channels of B; 0 and 1 build the single layer", low=0, high=1)
     branch_join: str = option("relu", "A/B: ReLU after each, or a 1 x 1 convolution of both", choices=BRANCH_JOINS)
     replace: tuple[str, ...] = option(
-        ("all",), "VGG, ResNet: the 3 x 3 convolutions that --layer replaces: all, last n, or stages 3 4"
+        ("all",), "backbones: 3 x 3 convolutions that --layer replaces: all, last n, or stages 3 4"
     )
     stem: str | None = option(
         None,
-        "ResNet: a 3 x 3 convolution, or 7 x 7 and a pooling; VGG: classifier on 1 x 1, or on 7 x 7 pixels (default: small "
-        "for images below 128 pixels)",
+        "ResNet, DenseNet: a 3 x 3 convolution, or 7 x 7 and a pooling; VGG: classifier on 1 x 1, or on 7 x 7 pixels (default: "
+        "small for images below 128 pixels)",
         kind=str,
         choices=STEMS,
     )
@@ -114,12 +109,12 @@ class AllConvNetConfig(ModelConfig):
     magnitude_type: str = redefault(NeighborConfig, "magnitude_type", "similarity")
 
     def __post_init__(self):
-        decide(self, {"shuffle_pattern": "NA"} if str(self.model) in HOSTS else {})
+        decide(self, {"shuffle_pattern": "NA"} if str(self.model) in BACKBONES else {})
         if isinstance(self.replace, (list, tuple)):  # [last, 3] in a file
             object.__setattr__(self, "replace", tuple(str(word) if type(word) is int else word for word in self.replace))
         self._check_ranges()
         self._check_names()
-        if self.is_host:
+        if self.is_backbone:
             self._settle()
             return
         if self.num_layers not in (None, len(self.channels)):
@@ -132,13 +127,13 @@ class AllConvNetConfig(ModelConfig):
                 self._check_layer(name, width, grid)
 
     @property
-    def is_host(self) -> bool:
-        """Whether the layers replace convolutions of a network that exists without them."""
-        return self.model in HOSTS
+    def is_backbone(self) -> bool:
+        """True if the layer replaces convolutions of a network of torchvision."""
+        return self.model in BACKBONES
 
     @property
     def title(self) -> str:
-        return f"{self.model} with {layer_label(self.layer)}" if self.is_host else layer_label(self.layer)
+        return f"{self.model} with {layer_label(self.layer)}" if self.is_backbone else layer_label(self.layer)
 
     def _check_names(self) -> None:
         names = layers_of(self.layer)
@@ -152,49 +147,39 @@ class AllConvNetConfig(ModelConfig):
             raise ValueError(f"layer={self.layer!r} must be one layer, or A/B of two different ones")
 
     def _settle(self) -> None:
-        """What a host decides by the size of the images, and whether every layer fits its place."""
+        """Set the options that a backbone derives from the image size, and check those that need no map. Raises ValueError."""
         stem = self.stem or default_stem(self.image_size)
         object.__setattr__(self, "stem", stem)
         if self.model in VGG and self.classifier_width is None:
             object.__setattr__(self, "classifier_width", CLASSIFIER_WIDTHS[stem])
-        takers = [name for name in self.layers_in_use() if "shuffle_pattern" in self.rows[name].arguments]
-        if takers and self.shuffle_pattern in ("A", "B"):
+        check_image_size(self.model, stem, self.image_size)
+        has_shuffle = any("shuffle_pattern" in self.rows[name].arguments for name in self.layers_in_use())
+        if has_shuffle and self.shuffle_pattern in ("A", "B"):
             raise ValueError(
                 f"shuffle_pattern={self.shuffle_pattern} changes the size of the map, which model={self.model} decides; "
                 "use BA or NA"
             )
         if self.model in RESNET and "Conv2d" in self.layers_in_use() and self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={self.kernel_size} must be odd in model={self.model}, where it has strides")
-        for place in dict.fromkeys(self.places()):
-            if place.is_replaced:
-                try:
-                    self.at(place)
-                except ValueError as error:
-                    where = f"layer={self.layer} on the {as_sides(place.grid)} map of stage {place.stage} of model={self.model}"
-                    raise ValueError(f"{where}: {error}; or let it stay a convolution (replace)") from None
 
-    def places(self) -> list[Place]:
-        """The 3 x 3 convolutions of a host in their order, and which of them `layer` replaces."""
-        return choose(self.replace, places_of(self.model, self.stem, self.image_size), self.model)
+    def layer_on(self, out_channels: int, grid: tuple[int, int]) -> AllConvNetConfig:
+        """Return the config of a single layer with these output channels on a map of this height and width.
 
-    def at(self, place: Place) -> AllConvNetConfig:
-        """The config of the single layer at this place of a host.
-
-        A token cannot have more neighbors than its map has tokens: there K is their number. Where the samples are more than
-        there are tokens, or than there are rows or columns, all tokens are candidates. Raises ValueError if something else
-        does not fit.
+        In a backbone, K and the samples are fitted: a token cannot have more neighbors than the map has tokens, and where the
+        samples are more than there are tokens, or than there are rows or columns, all tokens are candidates. Raises ValueError
+        if something else does not fit.
         """
-        own = {"model": "allconvnet", "channels": (place.out_channels,), "num_layers": None, "image_size": place.grid}
-        grids = [self._tokens(name, place.grid) for name in self.layers_in_use() if "neighbors" in self.rows[name].arguments]
-        if grids:
-            grid = min(grids, key=math.prod)
-            most = {"all": math.inf, "random": math.prod(grid), "spatial": min(grid) - 2 * self.sample_padding}
-            fitted = {"num_samples": self.num_samples if self.num_samples <= most[self.sampling] else -1}
-            own |= fitted | {"K": min(self.K, math.prod(grid))}
-        return dataclasses.replace(self, **own)
+        one = {"model": "allconvnet", "channels": (out_channels,), "num_layers": None, "image_size": grid}
+        grids = [self._tokens(name, grid) for name in self.layers_in_use() if "neighbors" in self.rows[name].arguments]
+        if self.is_backbone and grids:
+            tokens = min(grids, key=math.prod)
+            most = {"all": math.inf, "random": math.prod(tokens), "spatial": min(tokens) - 2 * self.sample_padding}
+            one["K"] = min(self.K, math.prod(tokens))
+            one["num_samples"] = self.num_samples if self.num_samples <= most[self.sampling] else -1
+        return dataclasses.replace(self, **one)
 
     def _tokens(self, name: str, grid: tuple[int, int]) -> tuple[int, int]:
-        """Sides of the grid of tokens that this layer makes of a map. Raises ValueError if the shuffle does not divide it."""
+        """Return the sides of the grid of tokens of a map. Raises ValueError if the shuffle does not divide it."""
         options = self.rows[name].arguments
         if "shuffle_pattern" in options and self.shuffle_pattern in ("B", "BA"):
             self._check_divides(grid)
@@ -204,9 +189,9 @@ class AllConvNetConfig(ModelConfig):
 
     @staticmethod
     def values_that_hold(values: dict, given: dict) -> dict:
-        """Without num_layers beside other channels: config.yaml holds the length of those it was written with.
+        """Drop the values of a file that follow from others which the command line changes.
 
-        And without what the file's model decided, beside another model, or the size of its images, beside another size.
+        These are num_layers beside other channels, and those derived from the model or the image size beside another one.
         """
         values = ModelConfig.values_that_hold(values, given)
         dropped = _decided_by_size(values, given) | ({"num_layers"} if "channels" in given else set())
@@ -219,18 +204,18 @@ class AllConvNetConfig(ModelConfig):
 
     def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
         found = super().without_effect(defaults=defaults)
-        own = {"channels", "num_layers"} if self.is_host else {"replace", "stem"}
+        own = {"channels", "num_layers"} if self.is_backbone else {"replace", "stem"}
         own |= set() if self.model in VGG else {"classifier_width", "batch_norm"}
         found |= dict.fromkeys(own, "model")
         if len(layers_of(self.layer)) == 1:
             found["branch_ratio"] = found["branch_join"] = "layer"
         elif self.branch_ratio in (0, 1):
             found["branch_join"] = "branch_ratio"
-        found["drop_path"] = "layer"  # a stack, and a host of convolutions, has none in its blocks
+        found["drop_path"] = "layer"  # neither a stack nor a backbone has residual blocks that drop
         return found
 
     def branches(self, out_channels: int) -> list[tuple[str, int]]:
-        """(layer, its share of the output channels) of the one or two layers side by side."""
+        """Return name and output channels of the one or two layers side by side."""
         first, *others = layers_of(self.layer)
         if not others or self.branch_ratio == 0:
             return [(first, out_channels)]
@@ -243,24 +228,20 @@ class AllConvNetConfig(ModelConfig):
         return [(first, out_channels - width), (second, width)]
 
     def grids(self) -> list[tuple[int, int]]:
-        """Height and width of the feature map that enters each layer; patterns A and B change it on the way."""
-        height, width = self.image_size
+        """Return height and width of the map that enters each layer of a stack; the patterns A and B change them."""
         names = self.layers_in_use()
         keeping = [name for name in names if "shuffle_pattern" not in self.rows[name].arguments]
-        if keeping == names or self.shuffle_pattern in ("BA", "NA"):
-            return [(height, width)] * self.num_layers
-        if keeping:
+        if self.shuffle_pattern in ("A", "B") and keeping and keeping != names:
             raise ValueError(
                 f"shuffle_pattern={self.shuffle_pattern} changes the size of the map and {keeping[0]} keeps it; use BA or NA"
             )
-        result = []
+        result = [self.image_size]
         for _ in self.channels:
-            result.append((height, width))
-            height, width = self.grid_after(names[0], (height, width))
-        return result
+            result.append(self.grid_after(names[0], result[-1]))
+        return result[:-1]
 
     def grid_after(self, layer: str, grid: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the map that leaves a layer."""
+        """Return height and width of the map that leaves a layer."""
         pattern = self.shuffle_pattern if "shuffle_pattern" in self.rows[layer].arguments else "NA"
         if pattern == "A":
             return grid[0] * self.shuffle_scale, grid[1] * self.shuffle_scale
@@ -277,7 +258,7 @@ class AllConvNetConfig(ModelConfig):
             )
 
     def _check_layer(self, name: str, out_channels: int, grid: tuple[int, int]) -> None:
-        """Relations between options that only matter for the layers in use."""
+        """Check relations between options of a layer. Raises ValueError."""
         options = self.rows[name].arguments
         grid = self._tokens(name, grid)
         if "num_heads" in options:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from options.allconvnet import AllConvNetConfig
-from options.backbones import HOSTS
+from options.backbones import BACKBONES
 from options.data import DATASETS, DataConfig, sides_of
 from options.fields import as_words, build, check_option, shown, specs
 from options.layers import layer_label
@@ -84,7 +84,7 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
     model = build(model_type, values, image_size=data.resize, in_channels=info.channels, num_classes=classes)
     if train.output_dir is None:
         name, preset = layer_label(model.layer).replace("/", "-"), getattr(model, "model", None)
-        folder = f"{preset}/{name}" if preset in HOSTS else f"{family}/{preset if preset in CONVITS else name}"
+        folder = f"{preset}/{name}" if preset in BACKBONES else f"{family}/{preset if preset in CONVITS else name}"
         train = dataclasses.replace(train, output_dir=f"./Output/{folder}")
     _check_paths(data, train)
     return Options(model, data, train)
@@ -177,7 +177,7 @@ def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
     options = resolve(program.model, program.family, values)
     now, unused = options.as_dict(), options.model.without_effect().keys() | ONLY_IN_TRAINING
     if "resize" in own and isinstance(options.model, AllConvNetConfig):
-        # Its layers run on maps of any size; those of a host would have other K, and so other weights, in a model for this one.
+        # Its layers run on maps of any size; in a backbone made for this size they would have another K, and other weights.
         options = options._replace(model=dataclasses.replace(options.model, image_size=own["resize"]))
     both = {name: (own[name], now[name]) for name in (*model, "resize") if name in own and name not in unused}
     return AsTrained(options, {name: pair for name, pair in both.items() if not same_value(name, *pair)})
@@ -226,26 +226,15 @@ def warn_without_effect(model: ModelConfig, parser: OneLineParser) -> None:
             parser.warn(f"--{name} {as_words(getattr(model, name))} is not used by --{other} {as_words(getattr(model, other))}")
 
 
-def warn_fitted(model: AllConvNetConfig, parser: OneLineParser) -> None:
-    """A line on stderr where maps of a host have fewer tokens than neighbors or samples are asked for."""
-    if not model.is_host:
-        return
-    found: dict[str, list[str]] = {}
-    for place in dict.fromkeys(place for place in model.places() if place.is_replaced):
-        one = model.at(place)
-        for name in ("K", "num_samples"):
-            if getattr(one, name) != getattr(model, name):
-                value = "all" if name == "num_samples" else one.K
-                found.setdefault(name, []).append(f"{value} on the {as_sides(place.grid)} map of stage {place.stage}")
-    for name, maps in found.items():
-        given = f"--{name} {getattr(model, name)}"
-        parser.warn(f"{given} does not fit all maps of --model {model.model}: it is {', '.join(dict.fromkeys(maps))}")
-
-
 def warn_oversized(model: AllConvNetConfig, parser: OneLineParser) -> None:
     """A line on stderr where the default network, made for 32 x 32 pixels, meets images of at most 8 x 8."""
     spec = specs(AllConvNetConfig)["channels"]
-    if not model.is_host and max(model.image_size) <= 8 and model.channels == spec.default and "channels" not in parser.given:
+    if (
+        not model.is_backbone
+        and max(model.image_size) <= 8
+        and model.channels == spec.default
+        and "channels" not in parser.given
+    ):
         parser.warn(
             f"the default --channels {as_words(spec.default)} are for images of 32 x 32 and learn {as_sides(model.image_size)} "
             "slowly and badly; --channels 16 32 64, as in configs/demo.yaml, would fit"

@@ -16,12 +16,12 @@ import allconvnet_main
 import vit_main
 from allconvnet import AllConvNet
 from dataset import DeviceBatches, Recipe, load_data
-from options import backbones as hosts
 from options.allconvnet import AllConvNetConfig
 from options.data import DataConfig
 from options.runs import PROGRAMS, parse_options
 from options.vit import ViTConfig
 from readers.augmentation import resize_images
+from tests.helpers.narrow import narrow_backbones
 from vit import LAYERS1D, ViT
 
 ALONG_THE_SEQUENCE = ("ConvNN", "Conv1d", "Linformer")  # parameters for every token
@@ -180,8 +180,8 @@ QUICK = "--batch_size 8 --train_limit 16 --test_limit 8 --num_epochs 1 --device 
     ],
 )
 def test_test_only_on_another_size(program, line, tmp_path, monkeypatch, capsys):
-    """A line says so and test_results.json has it; the K of a host are those that it was trained with."""
-    monkeypatch.setattr(hosts, "WIDTHS", (8, 8, 16, 16, 16))
+    """A line says so and test_results.json has it; a backbone keeps the K that it was trained with."""
+    narrow_backbones(monkeypatch)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.chdir(tmp_path)
     assert run(program, f"{line} {QUICK} --output_dir out") == 0

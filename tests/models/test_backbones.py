@@ -1,8 +1,9 @@
-"""VGG and ResNet, with torchvision's as the reference, and with every layer in the place of their convolutions.
+"""VGG, ResNet and DenseNet, with torchvision's as the reference, and with every layer in place of their convolutions.
 
 torchvision's weights cannot be downloaded here: they are random, which says as much of the architecture.
 """
 
+import itertools
 import math
 import re
 import shlex
@@ -15,17 +16,17 @@ from torch.nn import functional as F
 
 import allconvnet
 import allconvnet_main
-from allconvnet import LAYERS2D
 from layers2d import Attention2d, CoordConv2d
+from models.backbones import plan, warn_fitted
 from models.build import build_network, load_network_weights
-from options import backbones as hosts
 from options.allconvnet import AllConvNetConfig
-from options.runs import PROGRAMS, parse_options, warn_fitted
-from runs.checkpoints import load_state
+from options.backbones import BACKBONES
+from options.layers import LAYERS2D_NAMES
+from options.runs import PROGRAMS, parse_options
 from runs.measure import count_flops, count_parameters
+from tests.helpers.narrow import narrow_backbones
 
-HOSTS = ("vgg11", "vgg13", "vgg16", "vgg19", "resnet18", "resnet34")
-LAYERS = [*LAYERS2D, "Conv2d/ConvNN"]
+LAYERS = [*LAYERS2D_NAMES, "Conv2d/ConvNN"]
 
 
 def make(model="resnet18", **options):
@@ -34,8 +35,7 @@ def make(model="resnet18", **options):
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Hosts of 8 and 16 channels."""
-    monkeypatch.setattr(hosts, "WIDTHS", (8, 8, 16, 16, 16))
+    narrow_backbones(monkeypatch)
 
 
 # --- torchvision ----------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def pair(name, **options):
     return ours, torchvision.models.get_model(name)
 
 
-@pytest.mark.parametrize("name", [*HOSTS, "vgg11_bn"])
+@pytest.mark.parametrize("name", [*BACKBONES, "vgg11_bn"])
 def test_with_convolutions_parameters_and_flops_are_torchvisions(name):
     with torch.device("meta"):
         ours, theirs = pair(name, image_size=224)
@@ -59,13 +59,14 @@ def test_with_convolutions_parameters_and_flops_are_torchvisions(name):
     assert count_parameters(ours) == count_parameters(theirs)
 
 
-@pytest.mark.parametrize("name", ["vgg11", "vgg11_bn", "resnet18"])
+@pytest.mark.parametrize("name", ["vgg11", "vgg11_bn", "resnet18", "resnet50", "densenet121"])
 def test_logits_are_torchvisions_with_its_weights(name):
     """In training too, with all gradients. VGG's 100 million weights of linears are fewer here: the shapes are tested above."""
-    size = 64 if name == "resnet18" else 32
+    is_vgg = name.startswith("vgg")
+    size = 32 if is_vgg else 64
     with torch.device("meta"):
-        ours, theirs = pair(name, image_size=size, stem="imagenet", classifier_width=32)
-        if name != "resnet18":
+        ours, theirs = pair(name, image_size=size, stem="imagenet", classifier_width=32 if is_vgg else None)
+        if is_vgg:
             for number, sizes in ((0, (25088, 32)), (3, (32, 32)), (6, (32, 1000))):
                 theirs.classifier[number] = nn.Linear(*sizes)
     for module in (*ours.to_empty(device="cpu").modules(), *theirs.to_empty(device="cpu").modules()):
@@ -73,7 +74,7 @@ def test_logits_are_torchvisions_with_its_weights(name):
     for parameter in theirs.parameters():
         if parameter.ndim == 1:
             nn.init.uniform_(parameter, 0.5, 1)  # of BatchNorm, where the initial ones and zeros would hide a mistake
-    load_state(ours, theirs.state_dict())
+    load_network_weights(ours, theirs.state_dict())
     images, labels = torch.randn(2, 3, size, size), torch.tensor([1, 7])
     for model in (ours, theirs):
         torch.manual_seed(1)  # of dropout
@@ -87,14 +88,15 @@ def test_logits_are_torchvisions_with_its_weights(name):
 
 def test_initialization_is_torchvisions():
     """Moments of the weights of every convolution, all of BatchNorm, and for VGG, which takes long to make, by the formula."""
-    ours, theirs = pair("resnet18", image_size=224)
-    for key, value in ours.state_dict().items():
-        other = theirs.state_dict()[key]
-        if value.ndim == 4:
-            torch.testing.assert_close(value.std(), other.std(), rtol=0.1, atol=0)
-            assert value.mean().abs() < 0.1 * value.std()
-        elif not key.startswith("fc"):
-            assert torch.equal(value, other)
+    for name in ("resnet18", "densenet121"):
+        ours, theirs = pair(name, image_size=224)
+        for key, value in ours.state_dict().items():
+            other = theirs.state_dict()[key]
+            if value.ndim == 4:
+                torch.testing.assert_close(value.std(), other.std(), rtol=0.1, atol=0)
+                assert value.mean().abs() < 0.1 * value.std()
+            elif not key.startswith("fc") and key != "classifier.weight":
+                assert torch.equal(value, other)
     vgg = make("vgg11", layer="Conv2d", image_size=224, classifier_width=32)
     for module in vgg.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -111,6 +113,8 @@ def test_initialization_is_torchvisions():
         ("vgg11_bn", {"stem": "imagenet", "classifier_width": 4096}, "--batch_norm"),
         ("vgg11", {"batch_norm": True, "stem": "imagenet", "classifier_width": 4096}, "--no-batch_norm"),
         ("resnet18", {}, "--stem imagenet"),
+        ("resnet50", {}, "--stem imagenet"),
+        ("densenet121", {}, "--stem imagenet"),
     ],
 )
 def test_weights_that_do_not_fit_come_with_advice(name, options, advice):
@@ -127,8 +131,8 @@ def test_weights_that_do_not_fit_come_with_advice(name, options, advice):
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("name", HOSTS)
-def test_every_layer_trains_a_step_in_every_host(name, layer):
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_layer_trains_a_step_in_every_backbone(name, layer):
     vgg = name.startswith("vgg")
     side = 32 if vgg else 16
     model = make(name, layer=layer, num_heads=2, image_size=side, classifier_width=16 if vgg else None)
@@ -144,9 +148,15 @@ def test_every_layer_trains_a_step_in_every_host(name, layer):
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("size", [(32, 32), (32, 36)])
-@pytest.mark.parametrize("name", ["vgg11", "resnet18"])
-def test_by_location_a_host_is_its_convolutional_self(name, size):
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *itertools.product(["vgg11", "resnet18"], [(32, 32), (32, 36)]),
+        ("resnet50", (16, 20)),
+        ("densenet121", (16, 20)),
+    ],
+)
+def test_by_location_a_backbone_is_its_convolutional_self(name, size):
     """Strides too: what is left of a map are the rows and columns that a convolution with a stride computes."""
     location = {"similarity_type": "Loc", "padding": 1, "K": 9}
     width = 16 if name == "vgg11" else None
@@ -162,7 +172,7 @@ def test_by_location_a_host_is_its_convolutional_self(name, size):
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("name", ["vgg11", "resnet18"])
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet50", "densenet121"])
 @pytest.mark.parametrize(
     "words",
     [("all",), ("last", 1), ("last", "4"), ("stages", 3, 4), ("stages", "1")],
@@ -185,8 +195,9 @@ def test_replace_says_which(name, words):
 
 def stages_of(name, keys):
     """By torchvision's names: layer1.0.conv1 is of stage 1, as is the stem; of VGG by the poolings before it."""
-    if name == "resnet18":
-        return [int(key[5]) if key.startswith("layer") else 1 for key in keys]
+    if name != "vgg11":
+        found = [re.search(r"(?:layer|denseblock)(\d)\.", key) for key in keys]
+        return [1 if match is None else int(match[1]) for match in found]
     poolings = [2, 5, 10, 15, 20]
     return [1 + sum(pooling < int(key.split(".")[1]) for pooling in poolings) for key in keys]
 
@@ -195,15 +206,15 @@ def stages_of(name, keys):
 def test_layers_fit_their_maps(capsys):
     """K, and samples, where a map has fewer tokens; said in a line each."""
     config = AllConvNetConfig(model="vgg11", layer="ConvNN/ConvNN_Attn", sampling_type="random", num_samples=20)
-    fitted = [(place.grid[0], config.at(place).K, config.at(place).num_samples) for place in config.places()]
+    fitted = [(each.grid[0], each.layer.K, each.layer.num_samples) for each in plan(config)[1]]
     assert fitted == [(32, 9, 20), (16, 9, 20), (8, 9, 20), (8, 9, 20), (4, 9, -1), (4, 9, -1), (2, 4, -1), (2, 4, -1)]
     assert build_network(config).features[16].first.select.neighbors.K == 4
     ring = AllConvNetConfig(model="vgg11", layer="ConvNN", padding=1)
-    assert [ring.at(place).K for place in ring.places()] == [9] * 8  # a ring around 2 x 2 tokens makes 16
+    assert [each.layer.K for each in plan(ring)[1]] == [9] * 8  # a ring around 2 x 2 tokens makes 16
 
     line = "--model vgg11 --sampling_type spatial --num_samples 3 --replace stages 4 5"
     resolved, parser = parse_options(PROGRAMS["allconvnet_main.py"], "", shlex.split(line), prog="p")
-    warn_fitted(resolved.model, parser)
+    warn_fitted(resolved.model, parser.warn)
     assert capsys.readouterr().err.splitlines() == [
         "p: warning: --K 9 does not fit all maps of --model vgg11: it is 4 on the 2 x 2 map of stage 5",
         "p: warning: --num_samples 3 does not fit all maps of --model vgg11: it is all on the 2 x 2 map of stage 5",
@@ -211,7 +222,7 @@ def test_layers_fit_their_maps(capsys):
     resolved, parser = parse_options(
         PROGRAMS["allconvnet_main.py"], "", ["--model", "vgg11", "--replace", "last", "4"], prog="p"
     )
-    warn_fitted(resolved.model, parser)
+    warn_fitted(resolved.model, parser.warn)
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -219,6 +230,8 @@ def test_layers_fit_their_maps(capsys):
     ("options", "message"),
     [
         ({"image_size": 8}, "model=vgg11 .* 32 x 32, not 8 x 8; use resize"),
+        ({"image_size": (8, 7), "model": "densenet121"}, "model=densenet121 .* three times .* 8 x 8, not 8 x 7; use resize"),
+        ({"image_size": 28, "model": "densenet121", "stem": "imagenet"}, "five times .* 29 x 29, not 28 x 28"),
         ({"replace": ("some",)}, "replace=some is neither all"),
         ({"replace": ("last",)}, "replace=last is neither"),
         ({"replace": ("last", "x")}, "replace=last x is neither"),
@@ -241,9 +254,9 @@ def test_layers_fit_their_maps(capsys):
         ({"classifier_width": 0}, "classifier_width=0"),
     ],
 )
-def test_what_does_not_fit_is_an_error_of_the_config(options, message):
+def test_what_does_not_fit_is_an_error(options, message):
     with pytest.raises(ValueError, match=message):
-        AllConvNetConfig(**{"model": "vgg11"} | options)
+        plan(AllConvNetConfig(**{"model": "vgg11"} | options))
 
 
 # --- scale ----------------------------------------------------------------------------------------------------------
@@ -310,7 +323,7 @@ def test_options_of_attention_reach_the_layers():
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("name", ["vgg11", "resnet18"])
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet50", "densenet121"])
 def test_recomputed_activations_change_nothing(name):
     images, results = torch.randn(8, 3, 32, 32), []
     for recompute in (False, True):
@@ -331,7 +344,7 @@ def test_recomputed_activations_change_nothing(name):
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(("name", "layer"), [("vgg11", "Conv2d"), ("resnet18", "Attention")])
 def test_compiles_without_a_graph_break(name, layer):
-    """The hosts themselves, strides included: layers are compiled in test_allconvnet.py."""
+    """The backbones themselves, strides included: layers are compiled in test_allconvnet.py."""
     torch._dynamo.reset()
     model = make(name, layer=layer, replace=("last", 4)).eval()
     images = torch.randn(2, 3, 32, 32)
