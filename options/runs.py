@@ -219,17 +219,19 @@ def assumed_options(model: ModelConfig) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def warn_without_effect(model: ModelConfig, parser: OneLineParser) -> None:
-    """A line on stderr for every option that the command line gave and the model does not read; files serve several layers."""
-    for name, other in model.without_effect().items():
-        if name in parser.given:
-            parser.warn(f"{name}={as_words(getattr(model, name))} is not used by {other}={as_words(getattr(model, other))}")
+def unused_options(model: ModelConfig, given: frozenset[str]) -> list[str]:
+    """Return a warning for every option that the command line gave and the model does not read; files serve several layers."""
+    return [
+        f"--{name} {as_words(getattr(model, name))} is not used by --{other} {as_words(getattr(model, other))}"
+        for name, other in model.without_effect().items()
+        if name in given
+    ]
 
 
-def warn_fitted(model: AllConvNetConfig, parser: OneLineParser) -> None:
-    """A line on stderr where maps of a host have fewer tokens than neighbors or samples are asked for."""
+def fitted_options(model: AllConvNetConfig) -> list[str]:
+    """Return warnings where maps of a backbone have fewer tokens than neighbors or samples are asked for."""
     if not model.is_host:
-        return
+        return []
     found: dict[str, list[str]] = {}
     for place in dict.fromkeys(place for place in model.places() if place.is_replaced):
         one = model.at(place)
@@ -237,16 +239,19 @@ def warn_fitted(model: AllConvNetConfig, parser: OneLineParser) -> None:
             if getattr(one, name) != getattr(model, name):
                 value = "all" if name == "num_samples" else one.K
                 found.setdefault(name, []).append(f"{value} on the {as_sides(place.grid)} map of stage {place.stage}")
-    for name, maps in found.items():
-        given = f"{name}={getattr(model, name)}"
-        parser.warn(f"{given} does not fit all maps of model={model.model}: it is {', '.join(dict.fromkeys(maps))}")
+    words = {name: ", ".join(dict.fromkeys(maps)) for name, maps in found.items()}
+    return [
+        f"--{name} {getattr(model, name)} does not fit all maps of --model {model.model}: it is {maps}"
+        for name, maps in words.items()
+    ]
 
 
-def warn_oversized(model: AllConvNetConfig, parser: OneLineParser) -> None:
-    """A line on stderr where the default network, made for 32 x 32 pixels, meets images of at most 8 x 8."""
+def oversized_default(model: AllConvNetConfig, given: frozenset[str]) -> list[str]:
+    """Return a warning where the default network, made for 32 x 32 pixels, meets images of at most 8 x 8."""
     spec = specs(AllConvNetConfig)["channels"]
-    if not model.is_host and max(model.image_size) <= 8 and model.channels == spec.default and "channels" not in parser.given:
-        parser.warn(
-            f"the default channels={as_words(spec.default)} are for images of 32 x 32 and learn {as_sides(model.image_size)} "
-            "slowly and badly; channels=16 32 64, as in configs/demo.yaml, would fit"
-        )
+    if not model.is_host and max(model.image_size) <= 8 and model.channels == spec.default and "channels" not in given:
+        return [
+            f"the default --channels {as_words(spec.default)} are for images of 32 x 32 and learn {as_sides(model.image_size)} "
+            "slowly and badly; --channels 16 32 64, as in configs/demo.yaml, would fit"
+        ]
+    return []

@@ -17,16 +17,9 @@ from typing import BinaryIO
 import numpy as np
 
 from options.reading import open_regular
-from runs.files import WriteError, write_atomically
+from runs import DataError, Stopped
+from runs.files import write_atomically
 from runs.progress import Progress
-
-
-class DataError(Exception):
-    """Data that is missing or wrong, said in one line: a program prints it and exits with status 2."""
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))
-
 
 # Of what PIL reads. Left out is what cameras do not write, such as EPS, for which it would start another program.
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -209,7 +202,7 @@ class Checked:
 
     def save(self) -> None:
         if self._folder and len(self.known) > self._before:
-            with contextlib.suppress(OSError, WriteError):
+            with contextlib.suppress(OSError, Stopped):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(self._folder / f"{self._name}-{self._writer}.json", json.dumps(sorted(self.known)))
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from runs import RunError
+from runs import RunError, Stopped
 from runs.files import atomic_file
 from runs.memory import is_out_of_memory
 
@@ -30,12 +30,8 @@ class DamagedError(RunError):
     """A checkpoint that is not whole."""
 
 
-class NonFiniteWeights(Exception):
-    """Weights that are not numbers, in one line."""
-
-
 def save_checkpoint(state: dict, path: Path) -> None:
-    """Write tensors and plain values as `atomic_file` does. Raises WriteError."""
+    """Write tensors and plain values as `atomic_file` does. Raises Stopped."""
     with atomic_file(path) as file:
         torch.save(state, file)
 
@@ -143,11 +139,11 @@ def _plain_name(name: str) -> str:
 
 
 def check_finite_weights(weights: dict, source: Path) -> None:
-    """Raise NonFiniteWeights, which names the first tensor, if there is a NaN or an infinity among them."""
+    """Raise Stopped, which names the first tensor, if there is a NaN or an infinity among them."""
     names = [name for name, value in weights.items() if value.is_floating_point() and not value.float().isfinite().all()]
     if names:
         more = f" and {len(names) - 1} other tensors" * (len(names) > 1)
-        raise NonFiniteWeights(f"{source} holds numbers that are not finite (NaN or infinity) in {names[0]}{more}")
+        raise Stopped(f"{source} holds numbers that are not finite (NaN or infinity) in {names[0]}{more}")
 
 
 class Leeway(NamedTuple):
@@ -211,7 +207,7 @@ def load_weights(
     """Load the weights of the checkpoint that `flag` names; `load` puts a state dict into the model or raises ValueError.
 
     state: what `load_checkpoint` has read from it, if it has. Raises RunError if the file cannot be read or the weights do not
-    fit, and NonFiniteWeights.
+    fit, and Stopped.
     """
     weights = weights_in(load_checkpoint(source) if state is None else state, source)
     try:

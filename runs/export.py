@@ -29,7 +29,7 @@ def check_export(train: TrainConfig) -> None:
 
 
 def export(path: Path, model: nn.Module, best: Path, image_shape: tuple[int, ...]) -> None:
-    """Write the weights of the checkpoint `best` in the format that the file's name asks for. Raises WriteError."""
+    """Write the weights of the checkpoint `best` in the format that the file's name asks for. Raises Stopped."""
     weights = evaluated_weights(best)
     if path.suffix == ".onnx":
         load_state(model, weights)
@@ -39,7 +39,7 @@ def export(path: Path, model: nn.Module, best: Path, image_shape: tuple[int, ...
 
 
 def export_weights(path: Path, weights: dict) -> None:
-    """Write a state dict as safetensors, for sharing. Raises WriteError."""
+    """Write a state dict as safetensors, for sharing. Raises Stopped."""
     from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def export_weights(path: Path, weights: dict) -> None:
 def export_onnx(path: Path, model: nn.Module, image_shape: tuple[int, ...]) -> None:
     """Write the model, in eval mode, as ONNX: input `images` (batch, channels, height, width), output `logits`.
 
-    Raises WriteError. A graph of plain operators: nothing of this project is needed to run it.
+    Raises Stopped. A graph of plain operators: nothing of this project is needed to run it.
     """
     model = copy.deepcopy(model).cpu().eval()
     path.parent.mkdir(parents=True, exist_ok=True)

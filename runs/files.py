@@ -11,22 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from options.reading import what_is_wrong_with
-from runs import RunError
-
-
-class WriteError(Exception):
-    """An output that cannot be written, in one line; the file it would have replaced is unchanged."""
-
-
-class ReadError(Exception):
-    """An input that could not be read once a run had begun, in one line."""
+from runs import RunError, Stopped
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
     """A file to write that replaces `path` once it is complete: a reader sees the old file or the new one, never a part.
 
-    It is a temporary file in the same folder, flushed to disk, then renamed. Raises WriteError.
+    It is a temporary file in the same folder, flushed to disk, then renamed. Raises Stopped.
     """
     # The process id keeps two processes that write the same file from sharing a temporary one.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -42,7 +34,7 @@ def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise WriteError(f"{path} cannot be written ({cause.strerror})") from None
+        raise Stopped(f"{path} cannot be written ({cause.strerror})") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -65,7 +57,7 @@ def remove_temporaries(folder: Path, name: str = "*") -> None:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a complete file as `atomic_file` does. Raises WriteError."""
+    """Write a complete file as `atomic_file` does. Raises Stopped."""
     with atomic_file(path) as file:
         file.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
 

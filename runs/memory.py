@@ -8,12 +8,10 @@ from collections.abc import Iterator
 
 import torch
 
+from runs import Stopped
+
 # What NumPy, Python and torch's allocators of the CPU say; CUDA's has a class of its own.
 SAID = ("not enough memory", "can't allocate memory", "cannot allocate memory", "unable to allocate", "out of memory")
-
-
-class OutOfMemory(Exception):
-    """Something that did not fit into memory, in one line."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -37,7 +35,7 @@ def _amount(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def making(what: str, advice: str = "") -> Iterator[None]:
-    """A context in which `what` is made: errors that say that memory is short become OutOfMemory; advice: what helps."""
+    """A context in which `what` is made: errors that say that memory is short become Stopped; advice: what helps."""
     try:
         yield
     except Exception as error:
@@ -45,8 +43,9 @@ def making(what: str, advice: str = "") -> Iterator[None]:
             raise
         amount = _amount(error)
         where = "of the GPU " * isinstance(error, torch.OutOfMemoryError)
-        raise OutOfMemory(
+        raise Stopped(
             f"out of memory {where}while making {what}"
             + f": {amount} more could not be had" * bool(amount)
-            + f"; {advice}" * bool(advice)
+            + f"; {advice}" * bool(advice),
+            resumable=True,
         ) from None

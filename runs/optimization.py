@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from options.training import TrainConfig
-from runs import RunError
+from runs import RunError, Stopped
 from runs.parameters import parameter_groups
 from runs.processes import Processes
 
@@ -149,16 +149,6 @@ def compile_for(config: TrainConfig, model: nn.Module) -> Callable:
     return torch.compile(model, mode=config.compile_mode, dynamic=False)
 
 
-def new_step(config: TrainConfig, device: torch.device) -> None:
-    """Let CUDA graphs reuse the memory of the previous step; the micro-batches of one step keep theirs."""
-    if config.use_compiled and device.type == "cuda":
-        torch.compiler.cudagraph_mark_step_begin()
-
-
-class NonFiniteLoss(Exception):
-    """A loss or gradient that is not finite; the weights are those before that step."""
-
-
 class FiniteCheck:
     """Watches for the first optimizer step whose loss or gradient is not finite. Only `check` synchronizes with the device.
 
@@ -172,9 +162,6 @@ class FiniteCheck:
         self.step = torch.full((), -1, device=device, dtype=torch.long)  # of `found`, in its epoch
         self.lr = torch.zeros((), device=device)  # in that step
         self._finite = torch.ones((), device=device, dtype=torch.bool)  # so far in the present step
-
-    def begin_step(self) -> None:
-        self._finite = torch.ones_like(self._finite)
 
     def factor(self, loss: Tensor) -> Tensor:
         """What to multiply this loss by before backward: 1, or NaN after a step that was not finite.
@@ -192,13 +179,13 @@ class FiniteCheck:
         found = self.processes.maximum_(torch.maximum(self.found, (~self._finite).float()))
         is_first = found > self.found
         self.step, self.lr = torch.where(is_first, step, self.step), torch.where(is_first, lr, self.lr)
-        self.found = found
+        self.found, self._finite = found, torch.ones_like(self._finite)
 
     def check(self, epoch: int, advice: str) -> None:
-        """Raise NonFiniteLoss if a step was not finite. Synchronizes with the device."""
+        """Raise Stopped if a step was not finite. Synchronizes with the device."""
         step = self.step.item()
         if step >= 0:
-            raise NonFiniteLoss(
+            raise Stopped(
                 f"the loss or its gradient is not finite at epoch {epoch + 1}, step {step + 1}, learning rate "
                 f"{self.lr.item():g}; that step did not reach the weights. Try {advice}"
             )

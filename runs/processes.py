@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from runs import RunError
 from runs.lock import VARIABLE
 
 HANGUP = getattr(signal, "SIGHUP", None)
@@ -114,10 +115,6 @@ class Signals:
                     os._exit(128 + number)
 
 
-class ProcessError(Exception):
-    """Processes that cannot work together, in one line."""
-
-
 def seed_process(seed: int, rank: int, *progress: int) -> None:
     """Give each process after the first random numbers of its own; the first goes on with those that made the model.
 
@@ -128,22 +125,22 @@ def seed_process(seed: int, rank: int, *progress: int) -> None:
 
 
 def _ranks() -> list[int]:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, checked. Raises ProcessError."""
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, checked. Raises RunError."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise ProcessError(
+        raise RunError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without {', '.join(missing)}; start several processes with torchrun"
         )
     values = [os.environ[name] for name in names] + [os.environ.get("LOCAL_WORLD_SIZE", "1")]
     if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
         given = " ".join(f"{name}={value}" for name, value in zip(names, values, strict=False))
-        raise ProcessError(f"{given} are not valid ranks; start the processes with torchrun")
+        raise RunError(f"{given} are not valid ranks; start the processes with torchrun")
     return list(map(int, values))
 
 
 def _check_tasks() -> None:
-    """Raise ProcessError where a scheduler has started several tasks that know nothing of each other.
+    """Raise RunError where a scheduler has started several tasks that know nothing of each other.
 
     A run that a sweep has started is one of its own, whatever the job of the sweep was given.
     """
@@ -152,7 +149,7 @@ def _check_tasks() -> None:
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         value = os.environ.get(name, "")
         if value.isdecimal() and int(value) > 1:
-            raise ProcessError(
+            raise RunError(
                 f"{name}={value} tasks without torchrun would each train the whole run; start them with torchrun "
                 "(scripts/slurm_train.sh does), or start one task"
             )
@@ -172,7 +169,7 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> Processes:
-        """From torchrun's variables, else one process. Raises ProcessError if they are incomplete or inconsistent."""
+        """From torchrun's variables, else one process. Raises RunError if they are incomplete or inconsistent."""
         _check_tasks()
         return cls(*_ranks()) if os.environ.get("WORLD_SIZE", "1") != "1" else cls()
 
@@ -186,7 +183,7 @@ class Processes:
         return self._control is not None
 
     def connect(self, device: torch.device) -> None:
-        """Join the other processes. Gradients are summed by nccl on CUDA, everything else by gloo. Raises ProcessError."""
+        """Join the other processes. Gradients are summed by nccl on CUDA, everything else by gloo. Raises RunError."""
         if self.world == 1:
             return
         if device.type == "cuda":
@@ -197,9 +194,7 @@ class Processes:
             self._control = dist.new_group(backend="gloo")
         except (RuntimeError, ValueError, OSError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise ProcessError(
-                f"the {self.world} processes cannot meet at {where}: {' '.join(str(error).split())[:200]}"
-            ) from None
+            raise RunError(f"the {self.world} processes cannot meet at {where}: {' '.join(str(error).split())[:200]}") from None
 
     def __enter__(self) -> Processes:
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,22 +10,21 @@ from torch import nn
 
 from options.fields import as_words
 from options.models import ModelConfig
-from options.runs import AsTrained, Options, assumed_options, same_value
+from options.runs import Options, Program, as_trained, assumed_options, same_value
 from runs import RunError
 from runs.checkpoints import Loaded
 from runs.parameters import head_of
 
 
-def options_as_trained(
-    options: Options, as_trained: Callable[[dict], AsTrained] | None, state: dict, path: Path
-) -> tuple[Options, dict]:
-    """The options to evaluate a checkpoint with, and how they differ from those it was trained with. Raises RunError."""
-    if as_trained is None:
-        return options, {}
+def options_as_trained(options: Options, program: Program, stated: dict, state: dict, path: Path) -> tuple[Options, dict]:
+    """Return the options to evaluate a checkpoint with, and how those that are stated differ from the trained ones.
+
+    state: contents of the checkpoint. Raises RunError.
+    """
     trained = state.get("config")
     is_ours = isinstance(trained, dict)
     try:
-        found, changes = as_trained(trained if is_ours else {})
+        found, changes = as_trained(program, stated, trained if is_ours else {})
     except (ValueError, TypeError) as error:
         raise RunError("--test_only: " + f"with the options of {path}, " * is_ours + str(error)) from None
     if not options.train.checkpoint:  # results stay in the folder that the weights are from

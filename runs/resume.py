@@ -12,7 +12,7 @@ from options.training import RESUME_MAY_CHANGE, TrainConfig
 from runs import RunError
 from runs.checkpoints import DamagedError, load_run_state
 from runs.folder import RunFolder
-from runs.processes import ProcessError, Processes
+from runs.processes import Processes
 from runs.provenance import check_same_class
 from runs.training import Training
 
@@ -55,12 +55,10 @@ def resumable_state(folder: RunFolder, options: dict, quiet: bool = False) -> tu
 
 
 def check_same_state(processes: Processes, folder: RunFolder, found: tuple[dict, Path] | None) -> None:
-    """Raise ProcessError if not all processes found the same state: they would train apart, or wait for each other forever."""
+    """Raise RunError if not all processes found the same state: they would train apart, or wait for each other forever."""
     seen = processes.gather(None if found is None else [found[1].name, found[0]["epoch"], found[0]["step"]])
     if any(one != seen[0] for one in seen):
-        raise ProcessError(
-            f"--resume: the processes find different states in --output_dir {folder.path}: {seen}; all must see it"
-        )
+        raise RunError(f"--resume: the processes find different states in --output_dir {folder.path}: {seen}; all must see it")
 
 
 def resume(training: Training, folder: RunFolder, state: dict, path: Path) -> None:

@@ -328,7 +328,7 @@ def test_an_output_folder_that_is_a_file(tmp_path, capsys):
 
 def test_the_output_folder_is_checked_once(tmp_path, monkeypatch):
     checked, real = [], check_writable
-    for module in ("train_eval", "runs.folder"):
+    for module in ("launch.prepare", "runs.folder"):
         monkeypatch.setattr(f"{module}.check_writable", lambda folder, flag: (checked.append(flag), real(folder, flag)))
     run("", tmp_path / "run", epochs=1)
     run("--test_only", tmp_path / "run")

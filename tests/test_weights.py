@@ -15,10 +15,9 @@ import vit_main
 from models.pretrained import load_vit_weights
 from options.runs import PROGRAMS, as_trained, parse_options
 from options.vit import ViTConfig
-from runs import RunError
+from runs import RunError, Stopped
 from runs.checkpoints import (
     DamagedError,
-    NonFiniteWeights,
     check_finite_weights,
     evaluated_weights,
     load_checkpoint,
@@ -232,7 +231,7 @@ def test_weights_that_are_not_finite_are_named(trained, tmp_path, capsys):
     names = [name for name, value in state["model"].items() if value.is_floating_point()][:2]
     for name, value in zip(names, (math.nan, -math.inf), strict=True):
         state["model"][name].view(-1)[1] = value
-    with pytest.raises(NonFiniteWeights, match=rf"in {names[0]} and 1 other tensors"):
+    with pytest.raises(Stopped, match=rf"in {names[0]} and 1 other tensors"):
         check_finite_weights(state["model"], Path("x.pt"))
     torch.save(state, tmp_path / "x.pt")
     for more in ("--test_only", ""):

@@ -19,7 +19,7 @@ from experiments import runner
 from runs import RunError, lock
 from runs.folder import RunFolder
 from runs.lock import LockedError, locked, release, take
-from runs.processes import ProcessError, Processes
+from runs.processes import Processes
 
 ROOT = Path(__file__).parent.parent.parent
 LINE = "--dataset digits --layer Conv2d --channels 4 --batch_size 16 --train_limit 32 --test_limit 20 --device cpu"
@@ -155,7 +155,7 @@ def test_tasks_without_torchrun_are_refused(name, monkeypatch):
     monkeypatch.setenv(name, "1")
     assert Processes.from_environment().world == 1
     monkeypatch.setenv(name, "2")
-    with pytest.raises(ProcessError, match=f"{name}=2 tasks without torchrun"):
+    with pytest.raises(RunError, match=f"{name}=2 tasks without torchrun"):
         Processes.from_environment()
     monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun's
     assert Processes.from_environment().world == 1
