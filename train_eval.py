@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from dataset import Data
-from launch.prepare import Evaluation, Job, Started, begin_test, begin_training
+from launch.prepare import Evaluation, Job, begin_test, begin_training
 from options.models import ModelConfig
 from options.reading import as_text
 from options.runs import Options, Program, evaluation_options
@@ -344,16 +344,15 @@ def run(
             else:
                 folder = RunFolder(options.train.output_dir)
                 with folder.claimed(options.train) if processes.first else nullcontext():
-                    started = begin_training(job, warnings)
+                    training, data, facts = begin_training(job, warnings)
                     begun = True
-                    _train(started, options)
+                    _train(training, data, folder, options, facts)
     except (KeyboardInterrupt, RunError, DataError, Stopped, RuntimeError, OSError) as error:
         return exit_status(error, options, processes, begun)
     return 0
 
 
-def _train(started: Started, options: Options) -> None:
-    training, data, folder, facts = started
+def _train(training: Training, data: Data, folder: RunFolder, options: Options, facts: dict) -> None:
     first, plain = training.processes.first, options.as_dict()
     with Tracker(folder.path, plain) if options.train.wandb and first else nullcontext() as tracker:
         best = fit(training, data, folder, plain, facts, tracker)

@@ -61,15 +61,6 @@ class Job(NamedTuple):
     signals: Signals
 
 
-class Started(NamedTuple):
-    """A training that is about to take its first step."""
-
-    training: Training
-    data: Data
-    folder: RunFolder
-    facts: dict  # of model and data, for summary.json
-
-
 class Evaluation(NamedTuple):
     """A checkpoint that is about to be evaluated."""
 
@@ -86,10 +77,11 @@ class Evaluation(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def begin_training(job: Job, warnings: list[str]) -> Started:
+def begin_training(job: Job, warnings: list[str]) -> tuple[Training, Data, dict]:
     """Make the model and load the data; start from the beginning, from --checkpoint's weights, or where --resume finds the run.
 
-    warnings: lines about the options, printed once nothing can be wrong any more. Raises RunError, DataError and Stopped.
+    warnings: lines about the options, printed once nothing can be wrong any more. Returns the training, the data, and facts
+    about both for summary.json. Raises RunError, DataError and Stopped.
     """
     options, processes = job.options, job.processes
     train, plain, folder = options.train, options.as_dict(), RunFolder(options.train.output_dir)
@@ -123,7 +115,7 @@ def begin_training(job: Job, warnings: list[str]) -> Started:
             + (f", {processes.world} processes" if processes.world > 1 else ""),
             flush=True,
         )
-    return Started(training, data, folder, facts)
+    return training, data, facts
 
 
 def prepare(job: Job) -> tuple[nn.Module, torch.device, list[str]]:

@@ -1,4 +1,4 @@
-"""What a checkpoint was trained as: the options it is evaluated with, and what a user is told where they differ."""
+"""Options that a checkpoint was trained with, and lines for the user where they differ from those of the run."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def options_as_trained(options: Options, program: Program, stated: dict, state: 
 
 
 def check_same_class(options: dict, trained: dict, path: Path, flag: str) -> None:
-    """Raise RunError where a layer of one's own is called as the trained one, and its file has another content."""
+    """Raise RunError if the file of a custom mixer has changed since the training."""
     now, then = options.get("layer_sha256"), trained.get("layer_sha256")
     if then and now and now != then and same_value("layer", options["layer"], trained.get("layer")):
+        override = ", or take it as it is now by --override" * (flag == "--test_only")
         raise RunError(
             f"{flag}: {path} was trained with another content of --layer {options['layer']}: its SHA-256 was {then} and is now "
-            f"{now}; give its file the former content back"
-            + ", or take it as it is now by --override"
-            * (flag == "--test_only")
+            f"{now}; give its file the former content back{override}"
         )
 
 
 def say_what_is_assumed(options: Options, state: dict, path: Path, changes: dict) -> None:
+    """Print the options that the weights of others do not tell, or those that differ from the trained ones."""
     if not isinstance(state.get("config"), dict):
         words = " ".join(f"--{name} {as_words(value)}" for name, value in assumed_options(options.model).items())
         print(f"assumed of {path}, which does not say: {words}")
@@ -55,20 +55,19 @@ def say_what_is_assumed(options: Options, state: dict, path: Path, changes: dict
 
 
 def say_what_differs(model: ModelConfig, state: dict, path: Path) -> None:
-    """A warning where training goes on from weights that another model than this one was trained to, though they fit."""
-    trained = state.get("config")
-    if isinstance(trained, dict):
-        differences = [
-            f"--{name} {as_words(trained[name])}, here {as_words(value)}"
-            for name, value in assumed_options(model).items()
-            if name in trained and not same_value(name, trained[name], value)
-        ]
-        if differences:
-            print(f"warning: {path} was trained with {'; '.join(differences)}", file=sys.stderr)
+    """Warn where the weights that a training starts from belong to another model, though they fit."""
+    trained = state["config"] if isinstance(state.get("config"), dict) else {}
+    differences = [
+        f"--{name} {as_words(trained[name])}, here {as_words(value)}"
+        for name, value in assumed_options(model).items()
+        if name in trained and not same_value(name, trained[name], value)
+    ]
+    if differences:
+        print(f"warning: {path} was trained with {'; '.join(differences)}", file=sys.stderr)
 
 
 def say_what_was_loaded(loaded: Loaded, path: Path, model: nn.Module) -> None:
-    """A line where the weights in a file are not just those of the model, and one more if the classifier starts anew."""
+    """Print a line if the file holds more or fewer weights than the model, and one more if the classifier starts anew."""
     name = f"{head_of(model)}weight"
     if name in loaded.new:
         print(f"warning: {path}: a new head, {name} is {loaded.new[name]}", file=sys.stderr)
@@ -83,7 +82,7 @@ def _counts(loaded: Loaded) -> str:
 
 
 def list_of_loaded(loaded: Loaded, path: Path) -> str:
-    """What model.txt says of the weights that a run starts from."""
+    """Return the part of model.txt about the weights that a run starts from."""
     lines = [f"new       {name}  ({why})" for name, why in loaded.new.items()]
     lines += [f"not used  {name}" for name in loaded.unused]
     lines += [f"loaded    {name}" for name in loaded.loaded]

@@ -121,15 +121,17 @@ class Training:
         for parameter, own in self.optimizer.state.items():
             if any(torch.is_tensor(value) and value.ndim and value.shape != parameter.shape for value in own.values()):
                 raise ValueError("state of the optimizer of other shapes, which its fused step would not notice")
-        if state["step"] > self.steps_per_epoch:
-            raise ValueError(f"step {state['step']} of {self.steps_per_epoch}")
+        epoch, step, history = state["epoch"], state["step"], state["history"]
+        if type(epoch) is not int or [row["epoch"] for row in history] != list(range(1, epoch + 1)):
+            raise ValueError(f"a history that does not lead to epoch {epoch}")
+        if not 0 <= step <= self.steps_per_epoch or (history and state["best"] not in history):
+            raise ValueError(f"step {step} of {self.steps_per_epoch}, or a best epoch that is not in the history")
         self.schedule.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average:
             self.average.model.load_state_dict(state["ema"])
-        self.seconds, self.lr = state["sampler"]["seconds"], state["sampler"]["lr"]
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.best, self.history = state["best"], state["history"]
+        self.seconds, self.lr = float(state["sampler"]["seconds"]), float(state["sampler"]["lr"])
+        self.epoch, self.step, self.best, self.history = epoch, step, state["best"], history
         rank, sums, rng = self.processes.rank, state["sampler"]["sums"], state["rng"]
         if len(sums) != len(rng) or any(value.shape != (4,) for value in sums):
             raise ValueError("sums and random states of the processes")

@@ -188,16 +188,15 @@ def test_weights_are_unwrapped(wrapper, prefix, tmp_path):
 
 ONES = torch.ones(2, 3)
 ODD = [
-    ({0: ONES}, "no names but 0"),
-    ({"model": {0: ONES}}, "no names but 0"),
+    ({0: ONES}, "not tensors by name"),
+    ({"model": {0: ONES}}, "not tensors by name"),
     ({"model": {}}, "not tensors by name"),
-    ({"model": {"w": ONES}, "ema": ONES}, "its ema is a Tensor"),
+    ({"model": {"w": ONES}, "ema": ONES}, "its ema is not tensors by name"),
     ({"w": ONES.to_sparse()}, "w is sparse"),
     ({"w": ONES.to("meta")}, "w is without data"),
     ({"w": ONES.cfloat()}, "w is of complex numbers"),
     ({"state_dict": {"w": {"a": ONES}}}, "not tensors by name"),
     (ONES, "holds a Tensor"),
-    ({"module.w": ONES, "w": ONES}, "holds w twice, also as module.w"),
 ]
 
 
@@ -266,11 +265,11 @@ def test_a_pickle_with_code_is_called_that(tmp_path, capsys):
     for protocol in (0, 2, 4):
         (tmp_path / f"{protocol}.pt").write_bytes(pickle.dumps({"model": Evil()}, protocol))
     for path in sorted(tmp_path.iterdir()):
-        with pytest.raises(DamagedError, match="a pickle with code, which is not run"):
+        with pytest.raises(DamagedError, match="holds more than tensors and plain values, and code in it is not run"):
             load_checkpoint(path)
     for text in ("hello", "xx", "{}"):
         (tmp_path / "text.pt").write_text(text)
-        with pytest.raises(DamagedError, match="damaged, or another kind of file"):
+        with pytest.raises(DamagedError, match="it is damaged, or"):
             load_checkpoint(tmp_path / "text.pt")
     assert capsys.readouterr().out == ""
 
