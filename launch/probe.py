@@ -1,4 +1,4 @@
-"""Try a custom mixer on a batch of two before data is read: its output, mixing matrix, numbers and gradients."""
+"""A mixer of one's own on a batch of two, before data is read: what it gives, its mixing matrix, numbers and gradients."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from runs.memory import is_out_of_memory
 
 
 class Trial(NamedTuple):
-    """A custom mixer to build and call."""
+    """A mixer to be made, the shape that it is given, and the one that it must give; heads: of its mixing matrix, in 1-D."""
 
     address: str
     file: str
     make: Callable[[], nn.Module]
-    given: tuple[int, ...]  # shape of its input
-    wanted: tuple[int, ...]  # shape of its output
-    heads: int | None = None  # of its mixing matrix; None: it has none, on images
+    given: tuple[int, ...]
+    wanted: tuple[int, ...]
+    heads: int | None = None
 
     def error(self, what: str) -> ValueError:
         return ValueError(f"--layer {self.address}: {layer_label(self.address)} {what}")
 
     def call(self, what: str, function: Callable, *arguments):
-        """Return the result of the user's code. Raises ValueError, in one line, for an error in it."""
+        """The result of somebody's code. Raises ValueError, in one line, for an error of theirs."""
         try:
             return function(*arguments)
         except Exception as error:
@@ -54,10 +54,10 @@ class Trial(NamedTuple):
 
 
 def probe(config: ModelConfig, device: torch.device) -> list[str]:
-    """Try each custom mixer of the model on `device`; the random numbers of the run do not change.
+    """Try each class of one's own that the model is made of, on `device`; the random numbers of the run stay as they are.
 
-    Returns a line for each that leaves parameters without a gradient. Raises ValueError, in one line, for a mixer that cannot
-    train: a constructor or a forward that raises, a wrong shape, a missing pair under output_attentions, NaN or infinity.
+    Returns a line for each that leaves parameters without a gradient. Raises ValueError, in one line, for what cannot train:
+    a constructor or a forward that raises, another shape, a missing pair under output_attentions, NaN or infinity.
     """
     lines = {}
     for trial in trials(config):
@@ -69,7 +69,7 @@ def probe(config: ModelConfig, device: torch.device) -> list[str]:
 
 
 def trials(config: ModelConfig) -> Iterator[Trial]:
-    """Yield the mixer of a ViT once, as its blocks are alike, and the mixer of each layer of a convolutional network."""
+    """What to try: the mixer of a ViT once, as its blocks are alike, and that of each layer of a network of convolutions."""
     if isinstance(config, ViTConfig) and is_address(config.layer) and config.num_local_layers != 0:
         layout = TokenLayout(*config.grid, config.class_tokens)
         shape, row = (2, layout.num_tokens, config.d_model), config.rows[config.layer]
@@ -85,7 +85,7 @@ def trials(config: ModelConfig) -> Iterator[Trial]:
 
 
 def layers2d(config: AllConvNetConfig) -> Iterator[tuple[AllConvNetConfig, int, int, int]]:
-    """Yield config, input and output channels, and stride of each layer."""
+    """Of each layer: its config, channels in and out, and its stride."""
     if config.is_host:
         before = config.in_channels if config.model in VGG or config.stem == "small" else WIDTHS[0]
         for place in config.places():
@@ -102,8 +102,8 @@ def file_of(row: Row) -> str:
 
 
 def try_out(trial: Trial, device: torch.device) -> list[str]:
-    """Return the names of the parameters that get no gradient. Raises ValueError as `probe` does."""
-    # A separate module: no statistic of the one that is trained may change.
+    """Names of the parameters that get no gradient. Raises ValueError as `probe` does."""
+    # A module of its own, thrown away: no statistic of the one that is trained may change.
     mixer = trial.call("cannot be made", lambda: trial.make().to(device))
     x = torch.randn(trial.given, device=device, requires_grad=True)
     out = trial.call("fails in forward", mixer, x)

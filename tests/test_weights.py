@@ -92,12 +92,12 @@ def test_what_is_stated_is_judged_with_the_options_of_the_checkpoint(tmp_path, c
     assert sorted(path.name for path in tmp_path.rglob("test_results*")) == ["test_results.json"] * 2
     # and what does not do there, or for weights without options, or by itself, is one line
     test += f" --output_dir {tmp_path / 'vit'}"
-    assert f"with the options of {tmp_path / 'vit' / 'best.pt'}, --num_heads 5 does not divide --d_model 12" in refused(
+    assert f"with the options of {tmp_path / 'vit' / 'best.pt'}, num_heads=5 does not divide d_model=12" in refused(
         f"{test} --num_heads 5", capsys
     )
     torch.save(evaluated_weights(tmp_path / "vit" / "best.pt"), tmp_path / "w.pt")
     error = refused(f"{test} --checkpoint {tmp_path / 'w.pt'} --num_heads 3", capsys)
-    assert "--test_only: --num_heads 3 does not divide --d_model 512" in error
+    assert "--test_only: num_heads=3 does not divide d_model=512" in error
     assert "--num_heads 0 must be at least 1" in refused(f"{test} --num_heads 0", capsys)
     error = refused("--test_only --device cpu --layer KvtAttention --num_heads 3", capsys)
     assert "there is no Output/ViT/KvtAttention/best.pt" in error
