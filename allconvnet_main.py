@@ -11,9 +11,8 @@ if __name__ == "__main__":  # before other imports: no traceback of one that is 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import sys
-from functools import partial
 
-from options.runs import PROGRAMS, as_trained, parse_options, warn_oversized, warn_without_effect
+from options.runs import PROGRAMS, oversized_default, parse_options, unused_options
 from runs.streams import run_program
 
 
@@ -21,18 +20,12 @@ def main(argv: list[str] | None = None) -> int:
     program = PROGRAMS["allconvnet_main.py"]
     options, parser = parse_options(program, __doc__, argv)
     # torch takes seconds to import: only once the options are known to be right.
-    from models.backbones import warn_fitted
     from models.build import build_network, load_network_weights
     from train_eval import run
 
-    def announce() -> None:
-        parser.note_repeated()
-        warn_without_effect(options.model, parser)
-        warn_oversized(options.model, parser)
-        warn_fitted(options.model, parser.warn)
-
-    stated = partial(as_trained, program, parser.stated)
-    return run(options, build_network, parser.error, load_network_weights, stated, announce)
+    model, given = options.model, parser.given
+    warnings = unused_options(model, given) + oversized_default(model, given)
+    return run(options, build_network, load_network_weights, program=program, stated=parser.stated, warnings=warnings)
 
 
 if __name__ == "__main__":

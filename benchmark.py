@@ -311,11 +311,11 @@ def main(argv: list[str] | None = None) -> int:
     from tqdm import tqdm
 
     from launch.probe import probe
-    from runs import RunError
+    from runs import RunError, Stopped
     from runs.devices import choose_kernels, pick_device
-    from runs.files import WriteError, check_writable
+    from runs.files import check_writable
     from runs.measure import device_name, versions
-    from runs.memory import OutOfMemory, making
+    from runs.memory import making
 
     folder = Path(bench.output_dir)
     try:
@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
             if isinstance(config, AllConvNetConfig):  # of one layer, from as many channels as are measured
                 inputs, *outputs = config.channels
                 config = dataclasses.replace(config, in_channels=inputs, channels=outputs, num_layers=None)
-            with contextlib.suppress(OutOfMemory), making("a trial of it"):  # its row will say so
+            with contextlib.suppress(Stopped), making("a trial of it"):  # its row will say so
                 probe(config, device)
     except (RunError, ValueError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
@@ -345,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
                 with making(f"the layers at --resolution {side}", "smaller sizes, or fewer layers, need less"):
                     rows += measure(bench, configs[start : start + layers], device, progress)
                 write(rows, folder, command, machine)  # what there is, in case a larger size does not end well
-    except (OutOfMemory, WriteError) as error:
+    except Stopped as error:
         print(f"stopped: {error}" + f"; results so far are in {folder}" * bool(rows), file=sys.stderr)
         return 1
     print(f"{machine}\n\n{as_markdown(rows)}\n\n{UNSEEN}")

@@ -37,8 +37,9 @@ from readers.augmentation import (
 )
 from readers.files import Source, read_cifar, read_digits, read_mnist
 from readers.folders import read_folders
-from readers.images import DataError, check_images, decode_image
+from readers.images import check_images, decode_image
 from readers.stream import ImageStream
+from runs import DataError
 from utils import gaussian, keys, uniform
 
 

@@ -112,8 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     table = args.output or args.run / "predictions.csv"
     sheet = table.with_suffix(".png")
-    from readers.images import DataError
-    from runs import RunError
+    from runs import DataError, RunError
     from runs.files import as_csv, as_png, check_writable, write_atomically
 
     try:

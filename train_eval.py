@@ -1,69 +1,104 @@
 """Training and evaluation: one loop for fp32 and mixed precision, eager and compiled.
 
-The story of a run, from top to bottom: `train_one_epoch` and `evaluate` are the two halves of an epoch, `fit` goes through the
-epochs and writes the outputs, `run` is what both command lines call. One optimizer step is `runs.training.Stepper.update`.
-Losses and counts stay on the device; the CPU synchronizes with it every 20 steps.
+From top to bottom: `train_step` takes one optimizer step, `train_one_epoch` and `evaluate` go over the images once, `fit` goes
+through the epochs and writes the outputs, and both command lines call `run`. Losses and counts stay on the device; the CPU
+synchronizes with it every 20 steps.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from dataset import Data, load_data
-from launch.prepare import Job, check_short_batches, facts_of, load_start, prepare
-from options.data import sides_of
-from options.fields import as_words
+from dataset import Data
+from launch.prepare import Evaluation, Job, begin_test, begin_training
 from options.models import ModelConfig
 from options.reading import as_text
-from options.runs import AsTrained, Options, evaluation_options, grid_of
-from readers.images import DataError
-from runs import RunError
-from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_state, load_weights
-from runs.endings import STOPPED, exit_status
+from options.runs import Options, Program, evaluation_options
+from runs import DataError, RunError, Stopped
+from runs.checkpoints import Leeway, Loaded, load_state
+from runs.endings import exit_status
 from runs.export import export
-from runs.files import ReadError, check_writable
 from runs.folder import RunFolder, costs_of, summarize
-from runs.measure import count_flops, count_parameters, device_name
+from runs.measure import count_parameters
 from runs.memory import making
 from runs.metrics import Confusion, Meter, Metrics, history_row
-from runs.optimization import (
-    NonFiniteLoss,
-    autocast_for,
-    compile_for,
-    make_loss,
-    make_mix,
-)
+from runs.optimization import autocast_for, compile_for, make_loss, make_mix
 from runs.parameters import start_training
-from runs.processes import Interrupted, ProcessError, Processes, Signals, seed_process
+from runs.processes import Interrupted, Processes, Signals
 from runs.progress import Progress, epoch_line
-from runs.provenance import (
-    check_same_class,
-    options_as_trained,
-    say_what_is_assumed,
-    say_what_was_loaded,
-)
-from runs.resume import check_same_state, resumable_state, resume
 from runs.tracking import Tracker
 from runs.training import Training
 
 MEMORY_ADVICE = "a smaller --batch_size, --accumulate_steps, --use_amp or --use_compiled --compile_mode reduce-memory need less"
-MOST_CONFUSED = 200  # classes, of which test_results.json holds the matrix
+MOST_CONFUSED = 200  # classes up to which test_results.json holds the confusion matrix
 READ_EVERY, READ_SECONDS = 20, 5  # steps, or seconds, between two synchronizations with the device
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Epochs
+# A step and an epoch
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def train_step(training: Training, images: Tensor, targets: Tensor, loss_function: Callable, total: int | None = None) -> None:
+    """Take one optimizer step on a batch, in micro-batches under --accumulate_steps.
+
+    A loss or gradient that is not finite leaves the weights as they were, on all processes and from then on. The device decides
+    it without waiting for the CPU, which finds out in `training.check_finite`.
+
+    Args:
+        images: (B, C, H, W), this process's share of the batch.
+        targets: labels (B,) or shares (B, classes).
+        total: images of all processes in this step; None: B.
+    """
+    config, model, optimizer, scaler = training.config, training.train_model, training.optimizer, training.scaler
+    finite, world = training.finite, training.processes.world
+    optimizer.zero_grad(set_to_none=True)
+    if config.use_compiled and training.device.type == "cuda":  # CUDA graphs reuse the memory of the previous step
+        torch.compiler.cudagraph_mark_step_begin()
+    # A last batch may have fewer images than processes: those without any compute zeros, to join in the all-reduce.
+    idle = len(images) == 0
+    if idle:
+        images, targets = images.new_zeros(2, *images.shape[1:]), targets.new_zeros(2, *targets.shape[1:])
+    total = total or len(images)
+    size = math.ceil(len(images) / config.accumulate_steps)
+    parts = list(zip(images.split(size), targets.split(size), strict=True))
+    for number, (part, part_targets) in enumerate(parts, start=1):
+        # DDP all-reduces the gradients in the backward pass of the last micro-batch only.
+        with model.no_sync() if world > 1 and number < len(parts) else nullcontext():
+            with training.autocast():
+                logits = model(part)
+            logits = logits.float()
+            loss = loss_function(logits, part_targets)
+            # DDP averages over processes: so weighted, means over unequal shares add up to the mean over the batch.
+            weight = 0.0 if idle else world * len(part) / total
+            scaler.scale(loss * (finite.factor(loss) * weight)).backward()
+        if not idle:
+            training.meter.add(loss, logits, part_targets)
+            finite.watch(loss)
+    scaler.unscale_(optimizer)
+    norm = get_total_norm([p.grad for p in training.parameters if p.grad is not None])
+    if config.clip_grad_norm:
+        clip_grads_with_norm_(training.parameters, config.clip_grad_norm, norm)
+    if not scaler.is_enabled():  # float16's gradients overflow now and then; the scaler skips those steps
+        finite.watch(norm)
+    finite.end_step(training.step, training.schedule.now)
+    if not scaler.is_enabled():
+        optimizer.found_inf = finite.found  # where it is 1, a fused optimizer changes nothing
+    scaler.step(optimizer)
+    scaler.update()
+    if training.average:
+        training.average.update(training.model)
+    training.schedule.step()
+    training.step += 1
 
 
 def train_one_epoch(
@@ -73,11 +108,19 @@ def train_one_epoch(
     mix: Callable | None = None,
     save: Callable[[], None] | None = None,
 ) -> Metrics:
-    """Train on every batch of the epoch that `training` stands in, from the step it stands at.
+    """Train on the batches of the present epoch that are left, from `training.step` on.
 
-    batches: `dataset.DeviceBatches` or alike; mix: images, labels -> images, shares; save: called every
-    `save_minutes`, at a step's end. Returns the means over the images of the epoch, as they were when trained on.
-    Raises NonFiniteLoss, and Interrupted at the end of a step after a signal.
+    Args:
+        batches: `dataset.DeviceBatches` or alike.
+        mix: images, labels -> images, shares of the classes.
+        save: called every `save_minutes`, at the end of a step.
+
+    Returns:
+        Means over the images of the epoch, each taken when the image was trained on.
+
+    Raises:
+        Stopped: for a loss or gradient that is not finite.
+        Interrupted: at the end of a step after a signal.
     """
     start_training(training.model)
     config, processes = training.config, training.processes
@@ -94,7 +137,7 @@ def train_one_epoch(
                 if mix is not None and len(images):
                     images, targets = mix(images, targets)
                 total = batches.images_in(training.step)
-                training.update(images, targets, loss_function, total)
+                train_step(training, images, targets, loss_function, total)
                 progress.advance(total)
                 # Saving and checking are collective, but clocks differ: processes agree at which step they are due.
                 now = time.monotonic()
@@ -126,11 +169,14 @@ def evaluate(
     title: str = "test",
     processes: Processes | None = None,
     check: Callable[[], object] = lambda: None,
-    seen: Callable[[torch.Tensor, torch.Tensor], object] = lambda logits, labels: None,
+    seen: Callable[[Tensor, Tensor], object] = lambda logits, labels: None,
 ) -> Metrics:
-    """Means over all images of `batches`, every one counted once; `compiled` is the compiled model if there is one.
+    """Return means over all images of `batches`, each counted once.
 
-    `check` is called after every batch, equally often on all processes; `seen` with the logits and labels of every batch.
+    Args:
+        compiled: the compiled model, if there is one.
+        check: called after every batch, equally often on all processes.
+        seen: called with the logits (B, classes) and labels (B,) of every batch.
     """
     model.eval()
     compiled = model if compiled is None else compiled
@@ -153,26 +199,6 @@ def evaluate(
     return meter.read(processes.sum_(rows).sum(0))
 
 
-def _evaluate_splits(training: Training, data: Data, loss_function: Callable) -> dict[str, Metrics]:
-    """Metrics of the validation images, if there are any, and of the test images."""
-    training.share_statistics()  # each process has those of its own images until here
-    return {
-        name: evaluate(
-            training.eval_model,
-            batches,
-            loss_function,
-            device=training.device,
-            compiled=training.compiled_eval_model,
-            autocast=training.autocast,
-            title=name,
-            processes=training.processes,
-            check=training.agree,
-        )
-        for name, batches in (("val", data.val), ("test", data.test))
-        if batches is not None
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # All epochs
 # ---------------------------------------------------------------------------------------------------------------
@@ -186,10 +212,15 @@ def fit(
     facts: dict,
     tracker: Tracker | None = None,
 ) -> dict:
-    """Train until the last epoch or until early stopping, writing the outputs after every epoch.
+    """Train until the last epoch or until early stopping, and write the outputs after every epoch.
 
-    options: what `args.txt` holds; facts: of the model, for `summary.json`; tracker: gets the row of every epoch too. Returns
-    the row of the best one.
+    Args:
+        options: the contents of `args.txt`.
+        facts: of model and data, for `summary.json`.
+        tracker: also receives the row of every epoch.
+
+    Returns:
+        The row of the best epoch.
     """
     config, processes = training.config, training.processes
     # Label smoothing is for training: losses of different settings compare only without it.
@@ -247,13 +278,32 @@ def fit(
     return training.best
 
 
+def _evaluate_splits(training: Training, data: Data, loss_function: Callable) -> dict[str, Metrics]:
+    training.share_statistics()  # each process has those of its own images until here
+    return {
+        name: evaluate(
+            training.eval_model,
+            batches,
+            loss_function,
+            device=training.device,
+            compiled=training.compiled_eval_model,
+            autocast=training.autocast,
+            title=name,
+            processes=training.processes,
+            check=training.agree,
+        )
+        for name, batches in (("val", data.val), ("test", data.test))
+        if batches is not None
+    }
+
+
 def selection_split(data: Data) -> str:
-    """The part of the data that chooses the best epoch and stops early: "val" where images are held out, else "test"."""
+    """Return the part of the data that chooses the best epoch: "val" where images are held out, else "test"."""
     return "val" if data.val is not None else "test"
 
 
 def _stalled(history: list[dict], split: str, patience: int) -> bool:
-    """Whether the last `patience` epochs brought no better loss; 0: never."""
+    """Return whether the last `patience` epochs brought no better loss; 0: never."""
     if not patience or len(history) <= patience:
         return False
     losses = [row[f"{split}_loss"] for row in history]
@@ -268,93 +318,58 @@ def _stalled(history: list[dict], split: str, patience: int) -> bool:
 def run(
     options: Options,
     make_model: Callable[[ModelConfig], nn.Module],
-    fail: Callable[[str], None],
     load: Callable[[nn.Module, dict, Leeway], Loaded] = load_state,
-    as_trained: Callable[[dict], AsTrained] | None = None,
-    announce: Callable[[], None] = lambda: None,
+    *,
+    program: Program,
+    stated: dict,
+    warnings: list[str] = (),
 ) -> int:
-    """Train, or evaluate under --test_only, as the options say; returns the exit status.
+    """Train, or evaluate a checkpoint under --test_only; return the exit status. Mistakes of the user raise SystemExit(2).
 
-    `fail` ends the program with one line and status 2 for what the user can correct; `load` puts the state dict of a
-    --checkpoint into the model; `as_trained` says, from the options in a checkpoint of ours, how to evaluate it; `announce`
-    prints what the user should know of a training that begins, once nothing can be wrong with it any more.
+    Args:
+        load: puts the state dict of a --checkpoint into the model; by default only one of exactly this architecture.
+        program: the command line that is running.
+        stated: options that it and its file state, by name; --test_only takes the others from the checkpoint.
+        warnings: lines about the options, printed once nothing can be wrong any more.
     """
-    signals, processes = Signals(), None
-    # Exit status: 2 (`fail`) for the user's mistakes, 1 for what happens on the way, 128 + number for signals.
+    processes, begun = Processes(), False
     try:
         processes = Processes.from_environment()
-        with signals, processes:
-            job = Job(options, make_model, load, as_trained, announce, processes, signals)
-            with making("what this run needs", MEMORY_ADVICE):
-                if options.train.test_only:
-                    _test(job)
-                else:
-                    with RunFolder(options.train.output_dir).claimed(options.train) if processes.first else nullcontext():
-                        _train(job)
-    except (RunError, DataError, ProcessError) as error:
-        if isinstance(error, DataError) and processes.local_rank:
-            print(error, file=sys.stderr)  # of this process alone: `fail` leaves what concerns all to the first one
-        fail(str(error))
-    except (KeyboardInterrupt, RuntimeError, OSError, *STOPPED) as error:
-        return exit_status(error, options, processes, fail)
+        with Signals() as signals, processes, making("what this run needs", MEMORY_ADVICE):
+            job = Job(options, make_model, load, processes, signals)
+            if options.train.test_only:
+                evaluation = begin_test(job, program, stated)
+                begun = True
+                _test(evaluation, processes)
+            else:
+                folder = RunFolder(options.train.output_dir)
+                with folder.claimed(options.train) if processes.first else nullcontext():
+                    training, data, facts = begin_training(job, warnings)
+                    begun = True
+                    _train(training, data, folder, options, facts)
+    except (KeyboardInterrupt, RunError, DataError, Stopped, RuntimeError, OSError) as error:
+        return exit_status(error, options, processes, begun)
     return 0
 
 
-def _load_data(run: Job, device: torch.device) -> Data:
-    options, processes = run.options, run.processes
-    # The first may download it.
-    with (
-        processes.first_of_machine_first(),
-        making("the data set", "--train_limit and --test_limit take less"),
-    ):
-        return load_data(
-            options.data,
-            batch_size=options.train.batch_size,
-            seed=options.train.seed,
-            device=device,
-            test_only=options.train.test_only,
-            rank=processes.rank,
-            world=processes.world,
-        )
+def _train(training: Training, data: Data, folder: RunFolder, options: Options, facts: dict) -> None:
+    first, plain = training.processes.first, options.as_dict()
+    with Tracker(folder.path, plain) if options.train.wandb and first else nullcontext() as tracker:
+        best = fit(training, data, folder, plain, facts, tracker)
+        if not first:
+            return
+        if options.train.export:
+            export(Path(options.train.export), training.model, folder.best, facts["image_shape"])
+        split = selection_split(data)
+        print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
 
 
-def _test(run: Job) -> None:
-    """Evaluate --checkpoint, else best.pt of the output folder; print and write test_results.json, nothing else."""
-    options, processes = run.options, run.processes
-    path = Path(options.train.checkpoint) if options.train.checkpoint else RunFolder(options.train.output_dir).best
-    if not path.exists():
-        raise RunError(f"--test_only: there is no {path}; train first, or name the weights with --checkpoint FILE")
-    state = load_checkpoint(path)
-    options, changes = options_as_trained(options, run.as_trained, state, path)
-    run = run._replace(options=options)
+def _test(evaluation: Evaluation, processes: Processes) -> None:
+    """Evaluate a checkpoint on the test images; print and write test_results.json, nothing else."""
+    options, model, data, device, path, facts = evaluation
     train = options.train
-    check_writable(Path(train.output_dir), "--output_dir")
-    model, folder, device, _ = prepare(run)
-    # Images of another size need no --override: what the model computes is the same function of an image, at that size.
-    free = train.override or "resize" in changes or "config" not in state
-    leeway = Leeway(resample=not train.strict and free, grid=grid_of(state.get("config")))
-    loaded = load_weights(model, path, run.load, "--checkpoint" if train.checkpoint else "--test_only", state, leeway)
-    refused = {} if train.override else {name: change for name, change in changes.items() if name != "resize"}
-    if refused:  # they fit, and would give another number than that of the model that was trained
-        check_same_class(options.as_dict(), state["config"], path, "--test_only")
-        name, (trained, stated) = next(iter(refused.items()))
-        raise RunError(
-            f"--test_only: {path} was trained with --{name} {as_words(trained)}, not {as_words(stated)}; leave --{name} out, "
-            "or evaluate its weights in another model than theirs with --override"
-        )
-    shape = (options.model.in_channels, *sides_of(options.data.resize))
-    try:
-        flops = count_flops(model, torch.zeros(1, *shape))
-    except ValueError as error:  # of a layer that cannot run on maps of this size
-        raise RunError(f"--test_only: --resize {as_words(options.data.resize)} with {path}: {error}") from None
-    if processes.first:
-        say_what_is_assumed(options, state, path, changes)
-        say_what_was_loaded(loaded, path, model)
-    processes.connect(device)
-    data = _load_data(run, device)
-    model.to(device)
     confusion = Confusion(options.model.num_classes, device)
-    with making(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE), _reading():
+    with making(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE):
         metrics = evaluate(
             model,
             data.test,
@@ -369,70 +384,15 @@ def _test(run: Job) -> None:
     if not processes.first:
         return
     if not math.isfinite(metrics.loss):
-        raise NonFiniteLoss(f"the test loss of {path} is not finite: its weights overflow in this model")
+        raise Stopped(f"the test loss of {path} is not finite: its weights overflow in this model")
     print(f"test top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  ({path})")
     results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": as_text(str(path))}
-    results["parameters"] = count_parameters(model)
-    results["flops_per_image"] = flops
-    results |= costs_of(model, shape, device)
+    results |= {"parameters": count_parameters(model), "flops_per_image": facts["flops_per_image"]}
+    results |= costs_of(model, facts["image_shape"], device)
     results["classes"] = confusion.by_class(data.class_names)
     if len(data.class_names) <= MOST_CONFUSED:
         results["confusion"] = confusion.counts.tolist()
-    results["options"] = evaluation_options(options)
-    results["override"] = {name: {"trained": before, "here": after} for name, (before, after) in changes.items()}
-    written = folder.write_test_results(results)
+    results |= {"options": evaluation_options(options), "override": facts["override"]}
+    written = RunFolder(train.output_dir).write_test_results(results)
     if written.name != "test_results.json":
         print(f"results are in {written}: test_results.json is of other options")
-
-
-def _train(run: Job) -> None:
-    """Train from the beginning, from --checkpoint's weights, or from where --resume finds the run; write all outputs."""
-    model, folder, device, warnings = prepare(run)
-    options, processes = run.options, run.processes
-    train, plain = options.train, options.as_dict()
-    found = resumable_state(folder, plain, quiet=not processes.first) if train.resume else None
-    if train.export and found is not None and found[0]["best"] and not folder.best.exists():
-        raise RunError(f"--export: {folder.best} of epoch {found[0]['best']['epoch']} is gone; leave --export out")
-    notes = load_start(run, model, None if found is None else found[1])
-    processes.connect(device)
-    check_same_state(processes, folder, found)
-    data = _load_data(run, device)
-    model.to(device)
-    training = Training(model, train, device, len(data.train), processes, run.signals)
-    if found is None:
-        seed_process(train.seed, processes.rank)  # dropout and mixes differ between processes, unlike the weights
-    else:
-        resume(training, folder, *found)
-    facts = facts_of(run, model, data, device)
-    check_short_batches(model, train, facts["train_images"], facts["image_shape"], processes.world)
-    if processes.first:
-        run.announce()
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        folder.start(plain, model, resumed=found is not None, notes=notes)
-        trained = f" ({facts['trained_parameters']:,} of them trained)" if train.freeze else ""
-        print(
-            f"{options.model.title} on {options.data.dataset}: {facts['parameters']:,} parameters{trained}, "
-            f"{facts['flops_per_image'] / 1e6:,.2f} MFLOPs per image, {facts['train_images']:,} training and "
-            f"{facts['test_images']:,} test images, on {device_name(device)}"
-            + (f", {processes.world} processes" if processes.world > 1 else ""),
-            flush=True,
-        )
-    with Tracker(folder.path, plain) if train.wandb and processes.first else nullcontext() as tracker:
-        with _reading():
-            best = fit(training, data, folder, plain, facts, tracker)
-        if not processes.first:
-            return
-        if train.export:
-            export(Path(train.export), model, folder.best, facts["image_shape"])
-        split = selection_split(data)
-        print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
-
-
-@contextlib.contextmanager
-def _reading() -> Iterator[None]:
-    """A context in which data that turns out to be wrong ends the run as whatever happens on the way, with status 1."""
-    try:
-        yield
-    except DataError as error:
-        raise ReadError(str(error)) from None

@@ -1,6 +1,6 @@
 """Seeds, and hashes that serve as random numbers: functions of (seed, epoch, index) instead of a generator's state.
 
-So an image is augmented alike whatever the batch size, the number of workers, or where a run was interrupted.
+An image is augmented alike for every batch size and number of workers, and after an interruption.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def mix(x: Tensor) -> Tensor:
-    """The finalizer of MurmurHash3, in place on int32: a bijection after which every bit depends on every bit."""
-    # Shifts of int32 are arithmetic: the masks clear the copies of the sign. Products wrap around, as the hash wants it; the
-    # factors are unsigned there, hence less 2^32 here.
+    """Apply the finalizer of MurmurHash3 in place to int32: a bijection after which every bit depends on every bit."""
+    # Shifts of int32 are arithmetic: the masks clear the copies of the sign. Products wrap around, as the hash needs. Its
+    # factors are unsigned, hence less 2^32 here.
     x ^= (x >> 16) & 0xFFFF
     x *= 0x85EBCA6B - 2**32
     x ^= (x >> 13) & 0x7FFFF
@@ -35,7 +35,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def keys(seed: int, epoch: int, index: Tensor, stream: int, salt: int = 0) -> Tensor:
-    """One int32 per index; different indices never share one within the same (seed, epoch, stream)."""
+    """Return an int32 per index; no two indices share one within the same (seed, epoch, stream)."""
     x = index.to(torch.int32, copy=True)
     for word in (stream, epoch, seed):
         word = (word * 0x9E3779B9 + salt + 1) % 2**32
@@ -44,15 +44,15 @@ def keys(seed: int, epoch: int, index: Tensor, stream: int, salt: int = 0) -> Te
 
 
 def uniform(seed: int, epoch: int, index: Tensor, n: int, stream: int = 0) -> Tensor:
-    """`n` numbers in [0, 1) for each image: index (B,) -> float32 (B, n), in steps of 2^-24.
+    """Return `n` numbers in [0, 1) for each image: index (B,) -> float32 (B, n), in steps of 2^-24.
 
     Row b depends on (seed, epoch, index[b], stream) only.
     """
-    # Counter-based: number n of an image is a hash of start + n * stride, so any row can be had without those before it.
+    # Counter-based: number n of an image is a hash of start + n * stride, so each row is independent of the others.
     start = keys(seed, epoch, index, stream)[:, None]
-    # A stride of its own for every image: otherwise two images could share a stretch of their sequences.
+    # Images have different strides: otherwise two of them could share a stretch of their sequences.
     stride = keys(seed, epoch, index, stream, salt=1)[:, None] | 1
-    # Counters are hashed first: multiples of one stride differ by a constant, which a single hash would let through.
+    # Counters are hashed first: multiples of one stride differ by a constant, which shows through a single hash.
     columns = mix(torch.arange(1, n + 1, dtype=torch.int32, device=index.device))
     x = mix(stride * columns + start)
     # The upper 24 bits, as many as float32 holds exactly: every value is below 1.
@@ -60,7 +60,7 @@ def uniform(seed: int, epoch: int, index: Tensor, n: int, stream: int = 0) -> Te
 
 
 def gaussian(seed: int, epoch: int, index: Tensor, n: int, stream: int = 0) -> Tensor:
-    """`n` standard normal numbers for each image: index (B,) -> float32 (B, n), by Box and Muller's method."""
+    """Return `n` standard normal numbers for each image: index (B,) -> float32 (B, n), by the Box-Muller method."""
     half = (n + 1) // 2
     first, second = uniform(seed, epoch, index, 2 * half, stream).split(half, dim=1)
     # log(1 - u) instead of log(u): u can be 0, and is never 1.

@@ -275,15 +275,12 @@ def main(argv: list[str] | None = None) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, figure.encode() if isinstance(figure, str) else as_png(figure))
     except Exception as error:
-        from readers.images import DataError
-        from runs import RunError
-        from runs.checkpoints import NonFiniteWeights
-        from runs.files import WriteError
+        from runs import DataError, RunError, Stopped
         from runs.memory import is_out_of_memory
 
         if is_out_of_memory(error):
             parser.error(f"out of memory while drawing {args.figure}; a smaller picture, or fewer, need less")
-        if not isinstance(error, (ValueError, OSError, DataError, NonFiniteWeights, RunError, WriteError)):
+        if not isinstance(error, (ValueError, OSError, DataError, RunError, Stopped)):
             raise
         parser.error(" ".join(str(error).split()))
     print(output)

@@ -8,9 +8,8 @@ if __name__ == "__main__":  # before other imports: no traceback of one that is 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import sys
-from functools import partial
 
-from options.runs import PROGRAMS, as_trained, parse_options, warn_without_effect
+from options.runs import PROGRAMS, parse_options, unused_options
 from runs.streams import run_program
 
 
@@ -22,12 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     from train_eval import run
     from vit import ViT
 
-    def announce() -> None:
-        parser.note_repeated()
-        warn_without_effect(options.model, parser)
-
-    stated = partial(as_trained, program, parser.stated)
-    return run(options, ViT, parser.error, load_vit_weights, stated, announce)
+    warnings = unused_options(options.model, parser.given)
+    return run(options, ViT, load_vit_weights, program=program, stated=parser.stated, warnings=warnings)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ if __name__ == "__main__":  # before other imports: no traceback of one that is 
 import importlib.util
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from options.fields import option
-from options.runs import Program, as_trained, parse_options
+from options.runs import Program, parse_options
 from options.vit import ViTConfig
 from runs.streams import run_program
 
@@ -84,8 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--layer {options.model.layer} needs a package: pip install {package.replace('_', '-')}")
     from train_eval import run
 
-    stated = partial(as_trained, PROGRAM, parser.stated)
-    return run(options, make_peer, parser.error, as_trained=stated, announce=parser.note_repeated)
+    return run(options, make_peer, program=PROGRAM, stated=parser.stated)
 
 
 if __name__ == "__main__":

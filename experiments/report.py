@@ -160,11 +160,11 @@ def update_summary(
     points: list[Point], folder: Path, draw_plots: bool = True, published: dict[str, Published] | None = None
 ) -> bool:
     """`write_summary`; where it cannot be written, a warning instead, as runs are worth more than tables of them."""
-    from runs.files import WriteError
+    from runs import Stopped
 
     try:
         write_summary(points, folder, draw_plots, published)
-    except WriteError as error:
+    except Stopped as error:
         print(f"warning: {error}", file=sys.stderr)
         return False
     return True

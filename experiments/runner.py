@@ -54,7 +54,7 @@ class Sweep:
     published: dict[str, Published] = field(default_factory=dict)  # by the name of the point, for the summary
 
     def start(self, point: Point, slot: int, descriptor: int) -> Running:
-        """Start a point, whose lock we hold. Raises OSError or WriteError if its folder cannot be written to."""
+        """Start a point, whose lock we hold. Raises OSError or Stopped if its folder cannot be written to."""
         from runs.files import write_atomically
 
         folder = self.folder / point.name
@@ -84,7 +84,7 @@ class Sweep:
 
     def start_some(self, waiting: list[Point], running: list[Running], progress) -> None:
         """Start points while slots are free. What is finished is done; what another process runs waits for that."""
-        from runs.files import WriteError
+        from runs import Stopped
 
         for point in list(waiting):
             free = set(range(self.slots)) - {run.slot for run in running}
@@ -97,7 +97,7 @@ class Sweep:
                 if not is_finished(point, self.folder):  # looked at under the lock, so that nobody else is about to run it
                     running.append(self.start(point, min(free), descriptor))
                     continue
-            except (OSError, WriteError) as error:  # a full disk, a folder that may not be written to: the others go on
+            except (OSError, Stopped) as error:  # a full disk, a folder that may not be written to: the others go on
                 if point in waiting:
                     waiting.remove(point)
                 say(self.failure(point, f"cannot be started: {error}"), progress.write)

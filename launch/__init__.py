@@ -1,1 +1,1 @@
-"""What happens before a run starts."""
+"""Everything that happens before training or evaluation starts."""

@@ -1,5 +1,4 @@
-"""Before a run begins: everything that can fail before data is read or a file is written, the weights to start from, and
-what is known then."""
+"""Prepare a run: everything that can fail before data is read or a file is written, then data, weights and state."""
 
 from __future__ import annotations
 
@@ -14,43 +13,115 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dataset import Data
+from dataset import Data, load_data
 from kernels import backend
 from launch.probe import probe
+from models.backbones import fitted_options
+from options.data import sides_of
+from options.fields import as_words
 from options.models import ModelConfig
-from options.runs import AsTrained, Options, grid_of
+from options.runs import Options, Program, grid_of
 from options.training import TrainConfig
 from readers.files import import_torchvision
 from runs import RunError
 from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_weights
 from runs.devices import choose_kernels, pick_device
 from runs.export import check_export
+from runs.files import check_writable
 from runs.folder import RunFolder
-from runs.measure import count_flops, count_parameters
+from runs.measure import count_flops, count_parameters, device_name
 from runs.memory import making
 from runs.optimization import autocast_for
 from runs.parameters import freeze, layer_scales, start_training
-from runs.processes import Processes, Signals
-from runs.provenance import check_same_class, list_of_loaded, say_what_differs, say_what_was_loaded
+from runs.processes import Processes, Signals, seed_process
+from runs.provenance import (
+    check_same_class,
+    list_of_loaded,
+    options_as_trained,
+    say_what_differs,
+    say_what_is_assumed,
+    say_what_was_loaded,
+)
+from runs.resume import check_same_state, resumable_state, resume
+from runs.streams import announce
 from runs.tracking import is_installed
+from runs.training import Training
 from utils import seed_everything
 
 
 class Job(NamedTuple):
-    """What the command line asks of a run, and what runs it."""
+    """A run that the command line asks for.
+
+    make_model: config -> model; load: puts a state dict into the model.
+    """
 
     options: Options
     make_model: Callable[[ModelConfig], nn.Module]
     load: Callable[[nn.Module, dict, Leeway], Loaded]
-    as_trained: Callable[[dict], AsTrained] | None
-    announce: Callable[[], None]
     processes: Processes
     signals: Signals
 
 
-def prepare(job: Job) -> tuple[nn.Module, RunFolder, torch.device, list[str]]:
-    """Everything that can fail before data is read or a file is written; also what the user should know of the layer."""
-    train, processes = job.options.train, job.processes
+class Evaluation(NamedTuple):
+    """A checkpoint that is about to be evaluated."""
+
+    options: Options  # as it was trained
+    model: nn.Module
+    data: Data
+    device: torch.device
+    path: Path
+    facts: dict  # for test_results.json
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def begin_training(job: Job, warnings: list[str]) -> tuple[Training, Data, dict]:
+    """Make the model and load the data; start from the beginning, from --checkpoint's weights, or where --resume finds the run.
+
+    warnings: lines about the options, printed once nothing can be wrong any more. Returns the training, the data, and facts
+    about both for summary.json. Raises RunError, DataError and Stopped.
+    """
+    options, processes = job.options, job.processes
+    train, plain, folder = options.train, options.as_dict(), RunFolder(options.train.output_dir)
+    model, device, unreached = prepare(job)
+    found = resumable_state(folder, plain, quiet=not processes.first) if train.resume else None
+    if train.export and found is not None and found[0]["best"] and not folder.best.exists():
+        raise RunError(f"--export: {folder.best} of epoch {found[0]['best']['epoch']} is gone; leave --export out")
+    notes = load_start(job, model, None if found is None else found[1])
+    processes.connect(device)
+    check_same_state(processes, folder, found)
+    data = read_data(job, device)
+    model.to(device)
+    training = Training(model, train, device, len(data.train), processes, job.signals)
+    if found is None:
+        seed_process(train.seed, processes.rank)  # dropout and mixes differ between processes, unlike the weights
+    else:
+        resume(training, folder, *found)
+    facts = facts_of(job, model, data, device)
+    check_short_batches(model, train, facts["train_images"], facts["image_shape"], processes.world)
+    if processes.first:
+        for warning in warnings + fitted_options(options.model):
+            announce("warning", warning)
+        for warning in unreached:
+            print(f"warning: {warning}", file=sys.stderr)
+        folder.start(plain, model, resumed=found is not None, notes=notes)
+        trained = f" ({facts['trained_parameters']:,} of them trained)" if train.freeze else ""
+        print(
+            f"{options.model.title} on {options.data.dataset}: {facts['parameters']:,} parameters{trained}, "
+            f"{facts['flops_per_image'] / 1e6:,.2f} MFLOPs per image, {facts['train_images']:,} training and "
+            f"{facts['test_images']:,} test images, on {device_name(device)}"
+            + (f", {processes.world} processes" if processes.world > 1 else ""),
+            flush=True,
+        )
+    return training, data, facts
+
+
+def prepare(job: Job) -> tuple[nn.Module, torch.device, list[str]]:
+    """Check everything that can be known without data; return the model, its device, and warnings of a custom mixer."""
+    train, data, processes = job.options.train, job.options.data, job.processes
     if train.batch_size < processes.world * train.accumulate_steps:
         what = f"{processes.world} processes" + f" of {train.accumulate_steps} micro-batches each" * (
             train.accumulate_steps > 1
@@ -61,7 +132,6 @@ def prepare(job: Job) -> tuple[nn.Module, RunFolder, torch.device, list[str]]:
     autocast_for(train, device)  # raises for a dtype that the device does not have
     if train.export:
         check_export(train)
-    data = job.options.data
     if train.mixup or train.cutmix or data.auto_augment != "none" or data.random_erasing:
         import_torchvision()
     if train.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -81,25 +151,25 @@ def prepare(job: Job) -> tuple[nn.Module, RunFolder, torch.device, list[str]]:
         model = job.make_model(job.options.model)
     if not train.test_only:
         freeze(model, train.freeze)
-        layer_scales(model, train.layer_decay)  # raises for a model whose blocks it cannot tell
-    return model, RunFolder(train.output_dir), device, warnings
+        layer_scales(model, train.layer_decay)  # raises for a model without numbered blocks
+    return model, device, warnings
 
 
 def load_start(job: Job, model: nn.Module, resumed_from: Path | None) -> str:
-    """Put the weights of --checkpoint, if there is one, into a model that is about to be trained; returns what model.txt says.
+    """Load the weights of --checkpoint, if there is one, into a model that is about to be trained; return a note for model.txt.
 
-    resumed_from: the file that a run goes on from, whose weights come instead. Raises RunError.
+    resumed_from: the checkpoint that the run continues from, whose weights come instead. Raises RunError and Stopped.
     """
     train, first = job.options.train, job.processes.first
-    if resumed_from is not None:
-        if train.checkpoint and first:
-            where = f"--resume goes on from {resumed_from}"
-            print(f"warning: --checkpoint {train.checkpoint} is not read: {where}", file=sys.stderr)
-        return ""
-    if not train.checkpoint:
-        unread = f"--freeze {train.freeze}" if train.freeze else "--strict" if train.strict else ""
-        if unread and first:
-            print(f"warning: {unread} goes with the weights of a --checkpoint, and none is given", file=sys.stderr)
+    ignored = ""
+    if resumed_from is not None and train.checkpoint:
+        ignored = f"--checkpoint {train.checkpoint} is not read: --resume goes on from {resumed_from}"
+    elif resumed_from is None and not train.checkpoint and (train.freeze or train.strict):
+        unread = f"--freeze {train.freeze}" if train.freeze else "--strict"
+        ignored = f"{unread} goes with the weights of a --checkpoint, and none is given"
+    if ignored and first:
+        print(f"warning: {ignored}", file=sys.stderr)
+    if resumed_from is not None or not train.checkpoint:
         return ""
     path = Path(train.checkpoint)
     if not path.is_file():
@@ -115,10 +185,28 @@ def load_start(job: Job, model: nn.Module, resumed_from: Path | None) -> str:
     return list_of_loaded(loaded, path)
 
 
-def check_short_batches(model: nn.Module, train: TrainConfig, images: int, shape: tuple[int, ...], world: int) -> None:
-    """Raise RunError where a micro-batch will be one image, in which BatchNorm over a map of one pixel has nothing to compare.
+def read_data(job: Job, device: torch.device) -> Data:
+    """Load the data set; on each machine one process goes first, as it may download it. Raises DataError and Stopped."""
+    options, processes = job.options, job.processes
+    with (
+        processes.first_of_machine_first(),
+        making("the data set", "--train_limit and --test_limit take less"),
+    ):
+        return load_data(
+            options.data,
+            batch_size=options.train.batch_size,
+            seed=options.train.seed,
+            device=device,
+            test_only=options.train.test_only,
+            rank=processes.rank,
+            world=processes.world,
+        )
 
-    images: of the training set, each (C, H, W) of `shape`; world: processes. Model and random numbers stay as they are.
+
+def check_short_batches(model: nn.Module, train: TrainConfig, images: int, shape: tuple[int, ...], world: int) -> None:
+    """Raise RunError where BatchNorm will meet a micro-batch of one image whose map is one pixel: nothing to normalize over.
+
+    images: number of training images, each (C, H, W) of `shape`; world: processes. Model and random numbers do not change.
     """
     batches = {min(train.batch_size, images), images % train.batch_size}
     shares = {share for batch in batches for share in (batch // world, -(-batch // world)) if share}
@@ -142,7 +230,7 @@ def check_short_batches(model: nn.Module, train: TrainConfig, images: int, shape
 
 
 def facts_of(job: Job, model: nn.Module, data: Data, device: torch.device) -> dict:
-    """What summary.json says of the model and the data."""
+    """Return the part of summary.json that model and data decide."""
     shape = (job.options.model.in_channels, *job.options.model.image_size)
     return {
         "parameters": count_parameters(model),
@@ -156,3 +244,49 @@ def facts_of(job: Job, model: nn.Module, data: Data, device: torch.device) -> di
         "processes": job.processes.world,
         "kernels": backend.running_on(device),
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def begin_test(job: Job, program: Program, stated: dict) -> Evaluation:
+    """Load --checkpoint, else best.pt of the output folder, as the model that it was trained as, and the test images.
+
+    program, stated: the options that the command line states, and its program. Raises RunError, DataError and Stopped.
+    """
+    options, processes = job.options, job.processes
+    path = Path(options.train.checkpoint) if options.train.checkpoint else RunFolder(options.train.output_dir).best
+    if not path.exists():
+        raise RunError(f"--test_only: there is no {path}; train first, or name the weights with --checkpoint FILE")
+    state = load_checkpoint(path)
+    options, changes = options_as_trained(options, program, stated, state, path)
+    job, train = job._replace(options=options), options.train
+    check_writable(Path(train.output_dir), "--output_dir")
+    model, device, _ = prepare(job)
+    # Images of another size need no --override: the model computes the same function of an image at that size.
+    free = train.override or "resize" in changes or "config" not in state
+    leeway = Leeway(resample=not train.strict and free, grid=grid_of(state.get("config")))
+    loaded = load_weights(model, path, job.load, "--checkpoint" if train.checkpoint else "--test_only", state, leeway)
+    refused = {} if train.override else {name: change for name, change in changes.items() if name != "resize"}
+    if refused:  # the weights fit, but the result would not be that of the model that was trained
+        check_same_class(options.as_dict(), state["config"], path, "--test_only")
+        name, (trained, now) = next(iter(refused.items()))
+        raise RunError(
+            f"--test_only: {path} was trained with --{name} {as_words(trained)}, not {as_words(now)}; leave --{name} out, "
+            "or evaluate its weights in another model than theirs with --override"
+        )
+    shape = (options.model.in_channels, *sides_of(options.data.resize))
+    try:
+        flops = count_flops(model, torch.zeros(1, *shape))
+    except ValueError as error:  # of a layer that cannot run on maps of this size
+        raise RunError(f"--test_only: --resize {as_words(options.data.resize)} with {path}: {error}") from None
+    if processes.first:
+        say_what_is_assumed(options, state, path, changes)
+        say_what_was_loaded(loaded, path, model)
+    processes.connect(device)
+    data = read_data(job, device)
+    override = {name: {"trained": before, "here": after} for name, (before, after) in changes.items()}
+    facts = {"image_shape": shape, "flops_per_image": flops, "override": override}
+    return Evaluation(options, model.to(device), data, device, path, facts)

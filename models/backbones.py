@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d, Coor
 from mixers.graph import GraphConv2d
 from options.allconvnet import AllConvNetConfig
 from options.backbones import DENSENET, RESNET, VGG
+from options.models import ModelConfig
 from options.neighbors import as_sides
 from readers.files import import_torchvision
 
@@ -124,11 +124,11 @@ def choose(words: tuple[str, ...], stages: list[int], model: str) -> list[bool]:
     raise ValueError(f"{flag} is neither all, nor last n, nor stages with their numbers, as in stages 3 4")
 
 
-def warn_fitted(config: AllConvNetConfig, warn: Callable[[str], None]) -> None:
-    """Warn where maps of a backbone have fewer tokens than the neighbors or samples that the config asks for."""
-    if not config.is_backbone:
-        return
-    convolutions = plan(config)[1]
+def fitted_options(config: ModelConfig) -> list[str]:
+    """Return warnings where maps of a backbone have fewer tokens than the neighbors or samples that the config asks for."""
+    if not isinstance(config, AllConvNetConfig) or not config.is_backbone:
+        return []
+    warnings, convolutions = [], plan(config)[1]
     for name in ("K", "num_samples"):
         maps = []
         for _, _, stage, grid, layer in convolutions:
@@ -137,7 +137,8 @@ def warn_fitted(config: AllConvNetConfig, warn: Callable[[str], None]) -> None:
                 maps.append(f"{value} on the {as_sides(grid)} map of stage {stage}")
         if maps:
             where = ", ".join(dict.fromkeys(maps))
-            warn(f"--{name} {getattr(config, name)} does not fit all maps of --model {config.model}: it is {where}")
+            warnings.append(f"--{name} {getattr(config, name)} does not fit all maps of --model {config.model}: it is {where}")
+    return warnings
 
 
 # ---------------------------------------------------------------------------------------------------------------

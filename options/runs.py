@@ -219,23 +219,21 @@ def assumed_options(model: ModelConfig) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def warn_without_effect(model: ModelConfig, parser: OneLineParser) -> None:
-    """A line on stderr for every option that the command line gave and the model does not read; files serve several layers."""
-    for name, other in model.without_effect().items():
-        if name in parser.given:
-            parser.warn(f"--{name} {as_words(getattr(model, name))} is not used by --{other} {as_words(getattr(model, other))}")
+def unused_options(model: ModelConfig, given: frozenset[str]) -> list[str]:
+    """Return a warning for every option that the command line gave and the model does not read; files serve several layers."""
+    return [
+        f"--{name} {as_words(getattr(model, name))} is not used by --{other} {as_words(getattr(model, other))}"
+        for name, other in model.without_effect().items()
+        if name in given
+    ]
 
 
-def warn_oversized(model: AllConvNetConfig, parser: OneLineParser) -> None:
-    """A line on stderr where the default network, made for 32 x 32 pixels, meets images of at most 8 x 8."""
+def oversized_default(model: AllConvNetConfig, given: frozenset[str]) -> list[str]:
+    """Return a warning where the default network, made for 32 x 32 pixels, meets images of at most 8 x 8."""
     spec = specs(AllConvNetConfig)["channels"]
-    if (
-        not model.is_backbone
-        and max(model.image_size) <= 8
-        and model.channels == spec.default
-        and "channels" not in parser.given
-    ):
-        parser.warn(
+    if not model.is_backbone and max(model.image_size) <= 8 and model.channels == spec.default and "channels" not in given:
+        return [
             f"the default --channels {as_words(spec.default)} are for images of 32 x 32 and learn {as_sides(model.image_size)} "
             "slowly and badly; --channels 16 32 64, as in configs/demo.yaml, would fit"
-        )
+        ]
+    return []

@@ -23,7 +23,7 @@ import numpy as np
 
 from options.data import DataConfig
 from options.reading import open_regular
-from readers.images import DataError
+from runs import DataError
 
 DIGIT_NAMES = [str(digit) for digit in range(10)]
 FASHION_NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]

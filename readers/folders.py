@@ -9,7 +9,7 @@ import numpy as np
 
 from options.data import DATASETS, DataConfig
 from readers.files import Images, Source, find_folder
-from readers.images import DataError
+from runs import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jfif", ".jpe")
 FOLDERS = {"train": "train", "test": "val"}

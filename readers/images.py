@@ -16,16 +16,9 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from options.reading import open_regular
-from runs.files import WriteError, write_atomically
+from runs import DataError, Stopped
+from runs.files import write_atomically
 from runs.progress import Progress
-
-
-class DataError(Exception):
-    """Missing or damaged data, described in one line. The programs print it and exit with status 2."""
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))
-
 
 # Formats that cameras and scanners write. PIL reads more; for EPS it would start another program.
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -163,7 +156,7 @@ def check_images(files: np.ndarray, *, threads: int, quiet: bool, rank: int = 0,
                     progress.show()
         finally:
             if sound != known:
-                with contextlib.suppress(OSError, WriteError):
+                with contextlib.suppress(OSError, Stopped):
                     cache.mkdir(parents=True, exist_ok=True)
                     write_atomically(cache / f"{name}-{rank}-of-{world}.txt", b"\n".join(sorted(sound)))
 

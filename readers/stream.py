@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from readers.augmentation import WORKER, seeded
-from readers.images import DataError, decode_image
+from readers.images import decode_image
+from runs import DataError
 from runs.processes import Signals
 from utils import keys
 

@@ -10,9 +10,9 @@ from runs.processes import Processes
 
 
 def pick_device(name: str, processes: Processes | None = None) -> torch.device:
-    """The device that --device names; auto takes cuda, then mps, then cpu. Raises RunError if it is absent.
+    """Return the device that --device names; auto takes cuda, then mps, then cpu. Raises RunError if it is absent.
 
-    With several processes on a machine, each has a GPU of its own.
+    Each process on a machine has its own GPU.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -31,7 +31,7 @@ def pick_device(name: str, processes: Processes | None = None) -> torch.device:
 
 
 def choose_kernels(name: str, device: torch.device) -> None:
-    """Compute by the backend that --kernels names; `auto` leaves it to CONVNN_KERNELS. Raises RunError if it is not there."""
+    """Choose the backend that --kernels names; `auto` leaves it to CONVNN_KERNELS. Raises RunError if it is absent."""
     if name == "triton" and device.type != "cuda":
         raise RunError(f"--kernels triton needs CUDA, the device is {device.type}; use --kernels auto")
     if name == "triton" and backend.triton_kernels() is None:

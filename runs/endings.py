@@ -1,51 +1,57 @@
-"""How a run that raised ends: the line that is printed, and the exit status."""
+"""End a run that raised: print its line and choose the exit status."""
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
 
 import torch
 
 from options.runs import Options
-from runs.checkpoints import NonFiniteWeights
-from runs.files import ReadError, WriteError
+from runs import DataError, RunError, Stopped
 from runs.folder import RunFolder
-from runs.memory import OutOfMemory
-from runs.optimization import NonFiniteLoss
 from runs.processes import Processes
+from runs.streams import announce
 
-STOPPED = (NonFiniteLoss, NonFiniteWeights, OutOfMemory, ReadError, WriteError)  # what ends a run on its way
 
+def exit_status(error: BaseException, options: Options, processes: Processes, begun: bool) -> int:
+    """Print one line for an error that is being handled; return 1, or 128 + number for a signal.
 
-def exit_status(error: BaseException, options: Options, processes: Processes | None, fail: Callable[[str], None]) -> int:
-    """1 for what happens on the way, 128 + number for a signal; `fail` (2) for what the user can correct.
-
-    Anything else is raised again: to be called while the error is handled.
+    begun: training or evaluation has begun. Raises SystemExit(2) for what the user can correct, and the error itself if it is
+    none of a run's.
     """
-    train, is_first = options.train, processes is None or processes.first
-    last = RunFolder(train.output_dir).last
+    last = RunFolder(options.train.output_dir).last
     if isinstance(error, KeyboardInterrupt):
         number = getattr(error, "number", signal.SIGINT)
         hint = f"; --resume goes on from {last}" if getattr(error, "is_saved", False) else ""
-        return _say(f"stopped by {signal.Signals(number).name}{hint}", 128 + number, is_first)
-    if isinstance(error, (OSError, *STOPPED)):
-        is_kept = isinstance(error, (OutOfMemory, ReadError)) and not train.test_only and last.exists()
-        speaks = is_first or isinstance(error, ReadError)  # which the others have not met
-        return _say(f"stopped: {error}" + f"; --resume goes on from {last}" * is_kept, 1, speaks)
+        return _say(f"stopped by {signal.Signals(number).name}{hint}", 128 + number, processes.first)
+    if isinstance(error, DataError) and not begun and processes.local_rank:
+        print(error, file=sys.stderr)  # which the first process of this machine need not have met
+    if isinstance(error, RunError) or (isinstance(error, DataError) and not begun):
+        _refuse(str(error), processes)
+    if isinstance(error, (OSError, Stopped, DataError)):
+        is_kept = isinstance(error, DataError) or getattr(error, "resumable", False)
+        hint = f"; --resume goes on from {last}" if is_kept and not options.train.test_only and last.exists() else ""
+        return _say(f"stopped: {error}{hint}", 1, processes.first or isinstance(error, DataError))
+    # torch raises a plain RuntimeError for the three that follow: only its text tells them apart.
     text = " ".join(str(error).split())
-    if train.deterministic and "deterministic" in text:
-        fail(f"--deterministic: --layer {options.model.layer} has a step without a deterministic form here ({text[:150]})")
+    if options.train.deterministic and "deterministic" in text:
+        layer = options.model.layer
+        _refuse(f"--deterministic: --layer {layer} has a step without a deterministic form here ({text[:150]})", processes)
     if "DataLoader worker" in text:  # raised by torch's signal handler, wherever the run was
-        fail(f"a process that reads images died ({text[:150]}); try --num_workers 0")
-    is_lost = isinstance(error, torch.distributed.DistError) or "gloo" in text
-    if processes.world == 1 or not is_lost:
-        raise
-    return _say(f"stopped: process 0 has lost another one of {processes.world}", 1, is_first)
+        _refuse(f"a process that reads images died ({text[:150]}); try --num_workers 0", processes)
+    if processes.world == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in text):
+        raise error
+    return _say(f"stopped: process 0 has lost another one of {processes.world}", 1, processes.first)
 
 
 def _say(line: str, status: int, speaks: bool) -> int:
-    if speaks:  # of several processes one does
+    if speaks:
         print(line, file=sys.stderr)
     return status
+
+
+def _refuse(text: str, processes: Processes) -> None:
+    if not processes.local_rank:
+        announce("error", text)
+    raise SystemExit(2)

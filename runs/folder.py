@@ -1,4 +1,4 @@
-"""The output folder of a run: options, model, checkpoints, tables, curves and summary."""
+"""Output folder of a run: options, model, checkpoints, tables, curves and summary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,23 +36,22 @@ COLUMNS = (
 
 TEXTS = ["args.txt", "config.yaml", "model.txt", "train_eval_results.txt", "metrics.csv", "summary.json", "curves.png", ID_FILE]
 CHECKPOINTS = "last.pt previous.pt best.pt".split()
-# Options that every config.yaml of a run holds; a file of options that somebody wrote seldom holds them all.
+# Options that every config.yaml of a run holds, and files of options seldom.
 ALWAYS = {"layer", "dataset", "num_epochs", "seed", "output_dir", "batch_size", "lr", "save_every", "tensorboard"}
 
 
 class Found(NamedTuple):
-    """What an output folder holds: a run of ours, told by its config.yaml, or none."""
+    """Contents of an output folder, which holds a run of ours if there is its config.yaml."""
 
     options: dict | None  # of the run
-    weights: list[Path]  # its checkpoints; without any there is nothing that could be lost
-    others: list[Path]  # its other outputs, but for those that every run of the folder writes anew
-    foreign: list[str]  # names of outputs that are there though no run of ours is
-    epochs: int  # that it has written down
+    weights: list[Path]  # checkpoints
+    others: list[Path]  # other outputs
+    epochs: int  # that the run has written down
     finished: bool
 
 
 def describe_model(model: nn.Module) -> str:
-    """The text of model.txt: module tree and parameter table, which says what is frozen."""
+    """Return the text of model.txt: module tree and a table of parameters, with a note at frozen ones."""
     named = list(model.named_parameters())
     rows = [
         (name, "x".join(map(str, p.shape)) or "1", f"{p.numel():,}", "" if p.requires_grad else "frozen") for name, p in named
@@ -69,7 +68,7 @@ def describe_model(model: nn.Module) -> str:
 
 
 class RunFolder:
-    """Tells what the folder of a run holds, and writes its outputs there as the run goes.
+    """Output folder of a run: recognize the run that is there, and write the outputs of this one.
 
     Tables are rewritten whole from the history after every epoch, so that a resumed run has no gap or double line.
     """
@@ -78,30 +77,19 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.last, self.best = self.path / "last.pt", self.path / "best.pt"
+        self.previous = self.path / "previous.pt"  # the last.pt before the present one, until the run is finished
         self._drawn = 0.0
 
-    @property
-    def last(self) -> Path:
-        return self.path / "last.pt"
-
-    @property
-    def previous(self) -> Path:
-        """The last.pt before the present one, until the run is finished."""
-        return self.path / "previous.pt"
-
-    @property
-    def best(self) -> Path:
-        return self.path / "best.pt"
-
     def save(self, state: dict, *others: Path) -> None:
-        """Write last.pt, after `others`: a run killed between them writes those once more when it is resumed."""
+        """Write last.pt, after `others`, which a run that is killed in between writes once more when it is resumed."""
         for path in others:
             save_checkpoint(state, path)
         self._link(self.last, self.previous)
         save_checkpoint(state, self.last)
 
     def restore(self, path: Path) -> None:
-        """Make the checkpoint that a run resumes from its last.pt, in place of a damaged one."""
+        """Make the checkpoint that a run resumes from the last.pt, in place of a damaged one."""
         if path != self.last:
             self._link(path, self.last)
 
@@ -115,67 +103,61 @@ class RunFolder:
             link.unlink(missing_ok=True)  # still there if both were names of one file already
 
     def look(self) -> Found:
-        """What is there, without changing anything."""
-        options = self._options()
+        """Return the outputs that are there, without changing anything."""
+        options, summary = self._options(), self._read("summary.json", json.loads)
         checkpoints, texts = ([path for name in names if (path := self.path / name).exists()] for names in (CHECKPOINTS, TEXTS))
-        if options is None:
-            return Found(None, [], [], [path.name for path in texts + checkpoints], 0, False)
-        others = texts + self._matching(self.path, r"test_results(-\d+)?\.json")
-        if options["save_every"]:
-            checkpoints += self._matching(self.path, r"epoch_\d+\.pt")
-        if options["tensorboard"]:
-            others += self._matching(self.path / "tensorboard", r"events\.out\.tfevents\..*")
-        summary = self._summary()
-        return Found(options, checkpoints, others, [], summary.get("epochs", 0), summary.get("finished") is True)
+        if options is not None:
+            texts += self._matching(self.path, r"test_results(-\d+)?\.json")
+            checkpoints += self._matching(self.path, r"epoch_\d+\.pt") if options["save_every"] else []
+            texts += self._matching(self.path / "tensorboard", r"events\.out\.tfevents\..*") if options["tensorboard"] else []
+        return Found(options, checkpoints, texts, summary.get("epochs", 0), summary.get("finished") is True)
 
     @staticmethod
     def _matching(folder: Path, pattern: str) -> list[Path]:
         return [path for path in sorted(folder.glob("*")) if re.fullmatch(pattern, path.name) and path.is_file()]
 
-    def _options(self) -> dict | None:
-        """Of the run that is there, from its config.yaml."""
+    def _read(self, name: str, parse: Callable[[str], object]) -> dict:
+        """Return the mapping in a file, or an empty one if the file cannot be read or holds none."""
         try:
-            options = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+            values = parse((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError):
-            return None
-        return options if isinstance(options, dict) and options.keys() >= ALWAYS else None
-
-    def _summary(self) -> dict:
-        try:
-            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
             return {}
-        return summary if isinstance(summary, dict) else {}
+        return values if isinstance(values, dict) else {}
+
+    def _options(self) -> dict | None:
+        """Return the options of the run that is there, from its config.yaml."""
+        options = self._read("config.yaml", yaml.safe_load)
+        return options if options.keys() >= ALWAYS else None
 
     @contextlib.contextmanager
     def claimed(self, train: TrainConfig) -> Iterator[None]:
-        """A context in which the folder is this run's: nobody else writes there, and it holds nothing that would be lost."""
+        """Hold the folder for this run: nobody else writes there, and it holds nothing that would be lost."""
         check_writable(self.path, "--output_dir")
         with locked(self.path):
             self.check(train.resume, train.overwrite, train.save_every)
             yield
 
     def check(self, resume: bool, overwrite: bool, save_every: int = 0) -> None:
-        """Raise RunError, with what to do, if a run that starts here would write over what it must not.
+        """Raise RunError, with the remedy, if a run that starts here would write over another one.
 
-        A run of ours is written over only under --overwrite, and what no run of ours made never.
+        A run of ours is written over only under --overwrite, and the files of anybody else never.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"--output_dir {self.path} is a file, not a folder")
-        found, where = self.look(), f"--output_dir {self.path}"
-        goes_on = resume and any((self.path / name).exists() for name in CHECKPOINTS)
-        if goes_on:
+        if resume and any((self.path / name).exists() for name in CHECKPOINTS):
             return  # `resumable_state` looks at the checkpoints themselves
-        foreign = found.foreign
-        if found.options is None and save_every:
-            foreign = foreign + [path.name for path in self._matching(self.path, r"epoch_\d+\.pt")]
-        if foreign:
-            names = ", ".join(foreign)
-            raise RunError(
-                f"{where} holds {names} without the config.yaml of a run of this program, and a run would write over them; "
-                "use another --output_dir"
-            )
-        if overwrite or found.options is None or not (found.weights or found.finished):
+        found, where = self.look(), f"--output_dir {self.path}"
+        if found.options is None:
+            foreign = found.others + found.weights
+            foreign += self._matching(self.path, r"epoch_\d+\.pt") if save_every else []
+            if foreign:
+                names = ", ".join(path.name for path in foreign)
+                raise RunError(
+                    f"{where} holds {names} without the config.yaml of a run of this program, and a run would write over them; "
+                    "use another --output_dir"
+                )
+            return
+        if overwrite or not (found.weights or found.finished):
             return
         epochs = f"{found.epochs} of {found.options['num_epochs']} epochs"
         what = f"a finished run ({found.epochs} epochs)" if found.finished else f"an unfinished run ({epochs})"
@@ -188,9 +170,9 @@ class RunFolder:
         raise RunError(f"{where} holds {what}; use --resume to {keep}, another --output_dir, or --overwrite to write over it")
 
     def start(self, options: dict, model: nn.Module, resumed: bool, notes: str = "") -> None:
-        """Create the folder and write what is known before training. Another run that is there is written over.
+        """Create the folder and write args.txt, config.yaml and model.txt. Another run that is there is written over.
 
-        notes: what else model.txt says of a run that begins. That of a run that is resumed stays.
+        notes: end of model.txt, which stays as it is when a run is resumed.
         """
         if not resumed:
             self._clear()
@@ -198,35 +180,34 @@ class RunFolder:
         remove_temporaries(self.path)  # left by a process that was killed while it wrote
         shown = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in options.items()}
         self._write("args.txt", "".join(f"{name}: {value}\n" for name, value in shown.items()))
-        # Whoever runs this file again has not said that a run may be written over.
+        # Running this file again must not write over a run.
         self._write("config.yaml", yaml.safe_dump(options | {"overwrite": False}, sort_keys=False))
         if not resumed or not (self.path / "model.txt").exists():
             self._write("model.txt", describe_model(model) + notes)
 
     def _clear(self) -> None:
-        """Take away the outputs of the run that is there, and nothing else."""
+        """Remove the outputs of the run that is there, and nothing else."""
         found = self.look()
+        if found.options is None:
+            return
         if found.weights:
             print(
                 f"warning: {self.path} holds another run, which is written over; its weights stay as *.pt.old", file=sys.stderr
             )
-        for path in found.weights:  # they may have taken days: they are renamed, where tables are deleted
+        for path in found.weights:  # which may have taken days
             path.replace(path.with_name(path.name + ".old"))
         for path in found.others:
             path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # of somebody else's events, or none at all
+        with contextlib.suppress(OSError):  # it is missing, or holds other events
             (self.path / "tensorboard").rmdir()
 
     def is_behind(self, epochs: int, ended: bool) -> bool:
-        """Whether the results lack some of so many epochs, or do not say that the run has ended though it has."""
-        summary = self._summary()
-        try:
-            return summary["epochs"] < epochs or ended > summary["finished"]
-        except (KeyError, TypeError):
-            return True
+        """Return whether the results lack some of so many epochs, or do not say that the run has ended though it has."""
+        summary = self._read("summary.json", json.loads)
+        return summary.get("epochs", 0) < epochs or (ended and summary.get("finished") is not True)
 
     def epoch_done(self, history: list[dict], best: dict, summary: dict, last: bool) -> None:
-        """Write the results so far; `best` is the row of the best epoch, `last` says that no epoch follows."""
+        """Write the results so far; best: row of the best epoch; last: no epoch follows."""
         self._write("train_eval_results.txt", results_text(history, best))
         extra = [name for name in best if name not in COLUMNS]
         self._write("metrics.csv", as_csv(history, COLUMNS + extra))
@@ -239,7 +220,7 @@ class RunFolder:
         self._write("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
     def write_test_results(self, results: dict) -> Path:
-        """Write test_results.json, or beside one of other options or another checkpoint test_results-2.json, and so on."""
+        """Write test_results.json; beside results of other options or another checkpoint test_results-2.json, and so on."""
         self.path.mkdir(parents=True, exist_ok=True)
         results = json.loads(json.dumps(results, allow_nan=False))
         names = (f"test_results{f'-{number}' * (number > 1)}.json" for number in itertools.count(1))
@@ -247,18 +228,14 @@ class RunFolder:
         write_atomically(path, json.dumps(results, indent=2) + "\n")
         return path
 
-    @staticmethod
-    def _is_of_same(path: Path, results: dict) -> bool:
-        """Whether the file holds a result of the same options and checkpoint."""
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-            then, now = (one["options"] | {"checkpoint": one["checkpoint"]} for one in (there, results))
-            return then.keys() == now.keys() and all(same_value(name, then[name], value) for name, value in now.items())
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return False
+    def _is_of_same(self, path: Path, results: dict) -> bool:
+        """Return whether the file holds a result of the same options and checkpoint."""
+        there = self._read(path.name, json.loads)
+        then, now = ({**one.get("options", {}), "checkpoint": one.get("checkpoint")} for one in (there, results))
+        return then.keys() == now.keys() and all(same_value(name, then[name], value) for name, value in now.items())
 
     def tensorboard(self, epochs: int):
-        """A writer that hides events after these epochs, which an interrupted run may have left."""
+        """Return a writer that hides events after these epochs, which an interrupted run may have left."""
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(self.path / "tensorboard", purge_step=epochs + 1)
@@ -268,13 +245,13 @@ class RunFolder:
 
 
 def costs_of(model: nn.Module, image_shape: tuple[int, ...], device: torch.device) -> dict:
-    """Latency of one image, which takes a second to measure, and the peak memory of this process so far."""
+    """Measure the latency of one image, for a second, and the peak memory of this process so far."""
     image = torch.zeros(1, *image_shape, device=device)
     return {**process_peak_memory(device), "latency_ms_per_image": measure_latency(model, image)}
 
 
 def summarize(training: Training, selection_split: str, facts: dict, ended: bool) -> dict:
-    """What summary.json holds; facts: of the model and the data."""
+    """Return the contents of summary.json; facts: of model and data."""
     chosen = {"val": "validation set", "test": "test set"}[selection_split]
     note = "The best epoch was chosen on the test set; --val_fraction chooses it on held-out images."
     seconds = [row["seconds"] for row in training.history]
@@ -297,7 +274,7 @@ def summarize(training: Training, selection_split: str, facts: dict, ended: bool
 
 
 def results_text(history: list[dict], best: dict) -> str:
-    """The text of train_eval_results.txt: a line for each epoch, average epoch time, the best epoch."""
+    """Return the text of train_eval_results.txt: a line for each epoch, average epoch time, the best epoch."""
     average = statistics.fmean(row["seconds"] for row in history)
     split = "val" if "val_top1" in best else "test"
     text = "".join(epoch_line(row) + "\n" for row in history)
@@ -307,7 +284,7 @@ def results_text(history: list[dict], best: dict) -> str:
 
 
 def draw_curves(history: list[dict], path: Path) -> None:
-    """Loss and top-1 accuracy by epoch, as PNG."""
+    """Draw loss and top-1 accuracy by epoch, as PNG."""
     from matplotlib.figure import Figure  # imported late: it takes most of a second
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

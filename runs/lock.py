@@ -1,13 +1,14 @@
-"""The lock on an output folder: one run at a time writes into it, on this machine and on others that see the folder.
+"""Lock of an output folder: one run at a time writes into it, on this machine and on others that see the folder.
 
-It is an flock on the file `.lock`, which the kernel gives back however its process ends; the file says who holds it. Where a
-file system has no flock, the file alone is the lock.
+The lock is an flock on the file `.lock`, which the kernel releases however its process ends; the file names the holder. On a
+file system without flock the file alone is the lock.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 import sys
@@ -17,24 +18,15 @@ from pathlib import Path
 
 from runs import RunError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 NAME = ".lock"
-VARIABLE = "CONVNN_LOCK"  # in the environment of a run whose starter, a sweep, holds the lock of its folder: device:inode
-UNSUPPORTED = {getattr(errno, name) for name in ("ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL") if hasattr(errno, name)}
+VARIABLE = "CONVNN_LOCK"  # device:inode of a lock that the parent of this process, a sweep, holds for it
+NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 _held: dict[int, str] = {}  # descriptors of this process, with the `identity` of their files
 
 
 class LockedError(RunError):
     """Another process holds the lock."""
-
-
-class _NoFlockError(Exception):
-    """The file system has no flock."""
 
 
 def _forget() -> None:
@@ -46,29 +38,26 @@ def _forget() -> None:
     _held.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_forget)
 
 
 def identity(descriptor: int) -> str:
-    """What `VARIABLE` says of a lock that its holder passes on."""
+    """Return the value of `VARIABLE` that passes a lock on to a child."""
     found = os.fstat(descriptor)
     return f"{found.st_dev}:{found.st_ino}"
 
 
-def _flock(descriptor: int) -> bool:
-    """Whether we have it now. Raises _NoFlockError."""
-    if fcntl is None:
-        raise _NoFlockError
+def _flock(descriptor: int) -> bool | None:
+    """Return whether this process has the lock now, or None if the file system has no flock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in UNSUPPORTED:
-            raise _NoFlockError from None
-        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-            raise
+        return True
+    except (BlockingIOError, PermissionError):
         return False
-    return True
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+        return None
 
 
 def _write_holder(descriptor: int) -> None:
@@ -77,46 +66,41 @@ def _write_holder(descriptor: int) -> None:
 
 
 def _read_holder(descriptor: int) -> tuple[int, str] | None:
-    """Process id and host of the last holder, if the file names one."""
+    """Return process id and host of the last holder, if the file names one."""
     words = os.pread(descriptor, 1000, 0).decode(errors="replace").split()
     return (int(words[0]), words[1]) if len(words) == 2 and words[0].isdecimal() else None
 
 
 def _has_ended(holder: tuple[int, str]) -> bool:
-    """Whether the process is known not to run any more; of another machine's that cannot be known."""
+    """Return whether the process is known to have ended, which cannot be known of another machine's."""
     process, host = holder
-    if host != socket.gethostname() or os.name == "nt":
+    if host != socket.gethostname():
         return False
     if process == os.getpid():
         return True  # of an earlier run of this process, or of one that had its number
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno == errno.ESRCH
     return False
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+def _warn_of_takeover(path: Path, holder: tuple[int, str]) -> None:
+    line = f"warning: {path} was left by process {holder[0]} on {holder[1]}, which has ended; it is taken over"
+    print(line, file=sys.stderr)
 
 
-def _taken_over(path: Path, holder: tuple[int, str]) -> None:
-    _say(f"warning: {path} was left by process {holder[0]} on {holder[1]}, which has ended; it is taken over")
-
-
-def _locked(path: Path, holder: tuple[int, str] | None) -> LockedError:
+def _locked(path: Path, holder: tuple[int, str] | None, more: str = "") -> LockedError:
     who = f"process {holder[0]} on {holder[1]}" if holder else "another process"
     return LockedError(
-        f"--output_dir {path.parent} is in use by {who}, which writes its run there; wait for it, or use another"
+        f"--output_dir {path.parent} is in use by {who}, which writes its run there; wait for it, or use another{more}"
     )
 
 
 def take(folder: Path) -> int | None:
-    """Lock the folder, which must exist: a descriptor to `release`, or None where the process that started this one holds it.
+    """Lock the folder, which must exist; return a descriptor to `release`, or None if the parent of this process holds it.
 
-    Raises LockedError, which names the process and machine that holds it, RunError for a link to nothing, and OSError.
+    Raises LockedError, which names the process and machine that hold it, and OSError.
     """
     path = folder / NAME
     while True:
@@ -124,67 +108,63 @@ def take(folder: Path) -> int | None:
             descriptor, is_new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
         except FileExistsError:
             try:
-                descriptor, is_new = os.open(path, os.O_RDWR), False
-            except FileNotFoundError:
-                if path.is_symlink():
-                    raise RunError(f"{path} is a link to nothing, where the lock of the folder should be; remove it") from None
+                descriptor, is_new = os.open(path, os.O_RDWR | os.O_NOFOLLOW), False
+            except FileNotFoundError:  # removed since
                 continue
+        is_ours = False
         try:
             is_ours = _take(descriptor, path, is_new)
-        except BaseException:
-            os.close(descriptor)
-            raise
+        finally:
+            if not is_ours:
+                os.close(descriptor)
         if is_ours:
             _held[descriptor] = identity(descriptor)
             return descriptor
-        os.close(descriptor)
         if is_ours is None:
             return None
 
 
 def _take(descriptor: int, path: Path, is_new: bool) -> bool | None:
-    """True: it is locked; None: it is our starter's; False: try again, the file was removed meanwhile. Raises LockedError."""
-    is_starters = os.environ.get(VARIABLE) == identity(descriptor)
-    holder = _read_holder(descriptor)
-    try:
-        if not _flock(descriptor):
-            if is_starters:
-                return None
-            raise _locked(path, holder)
-    except _NoFlockError:
-        return _take_without_flock(descriptor, path, is_new, is_starters)
-    # A holder removes the file before it gives the lock back: then this one is of a file without a name.
+    """Return True for a file that is locked now, None if the parent holds it, False if it was removed meanwhile."""
+    is_parents = os.environ.get(VARIABLE) == identity(descriptor)
+    holder, has_lock = _read_holder(descriptor), _flock(descriptor)
+    if has_lock is None:
+        return _take_without_flock(descriptor, path, is_new, is_parents)
+    if not has_lock:
+        if is_parents:
+            return None
+        raise _locked(path, holder)
+    # A holder removes the file before it releases the lock: then this one is of a file without a name.
     if not _is_file(descriptor, path):
         return False
-    if holder is not None and not is_starters:
-        _taken_over(path, holder)
+    if holder is not None and not is_parents:
+        _warn_of_takeover(path, holder)
     with contextlib.suppress(OSError):  # on a full disk nobody can read who holds it, but it is held
         _write_holder(descriptor)
     return True
 
 
-def _take_without_flock(descriptor: int, path: Path, is_new: bool, is_starters: bool) -> bool | None:
-    if is_starters:
-        _write_holder(descriptor)  # we may outlive it
+def _take_without_flock(descriptor: int, path: Path, is_new: bool, is_parents: bool) -> bool | None:
+    if is_parents:
+        _write_holder(descriptor)  # this process may outlive its parent
         return None
     if is_new:
         _write_holder(descriptor)
-        _say(
+        print(
             f"warning: the file system of {path.parent} has no locks (flock); {path} says instead that a run writes here, "
-            "and must be removed by hand after a crash of another machine"
+            "and must be removed by hand after a crash of another machine",
+            file=sys.stderr,
         )
         return True
-    for _ in range(20):  # who has just made it is about to write
+    for _ in range(20):  # its maker may be about to write
         if holder := _read_holder(descriptor):
             break
         time.sleep(0.05)
     if holder is not None and not _has_ended(holder):
-        error = _locked(path, holder)
-        raise LockedError(f"{error}; if that has ended, remove {path}")
+        raise _locked(path, holder, f"; if that has ended, remove {path}")
     if holder is not None:
-        _taken_over(path, holder)
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+        _warn_of_takeover(path, holder)
+    path.unlink(missing_ok=True)
     return False
 
 
@@ -196,7 +176,7 @@ def _is_file(descriptor: int, path: Path) -> bool:
 
 
 def release(folder: Path, descriptor: int) -> None:
-    """Remove the file and give the lock back."""
+    """Remove the file, then release the lock."""
     if _is_file(descriptor, folder / NAME):
         with contextlib.suppress(OSError):
             (folder / NAME).unlink()
@@ -206,7 +186,7 @@ def release(folder: Path, descriptor: int) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """A context that holds the lock of the folder. Folders made for it are removed again if nothing is written into them.
+    """Hold the lock of the folder. Folders made for it are removed again if nothing is written into them.
 
     Raises LockedError and OSError.
     """

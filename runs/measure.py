@@ -1,6 +1,6 @@
-"""What a computation costs: parameters, FLOPs, time and memory, each defined once for training, benchmark and targets.
+"""Cost of a computation: parameters, FLOPs, time and memory, defined once for training, benchmark and targets.
 
-torch is imported where it is used, as programs that measure report a wrong option before they load it.
+torch is imported inside functions: programs that measure report a wrong option before they load it.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def flops_of(function: Callable[[], object]) -> int:
-    """FLOPs of what `function` runs, a multiply-add counted as two.
+    """Count the FLOPs of a call, a multiply-add as two.
 
-    Counted by `torch.utils.flop_counter`: matrix products, convolutions, attention, and the search, the scores and
-    the aggregation of neighbors. It does not see element-wise work, normalization, softmax, top-K and gather.
+    `torch.utils.flop_counter` counts matrix products, convolutions, attention, and the search, the scores and the aggregation
+    of neighbors. It does not see element-wise work, normalization, softmax, top-K and gather.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    # The counter does not know every fused attention kernel; the plain form, two products, counts the same on all devices.
+    # The counter does not know every fused attention kernel. The plain form, two products, counts the same on all devices.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops()
 
 
 def count_flops(model: nn.Module, image: Tensor) -> int:
-    """FLOPs of one forward pass in eval mode, counted by `flops_of`."""
+    """Count the FLOPs of one forward pass in eval mode."""
     with _inference(model):
         return flops_of(lambda: model(image))
 
 
 def training_flops(mixer: nn.Module, x: Tensor) -> int:
-    """FLOPs of forward and backward, with gradients of the input and of all parameters, counted by `flops_of`."""
+    """Count the FLOPs of forward and backward, with gradients of the input and of all parameters."""
     flops = flops_of(lambda: mixer(x.requires_grad_()).sum().backward())
     mixer.zero_grad()
     return flops
@@ -60,7 +60,7 @@ def training_flops(mixer: nn.Module, x: Tensor) -> int:
 
 @contextlib.contextmanager
 def _inference(model: nn.Module):
-    """Eval mode without gradients; the mode it was in comes back afterwards."""
+    """Set eval mode without gradients; restore the mode afterwards."""
     import torch
 
     training = model.training
@@ -78,7 +78,7 @@ def _inference(model: nn.Module):
 
 
 def seconds_of(function: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of one call, the work it leaves on the device included."""
+    """Measure the wall-clock seconds of one call, including the work that it leaves on the device."""
     import torch
 
     # Kernels run asynchronously on a GPU: wait for earlier ones before the clock starts and for these before it stops.
@@ -91,12 +91,12 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
 
 
 def median_ms(seconds: Sequence[float]) -> float:
-    """Median in milliseconds: unlike a mean, it ignores the few measurements that something else disturbed."""
+    """Return the median in milliseconds, which ignores the few measurements that something else disturbed."""
     return 1e3 * statistics.median(seconds)
 
 
 def measure_latency(model: nn.Module, image: Tensor, seconds: float = 1.0) -> float:
-    """Median milliseconds of a forward pass in eval mode on this image (1, C, H, W), for about so many seconds."""
+    """Measure a forward pass in eval mode on an image (1, C, H, W) for some seconds; return the median in milliseconds."""
     times, end = [], time.perf_counter() + seconds
     with _inference(model):
         # 3 for warm-up, then at least 10 and at most 100.
@@ -106,17 +106,16 @@ def measure_latency(model: nn.Module, image: Tensor, seconds: float = 1.0) -> fl
 
 
 def take_turns(functions: Sequence[Callable[[], object]], rounds: int, device: torch.device) -> list[tuple[float, ...]]:
-    """Seconds of each function, a tuple of `rounds` for each.
+    """Measure functions by turns, so that a slow minute of the machine hits all of them; return `rounds` seconds for each.
 
-    They take turns, so that a slow minute of the machine hits all of them; a first round, in which tables are built, is
-    dropped.
+    A first round, in which tables are built, is dropped.
     """
     times = [[seconds_of(function, device) for function in functions] for _ in range(rounds + 1)][1:]
     return list(zip(*times, strict=True))
 
 
 def spread(name: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of the ratios of pairs measured side by side, under `name`, `name`_q1 and `name`_q3."""
+    """Return median and quartiles of the ratios of paired measurements, as `name`, `name`_q1 and `name`_q3."""
     import numpy as np
 
     lower, middle, upper = np.quantile([a / b for a, b in zip(ours, theirs, strict=True)], (0.25, 0.5, 0.75)).tolist()
@@ -129,7 +128,7 @@ def spread(name: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[st
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> int:
-    """Peak of the bytes that are allocated while `function` runs, by the CUDA or the CPU allocator."""
+    """Measure the peak of the bytes that the CUDA or the CPU allocator holds while `function` runs."""
     import torch
 
     if device.type == "cuda":
@@ -147,17 +146,17 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int:
         if event.name() == "[memory]":
             alive += event.nbytes()
             peak = max(peak, alive)
-    del result  # kept until here: what a function returns is part of what it needs
+    del result  # kept until here: the memory that a function needs includes its result
     return peak
 
 
 def process_peak_memory(device: torch.device) -> dict:
-    """Peak memory of the whole process so far, in bytes, and which: of the CUDA allocator, else resident memory."""
+    """Return the peak memory of the process so far, in bytes: of the CUDA allocator, else resident memory."""
     import torch
 
     if device.type == "cuda":
         return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device), "peak_memory_of": "CUDA allocator"}
-    import resource  # not on Windows
+    import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -170,9 +169,9 @@ def process_peak_memory(device: torch.device) -> dict:
 
 
 class Case:
-    """A layer, its input, and the precision and execution it is measured in.
+    """A layer under measurement: its input, precision and execution.
 
-    x: a batch; latency is that of its first image. `compiled` compiles for these shapes alone.
+    x: a batch; latency is measured on its first image. compiled: for these shapes alone.
     """
 
     def __init__(self, mixer: nn.Module, x: Tensor, *, precision: str, compiled: bool):
@@ -190,7 +189,7 @@ class Case:
         self.times: dict[str, list[float]] = {"latency": [], "forward": [], "training": []}
 
     def latency(self) -> None:
-        """Forward of one image, as in use."""
+        """Forward of one image."""
         self.mixer.eval()
         with self.no_grad(), self.autocast():
             self.call(self.image)
@@ -210,12 +209,12 @@ class Case:
         out.float().sum().backward()
 
     def measure(self) -> None:
-        """One more measurement of each."""
+        """Measure each once more."""
         for name, times in self.times.items():
             times.append(seconds_of(getattr(self, name), self.device))
 
     def row(self) -> dict:
-        """What was measured, by the names in MEASURED."""
+        """Return the results, by the names in MEASURED."""
         latency = [1e3 * seconds for seconds in self.times["latency"]]
         self.mixer.zero_grad()
         self.x.grad = None
@@ -230,12 +229,12 @@ class Case:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Where it was measured
+# The machine
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def versions() -> dict:
-    """Of Python, CUDA and the packages that results depend on."""
+    """Return the versions of Python, CUDA and the packages that results depend on."""
     import torch
 
     found = {"python": platform.python_version(), "cuda": torch.version.cuda}

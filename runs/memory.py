@@ -1,4 +1,4 @@
-"""Memory that is not there: one line that says what was being made, how much of it, and what helps."""
+"""Report that memory is short in one line: what was being made, how much was missing, and what helps."""
 
 from __future__ import annotations
 
@@ -8,23 +8,21 @@ from collections.abc import Iterator
 
 import torch
 
-# What NumPy, Python and torch's allocators of the CPU say; CUDA's has a class of its own.
+from runs import Stopped
+
+# Words of NumPy, Python and torch's CPU allocator, which raise plain exceptions; CUDA's allocator has its own class.
 SAID = ("not enough memory", "can't allocate memory", "cannot allocate memory", "unable to allocate", "out of memory")
 
 
-class OutOfMemory(Exception):
-    """Something that did not fit into memory, in one line."""
-
-
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, of the CPU or of a GPU, says that memory is short."""
+    """Return whether an error, on the CPU or a GPU, says that memory is short."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(words in str(error).lower() for words in SAID)
 
 
 def _amount(error: BaseException) -> str:
-    """How much was asked for, where the error says it: "2.00 GiB", or "123 bytes" in GiB as well."""
+    """Return the amount that was asked for, in the error's units or GiB; "" if the error does not say."""
     text = " ".join(str(error).split())
     found = re.search(r"(?:allocate|allocated) ([\d.,]+) ?([KMGT]?i?B|bytes)", text)
     if not found:
@@ -37,7 +35,7 @@ def _amount(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def making(what: str, advice: str = "") -> Iterator[None]:
-    """A context in which `what` is made: errors that say that memory is short become OutOfMemory; advice: what helps."""
+    """Turn errors that say that memory is short into Stopped. what: being made in this context; advice: on using less."""
     try:
         yield
     except Exception as error:
@@ -45,8 +43,9 @@ def making(what: str, advice: str = "") -> Iterator[None]:
             raise
         amount = _amount(error)
         where = "of the GPU " * isinstance(error, torch.OutOfMemoryError)
-        raise OutOfMemory(
+        raise Stopped(
             f"out of memory {where}while making {what}"
             + f": {amount} more could not be had" * bool(amount)
-            + f"; {advice}" * bool(advice)
+            + f"; {advice}" * bool(advice),
+            resumable=True,
         ) from None

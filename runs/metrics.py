@@ -1,4 +1,4 @@
-"""Loss and accuracy as sums over images, and the row that an epoch leaves in the history."""
+"""Loss and accuracy as sums over images, and the row of an epoch in the history."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ class Metrics(NamedTuple):
 
 
 class Meter:
-    """Sums over images, on the device: loss, top-1 and top-5 correct, seen. Top-5 of n < 5 classes is top-n."""
+    """Sums over images, on the device: loss, correct top-1 and top-5, images. Top-5 of n < 5 classes is top-n."""
 
     def __init__(self, device: torch.device):
         # In float64, which MPS does not have: float32 stops counting single images at 2^24.
         self.sums = torch.zeros(4, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """loss: mean over these images; logits (B, classes); targets (B,), or (B, classes): the largest share counts."""
+        """Add images. loss: their mean; logits (B, classes); targets (B,), or (B, classes), where the largest share counts."""
         self.sums += self.tally(loss, logits, targets)
 
     def tally(self, loss: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        """The sums over these images alone (4,)."""
+        """Return the sums over these images alone (4,)."""
         labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
         hits = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
         count = torch.full_like(self.sums[0], len(labels))
         return torch.stack([loss.detach() * count, hits[:, 0].sum(), hits.sum(), count])
 
     def read(self, sums: Tensor | None = None) -> Metrics:
-        """Means, of other sums than its own if given. Synchronizes with the device."""
+        """Return means, by default of its own sums. Synchronizes with the device."""
         loss, top1, top5, seen = (self.sums if sums is None else sums).tolist()
         seen = max(seen, 1)
         return Metrics(loss / seen, 100 * top1 / seen, 100 * top5 / seen)
@@ -52,7 +52,7 @@ class Confusion:
         self.counts.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
 
     def by_class(self, names: list[str]) -> dict[str, dict]:
-        """Images and top-1 (percent, None without images) of every class, by name."""
+        """Return images and top-1 (percent, None without images) of every class, by name."""
         images, right = self.counts.sum(dim=1).tolist(), self.counts.diagonal().tolist()
         return {
             name: {"images": n, "top1": 100 * correct / n if n else None}
@@ -61,7 +61,7 @@ class Confusion:
 
 
 def history_row(epoch: int, lr: float, metrics: dict[str, Metrics], images: int, seconds: float) -> dict:
-    """One epoch of the history: metrics "train", "test" and perhaps "val", and how long training on `images` took."""
+    """Return the row of an epoch from the metrics of "train", "test" and perhaps "val"; `seconds` of training on `images`."""
     row = {"epoch": epoch, "lr": lr}
     for name in ("train", "test"):
         row |= {f"{name}_{key}": value for key, value in metrics[name]._asdict().items()}

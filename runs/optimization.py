@@ -1,4 +1,4 @@
-"""The parts of a training step: losses, mixes, optimizers, schedules, averages, precision, and what is not finite."""
+"""Parts of a training step: losses, mixes, optimizers, schedules, averages, precision, and the check for finite numbers."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from options.training import TrainConfig
-from runs import RunError
+from runs import RunError, Stopped
 from runs.parameters import parameter_groups
 from runs.processes import Processes
 
 
 def make_loss(criterion: str, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mean loss of logits (B, classes) against labels (B,) or shares (B, classes); MSE is on one-hot targets."""
+    """Return a mean loss of logits (B, classes) against labels (B,) or shares (B, classes). MSE takes one-hot targets."""
     if criterion == "CrossEntropy":
         return lambda logits, targets: F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
     def mean_squared_error(logits: Tensor, targets: Tensor) -> Tensor:
         classes = logits.shape[1]
-        # The same smoothing as that of cross-entropy: a share of every target goes evenly to all classes.
+        # Smoothed as cross-entropy is: a share of every target goes evenly to all classes.
         shares = F.one_hot(targets, classes).to(logits.dtype) if targets.ndim == 1 else targets
         return F.mse_loss(logits, shares * (1 - label_smoothing) + label_smoothing / classes)
 
@@ -32,7 +32,7 @@ def make_loss(criterion: str, label_smoothing: float = 0.0) -> Callable[[Tensor,
 
 
 def make_mix(mixup: float, cutmix: float, num_classes: int) -> Callable | None:
-    """mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899) of a batch, or None; labels become shares (B, classes)."""
+    """Return mixup (arXiv 1710.09412), cutmix (arXiv 1905.04899), both by turns, or None; labels become shares (B, classes)."""
     if not mixup and not cutmix:
         return None
     from torchvision.transforms import v2  # late: small data sets train without torchvision
@@ -43,7 +43,7 @@ def make_mix(mixup: float, cutmix: float, num_classes: int) -> Callable | None:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """A fused optimizer: it can skip a step on the device, without the CPU having to know."""
+    """Return a fused optimizer, which can skip a step on the device without the CPU having to know."""
     groups = parameter_groups(model, config)
     if config.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
@@ -71,7 +71,7 @@ class LearningRate:
         )
 
     def factor(self, step: int) -> float:
-        """What the learning rate is multiplied by at this optimizer step, counted from 0 over the whole run."""
+        """Return the factor of the learning rate at this optimizer step, counted from 0 over the whole run."""
         cfg = self.config
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
@@ -94,11 +94,11 @@ class LearningRate:
 
     @property
     def now(self) -> float:
-        """The learning rate itself, without layer_decay: that of the first group."""
+        """Learning rate of the first group of parameters, which is the one without layer decay."""
         return self.optimizer.param_groups[0]["lr"]
 
     def state_dict(self) -> dict:
-        # Without the function and the bound methods, which a checkpoint of plain values cannot hold.
+        # A checkpoint of plain values cannot hold the function and the bound methods.
         by_step = {k: v for k, v in self.by_step.state_dict().items() if k != "lr_lambdas"}
         plateau = {k: v for k, v in self.plateau.state_dict().items() if isinstance(v, (int, float, str, list))}
         return {"by_step": by_step, "plateau": plateau}
@@ -109,7 +109,7 @@ class LearningRate:
 
 
 class Average:
-    """Exponential moving average of weights and BatchNorm statistics; the averaged model is the one that is evaluated."""
+    """Exponential moving average of weights and BatchNorm statistics. The averaged model is evaluated."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
@@ -128,7 +128,10 @@ class Average:
 
 
 def autocast_for(config: TrainConfig, device: torch.device):
-    """A context maker for mixed precision, a no-op without --use_amp. Raises RunError for float16 without CUDA."""
+    """Return a factory of contexts for mixed precision, which do nothing without --use_amp.
+
+    Raises RunError for float16 without CUDA.
+    """
     if not config.use_amp:
         return nullcontext
     if config.amp_dtype == "float16" and device.type != "cuda":
@@ -137,7 +140,7 @@ def autocast_for(config: TrainConfig, device: torch.device):
 
 
 def compile_for(config: TrainConfig, model: nn.Module) -> Callable:
-    """The model to call: compiled under --use_compiled, with the parameters of `model`."""
+    """Return the model to call: compiled under --use_compiled, with the parameters of `model`."""
     if not config.use_compiled:
         return model
     # One graph per batch size. torch makes a graph for all sizes when it meets a second one; the numbers would then depend
@@ -149,18 +152,8 @@ def compile_for(config: TrainConfig, model: nn.Module) -> Callable:
     return torch.compile(model, mode=config.compile_mode, dynamic=False)
 
 
-def new_step(config: TrainConfig, device: torch.device) -> None:
-    """Let CUDA graphs reuse the memory of the previous step; the micro-batches of one step keep theirs."""
-    if config.use_compiled and device.type == "cuda":
-        torch.compiler.cudagraph_mark_step_begin()
-
-
-class NonFiniteLoss(Exception):
-    """A loss or gradient that is not finite; the weights are those before that step."""
-
-
 class FiniteCheck:
-    """Watches for the first optimizer step whose loss or gradient is not finite. Only `check` synchronizes with the device.
+    """Watch for the first optimizer step whose loss or gradient is not finite. Only `check` synchronizes with the device.
 
     `found` is 1 from that step on, on all processes: the factor for losses becomes NaN and a fused optimizer skips its step,
     so that no later step reaches the weights either, however late the CPU looks.
@@ -173,11 +166,8 @@ class FiniteCheck:
         self.lr = torch.zeros((), device=device)  # in that step
         self._finite = torch.ones((), device=device, dtype=torch.bool)  # so far in the present step
 
-    def begin_step(self) -> None:
-        self._finite = torch.ones_like(self._finite)
-
     def factor(self, loss: Tensor) -> Tensor:
-        """What to multiply this loss by before backward: 1, or NaN after a step that was not finite.
+        """Return the factor of this loss before backward: 1, or NaN after a step that was not finite.
 
         Gradients that are NaN spread to all processes when they are summed, and make float16's scaler skip the step.
         """
@@ -192,13 +182,13 @@ class FiniteCheck:
         found = self.processes.maximum_(torch.maximum(self.found, (~self._finite).float()))
         is_first = found > self.found
         self.step, self.lr = torch.where(is_first, step, self.step), torch.where(is_first, lr, self.lr)
-        self.found = found
+        self.found, self._finite = found, torch.ones_like(self._finite)
 
     def check(self, epoch: int, advice: str) -> None:
-        """Raise NonFiniteLoss if a step was not finite. Synchronizes with the device."""
+        """Raise Stopped if a step was not finite. Synchronizes with the device."""
         step = self.step.item()
         if step >= 0:
-            raise NonFiniteLoss(
+            raise Stopped(
                 f"the loss or its gradient is not finite at epoch {epoch + 1}, step {step + 1}, learning rate "
                 f"{self.lr.item():g}; that step did not reach the weights. Try {advice}"
             )

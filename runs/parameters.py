@@ -1,4 +1,4 @@
-"""Which parameters learn, how fast, and which of them decay: `--freeze`, `--layer_decay`, `--decay_norms`."""
+"""Groups of parameters for the optimizer: `--freeze`, `--layer_decay`, `--decay_norms`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import nn
 from options.training import TrainConfig
 from runs import RunError
 
-HEAD = "classifier."  # of a model that does not say otherwise by its `head`
+HEAD = "classifier."  # unless the model has an attribute `head`
 BLOCK = re.compile(r"(?:blocks|layers)\.(\d+)\.")
 UNDECAYED = ("pos_embedding", "class_token")  # and all vectors: norms, biases, gates
 
 
 def head_of(model: nn.Module) -> str:
-    """What the names of the classifier's parameters begin with."""
+    """Return the prefix of the classifier's parameters."""
     head = getattr(model, "head", HEAD)
-    return head if isinstance(head, str) else "head."  # of a model whose classifier is called so, as timm's
+    return head if isinstance(head, str) else "head."  # the classifier itself, as in timm
 
 
 def freeze(model: nn.Module, part: str | None) -> None:
-    """Under `backbone` let the classifier alone learn. Raises RunError for a model without one."""
+    """Let the classifier alone learn if `part` is "backbone". Raises RunError for a model without one."""
     if part is None:
         return
     head = head_of(model)
@@ -32,17 +32,17 @@ def freeze(model: nn.Module, part: str | None) -> None:
 
 
 def start_training(model: nn.Module) -> None:
-    """Training mode, but for the parts that are frozen: they compute what they compute in evaluation.
+    """Set training mode, and evaluation mode for the parts that are frozen.
 
-    So the statistics of their BatchNorm stay those of the checkpoint, nothing in them is dropped, and candidates are not drawn.
+    Those keep the BatchNorm statistics of the checkpoint, drop nothing, and draw no candidates.
     """
     model.train()
     parts, head = [], head_of(model)
-    for name, part in model.named_children():  # those of a classifier of several layers too, of which the last one may learn
+    for name, part in model.named_children():  # in a classifier of several layers the last one alone may learn
         inner = list(part.children()) if head.startswith(f"{name}.") else []
         parts += inner or [part]
     learns = True
-    for part in reversed(parts):  # one without parameters, as a dropout, goes with what it gives its output to
+    for part in reversed(parts):  # a part without parameters, such as dropout, goes with the part after it
         own = [parameter.requires_grad for parameter in part.parameters()]
         learns = any(own) if own else learns
         if not learns:
@@ -50,11 +50,10 @@ def start_training(model: nn.Module) -> None:
 
 
 def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
-    """What the learning rate is multiplied by, by the parameter's name (BEiT, arXiv 2106.08254).
+    """Return the factor of the learning rate by the name of the parameter (BEiT, arXiv 2106.08254).
 
     As in timm's `param_groups_layer_decay`: decay ** (L + 1 - i) in block i of L, counted from 1, with the final norm in the
-    last; 1 in the classifier, and decay ** (L + 1) in what comes before the blocks. Raises RunError for a model without
-    numbered blocks.
+    last; 1 in the classifier, and decay ** (L + 1) before the blocks. Raises RunError for a model without numbered blocks.
     """
     names = [name for name, _ in model.named_parameters()]
     number = {name: int(found[1]) + 1 for name in names if (found := BLOCK.match(name))}
@@ -68,7 +67,7 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """The optimizer's groups of the parameters that learn: those of the learning rate itself first, then ever slower ones."""
+    """Return the optimizer's groups of the parameters that learn, from the highest learning rate to the lowest."""
     scales = layer_scales(model, config.layer_decay)
     groups: dict[tuple[float, bool], list] = {}
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""What a run shares with its surroundings: other processes that train the same model, and signals that stop it.
+"""Processes that train one model together, and the signals that stop them.
 
 `torchrun` starts the processes and gives each its rank in environment variables; torch.distributed does the rest.
 """
@@ -20,32 +20,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from runs import RunError
 from runs.lock import VARIABLE
-
-HANGUP = getattr(signal, "SIGHUP", None)
-
-
-def _is_ignored_hangup(number: int) -> bool:
-    return number == HANGUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 class Interrupted(KeyboardInterrupt):
-    """The signal `number` tells the run to stop. Not an `Exception`: no handler of failures catches it."""
+    """The signal `number` stops the run. Not an `Exception`: no handler of failures catches it."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
-        self.is_saved = False  # whether what was trained is in last.pt
+        self.is_saved = False  # whether last.pt holds the state
 
 
 class Signals:
-    """Handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP (unless nohup has it ignored) while a run lasts: a context.
+    """Context that handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP (unless nohup ignores it).
 
     A signal raises Interrupted at once, except within `deferred()`: there its number is kept in `received` (else 0), and the
     loop stops at the end of a step. A second signal ends the process immediately, with exit status 128 + its number.
     """
 
-    NUMBERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     SAME = 2.0  # seconds in which a signal from torchrun may be one that its processes have already received
     STUCK = 5.0  # seconds after which a first signal that the main thread has not handled ends the process
 
@@ -62,7 +57,8 @@ class Signals:
             os.set_blocking(write, False)
             self._before_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False), write
             threading.Thread(target=self._watch, args=(pipe,), daemon=True).start()
-            handled = [number for number in self.NUMBERS if not _is_ignored_hangup(number)]
+            nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            handled = [number for number in self.NUMBERS if number != signal.SIGHUP or not nohup]
             self._before = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
@@ -76,7 +72,7 @@ class Signals:
 
     @contextlib.contextmanager
     def deferred(self):
-        """Signals wait in `received` as long as this context lasts."""
+        """Let signals wait in `received` as long as this context lasts."""
         self._deferring = True
         try:
             yield
@@ -102,67 +98,64 @@ class Signals:
                 byte = signals.read(1)
                 if not byte:  # closed by __exit__
                     return
-                number = byte[0]
+                number, now = byte[0], time.monotonic()
                 if number not in self.NUMBERS:  # the end of a child, or others that have their own handlers
                     continue
                 if not first:
-                    first, since = number, time.monotonic()
-                elif number == first == HANGUP:
-                    pass  # a terminal that is closed sends it, and its shell too
-                # torchrun forwards a signal that its processes, one group with it on a terminal, may have received themselves.
-                elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - since > self.SAME:
+                    first, since = number, now
+                    continue
+                # A terminal that is closed sends SIGHUP, and its shell does too. torchrun forwards a signal that its processes,
+                # which are one group with it on a terminal, may have received themselves.
+                is_same_hangup = number == first == signal.SIGHUP
+                if not is_same_hangup and ("TORCHELASTIC_RUN_ID" not in os.environ or now - since > self.SAME):
                     os._exit(128 + number)
 
 
-class ProcessError(Exception):
-    """Processes that cannot work together, in one line."""
-
-
 def seed_process(seed: int, rank: int, *progress: int) -> None:
-    """Give each process after the first random numbers of its own; the first goes on with those that made the model.
+    """Seed every process but the first, which keeps the random numbers that made the model.
 
-    With `progress` (epoch, step) the first one is seeded anew too, as when another number of processes resumes a run.
+    With `progress` (epoch, step) the first one is seeded as well: another number of processes resumes a run.
     """
     if rank or progress:
         torch.manual_seed(int.from_bytes(hashlib.sha256(repr((seed, rank, *progress)).encode()).digest()[:8], "big") >> 1)
 
 
 def _ranks() -> list[int]:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, checked. Raises ProcessError."""
+    """Return RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Raises RunError if they are missing or wrong."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise ProcessError(
+        raise RunError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without {', '.join(missing)}; start several processes with torchrun"
         )
     values = [os.environ[name] for name in names] + [os.environ.get("LOCAL_WORLD_SIZE", "1")]
     if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
-        given = " ".join(f"{name}={value}" for name, value in zip(names, values, strict=False))
-        raise ProcessError(f"{given} are not valid ranks; start the processes with torchrun")
+        given = " ".join(f"{name}={os.environ[name]}" for name in names)
+        raise RunError(f"{given} are not valid ranks; start the processes with torchrun")
     return list(map(int, values))
 
 
 def _check_tasks() -> None:
-    """Raise ProcessError where a scheduler has started several tasks that know nothing of each other.
+    """Raise RunError where a scheduler has started several tasks that know nothing of each other.
 
-    A run that a sweep has started is one of its own, whatever the job of the sweep was given.
+    The run of a sweep is one task, whatever the job of the sweep was given.
     """
     if "WORLD_SIZE" in os.environ or VARIABLE in os.environ:
         return
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         value = os.environ.get(name, "")
         if value.isdecimal() and int(value) > 1:
-            raise ProcessError(
+            raise RunError(
                 f"{name}={value} tasks without torchrun would each train the whole run; start them with torchrun "
                 "(scripts/slurm_train.sh does), or start one task"
             )
 
 
 class Processes:
-    """The processes that train one model: `world` of them, of which this is number `rank`. With one, nothing is sent.
+    """Context of the `world` processes that train one model; this one has number `rank`. With one, nothing is sent.
 
-    A context: `connect` opens the process groups, leaving closes them. All methods are collective: what one process calls,
-    all must call.
+    `connect` opens the process groups, leaving closes them. All methods are collective: if one process calls a method, all
+    must.
     """
 
     def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0, local_world: int = 1):
@@ -172,21 +165,17 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> Processes:
-        """From torchrun's variables, else one process. Raises ProcessError if they are incomplete or inconsistent."""
+        """Read torchrun's variables; without them there is one process. Raises RunError if they are missing or wrong."""
         _check_tasks()
         return cls(*_ranks()) if os.environ.get("WORLD_SIZE", "1") != "1" else cls()
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this process prints and writes."""
         return self.rank == 0
 
-    @property
-    def connected(self) -> bool:
-        return self._control is not None
-
     def connect(self, device: torch.device) -> None:
-        """Join the other processes. Gradients are summed by nccl on CUDA, everything else by gloo. Raises ProcessError."""
+        """Join the other processes: nccl sums gradients on CUDA, gloo everything else. Raises RunError."""
         if self.world == 1:
             return
         if device.type == "cuda":
@@ -197,27 +186,24 @@ class Processes:
             self._control = dist.new_group(backend="gloo")
         except (RuntimeError, ValueError, OSError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise ProcessError(
-                f"the {self.world} processes cannot meet at {where}: {' '.join(str(error).split())[:200]}"
-            ) from None
+            raise RunError(f"the {self.world} processes cannot meet at {where}: {' '.join(str(error).split())[:200]}") from None
 
     def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, kind, *_exception) -> None:
-        if self.connected:
+        if self.world > 1 and dist.is_initialized():
             if kind is None:  # after an error the others may be gone, and a barrier would wait until its timeout
                 self.finish()
             dist.destroy_process_group()
-            self._control = None
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model to call in training: its gradients become means over the processes."""
+        """Return the model to call in training, whose gradients become means over the processes."""
         if self.world == 1:
             return model
-        # BatchNorm's running statistics are those of the first process. `share` broadcasts them before they are used, once
-        # an epoch; DDP would do it in every step. The option that stops it has another name from torch 2.15 on.
-        # The gradient of the class token of a single image is a view, which DDP copies and warns of: it is tiny.
+        # `share` broadcasts BatchNorm's statistics of the first process once an epoch, before they are used; DDP would do it
+        # in every step. The option that stops it was renamed in torch 2.13.
+        # The gradient of the class token of a single image is a view; DDP copies it, which is cheap, and warns.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         parallel = nn.parallel.DistributedDataParallel
         names = inspect.signature(parallel).parameters
@@ -225,7 +211,7 @@ class Processes:
         return parallel(model, gradient_as_bucket_view=True, **{every_step: False})
 
     def wait(self) -> None:
-        """Barrier: return once all processes have called it."""
+        """Wait until all processes have called this."""
         if self.world > 1:
             dist.barrier(group=self._control)
 
@@ -236,7 +222,7 @@ class Processes:
 
     @contextlib.contextmanager
     def first_of_machine_first(self):
-        """For files that one process of each machine creates and all read: the others enter when it has left."""
+        """Let one process of each machine, which creates files that all read, leave this context before the others enter it."""
         if self.local_rank:
             self.wait()
         yield
@@ -244,35 +230,35 @@ class Processes:
             self.wait()
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """All-reduce: the sum over all processes, in place."""
+        """Sum over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def maximum_(self, tensor: Tensor) -> Tensor:
-        """All-reduce: the maximum over all processes, in place."""
+        """Take the maximum over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Broadcast the tensors of the first process to all, in place."""
+        """Broadcast the tensors of the first process, in place."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
     def gather(self, value) -> list:
-        """The values of all processes, by rank."""
+        """Return the values of all processes, by rank."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value, group=self._control)
         return values
 
     def agree(self, *wishes: int) -> list[int]:
-        """The maximum of each wish over all processes.
+        """Return the maximum of each wish over all processes.
 
-        With several processes these are the wishes of the previous call, so that no one waits: the reduction runs while a
-        step is computed. What matters is that all processes learn of a wish at the same call.
+        With several processes these are the wishes of the previous call, so that none waits: the reduction runs while a step is
+        computed, and all processes learn of a wish at the same call.
         """
         if self.world == 1:
             return list(wishes)

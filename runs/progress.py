@@ -1,4 +1,4 @@
-"""What a run says on the terminal while it trains."""
+"""Progress of a run on the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A context: a tqdm bar if stderr is a terminal, otherwise a line there at most every 30 seconds. Counts images."""
+    """Context with a tqdm bar over images if stderr is a terminal, else with a line there at most every 30 seconds."""
 
     LINE_EVERY = 30
 
@@ -22,7 +22,7 @@ class Progress:
 
     @property
     def due(self) -> bool:
-        """Whether `show` should be called: reading the numbers it shows synchronizes with the device."""
+        """Whether to call `show`: reading the numbers for it synchronizes with the device."""
         return not self.quiet and (self.bar is not None or time.monotonic() - self.printed > self.LINE_EVERY)
 
     def advance(self, images: int) -> None:
@@ -36,7 +36,7 @@ class Progress:
             self.bar.set_postfix_str(so_far, refresh=False)
             return
         self.printed = time.monotonic()
-        # Images that an interrupted run had done before were not done in this time.
+        # Images of an interrupted run were not read in this time.
         rate = (self.done - self.first) / (self.printed - self.start)
         left = tqdm.format_interval((self.total - self.done) / max(rate, 1e-9))
         print(
@@ -53,7 +53,7 @@ class Progress:
 
 
 def epoch_line(row: dict) -> str:
-    """One epoch of the history as text; losses per image, accuracies in percent."""
+    """Return a row of the history as text: losses per image, accuracies in percent."""
     line = f"epoch {row['epoch']:3d}  time {row['seconds']:7.2f} s"
     for name in ("train", "val", "test"):
         if f"{name}_loss" in row:

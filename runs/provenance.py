@@ -1,9 +1,8 @@
-"""What a checkpoint was trained as: the options it is evaluated with, and what a user is told where they differ."""
+"""Options that a checkpoint was trained with, and lines for the user where they differ from those of the run."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,22 +10,21 @@ from torch import nn
 
 from options.fields import as_words
 from options.models import ModelConfig
-from options.runs import AsTrained, Options, assumed_options, same_value
+from options.runs import Options, Program, as_trained, assumed_options, same_value
 from runs import RunError
 from runs.checkpoints import Loaded
 from runs.parameters import head_of
 
 
-def options_as_trained(
-    options: Options, as_trained: Callable[[dict], AsTrained] | None, state: dict, path: Path
-) -> tuple[Options, dict]:
-    """The options to evaluate a checkpoint with, and how they differ from those it was trained with. Raises RunError."""
-    if as_trained is None:
-        return options, {}
+def options_as_trained(options: Options, program: Program, stated: dict, state: dict, path: Path) -> tuple[Options, dict]:
+    """Return the options to evaluate a checkpoint with, and how those that are stated differ from the trained ones.
+
+    state: contents of the checkpoint. Raises RunError.
+    """
     trained = state.get("config")
     is_ours = isinstance(trained, dict)
     try:
-        found, changes = as_trained(trained if is_ours else {})
+        found, changes = as_trained(program, stated, trained if is_ours else {})
     except (ValueError, TypeError) as error:
         raise RunError("--test_only: " + f"with the options of {path}, " * is_ours + str(error)) from None
     if not options.train.checkpoint:  # results stay in the folder that the weights are from
@@ -35,18 +33,18 @@ def options_as_trained(
 
 
 def check_same_class(options: dict, trained: dict, path: Path, flag: str) -> None:
-    """Raise RunError where a layer of one's own is called as the trained one, and its file has another content."""
+    """Raise RunError if the file of a custom mixer has changed since the training."""
     now, then = options.get("layer_sha256"), trained.get("layer_sha256")
     if then and now and now != then and same_value("layer", options["layer"], trained.get("layer")):
+        override = ", or take it as it is now by --override" * (flag == "--test_only")
         raise RunError(
             f"{flag}: {path} was trained with another content of --layer {options['layer']}: its SHA-256 was {then} and is now "
-            f"{now}; give its file the former content back"
-            + ", or take it as it is now by --override"
-            * (flag == "--test_only")
+            f"{now}; give its file the former content back{override}"
         )
 
 
 def say_what_is_assumed(options: Options, state: dict, path: Path, changes: dict) -> None:
+    """Print the options that the weights of others do not tell, or those that differ from the trained ones."""
     if not isinstance(state.get("config"), dict):
         words = " ".join(f"--{name} {as_words(value)}" for name, value in assumed_options(options.model).items())
         print(f"assumed of {path}, which does not say: {words}")
@@ -57,20 +55,19 @@ def say_what_is_assumed(options: Options, state: dict, path: Path, changes: dict
 
 
 def say_what_differs(model: ModelConfig, state: dict, path: Path) -> None:
-    """A warning where training goes on from weights that another model than this one was trained to, though they fit."""
-    trained = state.get("config")
-    if isinstance(trained, dict):
-        differences = [
-            f"--{name} {as_words(trained[name])}, here {as_words(value)}"
-            for name, value in assumed_options(model).items()
-            if name in trained and not same_value(name, trained[name], value)
-        ]
-        if differences:
-            print(f"warning: {path} was trained with {'; '.join(differences)}", file=sys.stderr)
+    """Warn where the weights that a training starts from belong to another model, though they fit."""
+    trained = state["config"] if isinstance(state.get("config"), dict) else {}
+    differences = [
+        f"--{name} {as_words(trained[name])}, here {as_words(value)}"
+        for name, value in assumed_options(model).items()
+        if name in trained and not same_value(name, trained[name], value)
+    ]
+    if differences:
+        print(f"warning: {path} was trained with {'; '.join(differences)}", file=sys.stderr)
 
 
 def say_what_was_loaded(loaded: Loaded, path: Path, model: nn.Module) -> None:
-    """A line where the weights in a file are not just those of the model, and one more if the classifier starts anew."""
+    """Print a line if the file holds more or fewer weights than the model, and one more if the classifier starts anew."""
     name = f"{head_of(model)}weight"
     if name in loaded.new:
         print(f"warning: {path}: a new head, {name} is {loaded.new[name]}", file=sys.stderr)
@@ -85,7 +82,7 @@ def _counts(loaded: Loaded) -> str:
 
 
 def list_of_loaded(loaded: Loaded, path: Path) -> str:
-    """What model.txt says of the weights that a run starts from."""
+    """Return the part of model.txt about the weights that a run starts from."""
     lines = [f"new       {name}  ({why})" for name, why in loaded.new.items()]
     lines += [f"not used  {name}" for name in loaded.unused]
     lines += [f"loaded    {name}" for name in loaded.loaded]

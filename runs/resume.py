@@ -1,4 +1,4 @@
-"""Resuming an interrupted run: which state to continue from, and continuing from it."""
+"""Resume an interrupted run: find its state, and continue from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from options.training import RESUME_MAY_CHANGE, TrainConfig
 from runs import RunError
 from runs.checkpoints import DamagedError, load_run_state
 from runs.folder import RunFolder
-from runs.processes import ProcessError, Processes
+from runs.processes import Processes
 from runs.provenance import check_same_class
 from runs.training import Training
 
@@ -20,73 +20,74 @@ DEFAULTS = {name: spec.default for config in (ModelConfig, TrainConfig) for name
 
 
 def resumable_state(folder: RunFolder, options: dict, quiet: bool = False) -> tuple[dict, Path] | None:
-    """The state to resume from and its file, or None if there is none: last.pt or, where that is damaged, an earlier one.
+    """Return the state to resume from and its file, or None if there is none: last.pt, or an earlier one if that is damaged.
 
     Raises RunError if it belongs to a run with other options, or if no file can be read.
     """
-    if not any(path.exists() for path in (folder.last, folder.previous, folder.best)):
-        return None
+    candidates = [path for path in (folder.last, folder.previous, folder.best) if path.exists()]
     problems = [] if folder.last.exists() else [f"{folder.last} is gone"]
-    for path in (folder.last, folder.previous, folder.best):
-        if not path.exists():
-            continue
+    for path in candidates:
         try:
             state = load_run_state(path)
         except DamagedError as error:
             problems.append(str(error))
             continue
-        other = program_of(state["config"])
-        if other and program_of(options) not in (None, other):
-            raise RunError(f"--resume: {path} is of a run of {other}; resume it with that, or use another --output_dir")
-        check_same_class(options, state["config"], path, "--resume")
-        for name, value in options.items():
-            trained = state["config"].get(name, DEFAULTS.get(name))  # an option that is newer than the run
-            if name not in RESUME_MAY_CHANGE and not same_value(name, trained, value):
-                raise RunError(
-                    f"--resume: {path} was trained with --{name} {as_words(trained)}, not {as_words(value)}; give it as "
-                    "it was, or use another --output_dir for another run"
-                )
+        _check_options(options, state["config"], path)
         if problems and not quiet:
             print(f"warning: {'; '.join(problems)}; going on from {path}", file=sys.stderr)
         return state, path
-    raise RunError(
-        f"--resume: {'; '.join(problems)}; there is nothing to go on from, --overwrite instead of --resume starts anew"
-    )
+    if candidates:
+        raise RunError(
+            f"--resume: {'; '.join(problems)}; there is nothing to go on from, --overwrite instead of --resume starts anew"
+        )
+    return None
+
+
+def _check_options(options: dict, trained: dict, path: Path) -> None:
+    """Raise RunError where the options of the run in this file are others."""
+    program = program_of(trained)
+    if program and program_of(options) not in (None, program):
+        raise RunError(f"--resume: {path} is of a run of {program}; resume it with that, or use another --output_dir")
+    check_same_class(options, trained, path, "--resume")
+    for name, value in options.items():
+        before = trained.get(name, DEFAULTS.get(name))  # an option that is newer than the run
+        if name not in RESUME_MAY_CHANGE and not same_value(name, before, value):
+            raise RunError(
+                f"--resume: {path} was trained with --{name} {as_words(before)}, not {as_words(value)}; give it as "
+                "it was, or use another --output_dir for another run"
+            )
 
 
 def check_same_state(processes: Processes, folder: RunFolder, found: tuple[dict, Path] | None) -> None:
-    """Raise ProcessError if not all processes found the same state: they would train apart, or wait for each other forever."""
+    """Raise RunError if the processes found different states: they would train apart, or wait for each other forever."""
     seen = processes.gather(None if found is None else [found[1].name, found[0]["epoch"], found[0]["step"]])
     if any(one != seen[0] for one in seen):
-        raise ProcessError(
-            f"--resume: the processes find different states in --output_dir {folder.path}: {seen}; all must see it"
-        )
+        raise RunError(f"--resume: the processes find different states in --output_dir {folder.path}: {seen}; all must see it")
 
 
 def resume(training: Training, folder: RunFolder, state: dict, path: Path) -> None:
-    """Continue from the state that was in this file of the folder. Raises RunError if it is not that of such a training."""
+    """Continue from the state in this file of the folder. Raises RunError if it does not fit the training."""
     processes = training.processes
     try:
         training.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise RunError(f"--resume: {path} is damaged ({type(error).__name__})") from None
-    if processes.first:
-        print(f"resumed {path}: {training.epoch} epochs and {training.step} steps are done")
-        before, now = state["config"].get("num_epochs"), training.config.num_epochs
-        if training.config.scheduler == "cosine" and before != now:
-            print(
-                f"warning: --num_epochs was {before} and is {now}: from here on the learning rate is that of --scheduler "
-                f"cosine over {now} epochs, which the epochs so far were not trained at",
-                file=sys.stderr,
-            )
-        if len(state["rng"]) != processes.world:
-            print(
-                f"warning: {len(state['rng'])} processes trained so far, now there are {processes.world}: "
-                "the numbers will not be exactly those of a run that was not interrupted",
-                file=sys.stderr,
-            )
+    lines = [f"resumed {path}: {training.epoch} epochs and {training.step} steps are done"]
+    before, now = state["config"].get("num_epochs"), training.config.num_epochs
+    if training.config.scheduler == "cosine" and before != now:
+        lines.append(
+            f"warning: --num_epochs was {before} and is {now}: from here on the learning rate is that of --scheduler "
+            f"cosine over {now} epochs, which the epochs so far were not trained at"
+        )
+    if len(state["rng"]) != processes.world:
+        lines.append(
+            f"warning: {len(state['rng'])} processes trained so far, now there are {processes.world}: "
+            "the numbers will not be exactly those of a run that was not interrupted"
+        )
+    if training.best and not folder.best.exists():
+        lines.append(f"warning: {folder.best} of epoch {training.best['epoch']} is gone")
     processes.wait()  # before the first one replaces files that others still read
     if processes.first:
         folder.restore(path)
-        if training.best and not folder.best.exists():
-            print(f"warning: {folder.best} of epoch {training.best['epoch']} is gone", file=sys.stderr)
+        for line in lines:
+            print(line, file=sys.stderr if line.startswith("warning") else sys.stdout)

@@ -1,4 +1,4 @@
-"""What a program says must not end it: streams that were closed, or that nobody reads any more."""
+"""Standard streams whose failure does not end a program, and the lines that begin with its name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 class Stream:
-    """A text stream whose writes go nowhere from the first one on that fails: `| head -1`, a closed terminal, a full disk."""
+    """A text stream that discards everything after the first write that fails: `| head -1`, a closed terminal, a full disk."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -31,26 +31,23 @@ class Stream:
             self._silence()
 
     def _silence(self) -> None:
-        """Let the descriptor write to nowhere, which what is left in the buffer then can be written to as well."""
+        # The descriptor is replaced, not only the object: what is left in the buffer must be writable too.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
 
 
 def keep_streams() -> None:
-    """Make the standard streams such that writing to them cannot fail.
+    """Make writing to the standard streams unable to fail.
 
-    One that is closed (`2>&-`) is opened to nowhere first: otherwise the next file that is opened takes its number, and what
-    libraries say goes into that file.
+    A closed stream (`2>&-`) is opened to the null device first. Otherwise the next file that is opened takes its number, and
+    what libraries print goes into that file.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            nowhere = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-            if nowhere != descriptor:
-                os.dup2(nowhere, descriptor)
-                os.close(nowhere)
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:
@@ -59,10 +56,15 @@ def keep_streams() -> None:
 
 
 def run_program(main: Callable[[], int]) -> int:
-    """The exit status of a program that nothing it says can end."""
+    """Return the exit status of `main`, which runs with streams that cannot fail."""
     keep_streams()
     try:
         return main()
     finally:
         with contextlib.suppress(ValueError):
             sys.stdout.flush()
+
+
+def announce(kind: str, text: str) -> None:
+    """Print `program: kind: text` on stderr; kind: "error" or "warning"."""
+    print(f"{os.path.basename(sys.argv[0])}: {kind}: {' '.join(text.split())}", file=sys.stderr)

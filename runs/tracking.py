@@ -1,4 +1,4 @@
-"""`--wandb`: a run of Weights & Biases beside metrics.csv."""
+"""Track a run by Weights & Biases (`--wandb`)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from runs.files import write_atomically
 
 ID_FILE = "wandb_id.txt"
 PROJECT = "convnn"  # unless WANDB_PROJECT says otherwise
-FINISH_SECONDS = 60.0  # to upload what is left at the end; `wandb sync` uploads the rest
+FINISH_SECONDS = 60.0  # for uploads at the end; `wandb sync` uploads the rest
 
 
 def is_installed() -> bool:
-    """Whether the package is there: a folder named wandb, as its runs leave one, has no __init__.py."""
+    """Return whether the package is installed; the folder `wandb` that its runs leave has no __init__.py."""
     spec = importlib.util.find_spec("wandb")
     return spec is not None and spec.origin is not None
 
 
 class Tracker:
-    """A context in which a run of Weights & Biases gets the options and then a row of metrics.csv after every epoch.
+    """Context that sends the options, then a row of metrics.csv after every epoch, to a run of Weights & Biases.
 
-    Where it goes is up to the variables of wandb (WANDB_MODE, WANDB_PROJECT, WANDB_NAME and so on). Its id stays in the folder,
-    so that a resumed run goes on in it. Whatever fails is a warning, after which training goes on without it.
+    Variables of wandb apply (WANDB_MODE, WANDB_PROJECT, WANDB_NAME and so on). The id of its run stays in the folder, so that a
+    resumed run continues it. A failure is a warning, after which training goes on without it.
     """
 
     def __init__(self, folder: Path, options: dict):

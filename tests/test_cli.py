@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+import train_eval
 import vit_main
 from allconvnet import AllConvNet
 from allconvnet_main import main
@@ -24,7 +25,6 @@ from runs import RunError
 from runs.checkpoints import evaluated_weights
 from runs.export import export_weights
 from runs.files import check_writable
-from runs.training import Training
 from tests.helpers.forked import Forked
 
 ROOT = Path(__file__).parent.parent
@@ -328,7 +328,7 @@ def test_an_output_folder_that_is_a_file(tmp_path, capsys):
 
 def test_the_output_folder_is_checked_once(tmp_path, monkeypatch):
     checked, real = [], check_writable
-    for module in ("train_eval", "runs.folder"):
+    for module in ("launch.prepare", "runs.folder"):
         monkeypatch.setattr(f"{module}.check_writable", lambda folder, flag: (checked.append(flag), real(folder, flag)))
     run("", tmp_path / "run", epochs=1)
     run("--test_only", tmp_path / "run")
@@ -378,15 +378,15 @@ def test_resume_within_an_epoch(tmp_path, monkeypatch):
 
     options = "--batch_size 4 --save_minutes 1e-9 --scheduler cosine --warmup_epochs 1 --mixup 0.3 --ema_decay 0.5 --augment"
     assert run(options, tmp_path / "whole") == 0
-    original, steps = Training.update, []
+    original, steps = train_eval.train_step, []
 
-    def update(self, *args):
+    def train_step(*args):
         steps.append(1)
         if len(steps) == 40:
             raise KeyboardInterrupt
-        original(self, *args)
+        original(*args)
 
-    monkeypatch.setattr(Training, "update", update)
+    monkeypatch.setattr(train_eval, "train_step", train_step)
     assert run(options, tmp_path / "killed") == 130
     monkeypatch.undo()
     assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"] > 0

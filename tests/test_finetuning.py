@@ -11,6 +11,7 @@ import yaml
 from torch import nn
 
 import allconvnet_main
+import train_eval
 import vit_main
 from allconvnet import AllConvNet
 from experiments.points import check_points, name_points, read_sweep
@@ -25,7 +26,6 @@ from runs import RunError
 from runs.checkpoints import Leeway, load_state
 from runs.optimization import LearningRate, make_optimizer
 from runs.parameters import freeze, layer_scales, parameter_groups, start_training
-from runs.training import Training
 from vit import Block, DropPath, ViT, drop_path_rates, resample_positions
 
 VIT = (
@@ -489,15 +489,15 @@ def test_convits_own_config_has_it_too():
 def test_fine_tuning_goes_on_bit_for_bit(more, attention, tmp_path, monkeypatch):
     line = f"{VIT} --num_epochs 2 --layer ConvNNAttention --K 3 --checkpoint {attention} {more}"
     assert run(line, tmp_path / "whole") == 0
-    original, calls = Training.update, []
+    original, calls = train_eval.train_step, []
 
-    def update(self, *args):
-        original(self, *args)
+    def train_step(*args):
+        original(*args)
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Training, "update", update)
+    monkeypatch.setattr(train_eval, "train_step", train_step)
     run(f"{line} --save_minutes 0", tmp_path / "run")
     monkeypatch.undo()
     torch.manual_seed(77)

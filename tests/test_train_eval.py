@@ -15,12 +15,12 @@ from options.allconvnet import AllConvNetConfig
 from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES
 from options.training import TrainConfig
 from options.vit import ViTConfig
-from runs import RunError
+from runs import RunError, Stopped
 from runs.metrics import Meter
-from runs.optimization import Average, LearningRate, NonFiniteLoss, autocast_for, make_loss, make_mix, make_optimizer
+from runs.optimization import Average, LearningRate, autocast_for, make_loss, make_mix, make_optimizer
 from runs.training import Training
 from tests.helpers.side_by_side import SideBySide, in_groups
-from train_eval import evaluate, train_one_epoch
+from train_eval import evaluate, train_one_epoch, train_step
 
 CPU = torch.device("cpu")
 
@@ -166,7 +166,7 @@ def test_a_step_is_the_plain_optimizer_step(name):
     more = {"momentum": 0.9} if name == "sgd" else {}
     optimizer = kinds[name](twin.parameters(), lr=0.01, weight_decay=0.1, fused=False, **more)
     for images, labels in make_batches().epoch(0):
-        training.update(images, labels, make_loss("CrossEntropy"))
+        train_step(training, images, labels, make_loss("CrossEntropy"))
         optimizer.zero_grad()
         F.cross_entropy(twin(images), labels).backward()
         nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
@@ -180,8 +180,8 @@ def test_accumulated_micro_batches_are_the_whole_batch(accumulate):
     whole, parts = make_training(optimizer="sgd"), make_training(optimizer="sgd", accumulate_steps=accumulate)
     parts.model.load_state_dict(whole.model.state_dict())
     for images, labels in make_batches().epoch(0):  # 16, 16, 16 and 2 images
-        whole.update(images, labels, make_loss("CrossEntropy"))
-        parts.update(images, labels, make_loss("CrossEntropy"))
+        train_step(whole, images, labels, make_loss("CrossEntropy"))
+        train_step(parts, images, labels, make_loss("CrossEntropy"))
     torch.testing.assert_close(weights(whole.model), weights(parts.model))
     torch.testing.assert_close(whole.meter.sums, parts.meter.sums, atol=0, rtol=1e-5)  # of losses in float32
 
@@ -220,13 +220,13 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(fault, name):
     def faulty(logits, targets):
         return loss_function(logits, targets) * math.nan if fault == "loss" else Overflow.apply(loss_function(logits, targets))
 
-    training.update(*batches[0], loss_function)
+    train_step(training, *batches[0], loss_function)
     training.check_finite()
     before = weights(training.model)
-    training.update(*batches[1], faulty)
-    training.update(*batches[2], loss_function)  # and none after it, until the host has looked
+    train_step(training, *batches[1], faulty)
+    train_step(training, *batches[2], loss_function)  # and none after it, until the host has looked
     assert torch.equal(weights(training.model), before)
-    with pytest.raises(NonFiniteLoss, match=r"epoch 1, step 2, learning rate 0.01; .*--lr"):
+    with pytest.raises(Stopped, match=r"epoch 1, step 2, learning rate 0.01; .*--lr"):
         training.check_finite()
 
 
@@ -253,7 +253,7 @@ def test_a_step_that_overflows_float16_is_skipped_and_the_scale_halved(name, mon
     skipped = 0
     for images, labels in batches:
         before, scale = weights(training.model), training.scaler.get_scale()
-        training.update(images, labels, loss_function)
+        train_step(training, images, labels, loss_function)
         if training.scaler.get_scale() == scale:
             break
         assert training.scaler.get_scale() == scale / 2 and torch.equal(weights(training.model), before)
@@ -263,7 +263,7 @@ def test_a_step_that_overflows_float16_is_skipped_and_the_scale_halved(name, mon
     assert 1 < skipped < 8 and not torch.equal(weights(training.model), before)
     assert training.step == skipped + 1 and set(dtypes) == {torch.float16}
     for images, labels in batches * 20:  # and the run goes on as one that never overflowed
-        training.update(images, labels, loss_function)
+        train_step(training, images, labels, loss_function)
     training.check_finite()
     assert evaluate(training.model, make_batches(part="test"), loss_function, device=CPU).top1 > 80
 
@@ -272,11 +272,11 @@ def test_a_float16_run_goes_on_with_its_scale(monkeypatch):
     """Saved between two steps that overflow, it skips the same ones."""
     batches, loss_function = list(make_batches(n=128).epoch(0)), make_loss("CrossEntropy")
     whole, resumed = in_float16(monkeypatch, 2.0**24), in_float16(monkeypatch, 2.0**16)
-    whole.update(*batches[0], loss_function)
+    train_step(whole, *batches[0], loss_function)
     resumed.load_state_dict(torch_copy(whole.state_dict({})))
     for training in (whole, resumed):
         for batch in batches[1:]:
-            training.update(*batch, loss_function)
+            train_step(training, *batch, loss_function)
     assert whole.scaler.state_dict() == resumed.scaler.state_dict() and whole.scaler.get_scale() < 2.0**22
     assert torch.equal(weights(whole.model), weights(resumed.model))
 
@@ -284,13 +284,13 @@ def test_a_float16_run_goes_on_with_its_scale(monkeypatch):
 def test_a_loss_that_is_not_finite_stops_a_float16_run_too(monkeypatch):
     training = in_float16(monkeypatch, 2.0**10)
     batches, loss_function = list(make_batches().epoch(0)), make_loss("CrossEntropy")
-    training.update(*batches[0], loss_function)
+    train_step(training, *batches[0], loss_function)
     before = weights(training.model)
-    training.update(*batches[1], lambda *parts: loss_function(*parts) * math.nan)
+    train_step(training, *batches[1], lambda *parts: loss_function(*parts) * math.nan)
     for batch in batches[2:]:  # more than one: the second must remember the first
-        training.update(*batch, loss_function)
+        train_step(training, *batch, loss_function)
     assert torch.equal(weights(training.model), before)
-    with pytest.raises(NonFiniteLoss, match=r"epoch 1, step 2, .*--amp_dtype bfloat16"):
+    with pytest.raises(Stopped, match=r"epoch 1, step 2, .*--amp_dtype bfloat16"):
         training.check_finite()
 
 
@@ -352,7 +352,7 @@ def test_saving_within_an_epoch():
 
 
 @pytest.mark.parametrize("stop", [0, 5, 13])
-def test_a_state_that_is_loaded_goes_on_bit_for_bit(stop):
+def test_a_state_that_is_loaded_goes_on_bit_for_bit(stop, monkeypatch):
     options = {"ema_decay": 0.9, "scheduler": "cosine", "warmup_epochs": 1, "accumulate_steps": 2, "batch_size": 4, "steps": 13}
     loss_function = make_loss("CrossEntropy")
     mix = make_mix(0.5, 0.0, 3)
@@ -374,16 +374,15 @@ def test_a_state_that_is_loaded_goes_on_bit_for_bit(stop):
     interrupted.average.model.load_state_dict(start)
     torch.manual_seed(1)
     if stop < 13:
-        states = {}
-        original = interrupted.update
+        states = {0: torch_copy(interrupted.state_dict({}))}
 
-        def recording(*args):
-            original(*args)
-            states[interrupted.step] = torch_copy(interrupted.state_dict({}))
+        def recording(training, *args):
+            train_step(training, *args)
+            states[training.step] = torch_copy(training.state_dict({}))
 
-        states[0] = torch_copy(interrupted.state_dict({}))
-        interrupted.update = recording
+        monkeypatch.setattr(train_eval, "train_step", recording)
         train_one_epoch(interrupted, make_batches(batch_size=4), loss_function, mix)
+        monkeypatch.undo()
         state = states[stop]
     else:
         interrupted.history.append(list(train_one_epoch(interrupted, make_batches(batch_size=4), loss_function, mix)))

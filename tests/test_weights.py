@@ -15,10 +15,9 @@ import vit_main
 from models.pretrained import load_vit_weights
 from options.runs import PROGRAMS, as_trained, parse_options
 from options.vit import ViTConfig
-from runs import RunError
+from runs import RunError, Stopped
 from runs.checkpoints import (
     DamagedError,
-    NonFiniteWeights,
     check_finite_weights,
     evaluated_weights,
     load_checkpoint,
@@ -189,16 +188,15 @@ def test_weights_are_unwrapped(wrapper, prefix, tmp_path):
 
 ONES = torch.ones(2, 3)
 ODD = [
-    ({0: ONES}, "no names but 0"),
-    ({"model": {0: ONES}}, "no names but 0"),
+    ({0: ONES}, "not tensors by name"),
+    ({"model": {0: ONES}}, "not tensors by name"),
     ({"model": {}}, "not tensors by name"),
-    ({"model": {"w": ONES}, "ema": ONES}, "its ema is a Tensor"),
+    ({"model": {"w": ONES}, "ema": ONES}, "its ema is not tensors by name"),
     ({"w": ONES.to_sparse()}, "w is sparse"),
     ({"w": ONES.to("meta")}, "w is without data"),
     ({"w": ONES.cfloat()}, "w is of complex numbers"),
     ({"state_dict": {"w": {"a": ONES}}}, "not tensors by name"),
     (ONES, "holds a Tensor"),
-    ({"module.w": ONES, "w": ONES}, "holds w twice, also as module.w"),
 ]
 
 
@@ -232,7 +230,7 @@ def test_weights_that_are_not_finite_are_named(trained, tmp_path, capsys):
     names = [name for name, value in state["model"].items() if value.is_floating_point()][:2]
     for name, value in zip(names, (math.nan, -math.inf), strict=True):
         state["model"][name].view(-1)[1] = value
-    with pytest.raises(NonFiniteWeights, match=rf"in {names[0]} and 1 other tensors"):
+    with pytest.raises(Stopped, match=rf"in {names[0]} and 1 other tensors"):
         check_finite_weights(state["model"], Path("x.pt"))
     torch.save(state, tmp_path / "x.pt")
     for more in ("--test_only", ""):
@@ -267,11 +265,11 @@ def test_a_pickle_with_code_is_called_that(tmp_path, capsys):
     for protocol in (0, 2, 4):
         (tmp_path / f"{protocol}.pt").write_bytes(pickle.dumps({"model": Evil()}, protocol))
     for path in sorted(tmp_path.iterdir()):
-        with pytest.raises(DamagedError, match="a pickle with code, which is not run"):
+        with pytest.raises(DamagedError, match="holds more than tensors and plain values, and code in it is not run"):
             load_checkpoint(path)
     for text in ("hello", "xx", "{}"):
         (tmp_path / "text.pt").write_text(text)
-        with pytest.raises(DamagedError, match="damaged, or another kind of file"):
+        with pytest.raises(DamagedError, match="it is damaged, or"):
             load_checkpoint(tmp_path / "text.pt")
     assert capsys.readouterr().out == ""
 

@@ -7,6 +7,7 @@ from options.training import TrainConfig
 from runs.optimization import make_loss
 from runs.training import Training
 from tests.kernels.test_fake_cuda import MODELS
+from train_eval import train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 models = pytest.mark.parametrize(("kind", "config"), MODELS, ids=lambda value: getattr(value, "layer", None))
@@ -44,10 +45,10 @@ def test_ten_steps_never_wait_for_the_device(kind, config, use_amp):
     training = Training(kind(config).to(device), TrainConfig(use_amp=use_amp), device, 100)
     images, labels = torch.randn(8, 3, *config.image_size, device=device), torch.randint(0, 10, (8,), device=device)
     loss = make_loss("CrossEntropy")
-    training.update(images, labels, loss)  # kernels are compiled, tables made
+    train_step(training, images, labels, loss)  # kernels are compiled, tables made
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(10):
-            training.update(images, labels, loss)
+            train_step(training, images, labels, loss)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -15,7 +15,8 @@ from experiments import points as sweep_points
 from experiments import report, runner
 from experiments.points import check_points, find_config, name_points, read_sweep
 from experiments.report import summarize, with_earlier
-from runs.files import WriteError, write_atomically
+from runs import Stopped
+from runs.files import write_atomically
 from tests import test_run_experiments
 from tests.test_run_experiments import ROOT, SWEEP, in_own_process, notes, points_of, read_csv
 
@@ -156,7 +157,7 @@ def test_a_note_that_cannot_be_written_gives_its_lock_back(sweep, monkeypatch, c
 
     def write(path, data):
         if path.name == "point.json":
-            raise WriteError(f"{path} cannot be written (No space left on device)")
+            raise Stopped(f"{path} cannot be written (No space left on device)")
         real(path, data)
 
     monkeypatch.setattr("runs.files.write_atomically", write)

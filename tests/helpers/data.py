@@ -11,7 +11,7 @@ from PIL import Image
 
 from dataset import DeviceBatches, Recipe, channel_stats, load_data
 from options.data import DATASETS, DataConfig
-from readers.images import DataError
+from runs import DataError
 
 CPU = torch.device("cpu")
 FASHION = Path("/usr/share/datasets/fashion-mnist")

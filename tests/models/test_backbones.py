@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import allconvnet
 import allconvnet_main
 from layers2d import Attention2d, CoordConv2d
-from models.backbones import plan, warn_fitted
+from models.backbones import fitted_options, plan
 from models.build import build_network, load_network_weights
 from options.allconvnet import AllConvNetConfig
 from options.backbones import BACKBONES
@@ -203,7 +203,7 @@ def stages_of(name, keys):
 
 
 @pytest.mark.usefixtures("narrow")
-def test_layers_fit_their_maps(capsys):
+def test_layers_fit_their_maps():
     """K, and samples, where a map has fewer tokens; said in a line each."""
     config = AllConvNetConfig(model="vgg11", layer="ConvNN/ConvNN_Attn", sampling_type="random", num_samples=20)
     fitted = [(each.grid[0], each.layer.K, each.layer.num_samples) for each in plan(config)[1]]
@@ -213,17 +213,13 @@ def test_layers_fit_their_maps(capsys):
     assert [each.layer.K for each in plan(ring)[1]] == [9] * 8  # a ring around 2 x 2 tokens makes 16
 
     line = "--model vgg11 --sampling_type spatial --num_samples 3 --replace stages 4 5"
-    resolved, parser = parse_options(PROGRAMS["allconvnet_main.py"], "", shlex.split(line), prog="p")
-    warn_fitted(resolved.model, parser.warn)
-    assert capsys.readouterr().err.splitlines() == [
-        "p: warning: --K 9 does not fit all maps of --model vgg11: it is 4 on the 2 x 2 map of stage 5",
-        "p: warning: --num_samples 3 does not fit all maps of --model vgg11: it is all on the 2 x 2 map of stage 5",
+    resolved, _ = parse_options(PROGRAMS["allconvnet_main.py"], "", shlex.split(line), prog="p")
+    assert fitted_options(resolved.model) == [
+        "--K 9 does not fit all maps of --model vgg11: it is 4 on the 2 x 2 map of stage 5",
+        "--num_samples 3 does not fit all maps of --model vgg11: it is all on the 2 x 2 map of stage 5",
     ]
-    resolved, parser = parse_options(
-        PROGRAMS["allconvnet_main.py"], "", ["--model", "vgg11", "--replace", "last", "4"], prog="p"
-    )
-    warn_fitted(resolved.model, parser.warn)
-    assert capsys.readouterr().err.count("\n") == 1
+    resolved, _ = parse_options(PROGRAMS["allconvnet_main.py"], "", ["--model", "vgg11", "--replace", "last", "4"], prog="p")
+    assert len(fitted_options(resolved.model)) == 1
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from models.build import build_network
 from options.allconvnet import AllConvNetConfig
 from options.custom_mixer import split_layers
 from options.layers import layer_label
-from options.runs import PROGRAMS, parse_options, warn_without_effect
+from options.runs import PROGRAMS, parse_options, unused_options
 from options.vit import ViTConfig
 from vit import ViT
 
@@ -208,7 +208,8 @@ def test_two_side_by_side_and_an_option_of_both():
 def test_flags_that_the_class_does_not_read_are_named(capsys):
     line = "--layer mine.py:Kinds --window_size 4 --attention_dropout 0.2 --K 3"
     resolved, parser = parse_options(PROGRAMS["vit_main.py"], "", line.split())
-    warn_without_effect(resolved.model, parser)
+    for line in unused_options(resolved.model, parser.given):
+        parser.warn(line)
     assert capsys.readouterr().err.count("warning") == 1 and resolved.model.without_effect()["K"] == "layer"
 
 

@@ -12,7 +12,7 @@ import yaml
 
 import allconvnet_main
 from options.reading import as_path, as_text, open_regular, read_at_most, read_text, what_is_wrong_with
-from options.runs import PROGRAMS, parse_options, warn_oversized
+from options.runs import PROGRAMS, oversized_default, parse_options
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -97,8 +97,7 @@ def test_the_default_network_warns_of_images_that_it_is_too_large_for(capsys, tm
 
     def warned(line: str) -> str:
         options, parser = parse_options(PROGRAMS["allconvnet_main.py"], "Train.", line.split())
-        warn_oversized(options.model, parser)
-        return capsys.readouterr().err
+        return "".join(f"warning: {line}\n" for line in oversized_default(options.model, parser.given))
 
     for line in ("--dataset digits", "--dataset cifar10 --resize 8"):
         err = warned(line)

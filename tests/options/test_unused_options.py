@@ -11,7 +11,7 @@ import vit_main
 from allconvnet import AllConvNet
 from options.allconvnet import AllConvNetConfig
 from options.layers import LAYERS2D_NAMES
-from options.runs import PROGRAMS, parse_options, warn_without_effect
+from options.runs import PROGRAMS, parse_options, unused_options
 from options.vit import ViTConfig
 from vit import LAYERS1D, ViT
 
@@ -24,7 +24,8 @@ def one_process(monkeypatch):
 def warnings(line, capsys, program="vit_main.py"):
     """What follows "warning: " in the lines on stderr."""
     resolved, parser = parse_options(PROGRAMS[program], "", shlex.split(line), prog=program)
-    warn_without_effect(resolved.model, parser)
+    for line in unused_options(resolved.model, parser.given):
+        parser.warn(line)
     out, err = capsys.readouterr()
     assert out == "" and all(each.startswith(f"{program}: warning: ") for each in err.splitlines())
     return [each.split("warning: ")[1] for each in err.splitlines()]

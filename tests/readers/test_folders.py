@@ -10,7 +10,7 @@ from PIL import Image
 
 from options.data import DataConfig
 from readers.folders import read_folders
-from readers.images import DataError
+from runs import DataError
 from tests.helpers.data import everything, fails, load, pixels, random_images, write_folder
 
 

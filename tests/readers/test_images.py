@@ -12,7 +12,8 @@ from PIL import Image
 
 import allconvnet_main
 from readers import images as image_files
-from readers.images import DataError, check_image, check_images, decode_image
+from readers.images import check_image, check_images, decode_image
+from runs import DataError
 from runs import files as run_files
 
 SOUND = [

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import dataset
-from readers.images import DataError
+from runs import DataError
 from tests.helpers.data import everything, load, pixels, write_folder
 
 # Workers on a machine with one core are as good a test as on any other.

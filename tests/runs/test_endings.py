@@ -14,10 +14,9 @@ import torch
 import allconvnet_main
 import train_eval
 from options.runs import PROGRAMS, parse_options
-from runs import processes, streams
-from runs.memory import OutOfMemory, is_out_of_memory, making
+from runs import Stopped, processes, streams
+from runs.memory import is_out_of_memory, making
 from runs.processes import Signals
-from runs.training import Training
 from tests.helpers.forked import Forked
 
 ROOT = Path(__file__).parent.parent.parent
@@ -45,7 +44,7 @@ SHORT = [
 
 @pytest.mark.parametrize(("error", "words"), SHORT)
 def test_short_memory_is_one_line(error, words):
-    with pytest.raises(OutOfMemory, match=r"out of memory .*making x.*use less") as caught, making("x", "use less"):
+    with pytest.raises(Stopped, match=r"out of memory .*making x.*use less") as caught, making("x", "use less"):
         raise error
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
@@ -58,7 +57,7 @@ def test_other_errors_are_not_about_memory(error):
 
 
 def test_what_cannot_be_had_is_asked_for_really():
-    with pytest.raises(OutOfMemory, match="GiB more could not be had"), making("x"):
+    with pytest.raises(Stopped, match="GiB more could not be had"), making("x"):
         torch.empty(2**60, dtype=torch.uint8)
 
 
@@ -71,15 +70,15 @@ def exhaust_the_gpu():
     [(lambda: torch.empty(2**60, dtype=torch.uint8), "memory while"), (exhaust_the_gpu, "of the GPU while")],
 )
 def test_a_run_out_of_memory_keeps_its_state_and_says_what_helps(exhaust, where, tmp_path, monkeypatch, capsys):
-    real, calls = Training.update, []
+    real, calls = train_eval.train_step, []
 
-    def update(self, *args):
+    def train_step(*args):
         calls.append(1)
         if len(calls) == 3:
             exhaust()
-        real(self, *args)
+        real(*args)
 
-    monkeypatch.setattr(Training, "update", update)
+    monkeypatch.setattr(train_eval, "train_step", train_step)
     assert run("", tmp_path / "run", epochs=2) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"{where} making a step of --batch_size 16 images" in error

@@ -15,7 +15,8 @@ import torch
 
 import vit_main
 from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES
-from runs.processes import Interrupted, ProcessError, Processes, Signals
+from runs import RunError
+from runs.processes import Interrupted, Processes, Signals
 from tests.helpers.forked import Forked
 
 ROOT = Path(__file__).parent.parent.parent
@@ -135,22 +136,22 @@ def test_one_process_needs_nobody():
         with alone.first_of_machine_first():
             alone.wait()
         model = torch.nn.Linear(1, 1)
-        assert alone.parallel(model) is model and not alone.connected
+        assert alone.parallel(model) is model and not torch.distributed.is_initialized()
 
 
 def test_environment(monkeypatch):
     assert Processes.from_environment().world == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ProcessError, match=r"WORLD_SIZE=2 .*RANK, LOCAL_RANK, MASTER_ADDR.*torchrun"):
+    with pytest.raises(RunError, match=r"WORLD_SIZE=2 .*RANK, LOCAL_RANK, MASTER_ADDR.*torchrun"):
         Processes.from_environment()
     for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1"), ("WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
     found = Processes.from_environment()
     monkeypatch.setenv("RANK", "4")
-    with pytest.raises(ProcessError, match=r"RANK=4 WORLD_SIZE=4 LOCAL_RANK=1 are not"):
+    with pytest.raises(RunError, match=r"RANK=4 WORLD_SIZE=4 LOCAL_RANK=1 are not"):
         Processes.from_environment()
     monkeypatch.setenv("WORLD_SIZE", "abc")
-    with pytest.raises(ProcessError, match="WORLD_SIZE=abc"):
+    with pytest.raises(RunError, match="WORLD_SIZE=abc"):
         Processes.from_environment()
     assert (found.rank, found.world, found.local_rank, found.first) == (3, 4, 1, False)
 
@@ -168,9 +169,11 @@ from options.vit import ViTConfig
 from allconvnet import AllConvNet
 from vit import ViT
 from runs.processes import Processes, Signals
-from runs.optimization import NonFiniteLoss, make_loss
+from runs import Stopped
+from runs.optimization import make_loss
 from runs.training import Training
-from train_eval import evaluate, train_one_epoch
+import train_eval
+from train_eval import evaluate, train_one_epoch, train_step
 
 CPU = torch.device("cpu")
 SMALL = dict(image_size=8, patch_size=2, in_channels=1, num_layers=2, num_heads=2, d_model=8, d_mlp=8, dropout=0.0,
@@ -193,23 +196,22 @@ class Exact(ViT):
     def forward(self, images):
         return super().forward(images.double())
 
-class Recorded(Training):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.losses = []
+losses = []
 
-    def update(self, *args):
-        super().update(*args)
-        self.losses.append(self.total().loss)
+def recorded(training, *args):
+    train_step(training, *args)
+    losses.append(training.total().loss)
 
 with Signals(), Processes.from_environment() as processes:
     processes.connect(CPU)
     for accumulate in (1, 3):
         torch.manual_seed(0)
         config = TrainConfig(batch_size=7, num_epochs=2, lr=0.1, optimizer="sgd", accumulate_steps=accumulate)
-        run = Recorded(Exact(ViTConfig(**SMALL)).double(), config, CPU, 7, processes)
+        run = Training(Exact(ViTConfig(**SMALL)).double(), config, CPU, 7, processes)
+        train_eval.train_step = recorded
         train_one_epoch(run, batches("train", processes), loss_function)
-        result[f"losses {accumulate}"] = run.losses
+        train_eval.train_step = train_step
+        result[f"losses {accumulate}"], losses = losses, []
         result[f"weights {accumulate}"] = torch.cat([p.detach().flatten() for p in run.model.parameters()])
         result["gradient is known to all"] = all(p.grad is not None for p in run.parameters)
     torch.manual_seed(1)
@@ -222,7 +224,7 @@ with Signals(), Processes.from_environment() as processes:
         torch.manual_seed(2)
         run = training(processes, Exact(ViTConfig(**SMALL, layer=name)).double())
         for images, labels in batches("train", processes, n=14).epoch(0):
-            run.update(images, labels, loss_function, 7)
+            train_step(run, images, labels, loss_function, 7)
             if run.step == 1:
                 result[f"layer {name}"] = torch.cat([p.grad.flatten() for p in run.parameters])
     for name in (*LAYERS2D_NAMES, "Conv2d/ConvNN"):
@@ -245,7 +247,7 @@ with Signals(), Processes.from_environment() as processes:
             return loss_function(logits, labels) * (math.nan if bad else 1.0)
         try:
             train_one_epoch(run, batches("train", processes), faulty)
-        except NonFiniteLoss as error:
+        except Stopped as error:
             result["error"] = str(error)
         result["before"] = before[0]
         result["after"] = torch.cat([p.detach().flatten() for p in run.model.parameters()])
@@ -323,15 +325,15 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 STOPPED = """
 import os, signal, sys, time, train_eval, vit_main
 rank, step, whom = sys.argv[1:4]
-original, steps = train_eval.Training.update, []
-def update(self, *args):
+original, steps = train_eval.train_step, []
+def train_step(training, *args):
     steps.append(1)
     if len(steps) == int(step) and os.environ["RANK"] == rank:
         os.kill(os.getppid() if whom == "torchrun" else os.getpid(), signal.SIGTERM)
-        while not self.signals.received:
+        while not training.signals.received:
             time.sleep(0.01)
-    original(self, *args)
-train_eval.Training.update = update
+    original(training, *args)
+train_eval.train_step = train_step
 sys.exit(vit_main.main(sys.argv[4:]))
 """
 
@@ -380,8 +382,8 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_they_resume_exactly(t
 def test_processes_that_see_different_states_do_not_train(tmp_path):
     """As with an output folder that is not shared between machines."""
     assert vit_main.main([*TRAIN[1:], "--num_epochs", "1", "--train_limit", "8", "--output_dir", str(tmp_path / "run")]) == 0
-    script = "import os, sys, vit_main, train_eval; find = train_eval.resumable_state; "
-    script += "train_eval.resumable_state = lambda *a, **k: None if os.environ['RANK'] == '1' else find(*a, **k); "
+    script = "import os, sys, vit_main, launch.prepare; find = launch.prepare.resumable_state; "
+    script += "launch.prepare.resumable_state = lambda *a, **k: None if os.environ['RANK'] == '1' else find(*a, **k); "
     script += "sys.exit(vit_main.main(sys.argv[1:]))"
     line = [*TRAIN[1:], "--train_limit", "8", "--resume", "--output_dir", str(tmp_path / "run")]
     (first, _, error), (second, _, _) = finish(start_both("-c", script, *line))
@@ -391,8 +393,10 @@ def test_processes_that_see_different_states_do_not_train(tmp_path):
 
 def test_a_process_that_fails_ends_the_others(tmp_path):
     """The second process finds no test images; the first one must not wait for it for ever."""
-    script = "import sys, vit_main; import train_eval; "
-    script += "train_eval.load_data = lambda *a, load=train_eval.load_data, **k: load(*a, **k) if not k['rank'] else 1 / 0; "
+    script = "import sys, vit_main; import launch.prepare; "
+    script += (
+        "launch.prepare.load_data = lambda *a, load=launch.prepare.load_data, **k: load(*a, **k) if not k['rank'] else 1 / 0; "
+    )
     script += "sys.exit(vit_main.main(sys.argv[1:]))"
     line = [*TRAIN[1:], "--output_dir", str(tmp_path / "run")]
     (first, _, message), (second, _, error) = finish(start_both("-c", script, *line))

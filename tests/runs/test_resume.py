@@ -25,9 +25,10 @@ from PIL import Image
 import allconvnet_main
 import train_eval
 import vit_main
-from runs import RunError
+from launch import prepare
+from runs import RunError, Stopped
 from runs.checkpoints import STATE, DamagedError, load_checkpoint, save_checkpoint
-from runs.files import WriteError, atomic_file, remove_temporaries, write_atomically
+from runs.files import atomic_file, remove_temporaries, write_atomically
 from runs.folder import RunFolder
 from runs.metrics import Meter
 from runs.resume import resumable_state
@@ -125,13 +126,13 @@ def images(tmp_path_factory):
 
 # Sampled so that each pair of (where, option) that could matter together stands somewhere.
 FOLDER = "--dataset folder --resize 16 --layer Conv2d --channels 4 --batch_size 8 --augment"
-BEFORE, WITHIN, EVALUATION, END = ("train_one_epoch", 1), ("update", 9), ("evaluate", 2), ("epoch_done", 1)
+BEFORE, WITHIN, EVALUATION, END = ("train_one_epoch", 1), ("train_step", 9), ("evaluate", 2), ("epoch_done", 1)
 CASES = [
     (allconvnet_main, f"{CONVNET} --ema_decay 0.9 --mixup 0.4", BEFORE),
     (allconvnet_main, f"{CONVNET} --layer ConvNN --sampling_type random --num_samples 12 --accumulate_steps 2", WITHIN),
     (allconvnet_main, f"{CONVNET} --ema_decay 0.9 --scheduler plateau --lr_step 1 --val_fraction 0.2", EVALUATION),
-    (allconvnet_main, f"{FOLDER} --num_workers 0 --ema_decay 0.8 --noise 0.1", ("update", 6)),
-    (allconvnet_main, f"{FOLDER} --num_workers 2 --cutmix 0.5 --accumulate_steps 2", ("update", 6)),
+    (allconvnet_main, f"{FOLDER} --num_workers 0 --ema_decay 0.8 --noise 0.1", ("train_step", 6)),
+    (allconvnet_main, f"{FOLDER} --num_workers 2 --cutmix 0.5 --accumulate_steps 2", ("train_step", 6)),
     (allconvnet_main, f"{FOLDER} --num_workers 2 --optimizer sgd --momentum 0.9", END),
     (allconvnet_main, f"{FOLDER} --num_workers 2 --mixup 0.5", BEFORE),
     (vit_main, f"{VIT} --dropout 0.3 --attention_dropout 0.2 --ema_decay 0.9 --mixup 0.4", WITHIN),
@@ -147,8 +148,8 @@ def test_a_stopped_run_ends_as_one_that_was_not(program, line, where, images, tm
     line += f" --data_path {images}"
     assert run(line, tmp_path / "whole", program=program) == 0
     name, call = where
-    owner = Training if name in ("update", "epoch_done") else train_eval
-    kill_at(monkeypatch, owner, name, call, after=owner is Training)
+    owner = Training if name == "epoch_done" else train_eval
+    kill_at(monkeypatch, owner, name, call, after=name in ("train_step", "epoch_done"))
     assert run(line, tmp_path / "run", program=program) == 143
     monkeypatch.undo()
     assert "stopped by SIGTERM; --resume goes on from" in capsys.readouterr().err
@@ -172,7 +173,7 @@ def test_without_a_part_of_the_state_the_end_is_another(part, whole, tmp_path, m
     """The control: the comparison above sees each part that is left out."""
     line = f"{VIT} --dropout 0.3 --ema_decay 0.9 --mixup 0.4 --scheduler cosine --augment"
     undisturbed = state_of(whole(line, program=vit_main))
-    kill_at(monkeypatch, Training, "update", 4)
+    kill_at(monkeypatch, train_eval, "train_step", 4)
     run(line, tmp_path / "run", program=vit_main)
     monkeypatch.undo()
     path = tmp_path / "run" / "last.pt"
@@ -198,7 +199,7 @@ def test_a_run_stopped_again_and_again(tmp_path, monkeypatch):
     line = f"{VIT} --dropout 0.3 --ema_decay 0.9 --accumulate_steps 2"
     run(line, tmp_path / "whole", program=vit_main)
     for more in ("", "--resume", "--resume", "--resume"):
-        kill_at(monkeypatch, Training, "update", 3)
+        kill_at(monkeypatch, train_eval, "train_step", 3)
         assert run(f"{line} {more}", tmp_path / "run", program=vit_main) == 143
         monkeypatch.undo()
     assert state_of(tmp_path / "run")["step"] == 12 - 7
@@ -210,7 +211,7 @@ def test_a_compiled_run_stopped_before_a_short_batch(tmp_path, monkeypatch):
     """The resumed one begins with a size of batch that the whole one saw last."""
     line = f"{CONVNET} --layer Conv2d --channels 4 --use_compiled --train_limit 20 --test_limit 16"
     run(line, tmp_path / "whole")
-    kill_at(monkeypatch, Training, "update", 1)
+    kill_at(monkeypatch, train_eval, "train_step", 1)
     torch._dynamo.reset()
     run(line, tmp_path / "run")
     monkeypatch.undo()
@@ -251,7 +252,7 @@ def test_results_that_were_not_written_are_written_by_resuming(whole, tmp_path, 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_each_signal_has_its_status(number, tmp_path, monkeypatch, capsys):
-    kill_at(monkeypatch, Training, "update", 2, number)
+    kill_at(monkeypatch, train_eval, "train_step", 2, number)
     assert run(CONVNET, tmp_path / "run") == 128 + number
     assert capsys.readouterr().err.startswith(f"stopped by {signal.Signals(number).name}; --resume goes on from")
     assert state_of(tmp_path / "run")["step"] == 2
@@ -266,12 +267,12 @@ def test_a_signal_while_only_testing(tmp_path, monkeypatch, capsys):
 
 def test_a_signal_before_anything_was_done(tmp_path, monkeypatch, capsys):
     run(CONVNET, tmp_path / "earlier", epochs=1)
-    kill_at(monkeypatch, train_eval, "load_data", 1, signal.SIGINT)
+    kill_at(monkeypatch, prepare, "load_data", 1, signal.SIGINT)
     capsys.readouterr()
     assert run(f"{CONVNET} --overwrite", tmp_path / "earlier") == 130
     assert capsys.readouterr().err == "stopped by SIGINT\n"  # what is there is another run
     monkeypatch.undo()
-    kill_at(monkeypatch, train_eval, "load_data", 1, signal.SIGINT)
+    kill_at(monkeypatch, prepare, "load_data", 1, signal.SIGINT)
     assert run(CONVNET, tmp_path / "run") == 130
     assert capsys.readouterr().err == "stopped by SIGINT\n" and not (tmp_path / "run").exists()
 
@@ -414,7 +415,7 @@ def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
         lambda path: write_atomically(path, "x" * 2000),
         lambda path: save_checkpoint({"a": torch.zeros(1000)}, path),
     ):
-        with full_disk(1000), pytest.raises(WriteError, match=r"file cannot be written \(File too large\)"):
+        with full_disk(1000), pytest.raises(Stopped, match=r"file cannot be written \(File too large\)"):
             write(tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(RuntimeError, match="not of the disk"), atomic_file(tmp_path / "file"):
@@ -442,7 +443,7 @@ def damage(path, how):
 @pytest.mark.parametrize("how", ["truncated", "a bit", "empty", "foreign"])
 def test_resume_falls_back_on_the_checkpoint_before(how, whole, tmp_path, monkeypatch, capsys):
     undisturbed = state_of(whole(CONVNET, epochs=4))
-    kill_at(monkeypatch, Training, "update", 16)
+    kill_at(monkeypatch, train_eval, "train_step", 16)
     run(CONVNET, tmp_path / "run", epochs=4)
     monkeypatch.undo()
     assert (tmp_path / "run" / "previous.pt").exists()
@@ -457,7 +458,7 @@ def test_resume_falls_back_on_the_checkpoint_before(how, whole, tmp_path, monkey
 
 def test_the_checkpoint_fallen_back_on_stays_until_there_is_another(whole, tmp_path, monkeypatch, capsys):
     """Killed in the first save after falling back, the run still has a good state."""
-    kill_at(monkeypatch, Training, "update", 10)
+    kill_at(monkeypatch, train_eval, "train_step", 10)
     run(CONVNET, tmp_path / "run", epochs=3)
     monkeypatch.undo()
     damage(tmp_path / "run" / "last.pt", "truncated")
@@ -538,10 +539,10 @@ def test_a_state_that_would_run_code_is_stepped_over(tmp_path, capsys):
 def test_a_reader_killed_while_the_run_is_elsewhere_is_one_line(tmp_path, monkeypatch, capsys):
     """torch raises it from its handler of signals, wherever the run is."""
 
-    def update(self, *args):
+    def train_step(*args):
         raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
 
-    monkeypatch.setattr(Training, "update", update)
+    monkeypatch.setattr(train_eval, "train_step", train_step)
     with pytest.raises(SystemExit) as end:
         run(CONVNET, tmp_path / "run")
     error = capsys.readouterr().err
@@ -612,10 +613,10 @@ def test_every_layer_trains_deterministically(program, line, tmp_path, determini
 
 
 def test_a_step_without_a_deterministic_form_is_named(tmp_path, monkeypatch, capsys, deterministic):
-    def update(self, *args):
+    def train_step(*args):
         raise RuntimeError("some_backward_cuda does not have a deterministic implementation, but you set\n'torch.use...'")
 
-    monkeypatch.setattr(Training, "update", update)
+    monkeypatch.setattr(train_eval, "train_step", train_step)
     with pytest.raises(SystemExit) as end:
         run(f"{CONVNET} --deterministic", tmp_path / "run")
     error = capsys.readouterr().err
