@@ -138,7 +138,7 @@ def _checked(path: Path, labels, classes: int, images: int) -> np.ndarray:
 
 
 def _read_digits(config: DataConfig, parts: tuple[str, ...]) -> Source:
-    with np.load(Path(__file__).parent / "data" / "digits.npz", allow_pickle=False) as arrays:
+    with np.load(Path(__file__).parents[1] / "data" / "digits.npz", allow_pickle=False) as arrays:
         return Source({part: _digits_part(arrays, part) for part in parts}, DIGIT_NAMES)
 
 

@@ -141,8 +141,8 @@ def test_uniform_is_uniform_and_uncorrelated():
 
 def test_seed_epoch_and_stream_all_matter_and_no_two_keys_collide():
     index = torch.arange(100)
-    keys = [keys(s, e, index, r).tolist() for s in range(10) for e in range(10) for r in range(3)]
-    repeats = 30000 - len({key for row in keys for key in row})
+    rows = [keys(s, e, index, r).tolist() for s in range(10) for e in range(10) for r in range(3)]
+    repeats = 30000 - len({key for row in rows for key in row})
     assert repeats < 3  # 0.1 expected of 32-bit numbers drawn at random
     assert len(keys(7, 3, torch.arange(10**6), 1).unique()) == 10**6
 
