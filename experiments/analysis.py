@@ -7,7 +7,6 @@ of the runs `window` (the K nearest by location, as in a convolution) and `chanc
 from __future__ import annotations
 
 import itertools
-import re
 from pathlib import Path
 
 import torch
@@ -132,8 +131,7 @@ def _under_changes(run: Run, found: list[Mixing], K: int, noise: float) -> list[
 
 def kept_epochs(folder: Path) -> list[int]:
     """Return the epochs whose weights a run with --save_every has kept."""
-    names = (re.fullmatch(r"epoch_(\d+)\.pt", path.name) for path in folder.iterdir())
-    return sorted(int(name[1]) for name in names if name)
+    return sorted(int(path.stem.removeprefix("epoch_")) for path in folder.glob("epoch_*.pt"))
 
 
 def _between_epochs(run: Run, K: int) -> list[dict]:

@@ -122,7 +122,7 @@ def label_groups(kinds: list[dict], folders: list[list[Path]]) -> list[str]:
     """
     if len({"patch_size" in kind for kind in kinds}) > 1:  # runs of both programs, which share some options only
         kinds = [{"program": "ViT" if "patch_size" in kind else "AllConvNet"} | kind for kind in kinds]
-    # A hash says nothing to a reader: where nothing else differs, the folders tell groups apart.
+    # A hash is of no use to a reader: where nothing else differs, folders name the groups.
     names = dict.fromkeys(name for kind in kinds for name in kind if name != "layer_sha256")
     differing = [name for name in names if len({str(kind[name]) for kind in kinds if name in kind}) > 1]
     labels = []

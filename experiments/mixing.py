@@ -86,7 +86,7 @@ def record_run(run: Run, pairs: int) -> tuple[Tensor, list[Mixing]]:
 def layer_name(module: str, kind: str) -> str:
     """Return the name of the layer that a module is part of: blocks.2.mixer.first -> block 3 (first).
 
-    In backbones, whose numbers count all parts, torchvision's names say more: features.3 -> layer features.3.
+    Backbones number all their parts, so torchvision's names are kept: features.3 -> layer features.3.
     """
     if re.match(r"features\.|conv1|layer\d", module):
         return f"{kind} {module.removesuffix('.layer')}"

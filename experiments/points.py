@@ -154,7 +154,7 @@ def name_points(points: list[tuple[str, dict]], axes: list[str]) -> list[Point]:
 
 
 def readable(name: str, value) -> dict:
-    """Return a value as names, tables and figures show it: a class by its name, its options as options of their own."""
+    """Return a value as names, tables and figures show it: a class by its name, its options as further options."""
     if name == "layer" and isinstance(value, str):
         return {name: layer_label(value)}
     if name == "mixer_option":
@@ -213,7 +213,7 @@ def _unread(point: Point) -> dict[str, tuple]:
 def check_points(points: list[Point], folder: Path) -> dict[str, dict]:
     """Return every option of each point's run, by the name of the point.
 
-    Raises ValueError for the first point whose options do not fit, or whose folder holds a run with others.
+    Raises ValueError for the first point with wrong options, or with a folder that holds another run.
     """
     runs, found = {}, {}
     for point in points:

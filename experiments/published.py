@@ -176,7 +176,7 @@ def as_text(row: dict, measure: str) -> str:
 
 
 NOTE = (
-    "published are numbers of others with the same options, as far as they are stated; a range where there are several. It is "
+    "published is what others found with the same options, as far as they are stated; a range where there are several. It is "
     "outside where its middle and our mean are further apart than two of our standard deviations and than half its range. Runs "
     "of one seed have no deviation, and those of other epochs or fewer images are no repetition: there nothing is marked. "
     "summary.csv names the sources."

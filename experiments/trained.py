@@ -81,8 +81,8 @@ def load_runs(folders: list[Path], images: int, data_path: str | None) -> list[R
                 f"of {one.options.data.dataset} at {' x '.join(map(str, one.images.shape[2:]))}" for one in (run, runs[0])
             )
             raise ValueError(
-                f"{folder}: its images are {ours}, and those of {folders[0]} {first}; "
-                "runs side by side need the same (--dataset, --resize)"
+                f"{folder}: its images are {ours}, the images of {folders[0]} {first}; "
+                "runs side by side need the same images (--dataset, --resize)"
             )
     if len({run.name for run in runs}) < len(runs):
         runs = [run._replace(name=str(run.folder)) for run in runs]

@@ -238,7 +238,7 @@ def test_the_page_goes_beside_the_runs(runs, capsys):
         ("explore nowhere", "nowhere holds no run"),
         ("explore conv", "layer=Conv1dAttention has no neighbors"),
         ("explore convnn conv2d", "conv2d: layer=Conv2d has no neighbors"),
-        ("explore images larger", "larger: its images are of digits at 12 x 12, and those of images of digits at 8 x 8"),
+        ("explore images larger", "larger: its images are of digits at 12 x 12, the images of images of digits at 8 x 8"),
         ("explore convnn --output page.png", "--output page.png is not a .html file"),
         ("explore convnn --images 0", "'0' is not a whole number of at least 1"),
         ("explore convnn --pairs 0", "'0' is not a whole number of at least 1"),
