@@ -12,27 +12,19 @@ import contextlib
 import shlex
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 import yaml
 
-from experiments.points import (
-    Point,
-    check_points,
-    find_config,
-    leave_out_unread,
-    name_points,
-    read_sweep,
-)
+from experiments.points import Point, check_points, find_config, leave_out_unread, name_points, read_sweep
 from experiments.published import Published, match, read_published
-from experiments.report import (
-    is_finished,
-    update_summary,
-)
-from experiments.runner import Sweep, say, submit, visible_gpus
-from experiments.scaling import check_scale, scale_points
+from experiments.report import is_finished, write_summary
+from experiments.runner import Sweep, submit, visible_gpus
+from experiments.scaling import scale_points
 from options.parser import OneLineParser, number_type, parse_yaml, some_path
+from runs import RunError
+from runs.files import check_writable
+from runs.streams import run_program
 
 
 def make_parser() -> OneLineParser:
@@ -49,32 +41,30 @@ def make_parser() -> OneLineParser:
     parser.add_argument(
         "--output_dir",
         type=some_path,
-        help="folder of the sweep (default: ./Output/sweeps/<name of the file>, and _scale-<s> behind it under --scale)",
+        help="folder of the sweep (default: ./Output/sweeps/<name of the file>, with the suffix _scale-<s> under --scale)",
     )
     parser.add_argument(
         "--scale",
         type=number_type(float),
-        help="the same sweep small: this share of its epochs and images, such as 0.05",
+        help="run the sweep with this share of its epochs and images, such as 0.05",
     )
     parser.add_argument(
         "--published",
         metavar="FILE.csv",
-        help="numbers of others to put beside ours in the summary, such as docs/published.csv",
+        help="published numbers to put beside ours in the summary, such as docs/published.csv",
     )
     parser.add_argument("--dry_run", action="store_true", help="print the points and stop")
     parser.add_argument(
-        "--gpus_per_run", type=several, default=1, help="GPUs of one run; more than 1 start it by torchrun (default: 1)"
+        "--gpus_per_run", type=several, default=1, help="GPUs of one run; more than 1 are started by torchrun (default: 1)"
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--jobs", type=several, default=1, help="runs at a time, which share the cores (default: 1)")
-    where.add_argument(
-        "--gpus", type=several, help="run on so many GPUs, one run on each (or --gpus_per_run of them) at a time"
-    )
+    where.add_argument("--jobs", type=several, default=1, help="runs at a time; they share the cores (default: 1)")
+    where.add_argument("--gpus", type=several, help="GPUs to use, one run on each (or on --gpus_per_run of them) at a time")
     where.add_argument(
         "--slurm",
         nargs="*",
         metavar="NAME=VALUE",
-        help="submit to SLURM by submitit (pip install submitit), with its parameters: timeout_min=600 slurm_partition=gpu "
+        help="submit to SLURM through submitit (pip install submitit) with its parameters: timeout_min=600 slurm_partition=gpu "
         "gpus_per_node=1 slurm_array_parallelism=8",
     )
     return parser
@@ -84,12 +74,12 @@ def slurm_parameters(words: list[str]) -> dict:
     parameters = {}
     for word in words:
         name, equals, text = word.partition("=")
-        if not name or not equals:
-            raise ValueError(f"--slurm {word!r} is not name=value")
         try:
             parameters[name] = parse_yaml(text)
         except (yaml.YAMLError, ValueError, RecursionError):
-            raise ValueError(f"--slurm {word!r} has a value that YAML cannot read") from None
+            name = ""
+        if not name or not equals:
+            raise ValueError(f"--slurm {word!r} is not name=value with a value that YAML can read")
     return parameters
 
 
@@ -97,8 +87,8 @@ def show_points(points: list[Point], folder: Path) -> None:
     width = max(len(point.name) for point in points)
     for point in points:
         state = "finished" if is_finished(point, folder) else "begun" if (folder / point.name / "last.pt").exists() else ""
-        say(f"{point.name:<{width}}  {state:<8}  {point.program} {shlex.join(point.argv(folder)[:-3])}".rstrip())
-    say(f"{len(points)} runs in {folder}")
+        print(f"{point.name:<{width}}  {state:<8}  {point.program} {shlex.join(point.argv(folder)[:-3])}".rstrip())
+    print(f"{len(points)} runs in {folder}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,42 +96,35 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     small = "" if args.scale is None else f"_scale-{args.scale:g}"  # so that small runs and whole ones never share a folder
     folder = args.output_dir or Path("Output/sweeps") / f"{Path(args.sweep).stem}{small}"
-    said, published = "", {}
+    scaled, published = "", {}
     try:
         if args.gpus_per_run > 1 and args.gpus is None and args.slurm is None:
             raise ValueError(f"--gpus_per_run {args.gpus_per_run} goes with --gpus or --slurm")
         if args.gpus and args.gpus < args.gpus_per_run:
             raise ValueError(f"--gpus_per_run {args.gpus_per_run} is more than --gpus {args.gpus}")
-        points = find_config(name_points(*read_sweep(args.sweep, args.set)), args.sweep)
-        points, left_out = leave_out_unread(points)
+        points, left_out = leave_out_unread(find_config(name_points(*read_sweep(args.sweep, args.set)), args.sweep))
         if args.scale is not None:
-            check_scale(args.scale)
-            points, said = scale_points(points, args.scale, folder)
+            points, scaled = scale_points(points, args.scale, folder)
         options = check_points(points, folder)
         if args.published is not None:
             published = match(read_published(args.published, points), options)
         parameters = None if args.slurm is None else slurm_parameters(args.slurm)
         if args.gpus and not args.dry_run and args.gpus > len(visible_gpus()):
             raise ValueError(f"--gpus {args.gpus} is more than the {len(visible_gpus())} GPUs that can be used here")
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--output_dir {folder} is not a folder")
-        parser.note_repeated()
-        if left_out:
-            parser.warn(left_out)
-        if args.published is not None and not published:
-            parser.warn(f"--published {args.published}: none of its rows matches a run of this sweep")
-        if said:
-            say(said)
-        if args.dry_run:
-            show_points(points, folder)
-            return 0
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder):  # a folder that cannot be written to is said before anything runs
-            pass
-    except ValueError as error:
+        if not args.dry_run:
+            check_writable(folder, "--output_dir")
+    except (RunError, ValueError) as error:
         parser.error(str(error))
-    except OSError as error:
-        parser.error(f"--output_dir {folder}: {error.strerror}")
+    if left_out:
+        parser.warn(left_out)
+    if args.published is not None and not published:
+        parser.warn(f"--published {args.published}: none of its rows matches a run of this sweep")
+    if scaled:
+        print(scaled, flush=True)
+    if args.dry_run:
+        show_points(points, folder)
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
     if parameters is not None:
         return run_on_cluster(points, folder, parameters, args.gpus_per_run, published, parser)
     from tqdm import tqdm
@@ -155,12 +138,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130
-    is_written = update_summary(points, folder, published=published)
+    is_written = write_summary(points, folder, published=published)
     if is_written:
-        say((folder / "summary.md").read_text(encoding="utf-8"))
+        print((folder / "summary.md").read_text(encoding="utf-8"))
     if sweep.failed:
         print(f"{len(sweep.failed)} of {len(points)} failed: {', '.join(sweep.failed)}", file=sys.stderr)
-    say(f"results are in {folder}")
+    print(f"results are in {folder}")
     return 1 if sweep.failed or not is_written else 0
 
 
@@ -181,9 +164,9 @@ def run_on_cluster(
             with contextlib.suppress(OSError):  # it holds something
                 made.rmdir()
         parser.error(f"--slurm: {error}")
-    say(f"submitted {len(jobs)} jobs; their logs are in {folder / 'jobs'}, and the summary in {folder} grows as they end")
+    print(f"submitted {len(jobs)} jobs; their logs are in {folder / 'jobs'}, and the summary in {folder} grows as they end")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -1,4 +1,4 @@
-"""Figures of runs: training curves, attention maps, neighbors and what is measured of them, a page to explore, masks, samples.
+"""Figures of runs: training curves, attention maps, neighbors and measures of them, a page to explore, masks, samples.
 
 python visualize.py curves Output/ViT/*
 python visualize.py neighbors Output/AllConvNet/ConvNN
@@ -14,106 +14,85 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.figures import (
-    COLORS,
-    LINE_STYLES,
-    color_of,
-    draw_confusion,
-    label_groups,
-    legend_beside,
-    plot_seeds,
-    read_metrics,
-)
-from experiments.pictures import (
-    draw_attention,
-    draw_masks,
-    draw_neighbors,
-    draw_samples,
-)
+from experiments import figures
+from experiments.pictures import draw_attention, draw_masks, draw_neighbors, draw_samples
 from experiments.points import readable
 from experiments.trained import read_config
 from options.data import DATASETS
-from options.fields import as_number
 from options.parser import OneLineParser, new_path, number_type
+from runs import RunError, Stopped
+from runs.files import as_csv, as_png, write_atomically
 from runs.streams import run_program
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # takes most of a second to import
 
-NOT_COMPARED = ("seed", "output_dir", "device", "resume", "num_workers")  # by them runs of one kind may differ
+NOT_COMPARED = ("seed", "output_dir", "device", "resume", "num_workers")  # options in which runs of one kind may differ
 MOST_WITH_TRAINING = 12  # lines of a panel beside which training curves can still be told apart
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The figures
+# Figures
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def draw_curves(args: argparse.Namespace) -> Figure:
-    """Loss and top-1 by epoch; runs that differ in their seed only are one line, their mean, in a band of their range."""
-    from matplotlib.figure import Figure
-
+    """Plot loss and top-1 by epoch; runs that differ in their seed only are one line, their mean, in a band of their range."""
     groups: dict[str, list[tuple[Path, list[dict]]]] = {}
-    for folder in folders_of_runs(args.runs, args.output or default_output(args)):
-        rows = read_metrics(folder)
-        values = {}
-        for name, value in read_config(folder).items():
-            values |= {} if name in NOT_COMPARED else readable(name, value)
+    for folder in folders_of_runs(args.runs):
+        rows = figures.read_metrics(folder)
+        compared = {name: value for name, value in read_config(folder).items() if name not in NOT_COMPARED}
+        values = {part: text for name, value in compared.items() for part, text in readable(name, value).items()}
         groups.setdefault(json.dumps(values), []).append((folder, rows))
-    labels = label_groups([json.loads(key) for key in groups], [[folder for folder, _ in group] for group in groups.values()])
+    folders = [[folder for folder, _ in group] for group in groups.values()]
+    labels = figures.label_groups([json.loads(key) for key in groups], folders)
 
-    figure = Figure(figsize=(9, min(8, max(4.2, 0.14 * len(groups)))), layout="constrained")
-    axes = figure.subplots(1, 2)
-    # Many lines leave no room for training curves; the styles then tell those of one color apart.
-    parts = {"train": (":", 0.08), "test": ("-", 0.2)} if len(groups) <= MOST_WITH_TRAINING else {"test": ("-", 0.2)}
-    for number, (label, group) in enumerate(zip(labels, groups.values(), strict=True)):
-        for axis, key in zip(axes, ("loss", "top1"), strict=True):
+    # Many lines leave no room for training curves; the styles then tell lines of one color apart.
+    parts = {"train": (":", 0.08), "test": ("-", 0.2)} if len(groups) <= MOST_WITH_TRAINING else {"test": (None, 0.2)}
+    figure, axes = figures.make_panels(2, 2, 4.5, min(8, max(4.2, 0.14 * len(groups))))
+    for axis, key, name in zip(axes, ("loss", "top1"), ("loss", "top-1 accuracy (%)"), strict=True):
+        for number, (label, group) in enumerate(zip(labels, groups.values(), strict=True)):
             for part, (style, band) in parts.items():
                 runs = [[row[f"{part}_{key}"] for row in rows] for _, rows in group]
-                looks = {"color": color_of(number), "marker": "." if min(map(len, runs)) < 3 else None}
-                looks["ls"] = style if len(parts) > 1 else LINE_STYLES[number // COLORS % len(LINE_STYLES)]
-                plot_seeds(axis, runs, band, **looks, label=label if part == "test" else None)
-    for axis, name in zip(axes, ("loss", "top-1 accuracy (%)"), strict=True):
-        axis.set_xlabel("epoch")
+                looks = figures.look_of(number, runs)
+                looks["ls"] = style or looks["ls"]
+                figures.plot_seeds(axis, runs, band, **looks, label=label if part == "test" else None)
+        figures.by_epoch(axis)
         axis.set_ylabel(name if len(parts) > 1 else f"test {name}")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
     if len(parts) > 1:
         axes[0].plot([], [], "k-", label="test")
         axes[0].plot([], [], "k:", label="training")
-    legend_beside(figure, *axes[0].get_legend_handles_labels())
+    figures.legend_beside(figure, *axes[0].get_legend_handles_labels())
     return figure
 
 
-def folders_of_runs(paths: list[Path], output: Path) -> list[Path]:
-    """The paths that hold runs. `Output/ViT/*` has other things too: files, and runs in their first epoch; stderr names them.
+def folders_of_runs(paths: list[Path]) -> list[Path]:
+    """Return the paths without files, and without folders of runs in their first epoch, which stderr names.
 
-    The figure itself, drawn by the last call, is one of those files. A path that is not there is kept, to be an error.
+    `Output/ViT/*` has both. A path that does not exist is kept, to be an error.
     """
-    others = [path for path in paths if path.is_file() or (path.is_dir() and not (path / "metrics.csv").exists())]
-    runs = [path for path in paths if path not in others]
-    if not runs:
+    folders = [path for path in paths if not path.is_file()]
+    begun = [path for path in folders if path.is_dir() and not (path / "metrics.csv").exists()]
+    if len(begun) == len(folders):
         raise ValueError(f"{paths[0]} holds no metrics.csv; give folders of runs that have ended an epoch")
-    if named := [str(path) for path in others if path.resolve() != output.resolve()]:
-        print(f"left out, as there is no metrics.csv in them: {', '.join(named)}", file=sys.stderr)
-    return runs
+    if begun:
+        print(f"left out, as there is no metrics.csv in them: {', '.join(map(str, begun))}", file=sys.stderr)
+    return [path for path in folders if path not in begun]
 
 
-def draw_confusion_of(args: argparse.Namespace) -> Figure:
-    """The confusion matrix in the run's test_results.json."""
+def draw_confusion(args: argparse.Namespace) -> Figure:
     path = args.run / "test_results.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        names, counts = list(results["classes"]), results["confusion"]
+        return figures.draw_confusion(list(results["classes"]), results["confusion"])
     except FileNotFoundError:
         raise ValueError(f"{args.run} holds no test_results.json; evaluate the run with --test_only first") from None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} holds no confusion matrix, as evaluations of up to 200 classes write it") from None
-    return draw_confusion(names, counts)
 
 
 def write_explorer(args: argparse.Namespace) -> str:
-    """The page on which a token answers with its neighbors, of one or several runs side by side."""
+    """Return the page on which a token shows its neighbors, for one or several runs side by side."""
     from experiments.explorer import LARGEST, explorer_page
 
     page = explorer_page(args.runs, args.images, args.pairs, args.data_path)
@@ -123,9 +102,8 @@ def write_explorer(args: argparse.Namespace) -> str:
 
 
 def draw_analysis(args: argparse.Namespace) -> Figure:
-    """Distances, hubs, mass and overlaps of the neighbors of runs, by layer; the numbers go into a table beside the figure."""
+    """Draw distances, hubs, mass and overlaps of the neighbors by layer; write the numbers as a table beside the figure."""
     from experiments import analysis
-    from runs.files import as_csv, write_atomically
 
     rows = analysis.analyze_runs(args.runs, args.images, args.pairs, args.noise, args.data_path)
     table = (args.output or default_output(args)).with_suffix(".csv")
@@ -135,103 +113,9 @@ def draw_analysis(args: argparse.Namespace) -> Figure:
     return analysis.draw_analysis(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------------------------
-
-
-at_least_one, at_least_zero = number_type(int, 1, 2**31 - 1), number_type(int, 0, 2**31 - 1)
-pictures = number_type(int, 1, 400)  # beyond it, nobody could see any
-
-
-def place(text: str) -> tuple[float, float]:
-    try:
-        down, right = (as_number(part, float) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers, as 0.5,0.25") from None
-    if not (0 <= down <= 1 and 0 <= right <= 1):
-        raise argparse.ArgumentTypeError(f"{text!r} is outside the image, whose sides run from 0 to 1")
-    return down, right
-
-
-def deviation(text: str) -> float:
-    try:
-        value = as_number(text, float)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
-
-
-def make_parser() -> OneLineParser:
-    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE", parser_class=OneLineParser)
-
-    def add(name: str, help: str) -> argparse.ArgumentParser:
-        one = figures.add_parser(name, help=help, description=help, allow_abbrev=False)
-        one.set_defaults(parser=one)
-        one.add_argument("--output", type=new_path, metavar=f"FILE{suffix_of(name)}", help="where it goes")
-        return one
-
-    curves = add("curves", "loss and accuracy of one or many runs, seeds as a band (default output: curves.png beside them)")
-    curves.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="output folders of runs")
-    confusion = add("confusion", "which classes are taken for which (default output: confusion.png in the run's folder)")
-    confusion.add_argument("run", type=Path, metavar="DIR", help="output folder of a run that --test_only has evaluated")
-    for name, help in (
-        ("attention", "images beside what the class token attends to, per block and averaged"),
-        ("neighbors", "the K neighbors that some tokens pick in each layer, on the image, the nearest boldest"),
-    ):
-        one = add(name, f"{help} (default output: {name}.png in the run's folder)")
-        one.add_argument("run", type=Path, metavar="DIR", help="output folder of a run")
-        one.add_argument("--images", type=pictures, default=4, help="test images (default: 4)")
-        one.add_argument("--data_path", help="folder that holds the data set, if not where the run found it")
-        if name == "neighbors":
-            one.add_argument("--queries", nargs="+", type=place, metavar="Y,X", help="places of the tokens, from 0,0 to 1,1")
-            one.add_argument("--head", type=at_least_zero, default=0, help="head, where there are several (default: 0)")
-    for name, help, images in (
-        ("explore", "a page that shows the neighbors of any token (default output: explorer.html beside the runs)", 16),
-        (
-            "analyze",
-            "distances, hubs and overlaps of neighbors by layer, as a table too (default output: analysis.png)",
-            32,
-        ),
-    ):
-        one = add(name, help)
-        one.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="output folders of runs")
-        one.add_argument("--images", type=at_least_one, default=images, help=f"test images (default: {images})")
-        one.add_argument("--pairs", type=at_least_one, help="pairs kept per token where a layer mixes all (default: its K)")
-        one.add_argument("--data_path", help="folder that holds the data set, if not where the runs found it")
-        if name == "analyze":
-            one.add_argument("--noise", type=deviation, default=0.1, help="deviation of noise on the pixels (default: 0.1)")
-    masks = add("masks", "the local masks by type and expansion step (default output: ./Output/masks.png)")
-    masks.add_argument(
-        "--grid", nargs=2, type=at_least_one, default=(9, 9), metavar=("HEIGHT", "WIDTH"), help="patches (default: 9 9)"
-    )
-    masks.add_argument("--expansion_step", nargs="+", type=at_least_zero, default=[1, 2, 3], help="steps (default: 1 2 3)")
-    masks.add_argument(
-        "--patch", nargs=2, type=at_least_zero, metavar=("ROW", "COLUMN"), help="patch in the middle of the pattern"
-    )
-    samples = add("samples", "training images with their labels, as a model sees them (default output: ./Output/<dataset>.png)")
-    samples.add_argument("--dataset", choices=DATASETS, default="digits", help="data set (default: digits)")
-    samples.add_argument("--data_path", help="folder that holds it (default: ./Data)")
-    samples.add_argument("--images", type=pictures, default=24, help="how many (default: 24)")
-    samples.add_argument("--resize", type=at_least_one, nargs="+", help="side they are resized to, or height and width")
-    samples.add_argument("--augment", action="store_true", help="random crop and flip")
-    samples.add_argument("--auto_augment", choices=("none", "rand", "trivial"), default="none", help="torchvision's policy")
-    samples.add_argument(
-        "--random_erasing", type=number_type(float), default=0.0, help="probability of an erased box (default: 0)"
-    )
-    samples.add_argument(
-        "--noise", type=number_type(float), default=0.0, help="standard deviation of noise on pixels from 0 to 1"
-    )
-    samples.add_argument("--seed", type=at_least_zero, default=0, help="of order, augmentation and noise")
-    return parser
-
-
 DRAW = {
     "curves": draw_curves,
-    "confusion": draw_confusion_of,
+    "confusion": draw_confusion,
     "attention": draw_attention,
     "neighbors": draw_neighbors,
     "explore": write_explorer,
@@ -241,12 +125,95 @@ DRAW = {
 }
 
 
-# Figures of one or several runs, and their files.
-OF_RUNS = {
-    "curves": "curves.png",
-    "explore": "explorer.html",
-    "analyze": "analysis.png",
-}
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------
+
+
+at_least_one, at_least_zero = number_type(int, 1, 2**31 - 1), number_type(int, 0, 2**31 - 1)
+pictures = number_type(int, 1, 400)  # more would be too small to see
+
+
+def place(text: str) -> tuple[float, float]:
+    try:
+        down, right = map(float, text.split(","))
+    except ValueError:
+        down = right = -1.0
+    if not (0 <= down <= 1 and 0 <= right <= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers from 0 to 1, such as 0.5,0.25")
+    return down, right
+
+
+def make_parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE", parser_class=OneLineParser)
+
+    def add(name: str, help: str, run: str | None = None, images: int | None = None, count=at_least_one):
+        one = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        one.add_argument("--output", type=new_path, metavar=f"FILE{suffix_of(name)}", help="file to write")
+        if run:
+            one.add_argument(run, nargs="+" if run == "runs" else None, type=Path, metavar="DIR", help="output folder of a run")
+        if images:
+            one.add_argument("--images", type=count, default=images, help=f"number of images (default: {images})")
+            one.add_argument("--data_path", help="folder of the data set, if not where the run found it (default: ./Data)")
+        return one
+
+    add("curves", "loss and accuracy of one or many runs, seeds as a band (default output: curves.png beside them)", "runs")
+    add("confusion", "predicted by true classes of an evaluated run (default output: confusion.png in its folder)", "run")
+    add(
+        "attention",
+        "images beside the class token's attention, per block and averaged (default output: attention.png in the run's folder)",
+        "run",
+        4,
+        pictures,
+    )
+    neighbors = add(
+        "neighbors",
+        "the K neighbors of some tokens in each layer, on the image, the nearest boldest "
+        "(default output: neighbors.png in the run's folder)",
+        "run",
+        4,
+        pictures,
+    )
+    neighbors.add_argument("--queries", nargs="+", type=place, metavar="Y,X", help="places of the tokens, from 0,0 to 1,1")
+    neighbors.add_argument("--head", type=at_least_zero, default=0, help="head, where there are several (default: 0)")
+    explore = add(
+        "explore", "a page that shows the neighbors of any token (default output: explorer.html beside the runs)", "runs", 16
+    )
+    analyze = add(
+        "analyze",
+        "distances, hubs and overlaps of neighbors by layer, as a table too (default output: analysis.png)",
+        "runs",
+        32,
+    )
+    for one in (explore, analyze):
+        one.add_argument("--pairs", type=at_least_one, help="pairs kept per token where a layer mixes all (default: its K)")
+    analyze.add_argument(
+        "--noise", type=number_type(float, 0, 1), default=0.1, help="deviation of noise on the pixels (default: 0.1)"
+    )
+    masks = add("masks", "the local masks by type and expansion step (default output: ./Output/masks.png)")
+    masks.add_argument(
+        "--grid", nargs=2, type=at_least_one, default=(9, 9), metavar=("HEIGHT", "WIDTH"), help="patches (default: 9 9)"
+    )
+    masks.add_argument("--expansion_step", nargs="+", type=at_least_zero, default=[1, 2, 3], help="steps (default: 1 2 3)")
+    samples = add(
+        "samples",
+        "training images with their labels, as a model sees them (default output: ./Output/<dataset>.png)",
+        images=24,
+        count=pictures,
+    )
+    samples.add_argument("--dataset", choices=DATASETS, default="digits", help="data set (default: digits)")
+    samples.add_argument("--resize", type=at_least_one, nargs="+", help="side they are resized to, or height and width")
+    samples.add_argument("--augment", action="store_true", help="random crop and flip")
+    samples.add_argument("--auto_augment", choices=("none", "rand", "trivial"), default="none", help="torchvision's policy")
+    samples.add_argument(
+        "--random_erasing", type=number_type(float), default=0.0, help="probability of an erased box (default: 0)"
+    )
+    samples.add_argument(
+        "--noise", type=number_type(float), default=0.0, help="standard deviation of noise on pixels from 0 to 1"
+    )
+    samples.add_argument("--seed", type=at_least_zero, default=0, help="seed of order, augmentation and noise")
+    return parser
 
 
 def suffix_of(figure: str) -> str:
@@ -254,33 +221,32 @@ def suffix_of(figure: str) -> str:
 
 
 def default_output(args: argparse.Namespace) -> Path:
-    if args.figure in OF_RUNS:
-        return (args.runs[0] if len(args.runs) == 1 else args.runs[0].parent) / OF_RUNS[args.figure]
-    if args.figure in ("attention", "neighbors", "confusion"):
-        return args.run / f"{args.figure}.png"
-    return Path("Output") / f"{args.dataset if args.figure == 'samples' else args.figure}.png"
+    name = {"explore": "explorer.html", "analyze": "analysis.png"}.get(args.figure, f"{args.figure}.png")
+    if "runs" in args:
+        return (args.runs[0] if len(args.runs) == 1 else args.runs[0].parent) / name
+    if "run" in args:
+        return args.run / name
+    return Path("Output") / (f"{args.dataset}.png" if args.figure == "samples" else name)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    args.parser.note_repeated()
     output = args.output or default_output(args)
     if output.suffix.lower() != (suffix := suffix_of(args.figure)):
-        parser.error(f"--output {output} is not a {suffix} file, which is what is {'drawn' if suffix == '.png' else 'written'}")
+        parser.error(f"--output {output} is not a {suffix} file")
     try:
         figure = DRAW[args.figure](args)
-        from runs.files import as_png, write_atomically
-
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, figure.encode() if isinstance(figure, str) else as_png(figure))
     except Exception as error:
-        from runs import DataError, RunError, Stopped
+        from readers.images import DataError
+        from runs.checkpoints import NonFiniteWeights
         from runs.memory import is_out_of_memory
 
         if is_out_of_memory(error):
-            parser.error(f"out of memory while drawing {args.figure}; a smaller picture, or fewer, need less")
-        if not isinstance(error, (ValueError, OSError, DataError, RunError, Stopped)):
+            parser.error(f"out of memory while drawing {args.figure}; smaller or fewer images need less")
+        if not isinstance(error, (ValueError, OSError, DataError, NonFiniteWeights, RunError, Stopped)):
             raise
         parser.error(" ".join(str(error).split()))
     print(output)

@@ -1,17 +1,12 @@
-"""The vision transformers of timm and vit-pytorch in the training loop of `vit_main.py`, as rows of a comparison.
+"""Vision transformers of timm and vit-pytorch in the training loop of `vit_main.py`, as rows of a comparison.
 
 python examples/compare_with_timm.py --layer timm --config configs/vit_cifar_small.yaml --dataset digits --lr 1e-3
 
 Needs the packages timm and vit-pytorch (requirements-dev.txt). Sizes, patches, data and training are those of
-`vit_main.py`; positions, norms and initialization are the other library's own.
+`vit_main.py`; positions, norms and initialization are the other library's.
 """
 
 from __future__ import annotations
-
-import signal
-
-if __name__ == "__main__":  # before other imports: no traceback of one that is interrupted; `run` takes signals over
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import importlib.util
 import sys
@@ -25,26 +20,26 @@ from options.runs import Program, parse_options
 from options.vit import ViTConfig
 from runs.streams import run_program
 
-PEERS = {"timm": "timm", "vit-pytorch": "vit_pytorch", "vit-pytorch-simple": "vit_pytorch"}  # and the package of each
+PEERS = {"timm": "timm", "vit-pytorch": "vit_pytorch", "vit-pytorch-simple": "vit_pytorch"}  # layer -> package
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeerConfig(ViTConfig):
-    """The size of a ViT, and whose it is."""
+    """A ViT of another library."""
 
     layer: str = option("timm", "timm's VisionTransformer, or vit-pytorch's ViT or SimpleViT", choices=tuple(PEERS))
 
     def __post_init__(self):
         super().__post_init__()
         if self.layer == "vit-pytorch-simple" and self.d_model % 4:
-            raise ValueError(f"d_model={self.d_model} is no multiple of 4, as layer={self.layer} asks for")
+            raise ValueError(f"d_model={self.d_model} is not a multiple of 4, which layer={self.layer} requires")
 
 
 PROGRAM = Program(PeerConfig, "Peers", {"lr": 1e-4, "resize": 224})
 
 
 def make_peer(config: PeerConfig):
-    """The other library's model of the size that the config asks for: (B, channels, H, W) -> logits (B, classes)."""
+    """Return the other library's model in the size of the config: (B, channels, H, W) -> logits (B, classes)."""
     if config.layer == "timm":
         from timm.models.vision_transformer import VisionTransformer
 

@@ -1,4 +1,4 @@
-"""ConViT in Python: build one, look at what its heads attend to at first, and classify. Run: python examples/convit_demo.py"""
+"""ConViT before training: the neighbor that each head attends to. Run: python examples/convit_demo.py"""
 
 import sys
 from pathlib import Path
@@ -12,11 +12,7 @@ from models.convit import ConViTConfig, ConViTWithLinearClassifier
 
 def main() -> None:
     torch.manual_seed(0)
-    paper = ConViTWithLinearClassifier(ConViTConfig.ConViT_Ti(num_classes=1000))
-    size = sum(parameter.numel() for parameter in paper.parameters())
-    print(f"ConViT_Ti: {size:,} parameters, logits {tuple(paper(torch.randn(1, 3, 224, 224)).shape)}")
-
-    # A small one for rectangular grey images: 4 x 6 patches, nine heads on the taps of a 3 x 3 kernel.
+    # Rectangular gray images in 4 x 6 patches; nine heads on the taps of a 3 x 3 kernel.
     config = ConViTConfig(
         image_size=(16, 24),
         image_channel=1,
@@ -31,14 +27,12 @@ def main() -> None:
     )
     model = ConViTWithLinearClassifier(config).eval()
     attention = model.backbone.blocks[0].mixer
-    tokens = torch.randn(1, 24, 36)
-    _, matrix = attention(tokens, output_attentions=True)  # (1, heads, patches, patches)
+    _, matrix = attention(torch.randn(1, 24, 36), output_attentions=True)  # (1, heads, patches, patches)
     patch = 1 * 6 + 2  # row 1, column 2
     for head, weights in enumerate(matrix[0, :, patch]):
         row, column = divmod(int(weights.argmax()), 6)
         print(f"head {head} looks {row - 1:+d} down, {column - 2:+d} right of its patch: weight {weights.max():.2f}")
     print(f"gates: {attention.gate.sigmoid().detach().mean():.2f} by location, the rest by content")
-    print(f"logits of a batch: {tuple(model(torch.randn(8, 1, 16, 24)).shape)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw docs/idea.png, the figure of the README: which tokens Conv2d, ConvNN and attention mix."""
+"""Draw docs/idea.png, the figure of the README: the tokens that Conv2d, ConvNN and attention mix."""
 
 import sys
 from pathlib import Path
@@ -30,7 +30,7 @@ PALETTE = {"s": (0.66, 0.80, 0.93), "l": (0.93, 0.95, 0.97), "r": (0.87, 0.42, 0
 
 
 def scene() -> Tensor:
-    """A picture of SIDE x SIDE tokens with three features each: (1, N, 3), two red fruits between sky and grass."""
+    """Return an image of SIDE x SIDE tokens with three features each, (1, N, 3): two red fruits between sky and grass."""
     colors = torch.tensor([PALETTE[letter] for row in SCENE for letter in row])
     noise = torch.randn(colors.shape, generator=torch.Generator().manual_seed(3))
     return (colors + 0.018 * noise).clamp(0, 1)[None]
@@ -45,8 +45,7 @@ def draw_grid(axes, tokens: Tensor, title: str, rule: str, formula: str) -> None
     axes.set_yticks([edge - 0.5 for edge in range(SIDE + 1)], [])
     axes.grid(color="white", linewidth=1.2)
     axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
 def frame(axes, token: int, color: str, width: float) -> None:
@@ -55,7 +54,7 @@ def frame(axes, token: int, color: str, width: float) -> None:
 
 
 def draw_slots(axes, chosen: list[int]) -> None:
-    """Number the chosen tokens by their slot, and join them with the token that chose them."""
+    """Number the chosen tokens by their slot, and join them with their query."""
     own_y, own_x = divmod(TOKEN, SIDE)
     for slot, token in enumerate(chosen, 1):
         y, x = divmod(token, SIDE)
@@ -67,7 +66,7 @@ def draw_slots(axes, chosen: list[int]) -> None:
 
 
 def draw_weights(axes, weights: Tensor) -> None:
-    """A dot on every token, as large as its weight."""
+    """Draw a dot on every token, as large as its weight."""
     for token, weight in enumerate(weights.tolist()):
         y, x = divmod(token, SIDE)
         axes.scatter([x], [y], s=8 + 420 * weight / weights.max().item(), color="black", edgecolor="white", linewidth=0.6)
@@ -82,15 +81,15 @@ def main() -> None:
     distance = torch.cdist(tokens[:, own], tokens)[0, 0]
 
     figure = Figure(figsize=(13, 5.5))
-    panels = figure.subplots(1, 3)
+    conv, convnn, attention = figure.subplots(1, 3)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.93, bottom=0.215, wspace=0.08)
     slots = r"$y_i = \sum_{k=1}^{9}\ W_k\ x_{j(i,k)}$"
-    draw_grid(panels[0], tokens, "Conv2d", "the 9 nearest by location, a matrix per slot", slots)
-    draw_slots(panels[0], window.tolist())
-    draw_grid(panels[1], tokens, "ConvNN", "the 9 most similar, a matrix per slot", slots)
-    draw_slots(panels[1], similar.tolist())
-    draw_grid(panels[2], tokens, "Attention", "all tokens, weights by similarity", r"$y_i = \sum_{j=1}^{N}\ s_{ij}\ v_j$")
-    draw_weights(panels[2], (-8 * distance).softmax(dim=0))
+    draw_grid(conv, tokens, "Conv2d", "the 9 nearest by location, a matrix per slot", slots)
+    draw_slots(conv, window.tolist())
+    draw_grid(convnn, tokens, "ConvNN", "the 9 most similar, a matrix per slot", slots)
+    draw_slots(convnn, similar.tolist())
+    draw_grid(attention, tokens, "Attention", "all tokens, weights by similarity", r"$y_i = \sum_{j=1}^{N}\ s_{ij}\ v_j$")
+    draw_weights(attention, (-8 * distance).softmax(dim=0))
     figure.savefig(PICTURE, dpi=100)
 
 

@@ -1,10 +1,10 @@
-"""Our mixers in a vision transformer of timm: its attention is swapped, its weights stay, and it is fine-tuned.
+"""Swap the attention of a vision transformer of timm for ConvNN attention, keep its weights, and fine-tune it.
 
 python examples/timm_swap.py
 
 Needs timm (requirements-dev.txt) and no download: a small model is first trained on the embedded digits with timm's own
-attention. With ConvNN attention over all tokens in its place the logits are the same. With K = 5 neighbors they are not, and
-two epochs of fine-tuning make up for it.
+attention. ConvNN attention over all tokens gives the same logits. With K = 5 neighbors accuracy drops, and two epochs of
+fine-tuning restore it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def accuracy(model: torch.nn.Module, data) -> float:
 
 
 def swapped(model: VisionTransformer, K: int) -> VisionTransformer:
-    """The model with ConvNN attention, and all of its weights. What is new, the convolution over the K slots, starts at one."""
+    """Return the model with ConvNN attention and the same weights; the new convolution over the K slots starts at one."""
     swap = make_model(attn_layer=timm_mixer("ConvNNAttention", K=K, image_size=SIDE, patch_size=PATCH))
     missing, unexpected = swap.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected and all(name.endswith("attn.conv.weight") for name in missing)

@@ -1,7 +1,7 @@
 """The explorer: one HTML file in which a reader points at a token and sees its neighbors, layer by layer and head by head.
 
-The page is `explorer.html`; here it gets its data, as JSON: per run and layer the K neighbors of every token of every image
-and their weights, of one or two bytes each, deflated, as base64.
+`explorer.html` is the page without its data. The data are JSON: per run and layer the K neighbors of every token of every
+image and their weights, one or two bytes each, deflated, as base64.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from experiments.mixing import Mixing
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
-LARGEST = 5e6  # bytes of a page that is easily passed on
+LARGEST = 5e6  # bytes; larger pages are hard to pass on
 LARGEST_PNG = 64  # side of a picture that is kept pixel by pixel; larger ones are photographs
 
 
 def explorer_page(folders: list[Path], images: int, pairs: int | None, data_path: str | None) -> str:
-    """The page of one or several runs, side by side on the same test images.
+    """Return the page of one or several runs, side by side on the same test images.
 
-    pairs: how many are kept of layers that mix all pairs; None: the K of the run. Raises ValueError for runs on other images
-    than the first one's, and for one that has no neighbors and no matrix to show.
+    pairs: number kept per token in layers that mix all pairs; None: the K of the run. Raises ValueError for runs on other
+    images than the first one, and for a run without neighbors and matrices to show.
     """
     runs = load_runs(folders, images, data_path)
     first = runs[0]
@@ -50,21 +50,16 @@ def _as_json(run: Run, pairs: int) -> dict:
     from experiments.mixing import record_run
 
     logits, found = record_run(run, pairs)
+    path = run.folder / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    top1 = summary.get("best", {}).get("test_top1")
     return {
         "name": run.name,
         "layer": run.options.model.layer,
-        "facts": _facts(run.folder),
+        "facts": "" if top1 is None else f"{top1:.1f} % of the test images",
         "predictions": [run.class_names[number] for number in logits.argmax(dim=1)],
         "layers": [pack_mixing(mixing) for mixing in found],
     }
-
-
-def _facts(folder: Path) -> str:
-    path = folder / "summary.json"
-    if not path.exists():
-        return ""
-    top1 = json.loads(path.read_text(encoding="utf-8")).get("best", {}).get("test_top1")
-    return "" if top1 is None else f"{top1:.1f} % of the test images"
 
 
 def _as_url(picture: np.ndarray) -> str:
@@ -82,7 +77,7 @@ def _as_url(picture: np.ndarray) -> str:
 
 
 def pack_mixing(mixing: Mixing) -> dict:
-    """A layer as JSON: index and weights of shape (B, H, N, K), share of shape (B, H, N), each as base64 of deflated bytes."""
+    """Return a layer as JSON: index and weights (B, H, N, K), share (B, H, N), each as base64 of deflated bytes."""
     weights = mixing.weights.numpy()
     scale = float(np.abs(weights).max()) or 1.0
     zero = 128 if weights.min() < 0 else 0
@@ -107,22 +102,5 @@ def pack_mixing(mixing: Mixing) -> dict:
     }
 
 
-def unpack_mixing(layer: dict) -> tuple[np.ndarray, np.ndarray]:
-    """What the page makes of `pack_mixing`: index (B, H, N, K), the number of keys where absent, and weights."""
-    index = _as_values(layer["index"], "u1" if layer["bytes"] == 1 else "<u2")
-    parts = _as_values(layer["weights"], "u1").astype(float)
-    parts = (parts - layer["zero"]) / (255 - layer["zero"])
-    return index.reshape(layer["shape"]).astype(int), (layer["scale"] * parts * np.abs(parts)).reshape(layer["shape"])
-
-
-def read_page(text: str) -> dict:
-    """The data of a page."""
-    return json.loads(text.partition('<script type="application/json" id="data">')[2].partition("</script>")[0])
-
-
 def _as_text(values: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(np.ascontiguousarray(values).tobytes(), 9)).decode()
-
-
-def _as_values(text: str, kind: str) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), kind)

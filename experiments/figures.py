@@ -1,6 +1,6 @@
-"""The figures of a sweep: accuracy against each cost, against every option that was swept through numbers, and by epoch.
+"""Figures of a sweep: accuracy against each cost, against every option that was swept through numbers, and by epoch.
 
-Rows are those of the summary: dicts of the swept options and of the measures. Nothing here imports torch.
+Rows are rows of the summary: dicts of the swept options and of the measures. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import re
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ COSTS = {
     "parameters": "parameters",
     "peak_memory_mb": "peak memory (MB)",
 }
+TOP1 = "test top-1 (%)"
 MARKERS = "os^vDPX*<>ph"
 LINE_STYLES = ("-", "--", ":", "-.")
 COLORS = 20  # of matplotlib's tab20
@@ -29,8 +31,20 @@ MOST_LINES = 20  # in one panel, where there is an option to split the lines by
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Colors, markers, legends
+# Panels, colors, markers, legends
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def make_panels(count: int, columns: int, width: float, height: float, **shared):
+    """Return a figure and the axes of `count` panels in rows of `columns`, each width x height inches."""
+    from matplotlib.figure import Figure
+
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **shared).flatten()
+    for axis in axes[count:]:
+        axis.axis("off")
+    return figure, axes[:count]
 
 
 class Mark(NamedTuple):
@@ -39,21 +53,21 @@ class Mark(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of a legend: a title (or none) and its entries."""
-
     title: str
     entries: dict[str, Mark]
 
 
 def color_of(number: int) -> tuple:
-    """The colors of tab20, which come in pairs of a dark and a light one: first the ten dark ones."""
+    """Return a color of tab20, whose colors come in pairs of a dark and a light one: first the ten dark ones."""
     from matplotlib import colormaps
 
     return colormaps["tab20"]((2 * number + number // 10 % 2) % COLORS)
 
 
-def mark_of(number: int) -> Mark:
-    return Mark(color_of(number), MARKERS[number // COLORS % len(MARKERS)])
+def look_of(number: int, runs: list[list[float]]) -> dict:
+    """Return the style of a line over epochs; runs of one or two epochs need a marker to be seen."""
+    style = LINE_STYLES[number // COLORS % len(LINE_STYLES)]
+    return {"color": color_of(number), "ls": style, "marker": "." if min(map(len, runs)) < 3 else None}
 
 
 def label_of(row: dict, names: list[str]) -> str:
@@ -62,15 +76,14 @@ def label_of(row: dict, names: list[str]) -> str:
 
 
 def numbered(values) -> dict:
-    """Each different value, in order, and its number."""
     return {value: number for number, value in enumerate(dict.fromkeys(values))}
 
 
 def mark_rows(rows: list[dict], swept: list[str]) -> tuple[list[Mark], list[Section]]:
-    """A mark for each row, and the legend that explains them.
+    """Return a mark for each row, and the legend that explains them.
 
-    Rows of several programs have a marker per program and a section each. Otherwise, if one option can be told by color and
-    the combinations of the others by marker, the legend names those, which are fewer than the rows.
+    Rows of several programs have a marker and a section per program. Otherwise, if one option can be told by color and
+    the combinations of the others by marker, the legend names these, which are fewer than the rows.
     """
     if "program" in swept:
         return _mark_programs(rows, [name for name in swept if name != "program"])
@@ -83,7 +96,7 @@ def mark_rows(rows: list[dict], swept: list[str]) -> tuple[list[Mark], list[Sect
             by_color = {"none" if value == "" else str(value): Mark(color_of(n), "o") for value, n in colors.items()}
             by_marker = {label: Mark("dimgray", MARKERS[n]) for label, n in markers.items()}
             return marks, [Section(name, by_color), Section(", ".join(rest), by_marker)]
-    marks = [mark_of(number) for number in range(len(rows))]
+    marks = [Mark(color_of(number), MARKERS[number // COLORS % len(MARKERS)]) for number in range(len(rows))]
     return marks, [Section("", {label_of(row, swept): mark for row, mark in zip(rows, marks, strict=True)})]
 
 
@@ -103,13 +116,13 @@ def _mark_programs(rows: list[dict], rest: list[str]) -> tuple[list[Mark], list[
 
 
 def label_groups(kinds: list[dict], folders: list[list[Path]]) -> list[str]:
-    """What each group of runs is called: the options in which the groups differ or, if those are too many, its folder.
+    """Name each group of runs by the options in which the groups differ or, if these are too many, by its folder.
 
-    kinds: the options of each group; folders: those of its runs, one per seed.
+    kinds: the options of each group; folders: the folders of its runs, one per seed.
     """
     if len({"patch_size" in kind for kind in kinds}) > 1:  # runs of both programs, which share some options only
         kinds = [{"program": "ViT" if "patch_size" in kind else "AllConvNet"} | kind for kind in kinds]
-    # A hash says nothing to a reader: where nothing else differs, the folders tell groups apart.
+    # A hash is of no use to a reader: where nothing else differs, folders name the groups.
     names = dict.fromkeys(name for kind in kinds for name in kind if name != "layer_sha256")
     differing = [name for name in names if len({str(kind[name]) for kind in kinds if name in kind}) > 1]
     labels = []
@@ -124,9 +137,9 @@ def label_groups(kinds: list[dict], folders: list[list[Path]]) -> list[str]:
 
 
 def legend_beside(figure, handles: list, labels: list[str], titles: tuple[int, ...] = ()):
-    """A legend on the right, in as many columns as its height asks for; the figure becomes wider by it.
+    """Add a legend on the right, in as many columns as its height asks for; the figure becomes wider by it.
 
-    titles: entries that head a section.
+    titles: numbers of the entries that head a section.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -163,18 +176,17 @@ def legend_of_sections(figure, sections: list[Section]):
 
 
 def swept_options(rows: list[dict]) -> list[str]:
-    """The options in which the rows differ; they stand before the measures."""
+    """Return the options in which the rows differ; options stand before the measures."""
     options = itertools.takewhile(lambda name: name != "runs", rows[0])
     return [name for name in options if len({row[name] for row in rows}) > 1]
 
 
 def spread_of(row: dict) -> float:
-    """Standard deviation of top-1 over the seeds, 0 where there is one seed."""
     return 0 if math.isnan(row["top1_std"]) else row["top1_std"]
 
 
 def draw(rows: list[dict]) -> dict:
-    """Figures by name: accuracy against each cost, and against every option that was swept through numbers."""
+    """Return figures by name: accuracy against each cost, and against every option that was swept through numbers."""
     swept = swept_options(rows)
     figures = {"tradeoff": draw_tradeoff(rows, swept)}
     for option in swept:
@@ -187,9 +199,9 @@ def draw(rows: list[dict]) -> dict:
 
 
 def branches_alone(rows: list[dict], others: list[str]) -> list[dict]:
-    """Of two layers side by side each one alone, where the sweep has it: its row once more, as a share of 0 or 1.
+    """Return, for two layers side by side, the rows of each layer alone as shares of 0 and 1, where the sweep has them.
 
-    An option that the one alone does not read may have any value beside the other.
+    An option that the layer alone does not read may have any value beside the other layer.
     """
     side_by_side = [row for row in rows if row["branch_ratio"] != ""]
     there = {(row["branch_ratio"], *(row[name] for name in others)) for row in side_by_side}
@@ -197,11 +209,8 @@ def branches_alone(rows: list[dict], others: list[str]) -> list[dict]:
     for row in side_by_side:
         line = {name: row[name] for name in others}
         for share, layer in enumerate(branches_of(str(row.get("layer", "")))):
-            alone = [
-                one
-                for one in rows
-                if layer and one["layer"] == layer and all(one[name] in ("", line[name]) for name in others if name != "layer")
-            ]
+            fits = {name: ("", value) for name, value in line.items()} | {"layer": (layer,)}
+            alone = [one for one in rows if layer and all(one[name] in values for name, values in fits.items())]
             key = share, *line.values()
             if len(alone) == 1 and key not in there:
                 found[key] = alone[0] | line | {"branch_ratio": share}
@@ -209,58 +218,50 @@ def branches_alone(rows: list[dict], others: list[str]) -> list[dict]:
 
 
 def branches_of(layer: str) -> tuple[str, str]:
-    """The layers that have all features at a branch_ratio of 0 and of 1, empty if it is one without branches."""
+    """Return the layers that have all features at a branch_ratio of 0 and of 1; empty for a layer without branches."""
     if layer in LAYERS1D_ROWS:
-        of_one, of_zero = LAYERS1D_ROWS[layer].branches or ("", "")  # the share is that of the first
-        return of_zero, of_one
+        first, second = LAYERS1D_ROWS[layer].branches or ("", "")  # the share is the first one's
+        return second, first
     layers = layers_of(layer)
     return (layers[0], layers[1]) if len(layers) == 2 else ("", "")
 
 
 def draw_tradeoff(rows: list[dict], swept: list[str]):
-    """Top-1 against latency, FLOPs, parameters and memory: a panel each, a point per row."""
-    from matplotlib.figure import Figure
+    """Plot top-1 against latency, FLOPs, parameters and memory: a panel each, a point per row."""
     from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
     marks, sections = mark_rows(rows, swept)
-    figure = Figure(figsize=(9, 7.5), layout="constrained")
-    for axis, (cost, label) in zip(figure.subplots(2, 2).flatten(), COSTS.items(), strict=True):
+    figure, axes = make_panels(len(COSTS), 2, 4.5, 3.75)
+    for axis, (cost, label) in zip(axes, COSTS.items(), strict=True):
         for row, (color, marker) in zip(rows, marks, strict=True):
             axis.errorbar(row[cost], row["top1"], spread_of(row), fmt=marker, color=color, ms=7, lw=1, capsize=2)
         values = [row[cost] for row in rows]
-        if max(values) > 3 * min(values):
+        is_wide = max(values) > 3 * min(values)
+        if is_wide:
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.minorticks_off()
-        else:
-            axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_wide else MaxNLocator(5))
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        axis.set_xlabel(label)
-        axis.set_ylabel("test top-1 (%)")
+        axis.set(xlabel=label, ylabel=TOP1)
         axis.grid(alpha=0.3)
     legend_of_sections(figure, sections)
     return figure
 
 
 def draw_option(rows: list[dict], option: str, others: list[str]):
-    """Accuracy against one option, a line for every combination of the others."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
-    axis = figure.subplots()
+    """Plot accuracy against one option, a line for every combination of the others."""
+    figure, (axis,) = make_panels(1, 1, 6, 4.2)
+    rows = [row for row in rows if row[option] != ""]
     lines: dict[str, list[dict]] = {}
     for row in rows:
-        if row[option] != "":
-            lines.setdefault(label_of(row, others), []).append(row)
+        lines.setdefault(label_of(row, others), []).append(row)
     marks, sections = mark_rows([of_line[0] for of_line in lines.values()], others)
     for (label, of_line), (color, marker) in zip(lines.items(), marks, strict=True):
-        of_line.sort(key=lambda row: row[option])
-        x, top1 = [row[option] for row in of_line], [row["top1"] for row in of_line]
-        spreads = [spread_of(row) for row in of_line]
+        points = sorted((row[option], row["top1"], spread_of(row)) for row in of_line)
+        x, top1, spreads = zip(*points, strict=True)
         axis.errorbar(x, top1, spreads, color=color, marker=marker, capsize=2, label=label)
-    axis.set_xlabel(option)
-    axis.set_ylabel("test top-1 (%)")
-    values = sorted({row[option] for row in rows if row[option] != ""})
+    axis.set(xlabel=option, ylabel=TOP1)
+    values = sorted({row[option] for row in rows})
     if 0 < 16 * values[0] <= values[-1]:  # as 1, 2, 4, ..., 64, which would lie upon each other
         axis.set_xscale("log", base=2)
     axis.set_xticks(values, [f"{value:g}" for value in values])
@@ -277,8 +278,9 @@ def draw_option(rows: list[dict], option: str, others: list[str]):
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.csv, one per epoch. Raises ValueError if there is none, or if it is no such table."""
+    """Read the rows of a run's metrics.csv, one per epoch. Raises ValueError if there is none, or no such table."""
     path = folder / "metrics.csv"
+    needed = [f"{part}_{measure}" for part in ("train", "test") for measure in ("loss", "top1")]
     try:
         with path.open(encoding="utf-8") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
@@ -286,35 +288,32 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
         raise ValueError(f"{folder} holds no metrics.csv; its run has not ended its first epoch") from None
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as the table of a run ({error})") from None
-    needed = [f"{part}_{measure}" for part in ("train", "test") for measure in ("loss", "top1")]
     if not rows or not all(name in row for row in rows for name in needed):
         raise ValueError(f"{path} is not the table of a run: it lacks {', '.join(needed)}")
     return rows
 
 
 def plot_seeds(axis, runs: list[list[float]], band: float = 0.2, **style) -> float:
-    """The mean of several runs by epoch as a line, in a band of their range; returns where it ends.
+    """Plot the mean of several runs by epoch, in a band of their range; return its last value.
 
     Runs that ended early shorten the line: a mean over fewer seeds would jump there.
     """
     of_epochs = list(zip(*runs, strict=False))
     epochs = range(1, len(of_epochs) + 1)
-    mean = [sum(values) / len(values) for values in of_epochs]
+    mean = [statistics.fmean(values) for values in of_epochs]
     axis.plot(epochs, mean, **style)
     if len(runs) > 1:
-        low, high = [min(values) for values in of_epochs], [max(values) for values in of_epochs]
+        low, high = list(map(min, of_epochs)), list(map(max, of_epochs))
         axis.fill_between(epochs, low, high, color=style["color"], alpha=band, lw=0)
     return mean[-1]
 
 
 def draw_curves(rows: list[dict], curves: list[list[list[float]]]):
-    """Test top-1 by epoch, one line per row and one panel per program; the best of the last epoch first in its legend.
+    """Plot test top-1 by epoch, one line per row and one panel per program; legends begin with the best last epoch.
 
-    curves: of each row its runs, of each run the test top-1 of its epochs. More lines than one panel can show are split by
-    an option, where there is one that splits them into few enough.
+    curves: for each row its runs, for each run the test top-1 of its epochs. More lines than one panel can show are split by
+    an option, where one splits them into few enough.
     """
-    from matplotlib.figure import Figure
-
     swept = swept_options(rows)
     by = panel_option(rows, swept)
     rest = [name for name in swept if name != by]
@@ -325,17 +324,13 @@ def draw_curves(rows: list[dict], curves: list[list[list[float]]]):
     if len(numbers) > COLORS:  # too many for a label to have its own color in all panels: colors are of one panel each
         numbers = {}
     columns = min(3, len(panels))
-    down = -(-len(panels) // columns)
     of_legend = 1 if max(len(label) for lines in panels.values() for label in lines) > 26 else 2  # columns
     below = 0 if len(panels) == 1 else 0.4 + 0.18 * max(map(len, panels.values())) / of_legend  # inches under each panel
-    figure = Figure(figsize=(max(7, 4.2 * columns), (4.2 + below) * down), layout="constrained")
-    axes = figure.subplots(down, columns, sharey=True, squeeze=False).flatten()
-    for axis in axes[len(panels) :]:
-        axis.axis("off")
-    for number, (axis, (value, lines)) in enumerate(zip(axes, panels.items(), strict=False)):
+    figure, axes = make_panels(len(panels), columns, max(7 / columns, 4.2), 4.2 + below, sharey=True)
+    for number, (axis, (value, lines)) in enumerate(zip(axes, panels.items(), strict=True)):
         handles, labels = draw_panel(axis, lines, numbers)
         if number % columns == 0:
-            axis.set_ylabel("test top-1 (%)")
+            axis.set_ylabel(TOP1)
         if len(panels) == 1:
             legend_beside(figure, handles, labels)
         else:
@@ -346,22 +341,24 @@ def draw_curves(rows: list[dict], curves: list[list[list[float]]]):
 
 
 def draw_panel(axis, lines: dict[str, list[list[float]]], numbers: dict[str, int]) -> tuple[list, list[str]]:
-    """A line per label, colored by its number (default: counted in the panel); handles and labels, the best first."""
+    """Plot a line per label, colored by its number (default: counted in the panel); return handles and labels, best first."""
     entries = []
     for count, (label, runs) in enumerate(lines.items()):
-        number = numbers.get(label, count)
-        style = {"color": color_of(number), "ls": LINE_STYLES[number // COLORS % len(LINE_STYLES)]}
-        end = plot_seeds(axis, runs, marker="." if min(map(len, runs)) < 3 else None, **style)
+        end = plot_seeds(axis, runs, **look_of(numbers.get(label, count), runs))
         entries.append((end, axis.lines[-1], f"{label}  {end:.1f}"))
-    axis.set_xlabel("epoch")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(alpha=0.3)
+    by_epoch(axis)
     entries.sort(key=lambda entry: entry[0], reverse=True)
     return [handle for _, handle, _ in entries], [label for _, _, label in entries]
 
 
+def by_epoch(axis) -> None:
+    axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+
+
 def panel_option(rows: list[dict], swept: list[str]) -> str | None:
-    """The option whose values have a panel each, if there should be several."""
+    """Return the option whose values have a panel each, if there should be several."""
     if "program" in swept:
         return "program"
     if len(rows) <= MOST_LINES:
@@ -374,25 +371,21 @@ def panel_option(rows: list[dict], swept: list[str]) -> str | None:
 
 
 def draw_confusion(names: list[str], counts: list[list[int]]):
-    """Which classes are taken for which: shares of each class's images in percent, and the accuracy of each class."""
-    from matplotlib.figure import Figure
-
+    """Draw the shares of each class's images by predicted class, in percent, and the accuracy of each class."""
     shares = [[100 * n / max(sum(row), 1) for n in row] for row in counts]
     size = min(14, max(4.5, 0.45 * len(names)))
-    figure = Figure(figsize=(size + 1.2, size), layout="constrained")
-    axis = figure.subplots()
+    figure, (axis,) = make_panels(1, 1, size + 1.2, size)
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, ax=axis, label="% of the class", shrink=0.8)
-    axis.set_xlabel("predicted")
-    axis.set_ylabel("class")
+    axis.set(xlabel="predicted", ylabel="class")
     if len(names) > 60:  # too many to be read
         return figure
     labels = [f"{name[:18]} ({row[number]:.0f} %)" for number, (name, row) in enumerate(zip(names, shares, strict=True))]
     axis.set_xticks(range(len(names)), [name[:18] for name in names], rotation=90, fontsize=7)
     axis.set_yticks(range(len(names)), labels, fontsize=7)
     if len(names) <= 20:
-        for y, row in enumerate(counts):
-            for x, count in enumerate(row):
-                if count:
-                    axis.text(x, y, str(count), ha="center", va="center", fontsize=6, color="w" if shares[y][x] > 60 else "k")
+        for y, x in itertools.product(range(len(names)), repeat=2):
+            if counts[y][x]:
+                color = "w" if shares[y][x] > 60 else "k"
+                axis.text(x, y, str(counts[y][x]), ha="center", va="center", fontsize=6, color=color)
     return figure

@@ -1,7 +1,7 @@
-"""What only a machine with a GPU can show, in under ten minutes: `make gpu`.
+"""Checks and measurements on a GPU, in under ten minutes: `make gpu`.
 
-Tests on the device, the targets of the benchmark, epochs of ViT-Tiny, and profiles of their steps; tables and traces go to
-Output/gpu, and the tables into docs/gpu.md between its marks `<!-- measured -->`. Without a GPU it says what it skips.
+Tests on the device, the targets of the benchmark, epochs of ViT-Tiny, and profiles of training steps. Tables and traces go to
+Output/gpu, and the tables into docs/gpu.md between its marks `<!-- measured -->`. Without a GPU it names the parts it skips.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ STEPS = 5  # of training in a profile
 
 
 def run(*words: str, **environment: str) -> int:
-    """A program of ours with this interpreter; what it prints is seen."""
+    """Run a program with this interpreter and show its output; return its exit status."""
     print("$", *words, flush=True)
     return subprocess.run([sys.executable, *words], cwd=ROOT, env=os.environ | environment).returncode
 
 
 def run_tests() -> str:
-    """The kernels against the plain form, and all models against themselves on the CPU."""
+    """Test the kernels against the plain form, and all models against themselves on the CPU."""
     failed = run("-m", "pytest", "-m", "gpu", "tests") or run(
         "-m", "pytest", "tests/kernels/interpreted_cuda.py", CONVNN_TEST_DEVICE="cuda"
     )
@@ -35,33 +35,22 @@ def run_tests() -> str:
 
 
 def run_targets() -> str:
-    """Every layer with a target, against what it is compared with."""
     missed = run("benchmark.py", "targets", "--device", "cuda", "--output_dir", str(FOLDER / "targets"))
     table = ROOT / FOLDER / "targets" / "targets.md"
     return f"Targets: {'missed' if missed else 'met'}.\n\n" + (table.read_text(encoding="utf-8") if table.exists() else "")
 
 
 def run_epochs() -> str:
-    """Two epochs of ViT-Tiny at 224 x 224 on the embedded digits, the second of which counts."""
+    """Train ViT-Tiny at 224 x 224 on the embedded digits for two epochs; the second one counts."""
     rows = ["| layer | kernels | precision | seconds of the second epoch | peak memory, MB |", "|---|---|---|---|---|"]
     for layer in LAYERS:
         for kernels, compiled in (("auto", False), ("auto", True), ("chunked", False)):
             if layer == "Attention" and kernels == "chunked":
                 continue
             folder = FOLDER / f"{layer}-{kernels}-{'compiled' if compiled else 'eager'}"
-            words = [
-                "vit_main.py",
-                "--config",
-                "configs/vit_tiny.yaml",
-                "--dataset",
-                "digits",
-                "--layer",
-                layer,
-                "--num_epochs",
-                "2",
-            ]
-            words += ["--batch_size", "128", "--use_amp", "--kernels", kernels, "--use_compiled", str(compiled)]
-            if run(*words, "--device", "cuda", "--output_dir", str(folder)):
+            line = "vit_main.py --config configs/vit_tiny.yaml --dataset digits --num_epochs 2 --batch_size 128 --use_amp"
+            line += f" --device cuda --layer {layer} --kernels {kernels} --use_compiled {compiled} --output_dir {folder}"
+            if run(*line.split()):
                 rows.append(f"| {layer} | {kernels} | failed | | |")
                 continue
             summary = json.loads((ROOT / folder / "summary.json").read_text(encoding="utf-8"))
@@ -72,7 +61,6 @@ def run_epochs() -> str:
 
 
 def run_profiles() -> str:
-    """What the steps of the first two layers spend their time on."""
     import torch
 
     from options.vit import ViTConfig

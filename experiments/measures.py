@@ -1,10 +1,11 @@
-"""Measures of a choice of neighbors: an index (..., N, K) of M keys, in which a negative number is no neighbor.
+"""Measures of a choice of neighbors: an index (..., N, K) into M keys, in which a negative number is no neighbor.
 
-Pure functions on tensors: how far neighbors lie, how unevenly keys are chosen, what two choices have in common.
+Pure functions on tensors: distances of neighbors, how unevenly keys are chosen, overlaps of two indices.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -16,9 +17,9 @@ from neighbors import grid_places
 
 
 def neighbor_distances(index: Tensor, grid: tuple[int, int], padding: int = 0, class_tokens: int = 0) -> Tensor:
-    """Euclidean distance in tokens of each neighbor from the token that chose it: (..., N, K), NaN from and to class tokens.
+    """Return Euclidean distances of neighbors from their tokens, in tokens: (..., N, K), NaN from and to class tokens.
 
-    Keys are the class tokens, then a grid in raster order; those that choose are its tokens inside the ring of padding.
+    Keys are the class tokens, then a grid in raster order; queries are the tokens inside the ring of padding.
     """
     nowhere = torch.full((class_tokens, 2), torch.nan)
     places = grid_places(grid).float()
@@ -29,20 +30,20 @@ def neighbor_distances(index: Tensor, grid: tuple[int, int], padding: int = 0, c
 
 
 def mean_distance(distances: Tensor, weights: Tensor | None = None) -> float:
-    """Mean of the distances that are numbers, weighed by the size of the weights (of the same shape) if there are any."""
+    """Return the mean of the distances that are not NaN, weighted by the absolute weights (of the same shape), if given."""
     weights = torch.ones_like(distances) if weights is None else weights.abs()
     weights = weights.masked_fill(distances.isnan(), 0)
     return float((distances.nan_to_num() * weights).sum() / weights.sum())
 
 
 def distance_shares(distances: Tensor, bins: int) -> Tensor:
-    """(bins,) shares of the distances in [0, 1), [1, 2), ..., the last bin open; NaN counts nowhere."""
+    """Return the shares (bins,) of the distances in [0, 1), [1, 2), ..., the last bin open; NaN counts nowhere."""
     known = distances[~distances.isnan()].long().clamp_max(bins - 1)
     return torch.bincount(known, minlength=bins) / max(1, len(known))
 
 
 def times_chosen(index: Tensor, num_keys: int) -> Tensor:
-    """How many tokens chose each key: (..., N, K) -> (..., M)."""
+    """Count the tokens that chose each key: (..., N, K) -> (..., M)."""
     flat = index.flatten(-2)
     counts = torch.zeros(*flat.shape[:-1], num_keys + 1)
     flat = torch.where(flat < 0, num_keys, flat)
@@ -50,36 +51,33 @@ def times_chosen(index: Tensor, num_keys: int) -> Tensor:
 
 
 def gini(counts: Tensor) -> Tensor:
-    """Gini coefficient along the last axis: 0 where all M are equal, (M - 1) / M where one has all."""
+    """Return the Gini coefficient along the last axis: 0 where all M are equal, (M - 1) / M where one has all."""
     M = counts.shape[-1]
     rank = 2 * torch.arange(1, M + 1) - M - 1
     return (counts.sort(dim=-1).values * rank).sum(dim=-1) / (M * counts.sum(dim=-1))
 
 
 def skewness(counts: Tensor) -> Tensor:
-    """Third standardized moment along the last axis, of hubs (Radovanovic et al., JMLR 11, 2010); 0 where all are equal."""
+    """Return the third standardized moment along the last axis (Radovanovic et al., JMLR 11, 2010); 0 where all are equal."""
     apart = counts - counts.mean(dim=-1, keepdim=True)
     variance = apart.square().mean(dim=-1)
     return torch.where(variance > 0, apart.pow(3).mean(dim=-1) / variance.clamp_min(1e-30).pow(1.5), 0)
 
 
 def overlap(one: Tensor, other: Tensor) -> Tensor:
-    """Of the neighbors of each token in one index (..., N, K), the share that the other (..., N, L) has too: (..., N)."""
+    """Return the share (..., N) of each token's neighbors in one index (..., N, K) that another one (..., N, L) has too."""
     common = ((one[..., :, None] == other[..., None, :]).any(dim=-1) & (one >= 0)).sum(dim=-1)
     return common / (one >= 0).sum(dim=-1)
 
 
 def head_overlap(index: Tensor) -> Tensor:
-    """Mean overlap of two different heads: (B, H, N, K) -> (B, N). Raises ValueError for one head."""
-    heads = index.shape[1]
-    if heads < 2:
-        raise ValueError("the overlap between heads needs at least two of them")
-    pairs = [overlap(index[:, a], index[:, b]) for a in range(heads) for b in range(heads) if a != b]
-    return torch.stack(pairs).mean(dim=0)
+    """Return the mean overlap of two different heads, of at least two: (B, H, N, K) -> (B, N)."""
+    pairs = itertools.permutations(index.unbind(1), 2)
+    return torch.stack([overlap(*pair) for pair in pairs]).mean(dim=0)
 
 
 def join_heads(index: Tensor, weights: Tensor, num_keys: int) -> Tensor:
-    """The K keys of each token with the largest weight, summed over heads: (B, H, N, K) -> (B, N, K)."""
+    """Return the K keys of each token with the largest weights summed over heads: (B, H, N, K) -> (B, N, K)."""
     B, _, N, K = index.shape
     total = torch.zeros(B, N, num_keys + 1)
     for of_head, weight in zip(index.unbind(1), weights.unbind(1), strict=True):
@@ -89,7 +87,7 @@ def join_heads(index: Tensor, weights: Tensor, num_keys: int) -> Tensor:
 
 
 def mirrored(index: Tensor, grid: tuple[int, int], padding: int = 0, class_tokens: int = 0) -> Tensor:
-    """The index of a mirrored image, as the tokens of the image: left and right exchanged, of those that choose too."""
+    """Return the index of a mirrored image in terms of the tokens of the image: left and right are exchanged."""
 
     def mirror(rows: int, columns: int) -> Tensor:
         cells = torch.arange(rows * columns).view(rows, columns).flip(1).flatten() + class_tokens
@@ -101,7 +99,7 @@ def mirrored(index: Tensor, grid: tuple[int, int], padding: int = 0, class_token
 
 
 def softmax_mass(query: Tensor, key: Tensor, index: Tensor, metric: str, temperature: float = 1.0) -> Tensor:
-    """What the K neighbors hold of the softmax over all keys: query (B, N, C), key (B, M, C), index (B, N, K) -> (B, N).
+    """Return the share of the softmax over all keys that K neighbors hold: (B, N, C), (B, M, C), (B, N, K) -> (B, N).
 
     metric: matmul, cosine or euclidean, as `neighbor_scores`; scores are divided by the temperature.
     """
@@ -117,6 +115,6 @@ def softmax_mass(query: Tensor, key: Tensor, index: Tensor, metric: str, tempera
 
 
 def random_index(shape: tuple[int, ...], num_keys: int, seed: int = 0) -> Tensor:
-    """(*shape, K) different keys by chance: what a measure is without a choice."""
+    """Draw K different keys for every token, in the given shape (..., N, K)."""
     *tokens, K = shape
     return torch.rand(*tokens, num_keys, generator=torch.Generator().manual_seed(seed)).topk(K).indices

@@ -1,9 +1,10 @@
-"""Which tokens each token of an image takes from, and with what weights: recorded from a model, layer by layer."""
+"""Neighbors of each token of an image, and their weights: recorded from a model, layer by layer."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +18,28 @@ from neighbors import find_neighbors, gather_neighbors, neighbor_scores, neighbo
 from vit import ViT
 
 KINDS = (MultiHeadMixer, ConvNN2d, ConvNNAttention2d, Attention2d, GraphConv2d)
-ABSENT = -1  # in an index: a place that no token takes, as the token has fewer neighbors
+ABSENT = -1  # in an index: an empty slot of a token that has fewer neighbors
 
 
 @dataclass
 class Mixing:
-    """How one layer mixes the tokens of B images with H heads: N tokens take from M keys.
+    """The mixing of one layer for B images with H heads: N tokens take from M keys.
 
-    Keys are the class tokens, then the grid in raster order; the N tokens that ask are those inside its ring of padding.
+    Keys are the class tokens, then the grid in raster order; queries are the N tokens inside its ring of padding.
     """
 
     name: str
-    rule: str  # in words: how the K are chosen, and what their weights are
+    rule: str  # in words: the choice of the K, and their weights
     grid: tuple[int, int]  # sides of the grid of keys, ring of padding included
     padding: int
     class_tokens: int
     index: Tensor  # (B, H, N, K), in the layer's order, ABSENT where there is none
     weights: Tensor  # (B, H, N, K), 0 where absent
-    share: Tensor  # (B, H, N): of a token's whole weight, what the K hold
+    share: Tensor  # (B, H, N): share of a token's whole weight that the K hold
     is_share: bool = True  # the weights of a token add up to one over all keys; False: raw scores
     is_whole: bool = True  # the layer mixes no other pairs than these
-    scored: tuple | None = None  # query (B, H, N, d), key (B, H, M, d), metric, temperature of their softmax: if they decide
+    is_search: bool = True  # nearest first, from a search; False: the largest entries of a mixing matrix
+    scored: tuple | None = None  # query (B, H, N, d), key (B, H, M, d), metric, temperature: where scores decide
 
     @property
     def num_keys(self) -> int:
@@ -45,38 +47,34 @@ class Mixing:
 
 
 def record_mixing(model: nn.Module, images: Tensor, pairs: int) -> tuple[Tensor, list[Mixing]]:
-    """Logits of the images, and the mixing of each layer that mixes by neighbors or by a matrix; convolutions have neither.
+    """Return logits of the images, and the mixing of each layer that mixes by neighbors or by a matrix, unlike convolutions.
 
     Where a layer mixes all pairs, the `pairs` strongest of each token are kept.
     """
     found: list[Mixing] = []
+    is_vit = isinstance(model, ViT)
 
-    def hook(name: str):
-        def record(module: nn.Module, inputs: tuple, output) -> None:
-            if isinstance(model, ViT):
-                mixing = _of_sequence(module, inputs[0], output[1], model.config.grid, pairs)
-            else:
-                mixing = _of_image(module, inputs[0], pairs)
-            if mixing is not None:
-                mixing.name = layer_name(name, "block" if isinstance(model, ViT) else "layer")
-                found.append(mixing)
-
-        return record
+    def record(name: str, module: nn.Module, inputs: tuple, output) -> None:
+        x = inputs[0]
+        mixing = _of_sequence(module, x, output[1], model.config.grid, pairs) if is_vit else _of_image(module, x, pairs)
+        if mixing is not None:
+            mixing.name = layer_name(name, "block" if is_vit else "layer")
+            found.append(mixing)
 
     parts = {name: part for name, part in model.named_modules() if isinstance(part, KINDS)}
-    if isinstance(model, ViT):  # mixers of the user's own too, by their matrix
-        own = {f"blocks.{number}.mixer": block.mixer for number, block in enumerate(model.blocks)}
-        parts |= {name: part for name, part in own.items() if not any(isinstance(inner, KINDS) for inner in part.modules())}
-    handles = [part.register_forward_hook(hook(name)) for name, part in parts.items()]
+    if is_vit:  # custom mixers too, by their matrix
+        custom = {f"blocks.{number}.mixer": block.mixer for number, block in enumerate(model.blocks)}
+        parts |= {name: part for name, part in custom.items() if not any(isinstance(one, KINDS) for one in part.modules())}
+    handles = [part.register_forward_hook(partial(record, name)) for name, part in parts.items()]
     with torch.no_grad():
-        logits = model(images, output_attentions=True)[0] if isinstance(model, ViT) else model(images)
+        logits = model(images, output_attentions=True)[0] if is_vit else model(images)
     for handle in handles:
         handle.remove()
     return logits, found
 
 
 def record_run(run: Run, pairs: int) -> tuple[Tensor, list[Mixing]]:
-    """`record_mixing` of a run on its images. Raises ValueError where no layer has neighbors or weights."""
+    """Record the mixing of a run on its images. Raises ValueError where no layer has neighbors or weights."""
     logits, found = record_mixing(run.model, run.images, pairs)
     if not found:
         raise ValueError(
@@ -86,9 +84,9 @@ def record_run(run: Run, pairs: int) -> tuple[Tensor, list[Mixing]]:
 
 
 def layer_name(module: str, kind: str) -> str:
-    """What the layer is called that a module is part of: blocks.2.mixer.first -> block 3 (first).
+    """Return the name of the layer that a module is part of: blocks.2.mixer.first -> block 3 (first).
 
-    In VGG and ResNet numbers are of all parts, and torchvision's names say more: features.3 -> layer features.3.
+    Backbones number all their parts, so torchvision's names are kept: features.3 -> layer features.3.
     """
     if re.match(r"features\.|conv1|layer\d", module):
         return f"{kind} {module.removesuffix('.layer')}"
@@ -104,12 +102,12 @@ def layer_name(module: str, kind: str) -> str:
 
 
 def _of_sequence(mixer: MultiHeadMixer, x: Tensor, matrix: Tensor | None, grid: tuple[int, int], pairs: int) -> Mixing | None:
-    """Of a mixer on tokens x (B, N, d_model), by what it is or else from its mixing matrix (B, H, N, N)."""
+    """Record a mixer on tokens x (B, N, d_model), by its kind or else from its mixing matrix (B, H, N, N)."""
     where = {"name": "", "grid": grid, "padding": 0, "class_tokens": x.shape[1] - grid[0] * grid[1]}
     if isinstance(mixer, MultiHeadConvNNAttention):
         query, key, _ = mixer.project(x)
         query, key = (mixer.select.search_features(part.flatten(0, 1), mixer.layout.grid) for part in (query, key))
-        return _chosen(mixer, mixer.select(query, key, mixer.layout.grid), query, key, mixer.num_heads, where)
+        return _of_attention(mixer, mixer.select(query, key, mixer.layout.grid), query, key, mixer.num_heads, where)
     if isinstance(mixer, MultiHeadKvtAttention):
         query, key = (part.flatten(0, 1) for part in mixer.project(x)[:2])
         index = find_neighbors(query, key, mixer.K, "matmul")
@@ -119,14 +117,13 @@ def _of_sequence(mixer: MultiHeadMixer, x: Tensor, matrix: Tensor | None, grid: 
         (x,) = mixer.project(x)
         features = mixer.select.search_features(x, mixer.layout.grid)
         index = mixer.select(features, features, mixer.layout.grid)[:, where["class_tokens"] :, :: mixer.dilation]
-        return _joined(mixer.graph, x, index, _choice(mixer.select.neighbors, "features", index.shape[2]), where)
+        return _joined(mixer.graph, x, index, _rule_of(mixer.select.neighbors, "features", index.shape[2]), where)
     if isinstance(mixer, AxialGraphMixer):
         return _of_axes(mixer, mixer.project(x)[0], pairs, where)
     return None if matrix is None else _strongest(matrix, pairs, where)
 
 
 def _of_image(mixer: nn.Module, x: Tensor, pairs: int) -> Mixing:
-    """Of a mixer on an image x (B, C, H, W)."""
     padding = mixer.padding if isinstance(mixer, ConvNN2d) else 0
     tokens, grid = mixer.fold(x, padding)
     where = {"name": "", "grid": grid, "padding": padding, "class_tokens": 0}
@@ -136,25 +133,25 @@ def _of_image(mixer: nn.Module, x: Tensor, pairs: int) -> Mixing:
     if isinstance(mixer, ConvNNAttention2d):
         query, key, _ = mixer.qkv(tokens).chunk(3, dim=-1)
         query, key = (mixer.select.search_features(part, grid) for part in (query, key))
-        return _chosen(mixer, mixer.select(query, key, grid), query, key, 1, where)
+        return _of_attention(mixer, mixer.select(query, key, grid), query, key, 1, where)
     if isinstance(mixer, GraphConv2d):
         tokens = mixer.input(mixer.select.append_coordinates(tokens, grid))
         features = mixer.select.search_features(tokens, grid)
-        rule = _choice(mixer.select.neighbors, "features")
+        rule = _rule_of(mixer.select.neighbors, "features")
         return _joined(mixer.graph, tokens, mixer.select(features, features, grid), rule, where)
     features = mixer.select.search_features(tokens, grid)
     index = mixer.select(mixer.select.drop_padding(features, grid), features, grid)[:, None]
-    # The K values are not weighed: each has a matrix of its own, and what a slot can add is the norm of its matrix.
+    # The K values are not weighted: each has its own matrix, whose norm bounds the contribution of the slot.
     norms = mixer.conv.weight.norm(dim=(0, 1))
-    rule = f"{_choice(mixer.select.neighbors, 'features')}, a matrix each; their weight is the norm of the slot's matrix"
+    rule = f"{_rule_of(mixer.select.neighbors, 'features')}, a matrix each; their weight is the norm of the slot's matrix"
     return _whole(index, (norms / norms.sum()).expand(index.shape), rule=rule, **where)
 
 
-def _chosen(mixer: nn.Module, index: Tensor, query: Tensor, key: Tensor, heads: int, where: dict) -> Mixing:
-    """Of ConvNN attention: index (B * H, N, K), query (B * H, N, d), key (B * H, M, d)."""
+def _of_attention(mixer: nn.Module, index: Tensor, query: Tensor, key: Tensor, heads: int, where: dict) -> Mixing:
+    """Record ConvNN attention: index (B * H, N, K), query (B * H, N, d), key (B * H, M, d)."""
     metric, softmax = mixer.select.neighbors.metric, mixer.softmax_topk_val
     weighed = "the softmax of their scores" if softmax else "their scores"
-    rule = f"{_choice(mixer.select.neighbors, 'q and k')}, weighed by {weighed}"
+    rule = f"{_rule_of(mixer.select.neighbors, 'q and k')}, weighed by {weighed}"
     return _scored(index, query, key, metric, mixer.score_temperature, heads, rule=rule, is_share=softmax, **where)
 
 
@@ -166,9 +163,9 @@ def _scored(index, query, key, metric: str, temperature: float, heads: int, is_s
 
 
 def _joined(graph: GraphAggregation, x: Tensor, index: Tensor, rule: str, where: dict) -> Mixing:
-    """Of a graph convolution: x (B, N, C), index (B, P, K) of the patches; one graph for all heads.
+    """Record a graph convolution: x (B, N, C), index (B, P, K) of the patches; one graph for all heads.
 
-    Class tokens take from all tokens: of these the K that they take most from.
+    Class tokens take from all tokens; the K strongest are kept.
     """
     classes = torch.arange(x.shape[1]).expand(x.shape[0], where["class_tokens"], -1)
     if graph.kind == "mean":
@@ -191,7 +188,7 @@ def _joined(graph: GraphAggregation, x: Tensor, index: Tensor, rule: str, where:
 
 
 def _of_axes(mixer: AxialGraphMixer, x: Tensor, pairs: int, where: dict) -> Mixing:
-    """Of GreedyViG, whose tokens have unlike numbers of neighbors: by the features that come from each token."""
+    """Record GreedyViG, whose tokens have unlike numbers of neighbors, by the features that come from each token."""
     index = mixer.near_candidates(x)  # of the patches; class tokens see everyone
     everyone = torch.arange(x.shape[1]).expand(x.shape[0], where["class_tokens"], -1)
     matrix = torch.cat(
@@ -208,18 +205,17 @@ def _of_axes(mixer: AxialGraphMixer, x: Tensor, pairs: int, where: dict) -> Mixi
 
 
 def _shares_of_maximum(values: Tensor, index: Tensor) -> Tensor:
-    """Of the features of a token's maximum over its neighbors, the share that is of each: (B, M, C), (B, N, K) -> (B, N, K)."""
+    """Return the share of a token's maximum over its neighbors that each contributes: (B, M, C), (B, N, K) -> (B, N, K)."""
     largest = gather_neighbors(values, index).argmax(dim=2, keepdim=True)  # (B, N, 1, C)
     slots = torch.arange(index.shape[2])[:, None]
     return (largest == slots).float().mean(dim=3)
 
 
 def _whole(index: Tensor, weights: Tensor, **rest) -> Mixing:
-    """Of a layer that mixes no other pairs than these."""
     return Mixing(index=index, weights=weights, share=torch.ones(index.shape[:3]), **rest)
 
 
-def _choice(neighbors, of: str, K: int | None = None) -> str:
+def _rule_of(neighbors, of: str, K: int | None = None) -> str:
     by = "location" if neighbors.similarity_type == "Loc" else f"{neighbors.metric} of {of}"
     by += " and location" * (neighbors.similarity_type == "Loc_Col")
     among = "" if neighbors.sampling == "all" else f" among {neighbors.sampling} candidates"
@@ -228,7 +224,7 @@ def _choice(neighbors, of: str, K: int | None = None) -> str:
 
 
 def _strongest(matrix: Tensor, pairs: int, where: dict) -> Mixing:
-    """Of a mixing matrix (B, H, N, N): the strongest pairs of each token; those of weight 0 are none."""
+    """Keep the strongest pairs of each token of a mixing matrix (B, H, N, N); pairs of weight 0 are absent."""
     strength, index = matrix.abs().topk(min(pairs, matrix.shape[-1]), dim=-1)
     is_whole = bool(((matrix != 0).sum(dim=-1) <= pairs).all())
     rule = "all weights of a token" if is_whole else f"the {pairs} strongest of a token's {matrix.shape[-1]} weights"
@@ -238,6 +234,7 @@ def _strongest(matrix: Tensor, pairs: int, where: dict) -> Mixing:
         share=strength.sum(dim=-1) / matrix.abs().sum(dim=-1),
         is_share=bool((matrix >= 0).all() and (matrix.sum(dim=-1) - 1).abs().max() < 1e-3),
         is_whole=is_whole,
+        is_search=False,
         rule=rule,
         **where,
     )

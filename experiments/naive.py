@@ -1,7 +1,7 @@
-"""What the mixers cost when they are written down plainly, to measure against: `benchmark.py --against naive` and targets.
+"""Naive forms of the mixers, to measure against: `benchmark.py --against naive` and `benchmark.py targets`.
 
-As published: all scores at once and with a graph, `topk`, the values expanded K-fold before they are aggregated
-(`kernels/reference.py`). Attention by location is attention over all pairs under a mask.
+As published: all scores at once with a graph, `topk`, the values expanded K-fold before they are aggregated
+(`kernels/reference.py`). Local attention is attention over all pairs under a mask.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mixers.selection import NeighborSelection
 
 
 class Naive(nn.Module):
-    """A layer computed by the plain form of everything, with the layer's own parameters."""
+    """A layer computed by the plain forms of all operators, with the same parameters."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -27,7 +27,7 @@ class Naive(nn.Module):
 
 
 def has_naive_form(layer: nn.Module) -> bool:
-    """Whether its plain form computes the same in another way: it chooses pairs of tokens, and draws nothing at random."""
+    """Tell if the plain form computes the same in another way: the layer chooses pairs of tokens, and nothing at random."""
     parts = list(layer.modules())
     if any(getattr(part, "attention_dropout", 0) or (isinstance(part, nn.Dropout) and part.p) for part in parts):
         return False

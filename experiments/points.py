@@ -1,18 +1,13 @@
-"""The points of a sweep: which runs its YAML file asks for, what they are called, and whether their options fit."""
+"""Points of a sweep: the runs that its YAML file asks for, their names, and checks of their options."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import io
 import itertools
 import json
-import math
-import os
-import sys
-from collections import Counter
-from collections.abc import Iterator
+import runpy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,102 +16,100 @@ import yaml
 from options.fields import as_words, did_you_mean, specs
 from options.layers import layer_label
 from options.parser import parse_yaml, read_yaml
-from options.reading import as_path
 from options.runs import PROGRAMS, Options, Program, parse_options, same_value
 from options.training import RESUME_MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parent.parent  # where the programs are
 KEYS = ("program", "options", "grid", "seed")
-MOST_POINTS = 100_000
-LONGEST_NAME = 255  # bytes, of a folder in most file systems
-SET_BY_THE_SWEEP = ("output_dir", "resume", "export")
+NOT_IN_A_SWEEP = ("output_dir", "resume", "export", "help")
 
 
 class Point(NamedTuple):
     """One run of a sweep."""
 
-    name: str  # of its folder: what varies
+    name: str  # of its folder: the values that vary
     program: str
     values: dict  # options by name, as in the sweep
-    varying: dict  # those of them in which the points differ
+    varying: dict  # the values in which the points differ
 
     @property
     def test_only(self) -> bool:
-        """Whether the run evaluates a checkpoint instead of training."""
         return str(self.values.get("test_only")).lower() == "true"
 
     def argv(self, folder: Path) -> list[str]:
-        """The command line after the program; a training goes on with the run in this folder."""
+        """Return the command line after the program; a training resumes the run in this folder."""
         words = []
         for name, value in self.values.items():
-            words += [f"--{name}", *map(as_path, map(str, value if isinstance(value, list) else [value]))]
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         return [*words, "--output_dir", str(folder / self.name), *["--resume"] * (not self.test_only)]
 
 
-def combinations(axes: dict) -> Iterator[dict]:
-    """Every choice of one value per name; a value that is not a list is the only choice."""
-    choices = [value if isinstance(value, list) else [value] for value in axes.values()]
-    for values in itertools.product(*choices):
-        yield dict(zip(axes, values, strict=True))
-
-
 def read_sweep(path: str, changes: list[str]) -> tuple[list[tuple[str, dict]], list[str]]:
-    """Points (program, options by name) and axes of a sweep file, changed by `--set name=v1,v2`. Raises ValueError.
+    """Read the points (program, options by name) and axes of a sweep file, changed by `--set name=v1,v2`.
 
-    A mapping of the grid may have a program and options of its own; `program` is then an axis, and the first one.
+    A mapping of the grid may have its own program and options; `program` is then the first axis. Raises ValueError.
     """
     sweep = read_yaml(path)
     for key in sweep:
         if key not in KEYS:
             raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(key, KEYS)}; a sweep has {', '.join(KEYS)}")
-    options, grid = sweep.get("options") or {}, sweep.get("grid") or {}
-    grids = [dict(one) if isinstance(one, dict) else one for one in (grid if isinstance(grid, list) else [grid])]
-    if not isinstance(options, dict) or not all(isinstance(one, dict) for one in grids):
+    shared, grids = sweep.get("options") or {}, sweep.get("grid") or {}
+    grids = grids if isinstance(grids, list) else [grids]
+    constants = [one.get("options") or {} for one in grids if isinstance(one, dict)]
+    if not all(isinstance(one, dict) for one in [shared, *grids, *constants]):
         raise ValueError(f"{path}: options is a mapping, and grid a mapping or a list of mappings, of option names to values")
-    programs = [one.pop("program", sweep.get("program")) for one in grids]
-    own = [one.pop("options", None) or {} for one in grids]
-    for program in programs:
-        find_program(program, path)
-    every = {"seed": sweep["seed"]} if "seed" in sweep else {}
-    axes = [name for one in [*grids, every] for name in one]
-    for name, values in map(parse_change, changes):
-        grids, own = ([{key: value for key, value in one.items() if key != name} for one in ones] for ones in (grids, own))
-        options = {key: value for key, value in options.items() if key != name}
-        every[name] = values
-        axes.append(name)
-    for one in [options, every, *grids, *own]:
-        if not isinstance(one, dict):
-            raise ValueError(f"{path}: options is a mapping of option names to values")
-        check_values(path, one)
-    refuse_too_many(path, [one | every for one in grids])
-    points = [
-        (program, options | constants | point)
-        for program, constants, one in zip(programs, own, grids, strict=True)
-        for point in combinations(one | every)
-    ]
+    changed = dict(map(parse_change, changes))
+    programs, points, axes = [], [], {}
+    for grid, own in zip(grids, constants, strict=True):
+        programs.append(grid.get("program", sweep.get("program")))
+        find_program(programs[-1], path)
+        varying = {name: values for name, values in grid.items() if name not in ("program", "options")}
+        axes |= varying
+        fixed = {name: value for name, value in (shared | own).items() if name not in changed}
+        varying = {name: values for name, values in varying.items() if name not in changed}
+        varying |= ({"seed": sweep["seed"]} if "seed" in sweep else {}) | changed
+        check_values(path, fixed | varying)
+        choices = [values if isinstance(values, list) else [values] for values in varying.values()]
+        points += [(programs[-1], fixed | dict(zip(varying, values, strict=True))) for values in itertools.product(*choices)]
     # What --set removed may leave twins. A dict of texts finds them in one pass.
     distinct = list({json.dumps(point, sort_keys=True): point for point in points}.values())
-    axes = sorted(dict.fromkeys(axes), key="seed".__eq__)  # the seed last
+    axes = [name for name in axes | changed if name != "seed"] + ["seed"] * ("seed" in {*axes, *changed, *sweep})
     return distinct, ["program", *axes] if len(set(programs)) > 1 else axes
 
 
-def refuse_too_many(path: str, grids: list[dict]) -> None:
-    """Raise ValueError with the number of points of these grids, if there are too many; none of them is made."""
-    sizes = [math.prod(len(values) for values in grid.values() if isinstance(values, list)) for grid in grids]
-    if (count := sum(sizes)) > MOST_POINTS:
-        raise ValueError(f"{path}: asks for {count:,} runs, more than the {MOST_POINTS:,} of a sweep; drop values or axes")
+def parse_change(change: str) -> tuple[str, list]:
+    """Parse name=v1,v2 into the name and the values, which are written as in YAML."""
+    name, _, text = change.partition("=")
+    try:
+        values = parse_yaml(f"[{text}]")
+    except (yaml.YAMLError, ValueError, RecursionError):
+        values = None
+    if not name or not values:
+        raise ValueError(f"--set {change!r} is not name=value or name=value1,value2")
+    return name, values
+
+
+def check_values(path: str, options: dict) -> None:
+    for name, value in options.items():
+        if name in NOT_IN_A_SWEEP:
+            raise ValueError(f"{path}: {name} cannot be set in a sweep; leave it out")
+        if value == []:
+            raise ValueError(f"{path}: {name} has no values")
+        values = value if isinstance(value, list) else [value]
+        for one in itertools.chain.from_iterable(one if isinstance(one, list) else [one] for one in values):
+            if not isinstance(name, str) or not isinstance(one, str | int | float | None):
+                raise ValueError(f"{path}: {name}={one} is not an option with a number or a text")
 
 
 def find_config(points: list[Point], sweep: str) -> list[Point]:
-    """The points with `config:` as a file that is there: seen from here, else beside the sweep's file, else among the programs.
+    """Find the file of `config:` from here, else beside the sweep's file, else among the programs.
 
     Names of points stay, whatever folder the sweep is started from.
     """
     found = []
     for point in points:
-        config = point.values.get("config")
-        if isinstance(config, str):
-            candidates = [Path(as_path(config)), Path(sweep).parent / as_path(config), ROOT / as_path(config)]
+        if config := point.values.get("config"):
+            candidates = [folder / str(config) for folder in (Path(), Path(sweep).parent, ROOT)]
             config = next((str(path) for path in candidates if path.is_file()), config)
             point = point._replace(values=point.values | {"config": config})
         found.append(point)
@@ -128,55 +121,25 @@ def program_path(name: str) -> Path:
 
 
 def find_program(name: str, path: str) -> Program:
-    """A command line of ours, or a Python file of another one that has its `PROGRAM`. Raises ValueError, naming the sweep."""
-    if isinstance(name, str) and name in PROGRAMS:
-        return PROGRAMS[name]
+    """Return a program of ours, or the `PROGRAM` of a Python file. Raises ValueError, naming the sweep."""
+    if str(name) in PROGRAMS:
+        return PROGRAMS[str(name)]
     file = program_path(str(name))
     if file.suffix != ".py" or not file.is_file():
         raise ValueError(f"{path}: program is {name!r}; give {', '.join(PROGRAMS)} or a Python file that has a PROGRAM")
-    program = _program_in(file.resolve())
+    program = _globals_of(file.resolve()).get("PROGRAM")
     if not isinstance(program, Program):
         raise ValueError(f"{path}: program {name} has no PROGRAM, as examples/compare_with_timm.py has it")
     return program
 
 
 @functools.cache  # every point of a sweep asks for its program, several times
-def _program_in(file: Path) -> object:
-    """What the Python file calls PROGRAM, or None."""
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-    return getattr(module, "PROGRAM", None)
-
-
-def parse_change(change: str) -> tuple[str, list]:
-    """name=v1,v2 -> name and values, which are written as in YAML."""
-    name, equals, text = change.partition("=")
-    try:
-        values = parse_yaml(f"[{text}]")
-    except (yaml.YAMLError, ValueError, RecursionError):
-        values = None
-    if not name or not equals or not values:
-        raise ValueError(f"--set {change!r} is not name=value or name=value1,value2")
-    return name, values
-
-
-def check_values(path: str, options: dict) -> None:
-    for name, value in options.items():
-        if not isinstance(name, str):
-            raise ValueError(f"{path}: {name!r} is not the name of an option")
-        if value == []:
-            raise ValueError(f"{path}: {name} has no values")
-        values = value if isinstance(value, list) else [value]
-        flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
-        for one in flat:
-            if one is not None and not isinstance(one, (str, int, float)):
-                raise ValueError(f"{path}: {name} has the value {one}, which is neither a number nor a text")
+def _globals_of(file: Path) -> dict:
+    return runpy.run_path(str(file))
 
 
 def name_points(points: list[tuple[str, dict]], axes: list[str]) -> list[Point]:
-    """Points with a name each: their values on the axes. So a part of a sweep has the names that the whole has."""
+    """Name the points by their values on the axes, so that a part of a sweep has the names of the whole."""
     named = []
     for program, values in points:
         of_axis = {"program": find_program(program, program).family} | values
@@ -188,7 +151,7 @@ def name_points(points: list[tuple[str, dict]], axes: list[str]) -> list[Point]:
 
 
 def readable(name: str, value) -> dict:
-    """A value on an axis as names, tables and figures have it: a class by its name, options of it as options of their own."""
+    """Return a value as names, tables and figures show it: a class by its name, its options as further options."""
     if name == "layer" and isinstance(value, str):
         return {name: layer_label(value)}
     if name == "mixer_option":
@@ -198,17 +161,21 @@ def readable(name: str, value) -> dict:
 
 
 def name_of(varying: dict, values: dict) -> str:
-    """The folder of the point that has these values, of which `varying` are on the axes."""
     plain = ("program", "layer")
     parts = [as_word(value) if name in plain else f"{name}-{as_word(value)}" for name, value in varying.items()]
-    return as_path("_".join(parts) or as_word(layer_label(str(values.get("layer", "run")))))
+    return "_".join(parts) or as_word(layer_label(str(values.get("layer", "run"))))
+
+
+def as_word(value) -> str:
+    text = "x".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in text)
 
 
 def leave_out_unread(points: list[Point]) -> tuple[list[Point], str]:
-    """The points without what their models do not read, each run once, and a line that says so ("" if all is read).
+    """Drop the values that a point's model does not read, and then repeated points; return a line about it, or "".
 
-    Whether a value is read depends on its own point alone, so names are those of the whole sweep in a part of it too. A point
-    with a mistake stays as it is: `check_points` says what is wrong.
+    Names depend on the point alone, so a part of a sweep has the names of the whole. A point with a mistake stays:
+    `check_points` reports it.
     """
     kept, because = {}, {}
     for point in points:
@@ -229,8 +196,9 @@ def _some(words: list[str], most: int = 6) -> str:
 
 
 def _unread(point: Point) -> dict[str, tuple]:
-    """Options that the point's model does not read, each with the option that makes it so and its value."""
-    if "help" in point.values or not point.varying.keys() & _model_options(point):  # saves a parser for each of many points
+    """Return the options that the point's model does not read, each with the option that makes it so and its value."""
+    program = find_program(point.program, point.name)
+    if not point.varying.keys() & specs(program.model).keys() - {"layer"}:  # saves a parser for each of many points
         return {}
     try:
         model = options_of(point, Path())[0].model
@@ -239,36 +207,16 @@ def _unread(point: Point) -> dict[str, tuple]:
     return {name: (other, getattr(model, other)) for name, other in model.without_effect(defaults=True).items()}
 
 
-def _model_options(point: Point) -> set[str]:
-    return specs(find_program(point.program, point.name).model).keys() - {"layer"}
-
-
-def as_word(value) -> str:
-    """A value as part of a folder's name."""
-    text = "x".join(map(str, value)) if isinstance(value, list) else str(value)
-    return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in text)
-
-
 def check_points(points: list[Point], folder: Path) -> dict[str, dict]:
-    """Every option of each point's run, by the name of the point.
+    """Return every option of each point's run, by the name of the point.
 
-    Raises ValueError for the first point whose options do not fit, or whose folder holds a run with others.
+    Raises ValueError for the first point with wrong options, or with a folder that holds another run.
     """
-    counts, runs, found = Counter(point.name for point in points), {}, {}
+    runs, found = {}, {}
     for point in points:
-        if "help" in point.values:
-            raise ValueError(f"{point.name}: help is no option of a run; leave it out")
-        for name in SET_BY_THE_SWEEP:
-            if name in point.values:
-                raise ValueError(f"{point.name}: {name} is set by the sweep; leave it out")
-        if counts[point.name] > 1:
+        if point.name in found:
             raise ValueError(
                 f"two points would be named {point.name}; make their values differ in letters or digits, and classes in name"
-            )
-        if (length := len(os.fsencode(point.name))) > LONGEST_NAME:
-            raise ValueError(
-                f"{point.name[:40]}...: the folder's name would have {length} bytes, of which {LONGEST_NAME} are allowed; "
-                "put what does not vary into options instead of grid, and long values into files that config: names"
             )
         options = found[point.name] = resolved(point, folder)
         if options["test_only"] and not point.test_only:
@@ -286,11 +234,9 @@ def check_folder(point: Point, options: dict, folder: Path) -> None:
         raise ValueError(f"{point.name}: {folder} is a file, not a folder; remove it, or use another --output_dir")
     path = folder / "config.yaml"
     for name, value in (read_yaml(str(path)) if path.exists() else {}).items():
-        may_change = name in RESUME_MAY_CHANGE
+        may_change = name in RESUME_MAY_CHANGE and name != "early_stopping"
         if name == "num_epochs" and value != options[name]:
             may_change = value < options[name] and options["scheduler"] == "none" and not options["early_stopping"]
-        elif name == "early_stopping":
-            may_change = False
         if name in options and not same_value(name, options[name], value) and not may_change:
             raise ValueError(
                 f"{point.name}: {folder} holds a run with {name}={value}, not {options[name]}; "
@@ -299,18 +245,12 @@ def check_folder(point: Point, options: dict, folder: Path) -> None:
 
 
 def resolved(point: Point, folder: Path) -> dict:
-    """Every option of the point's run by name. Raises ValueError with the message that its program would end with."""
+    """Return every option of the point's run by name. Raises ValueError with the message of its program."""
     return options_of(point, folder)[0].as_dict()
 
 
-def stated(point: Point, folder: Path) -> dict:
-    """Those options of the point's run that the sweep or a file that it names gives. Raises ValueError as `resolved` does."""
-    options, names = options_of(point, folder)
-    return {name: value for name, value in options.as_dict().items() if name in names}
-
-
 def options_of(point: Point, folder: Path) -> tuple[Options, set[str]]:
-    """The checked options of the point's run, and the names of those that are stated. Raises ValueError as `resolved` does."""
+    """Return the checked options of the point's run, and the names that its values state. Raises ValueError as `resolved`."""
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):

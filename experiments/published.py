@@ -1,4 +1,4 @@
-"""Published numbers beside ours: a table of options and measures, its rows matched with the points of a sweep."""
+"""Published numbers beside ours: a table of options and measures whose rows are matched with the points of a sweep."""
 
 from __future__ import annotations
 
@@ -22,24 +22,20 @@ LARGEST = 10_000_000  # bytes of a file
 
 
 class Row(NamedTuple):
-    """A line of the table."""
-
-    options: dict[str, object]  # what it states; the rest matches anything
-    measures: dict[str, tuple[float, float]]  # the least and the largest that was published
+    options: dict[str, object]  # other options match anything
+    measures: dict[str, tuple[float, float]]  # smallest and largest published value
     epochs: int | None
     source: str
 
 
 class Published(NamedTuple):
-    """What was published for a run."""
-
     measures: dict[str, tuple[float, float]]
     source: str
-    is_whole: bool  # the run has as many epochs, and on all images
+    is_whole: bool  # the run has as many epochs and all images
 
 
 def read_published(path: str, points: list[Point]) -> list[Row]:
-    """The rows of a published.csv. Raises ValueError, naming it, for a file that is none, or a column that is no option."""
+    """Read the rows of a published.csv. Raises ValueError for a file of another kind, or a column that is no option."""
     try:
         lines = csv.DictReader(io.StringIO(read_text(path, LARGEST).removeprefix("\ufeff"), newline=""), strict=True)
         columns, rows = lines.fieldnames or [], list(lines)
@@ -58,49 +54,46 @@ def read_published(path: str, points: list[Point]) -> list[Row]:
             raise ValueError(f"--published {path} has two columns {name!r}; drop one")
     if not any(name in columns for name in MEASURES):
         raise ValueError(f"--published {path} has none of the columns {', '.join(MEASURES)}")
-    return [parse_row(row, options, f"--published {path}, row {number}") for number, row in enumerate(rows, start=1)]
+    found = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            found.append(parse_row(row, options))
+        except ValueError as error:
+            raise ValueError(f"--published {path}, row {number}: {error}") from None
+    return found
 
 
 def known_options(points: list[Point]) -> tuple[str, ...]:
-    """Names of the options of our programs, and of those of the sweep."""
-    programs = [*PROGRAMS.values(), *(find_program(program, program) for program in {point.program for point in points})]
-    configs = [DataConfig, TrainConfig, *(program.model for program in programs)]
+    programs = [*PROGRAMS.values(), *(find_program(point.program, point.name) for point in points)]
+    configs = dict.fromkeys([DataConfig, TrainConfig, *(program.model for program in programs)])
     return tuple(dict.fromkeys(name for config in configs for name in specs(config)))
 
 
-def parse_row(row: dict, options: tuple[str, ...], where: str) -> Row:
+def parse_row(row: dict, options: tuple[str, ...]) -> Row:
     if None in row or None in row.values():
-        raise ValueError(f"{where} has not as many cells as the first line has names")
+        raise ValueError("not as many cells as the first line has names")
     cells = {name: text.strip() for name, text in row.items() if text.strip()}
-    measures = {name: parse_range(cells[name], f"{where}: {name}") for name in MEASURES if name in cells}
     epochs = cells.get("epochs")
     if epochs is not None and not epochs.isdecimal():
-        raise ValueError(f"{where}: epochs {epochs!r} is not a whole number")
-    stated = {name: parse_option(name, cells[name], where) for name in options if name in cells}
+        raise ValueError(f"epochs {epochs!r} is not a whole number")
+    measures = {name: parse_range(name, cells[name]) for name in MEASURES if name in cells}
+    stated = {name: plain(name, cells[name].split()) for name in options if name in cells}
     return Row(stated, measures, epochs and int(epochs), cells.get("source", ""))
 
 
-def parse_range(text: str, where: str) -> tuple[float, float]:
-    """`77.6` or `77.6..78.4`."""
+def parse_range(name: str, text: str) -> tuple[float, float]:
+    """Parse `77.6` or `77.6..78.4`."""
     try:
         numbers = [float(word) for word in text.split("..")]
     except ValueError:
         numbers = []
     if len(numbers) not in (1, 2) or not all(map(math.isfinite, numbers)) or numbers != sorted(numbers):
-        raise ValueError(f"{where} {text!r} is neither a number nor two as in 77.6..78.4")
+        raise ValueError(f"{name} {text!r} is neither a number nor two as in 77.6..78.4")
     return numbers[0], numbers[-1]
 
 
-def parse_option(name: str, text: str, where: str) -> tuple:
-    """A cell, written as on the command line, as `plain` has it."""
-    try:
-        return plain(name, text.split())
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
 def plain(name: str, value) -> tuple:
-    """A value in the one form, of several, that means the same: 1e-4 is 0.0001, similarity is cosine, 224 is 224 x 224."""
+    """Return a value in its one normal form: 1e-4 is 0.0001, similarity is cosine, 224 is 224 x 224."""
     words = []
     for word in value if isinstance(value, (list, tuple)) else [value]:
         try:
@@ -113,10 +106,10 @@ def plain(name: str, value) -> tuple:
 
 
 def match(rows: list[Row], runs: dict[str, dict]) -> dict[str, Published]:
-    """What was published for each run, by its name, as its options are by name. Several rows that match make a range.
+    """Return the published numbers of each run, by its name; several rows that match make a range.
 
-    Of those the rows with the run's number of epochs count alone, if there are such. Evaluations of a checkpoint match nothing:
-    what it was trained with is not among their options.
+    runs: options by name, by name of the run. Rows with the run's number of epochs count alone, if there are any. Evaluations
+    of a checkpoint match nothing: the options of its training are unknown.
     """
     found = {}
     for run, values in runs.items():
@@ -142,12 +135,12 @@ def merge(rows: list[Row], is_whole: bool) -> Published:
 
 
 def is_outside(mean: float, deviation: float, low: float, high: float) -> bool:
-    """Whether ours and the middle of the published are further apart than two of our deviations and than half their range."""
+    """Tell if our mean and the middle of the range are more than two deviations and more than half the range apart."""
     return abs(mean - (low + high) / 2) > max(2 * deviation, (high - low) / 2)
 
 
 def put_beside(rows: list[dict], found: list[Published | None]) -> list[dict]:
-    """The rows of a summary with what was published for each, behind the measures that it belongs to."""
+    """Return the rows of a summary with published numbers behind the measures that they belong to."""
     shown = [name for name in MEASURES if any(one and name in one.measures for one in found)]
     if not shown:
         return rows
@@ -174,7 +167,7 @@ def columns_of(measure: str, row: dict, published: Published | None) -> dict:
 
 
 def as_text(row: dict, measure: str) -> str:
-    """A cell of the readable table: `74.39 to 75.33 (outside)`."""
+    """Return a cell of the readable table: `74.39 to 75.33 (outside)`."""
     low, high = row[f"published_{measure}"], row[f"published_{measure}_high"]
     if math.isnan(low):
         return ""

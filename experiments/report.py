@@ -1,21 +1,26 @@
-"""What a sweep found: a row for all runs that differ in their seed only, as tables and as figures."""
+"""Results of a sweep: a row for all runs that differ in their seed only, as tables and as figures."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
+import operator
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.figures import draw, draw_curves, read_metrics
-from experiments.points import Point, as_word, resolved, stated
+from experiments.points import Point, as_word, options_of, resolved
 from experiments.published import NOTE, Published, as_text, put_beside
 from options.parser import read_yaml
+from runs import Stopped
+from runs.files import as_csv, as_png, write_atomically
 
 FAILURE = "failure.txt"  # in the folder of a point whose last run failed
-MEASURES = {  # column -> where it stands in summary.json, and what it is divided by
+MEASURES = {  # column -> its place in summary.json, and its unit
     "top1": (("final", "test_top1"), 1),
     "top5": (("final", "test_top5"), 1),
     "best_top1": (("best", "test_top1"), 1),
@@ -25,7 +30,7 @@ MEASURES = {  # column -> where it stands in summary.json, and what it is divide
     "latency_ms_per_image": (("latency_ms_per_image",), 1),
     "peak_memory_mb": (("peak_memory_bytes",), 1e6),
 }
-COSTS_OF_MODEL = ("parameters", "flops_per_image", "latency_ms_per_image", "peak_memory_bytes")  # which an evaluation has too
+COSTS_OF_MODEL = ("parameters", "flops_per_image", "latency_ms_per_image", "peak_memory_bytes")  # also in an evaluation
 
 
 @functools.cache
@@ -34,7 +39,7 @@ def warn_once(message: str) -> None:
 
 
 def read_summary(folder: Path) -> dict | None:
-    """The summary.json of a run, None if there is none or if it lacks what a summary has."""
+    """Read the summary.json of a run; None if there is none or if it is incomplete."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         numbers = [measure_in(summary, name) for name in MEASURES] + [summary["epochs"]]
@@ -44,34 +49,30 @@ def read_summary(folder: Path) -> dict | None:
 
 
 def measure_in(summary: dict, name: str) -> float:
-    """A measure of the table in a run's summary. Raises KeyError or TypeError where the summary is not one."""
+    """Return a measure of the table from a run's summary. Raises KeyError or TypeError for anything else."""
     path, unit = MEASURES[name]
-    for key in path:
-        summary = summary[key]
-    return summary / unit
+    return functools.reduce(operator.getitem, path, summary) / unit
 
 
 def read_evaluation(point: Point, folder: Path) -> dict | None:
-    """What a point with test_only has found, in the form of a run's summary; None if it has not been evaluated so."""
-    try:
-        wanted = stated(point, folder)
-    except ValueError:  # of another sweep, whose `config:` or checkpoint is gone
-        wanted = point.values
+    """Return the result of a point with test_only in the form of a run's summary; None if it has not been evaluated so."""
+    wanted = point.values
+    with contextlib.suppress(ValueError):  # of another sweep, whose `config:` or checkpoint is gone
+        options, names = options_of(point, folder)
+        wanted = {name: value for name, value in options.as_dict().items() if name in names}
     for path in sorted((folder / point.name).glob("test_results*.json")):
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             found = json.loads(path.read_text(encoding="utf-8"))
             given = found["options"] | {"checkpoint": found["checkpoint"]}
             if all(given[name] == value for name, value in wanted.items() if name in given):
                 row = {f"test_{name}": found[name] for name in ("top1", "top5", "loss")}
                 costs = {name: found[name] for name in COSTS_OF_MODEL}
                 return {"finished": True, "epochs": 0, "final": row, "best": row, "average_epoch_seconds": math.nan, **costs}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
     return None
 
 
 def finished_summary(point: Point, folder: Path) -> dict | None:
-    """The summary of the point's run if it has ended: by early stopping, or after as many epochs as are asked for now."""
+    """Return the summary of the point's run if it has ended: by early stopping, or after the epochs that are asked for now."""
     if point.test_only:
         return read_evaluation(point, folder)
     summary = read_summary(folder / point.name)
@@ -79,13 +80,11 @@ def finished_summary(point: Point, folder: Path) -> dict | None:
         return None
     try:
         options = resolved(point, folder)
-    except ValueError:  # of another sweep, whose `config:` or program is gone: what the run itself wrote down counts
-        try:
+    except ValueError:  # of another sweep, whose `config:` or program is gone: the run's own file counts
+        options = {}
+        with contextlib.suppress(ValueError):
             options = read_yaml(str(folder / point.name / "config.yaml"))
-            return summary if summary["epochs"] == options["num_epochs"] or options["early_stopping"] else None
-        except (ValueError, KeyError):
-            return None
-    return summary if options["early_stopping"] or summary["epochs"] == options["num_epochs"] else None
+    return summary if options.get("early_stopping") or summary["epochs"] == options.get("num_epochs") else None
 
 
 def is_finished(point: Point, folder: Path) -> bool:
@@ -93,12 +92,10 @@ def is_finished(point: Point, folder: Path) -> bool:
 
 
 def with_earlier(points: list[Point], folder: Path) -> list[Point]:
-    """These points, and those that other sweeps started in the same folder. A damaged note of one is a warning."""
+    """Return these points and the ones that other sweeps started in the same folder; warn about a damaged note."""
     names = {point.name for point in points}
     earlier = []
-    for path in sorted(folder.glob("*/point.json")):
-        if path.parent.name in names:
-            continue
+    for path in sorted(path for path in folder.glob("*/point.json") if path.parent.name not in names):
         try:
             point = Point(**json.loads(path.read_text(encoding="utf-8")))
             if not (point.name == path.parent.name and isinstance(point.values, dict) and isinstance(point.varying, dict)):
@@ -110,7 +107,6 @@ def with_earlier(points: list[Point], folder: Path) -> list[Point]:
 
 
 def group_points(points: list[Point]) -> list[list[Point]]:
-    """The points that differ in their seed only, together."""
     groups: dict[str, list[Point]] = {}
     for point in points:
         groups.setdefault(json.dumps(point.varying | {"seed": None}, sort_keys=True), []).append(point)
@@ -118,7 +114,7 @@ def group_points(points: list[Point]) -> list[list[Point]]:
 
 
 def summarize(points: list[Point], folder: Path) -> list[dict]:
-    """A row for all points that differ in their seed only: means of what ended, and standard deviations over the seeds."""
+    """Return a row for all points that differ in their seed only: means of finished runs, and standard deviations."""
     columns = list(dict.fromkeys(name for point in points for name in point.varying if name != "seed"))
     rows = []
     for group in group_points(points):
@@ -133,13 +129,12 @@ def summarize(points: list[Point], folder: Path) -> list[dict]:
             row[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else math.nan
         rows.append(row)
     if not any(row["failed"] for row in rows):  # the rule: no column of zeros
-        for row in rows:
-            del row["failed"]
+        rows = [{name: value for name, value in row.items() if name != "failed"} for row in rows]
     return rows
 
 
 def as_cell(value):
-    """A value of the grid as a number where it is one (YAML reads 1e-3 as a text), lists in a word."""
+    """Return a value of the grid as a number where it is one (YAML reads 1e-3 as a text), and lists as a word."""
     if isinstance(value, list):
         return as_word(value)
     try:
@@ -149,59 +144,49 @@ def as_cell(value):
 
 
 def failure_of(point: Point, folder: Path) -> str:
-    """Why the last run of a point failed, in a line; empty if it did not, or has not been started."""
-    try:
-        return (folder / point.name / FAILURE).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
+    """Return the reason why the last run of a point failed, or an empty text."""
+    path = folder / point.name / FAILURE
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
 
 
-def update_summary(
+def write_summary(
     points: list[Point], folder: Path, draw_plots: bool = True, published: dict[str, Published] | None = None
 ) -> bool:
-    """`write_summary`; where it cannot be written, a warning instead, as runs are worth more than tables of them."""
-    from runs import Stopped
+    """Write summary.csv, summary.md and the plots from the runs that have ended so far.
 
+    published: numbers of others to put beside ours, by the name of the point. Without space on the disk, warn and return False:
+    runs are worth more than tables of them.
+    """
     try:
-        write_summary(points, folder, draw_plots, published)
+        for name, data in _files_of(with_earlier(points, folder), folder, draw_plots, published or {}):
+            write_atomically(folder / name, data)
     except Stopped as error:
         print(f"warning: {error}", file=sys.stderr)
         return False
     return True
 
 
-def write_summary(
-    points: list[Point], folder: Path, draw_plots: bool = True, published: dict[str, Published] | None = None
-) -> None:
-    """summary.csv, summary.md and the plots, from whatever has ended so far.
-
-    published: what others found, by the name of the point; it stands beside ours.
-    """
-    from runs.files import as_csv, as_png, write_atomically
-
-    points = with_earlier(points, folder)
+def _files_of(points: list[Point], folder: Path, draw_plots: bool, published: dict[str, Published]) -> Iterator[tuple]:
+    groups = group_points(points)
     rows = summarize(points, folder)
     if published:
-        of_group = [next((published[p.name] for p in group if p.name in published), None) for group in group_points(points)]
-        rows = put_beside(rows, of_group)
-    cells = [{name: "" if is_nan(value) else value for name, value in row.items()} for row in rows]
-    write_atomically(folder / "summary.csv", as_csv(cells))
+        rows = put_beside(rows, [next((published[p.name] for p in group if p.name in published), None) for group in groups])
+    yield "summary.csv", as_csv([{name: "" if is_nan(value) else value for name, value in row.items()} for row in rows])
     failures = {point.name: failure_of(point, folder) for point in points if not is_finished(point, folder)}
-    write_atomically(folder / "summary.md", as_markdown(rows, {name: line for name, line in failures.items() if line}))
+    yield "summary.md", as_markdown(rows, {name: line for name, line in failures.items() if line})
     done = [row for row in rows if row["runs"]]
     if not done or not draw_plots:
         return
     figures = draw(done)
-    curves = [curves_of(group, folder) for group in group_points(points)]
-    drawn = [(row, runs) for row, runs in zip(rows, curves, strict=True) if runs]
+    drawn = [(row, curves) for row, group in zip(rows, groups, strict=True) if (curves := curves_of(group, folder))]
     if drawn:
         figures["curves"] = draw_curves(*map(list, zip(*drawn, strict=True)))
     for name, figure in figures.items():
-        write_atomically(folder / f"{name}.png", as_png(figure))
+        yield f"{name}.png", as_png(figure)
 
 
 def curves_of(group: list[Point], folder: Path) -> list[list[float]]:
-    """Test top-1 by epoch of the points that have ended. One whose table cannot be read is left out, with a warning."""
+    """Return test top-1 by epoch of the points that have ended; warn about a table that cannot be read."""
     curves = []
     for point in group:
         if not point.test_only and is_finished(point, folder):
@@ -216,29 +201,13 @@ def is_nan(value) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def as_markdown(rows: list[dict], failures: dict[str, str] | None = None) -> str:
-    """Means, with standard deviations over seeds where they are of interest, and why points failed, by name."""
-    ours = [name for name in rows[0] if not name.startswith("published_")]
-    columns = [
-        name for name in rows[0] if not name.endswith("_std") and (name in ours or name.removeprefix("published_") in ours)
-    ]
+def as_markdown(rows: list[dict], failures: dict[str, str]) -> str:
+    """Return a table of means, with standard deviations over seeds where they are of interest, and the failures by point."""
+    columns = [name for name in rows[0] if not name.endswith("_std")]
+    columns = [name for name in columns if not name.startswith("published_") or name.removeprefix("published_") in rows[0]]
     heads = [name.replace("published_", "published ") for name in columns]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        cells = []
-        for name in columns:
-            value, spread = row[name], row.get(f"{name}_std", math.nan)
-            if name.startswith("published_"):
-                cells.append(as_text(row, name.removeprefix("published_")))
-            elif is_nan(value):
-                cells.append("")
-            elif name == "parameters":
-                cells.append(f"{value:,.0f}")
-            elif name in MEASURES:
-                cells.append(f"{value:.4g}" + ("" if is_nan(spread) or name == "mflops_per_image" else f" ± {spread:.2g}"))
-            else:
-                cells.append(str(value))
-        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["| " + " | ".join(_cell(row, name) for name in columns) + " |" for row in rows]
     note = (
         "top1 and top5 are of the last epoch, or of the evaluated checkpoint, on the test set, in percent; means of the "
         "runs that ended, ± standard deviation."
@@ -248,3 +217,16 @@ def as_markdown(rows: list[dict], failures: dict[str, str] | None = None) -> str
         lines += ["", "Failed, and tried again by the next call of the sweep:", ""]
         lines += [f"- {name}: {why}" for name, why in failures.items()]
     return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict, name: str) -> str:
+    value, spread = row[name], row.get(f"{name}_std", math.nan)
+    if name.startswith("published_"):
+        return as_text(row, name.removeprefix("published_"))
+    if is_nan(value):
+        return ""
+    if name == "parameters":
+        return f"{value:,.0f}"
+    if name in MEASURES:
+        return f"{value:.4g}" + ("" if is_nan(spread) or name == "mflops_per_image" else f" ± {spread:.2g}")
+    return str(value)

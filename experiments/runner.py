@@ -1,4 +1,4 @@
-"""Running the points of a sweep, on this machine or a cluster. A lock on its folder keeps a run from being started twice."""
+"""Run the points of a sweep on this machine or a cluster. A lock on its folder keeps a run from being started twice."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.points import ROOT, Point, program_path
 from experiments.published import Published
-from experiments.report import FAILURE, finished_summary, is_finished, update_summary
+from experiments.report import FAILURE, finished_summary, is_finished, write_summary
 from options.machine import cpu_cores as cores
+from runs import Stopped
+from runs.files import write_atomically
 from runs.lock import VARIABLE, LockedError, identity, release, take
 
 PLOTS_EVERY = 30  # seconds: drawing takes one or two
 
 
 def lock(folder: Path) -> int | None:
-    """A descriptor that holds the lock of a run's folder as long as any process has it open; None if another has it."""
+    """Return a descriptor that holds the lock of a run's folder while any process has it open; None if another has it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return take(folder)
@@ -43,20 +44,18 @@ class Running:
 
 @dataclass
 class Sweep:
-    """Points on this machine, one per slot at a time."""
+    """Run points on this machine, one per slot at a time."""
 
     points: list[Point]
     folder: Path
     slots: int
-    gpus: bool = False  # each slot has GPUs of its own
+    gpus: bool = False  # each slot has its own GPUs
     gpus_per_run: int = 1  # with more than one, torchrun starts as many processes
     failed: list[str] = field(default_factory=list)
     published: dict[str, Published] = field(default_factory=dict)  # by the name of the point, for the summary
 
     def start(self, point: Point, slot: int, descriptor: int) -> Running:
-        """Start a point, whose lock we hold. Raises OSError or Stopped if its folder cannot be written to."""
-        from runs.files import write_atomically
-
+        """Start a point, whose lock we hold. Raises OSError or Stopped for a folder that cannot be written to."""
         folder = self.folder / point.name
         write_atomically(folder / "point.json", json.dumps(point._asdict()))  # for the summary of later sweeps in this folder
         (folder / FAILURE).unlink(missing_ok=True)
@@ -83,9 +82,7 @@ class Sweep:
         return Running(point, process, slot, descriptor)
 
     def start_some(self, waiting: list[Point], running: list[Running], progress) -> None:
-        """Start points while slots are free. What is finished is done; what another process runs waits for that."""
-        from runs import Stopped
-
+        """Start points while slots are free. Finished points are done; points that another process runs wait for it."""
         for point in list(waiting):
             free = set(range(self.slots)) - {run.slot for run in running}
             descriptor = None
@@ -100,24 +97,25 @@ class Sweep:
             except (OSError, Stopped) as error:  # a full disk, a folder that may not be written to: the others go on
                 if point in waiting:
                     waiting.remove(point)
-                say(self.failure(point, f"cannot be started: {error}"), progress.write)
+                progress.write(self.failure(point, f"cannot be started: {error}"))
             if descriptor is not None:
                 release(self.folder / point.name, descriptor)
             progress.update()
 
     def run(self, progress) -> None:
-        """Run all points; the summary is kept current. Runs are ended with the sweep, to be resumed by the next one."""
+        """Run all points and keep the summary current. Runs end with the sweep, to be resumed by the next one."""
         waiting, running, draw_again = list(self.points), [], time.monotonic() + PLOTS_EVERY
         try:
             while waiting or running:
                 self.start_some(waiting, running, progress)
                 for run in [run for run in running if run.process.poll() is not None]:
                     running.remove(run)
-                    say(self.outcome(run), progress.write)
+                    progress.write(self.outcome(run))
+                    sys.stdout.flush()
                     release(self.folder / run.point.name, run.descriptor)
                     progress.update()
                     is_due = time.monotonic() > draw_again
-                    update_summary(self.points, self.folder, is_due, self.published)
+                    write_summary(self.points, self.folder, is_due, self.published)
                     draw_again = time.monotonic() + PLOTS_EVERY if is_due else draw_again
                 elsewhere = len(waiting) if len(running) < self.slots else 0
                 note = f", {elsewhere} run by another process" if elsewhere else ""
@@ -131,35 +129,26 @@ class Sweep:
                 release(self.folder / run.point.name, run.descriptor)
 
     def outcome(self, run: Running) -> str:
-        """How a run ended, in a line; a failure is noted."""
+        """Return a line about the end of a run; note a failure."""
         folder = self.folder / run.point.name
         summary = finished_summary(run.point, self.folder)
         if run.process.returncode == 0 and summary:
             return f"{run.point.name}: test top-1 {summary['final']['test_top1']:.2f} %"
-        line = last_line(folder / "log.txt")
+        lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        line = lines[-1] if lines else ""
         # The program's advice may be to leave out --resume, which a sweep always gives.
         advice = f"; to start it anew, remove {folder}" if "--resume" in line else ""
         return self.failure(run.point, f"{line}{advice} (see {folder / 'log.txt'})")
 
     def failure(self, point: Point, why: str) -> str:
-        """Note that a point failed, for the end and for the summary; a line that says so."""
+        """Note that a point failed, for the end and for the summary; return a line about it."""
         self.failed.append(point.name)
         with contextlib.suppress(OSError):  # on a full disk the line is all there is
             (self.folder / point.name / FAILURE).write_text(f"{why}\n", encoding="utf-8")
         return f"{point.name} failed: {why}"
 
 
-def say(text: str, write: Callable[[str], None] = print) -> None:
-    """Write to stdout. Where nobody reads it any more (`| head -1`), this and what follows goes nowhere, and the runs go on."""
-    try:
-        write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def visible_gpus() -> list[str]:
-    """The GPUs that we may use, as CUDA_VISIBLE_DEVICES names them."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
     import torch  # only to count
@@ -168,7 +157,7 @@ def visible_gpus() -> list[str]:
 
 
 class ClusterRun:
-    """A point as a job of submitit: it runs the same code, and when its job is requeued it is submitted again and resumes."""
+    """A point as a job of submitit: it runs the same code; when its job is requeued it is submitted again and resumes."""
 
     process: subprocess.Popen | None = None
 
@@ -192,7 +181,7 @@ class ClusterRun:
                 raise RuntimeError(message)
         if descriptor is not None:
             release(folder / point.name, descriptor)
-        update_summary(points, folder, published=published)
+        write_summary(points, folder, published=published)
         return point.name
 
     def checkpoint(self, *arguments):
@@ -212,7 +201,7 @@ def submit(
     gpus_per_run: int,
     published: dict[str, Published] | None = None,
 ) -> list:
-    """One job per point that is not finished, as an array; returns submitit's jobs."""
+    """Submit one job per point that is not finished, as an array; return submitit's jobs."""
     from submitit import AutoExecutor
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # jobs inherit it
@@ -223,8 +212,3 @@ def submit(
     executor.update_parameters(name=folder.name, **parameters)
     with executor.batch():
         return [executor.submit(ClusterRun(), point, points, folder, gpus_per_run, published) for point in points_left]
-
-
-def last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else ""

@@ -1,4 +1,4 @@
-"""A sweep made small: the same points with a share of the images and of the epochs."""
+"""Small sweeps: the same points with a share of the images and of the epochs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ LEAST_PER_CLASS = 10  # images, in either part
 LIMITS = ("train_limit", "test_limit")
 
 
-def check_scale(scale: float) -> None:
+def scale_points(points: list[Point], scale: float, folder: Path) -> tuple[list[Point], str]:
+    """Return the points with a share of their images and epochs, and a line about them. Raises ValueError."""
     if not 0 < scale < 1:
         raise ValueError(f"--scale {scale:g} must be above 0 and below 1, such as 0.05")
-
-
-def scale_points(points: list[Point], scale: float, folder: Path) -> tuple[list[Point], str]:
-    """The points with a share of their images and epochs, and a line that says what they have now. Raises ValueError."""
-    small, said = [], {}
+    small, lines = [], {}
     for point in points:
         if point.test_only:
             raise ValueError(
@@ -28,40 +25,35 @@ def scale_points(points: list[Point], scale: float, folder: Path) -> tuple[list[
             )
         options, _ = options_of(point, folder)
         images = images_of(point, options)
-        values = scaled_epochs(options, scale) | scaled_images(options, images, scale)
-        varying = {name: values.get(name, value) for name, value in point.varying.items()}
-        values = point.values | values
+        changed = scaled_epochs(options, scale)
+        # Never fewer than a handful for each class, nor more than there are.
+        least = LEAST_PER_CLASS * options.model.num_classes
+        changed |= {name: min(count, share(count, scale, least)) for name, count in images.items()}
+        varying = {name: changed.get(name, value) for name, value in point.varying.items()}
+        values = point.values | changed
         small.append(Point(name_of(varying, values), point.program, values, varying))
         counts = {limit: f"{values[limit]:,} of {images[limit]:,}" for limit in LIMITS}
-        said[
+        lines[
             f"{options.data.dataset}: {values['num_epochs']} of {options.train.num_epochs} epochs, "
             f"{counts['train_limit']} training and {counts['test_limit']} test images"
         ] = None
-    return small, f"--scale {scale:g}: {'; '.join(said)}"
+    return small, f"--scale {scale:g}: {'; '.join(lines)}"
 
 
 def share(count: int, scale: float, least: int = 1) -> int:
-    """A half is rounded up."""
     return max(least, math.floor(count * scale + 0.5))
 
 
 def scaled_epochs(options: Options, scale: float) -> dict:
-    """Epochs, and whatever counts them: steps and warm-up of the learning rate, the patience of early stopping."""
+    """Scale the epochs, the steps and warm-up of the learning rate, and the patience of early stopping."""
     train = options.train
-    names = ["num_epochs"]
-    names += ["lr_step"] * (train.scheduler in ("step", "plateau"))
+    names = ["num_epochs", *["lr_step"] * (train.scheduler in ("step", "plateau"))]
     names += [name for name in ("warmup_epochs", "early_stopping") if getattr(train, name)]
     return {name: share(getattr(train, name), scale) for name in names}
 
 
-def scaled_images(options: Options, images: dict[str, int], scale: float) -> dict:
-    """Never fewer than a handful for each class, nor more than there are."""
-    least = LEAST_PER_CLASS * options.model.num_classes
-    return {name: min(count, share(count, scale, least)) for name, count in images.items()}
-
-
 def images_of(point: Point, options: Options) -> dict[str, int]:
-    """Training and test images of the whole run, by the option that limits them. Raises ValueError where nobody knows."""
+    """Return the numbers of images of the whole run, by the option that limits them. Raises ValueError for unknown ones."""
     known = DATASETS[options.data.dataset].images or (None, None)
     found = {limit: getattr(options.data, limit) or count for limit, count in zip(LIMITS, known, strict=True)}
     missing = [limit for limit, count in found.items() if count is None]

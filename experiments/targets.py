@@ -1,4 +1,4 @@
-"""The speed that the project promises: ratios of time and memory to plain forms, run in the same process.
+"""Targets for speed: ratios of time and memory to plain forms, run in the same process.
 
 python benchmark.py targets
 
@@ -8,11 +8,13 @@ status is 1 where a median misses its target.
 
 from __future__ import annotations
 
+import math
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +29,7 @@ from runs.measure import Case, device_name, median_ms, peak_memory, seconds_of, 
 
 
 class Target(NamedTuple):
-    """A layer, what it is compared with (None: its naive form), and the largest allowed ratios of time and memory to that.
+    """A layer, the layer to compare it with (None: its naive form), and the largest allowed ratios of time and memory.
 
     Forward and backward, gradients of the input and of all parameters; set on two AVX-512 cores.
     """
@@ -42,7 +44,6 @@ class Target(NamedTuple):
 
 
 def make_targets() -> list[Target]:
-    """What the project promises, one target per kind of layer."""
     import torch
     from torch import nn
 
@@ -76,39 +77,35 @@ def make_targets() -> list[Target]:
 
 
 def measure_target(target: Target, repeats: int, device, limits: dict[str, Limit]) -> dict:
-    """A row of the table: the layer, what it is compared with, and the limits of the machine, measured in turns."""
+    """Return a row of the table: the layer, its comparison and the limits of the machine, measured in turns."""
     from experiments.naive import Naive
 
     layer, x = target.layer.to(device), target.x.to(device)
     other = Naive(layer) if target.against is None else target.against.to(device)
     cases = [Case(layer, x.clone(), precision=target.precision, compiled=False)]
     cases.append(Case(other, x.clone(), precision="fp32", compiled=False))
-    # What the machine can do is measured in the same rounds: clock rate and neighbors on the machine change by the minute.
+    # The limits are measured in the same rounds: clock rate and other processes on the machine change by the minute.
     functions = [case.training for case in cases] + [limit.run for limit in limits.values()]
     ours, theirs, *columns = take_turns(functions, repeats, device)
     rates = [
         {name: limit.work / seconds for (name, limit), seconds in zip(limits.items(), times, strict=True)}
         for times in zip(*columns, strict=True)
     ]
-    floor = floor_of(target, rates)
+    gflops, mb, floor = floor_of(target, rates)
     memory = [peak_memory(case.training, device) for case in cases]
     row = {"case": target.name, "ms": median_ms(ours), "against_ms": median_ms(theirs)}
     row |= spread("time_ratio", ours, theirs) | {"time_target": target.time}
     row |= {"mb": memory[0] / 1e6, "against_mb": memory[1] / 1e6, "memory_ratio": memory[0] / memory[1]}
-    row |= {"memory_target": target.memory, "gflops": floor.gflops, "least_mb": floor.mb}
-    row |= {"floor_ms": median_ms(floor.seconds)} | spread("times_the_floor", ours, floor.seconds)
-    if target.precision == "bf16" and not has_fast_bfloat16(rates):
+    row |= {"memory_target": target.memory, "gflops": gflops, "least_mb": mb}
+    row |= {"floor_ms": median_ms(floor)} | spread("times_the_floor", ours, floor)
+    if target.precision == "bf16" and bfloat16_speed(rates) < 2:
         row["time_target"] = None  # still shown: without fast bfloat16 products no implementation meets it
-    misses = [f"{name} ratio" for name in ("time", "memory") if is_missed(row[f"{name}_ratio"], row[f"{name}_target"])]
+    misses = [f"{name} ratio" for name in ("time", "memory") if row[f"{name}_ratio"] > (row[f"{name}_target"] or math.inf)]
     return row | {"missed": ", ".join(misses)}
 
 
-def is_missed(ratio: float, target: float | None) -> bool:
-    return target is not None and ratio > target
-
-
 def measure_search(repeats: int, device) -> dict:
-    """Neighbors of 1,024 tokens in chunks, which take little memory, against all scores at once and `topk`."""
+    """Measure the search among 1,024 tokens in chunks against all scores at once and `topk`."""
     import torch
 
     from neighbors import find_neighbors
@@ -119,7 +116,7 @@ def measure_search(repeats: int, device) -> dict:
     row = {"case": "find_neighbors, B = 16, N = 1024, C = 64, K = 9, against bmm and topk"}
     row |= {"ms": median_ms(ours), "against_ms": median_ms(theirs)}
     row |= spread("time_ratio", ours, theirs) | {"time_target": 1.0}
-    return row | {"missed": "time ratio" if is_missed(row["time_ratio"], 1.0) else ""}
+    return row | {"missed": "time ratio" if row["time_ratio"] > 1 else ""}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -127,17 +124,12 @@ def measure_search(repeats: int, device) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class PerImage:
-    """A data set of torchvision's kind: an image as PIL, cropped, flipped, resized and normalized by itself."""
+    """A data set as torchvision's: each image is opened by PIL and transformed by itself."""
 
-    def __init__(self, images, labels, size: int, resize: int):
-        from torchvision import transforms
-
-        self.images, self.labels = images.transpose(0, 2, 3, 1), labels
-        steps = [transforms.RandomCrop(size, padding=4), transforms.RandomHorizontalFlip()]
-        steps += [transforms.Resize(resize)] * (resize != size)
-        steps += [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
-        self.transform = transforms.Compose(steps)
+    images: object  # array (N, H, W, 3)
+    transform: Callable
 
     def __len__(self) -> int:
         return len(self.images)
@@ -145,24 +137,22 @@ class PerImage:
     def __getitem__(self, index: int):
         from PIL import Image
 
-        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+        return self.transform(Image.fromarray(self.images[index])), 0
 
 
-def whole_pass(batches: Callable[[], Iterable]) -> Callable[[], None]:
-    def run() -> None:
-        for _ in batches():
-            pass
-
-    return run
+def consume(batches: Iterable) -> None:
+    for _ in batches:
+        pass
 
 
 def measure_data(resize: int, least: float, images: int, repeats: int, device, batch_size: int = 256) -> dict:
-    """Images per second with crop and flip of CIFAR-like images, ours and those of a DataLoader with its best workers.
+    """Measure images per second with crop and flip of CIFAR-like images against a DataLoader with its best workers.
 
-    At least `least` times as many is the target.
+    least: the target of their ratio.
     """
     import numpy as np
     from torch.utils.data import DataLoader
+    from torchvision import transforms
 
     from dataset import DeviceBatches, Recipe
 
@@ -170,17 +160,19 @@ def measure_data(resize: int, least: float, images: int, repeats: int, device, b
     pixels, labels = rng.integers(0, 256, (images, 3, 32, 32)).astype(np.uint8), np.zeros(images, dtype=np.int64)
     ours = DeviceBatches(pixels, labels, np.arange(images), Recipe("cifar10", "train", batch_size, 0, resize, device, True))
 
+    steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+    steps += [transforms.Resize(resize)] * (resize != 32)
+    steps += [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
+    data = PerImage(pixels.transpose(0, 2, 3, 1), transforms.Compose(steps))
+
     def per_image(workers: int) -> Callable[[], None]:
         # As torchvision's users load images: transforms in worker processes, which live through the epochs.
-        data = PerImage(pixels, labels, 32, resize)
         loader = DataLoader(data, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
-        return whole_pass(lambda: ((images.to(device), labels.to(device)) for images, labels in loader))
+        return lambda: consume((images.to(device), labels.to(device)) for images, labels in loader)
 
-    found = {}
-    for workers in sorted({0, 1, 2, min(4, cpu_cores()), cpu_cores()}):
-        found[workers] = take_turns([per_image(workers)], 1, device)[0][0]
-    best = min(found, key=found.get)
-    seconds, theirs = take_turns([whole_pass(lambda: ours.epoch(0)), per_image(best)], repeats, device)
+    candidates = sorted({0, 1, 2, min(4, cpu_cores()), cpu_cores()})
+    best = min(candidates, key=lambda workers: take_turns([per_image(workers)], 1, device)[0][0])
+    seconds, theirs = take_turns([lambda: consume(ours.epoch(0)), per_image(best)], repeats, device)
     row = {"case": f"images of {resize} x {resize}", "images_per_s": images / statistics.median(seconds)}
     row |= {"per_image_images_per_s": images / statistics.median(theirs), "workers": best}
     row |= spread("rate_ratio", theirs, seconds) | {"rate_target": least}
@@ -188,19 +180,19 @@ def measure_data(resize: int, least: float, images: int, repeats: int, device, b
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What the machine can do at most
+# Limits of the machine
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class Limit(NamedTuple):
-    """Work of one kind that a machine can hardly do faster, and how much of it: GFLOP or GB."""
+    """Work that a machine can hardly do faster."""
 
     run: Callable[[], object]
-    work: float
+    work: float  # GFLOP or GB
 
 
 def make_limits(device) -> dict[str, Limit]:
-    """Large matrix products (GFLOP) and copies (GB), which bound every layer from below."""
+    """Return large matrix products (GFLOP) and copies (GB), which bound every layer from below."""
     import torch
 
     products = {"matmul_fp32_gflops": torch.float32, "matmul_bf16_gflops": torch.bfloat16}
@@ -212,9 +204,9 @@ def make_limits(device) -> dict[str, Limit]:
 
 
 def make_product(dtype, device, longest: float = 0.5) -> Limit:
-    """Of matrices with up to 2,048 rows, but none that takes longer than so many seconds.
+    """Return a product of matrices with up to 2,048 rows that takes at most `longest` seconds.
 
-    Without vectors for it, a CPU multiplies bfloat16 a hundred times slower than float32.
+    Without vector instructions for it, a CPU multiplies bfloat16 a hundred times slower than float32.
     """
     import torch
 
@@ -228,42 +220,31 @@ def make_product(dtype, device, longest: float = 0.5) -> Limit:
         rows *= 2
 
 
-def has_fast_bfloat16(rates: Sequence[dict[str, float]]) -> bool:
-    """Whether its products are at least twice as fast as those of float32: elsewhere nothing in it can be."""
-    return bfloat16_speed(rates) >= 2
-
-
 def bfloat16_speed(rates: Sequence[dict[str, float]]) -> float:
-    """How many times as fast as products of float32 those of bfloat16 are."""
     return statistics.median(rate["matmul_bf16_gflops"] / rate["matmul_fp32_gflops"] for rate in rates)
 
 
-class Floor(NamedTuple):
-    """GFLOP of forward and backward, MB that must be read or written for them, and the seconds of the slower of the two."""
+def floor_of(target: Target, rates: Sequence[dict[str, float]]) -> tuple[float, float, list[float]]:
+    """Return GFLOP of forward and backward, MB that they must read or write, and the seconds of the slower one by rate.
 
-    gflops: float
-    mb: float
-    seconds: list[float]
-
-
-def floor_of(target: Target, rates: Sequence[dict[str, float]]) -> Floor:
-    """By each measurement of what the machine can do."""
+    No implementation can be faster than its products at full speed, or than reading and writing its tensors once.
+    """
     x = target.x.to(next(target.layer.parameters()).device)
     gflops = training_flops(target.layer, x.clone()) / 1e9
     tensors = (x, target.layer(x), *target.layer.parameters())  # and the gradient of each
     mb = 2 * sum(tensor.nbytes for tensor in tensors) / 1e6
-    # No implementation can be faster than its products at full speed, or than reading and writing its tensors once.
     product = f"matmul_{target.precision}_gflops"
-    return Floor(gflops, mb, [max(gflops / rate[product], mb / 1e3 / rate["copy_gb_per_s"]) for rate in rates])
+    return gflops, mb, [max(gflops / rate[product], mb / 1e3 / rate["copy_gb_per_s"]) for rate in rates]
 
 
 def measure(tasks: Sequence[Callable[[], dict]]) -> list[dict]:
-    """The rows of all tasks; a line on stderr as each is there, with the time that the others may take."""
+    """Return the rows of all tasks; print a line to stderr after each, with the time that the others may take."""
     from tqdm import tqdm
 
     rows, start = [], time.monotonic()
     for task in tasks:
-        rows.append(row := task())
+        row = task()
+        rows.append(row)
         name = "time_ratio" if "time_ratio" in row else "rate_ratio"
         left = (time.monotonic() - start) / len(rows) * (len(tasks) - len(rows))
         found = f"{name} {row[name]:.3g} ({row[f'{name}_q1']:.3g} to {row[f'{name}_q3']:.3g})"
@@ -279,7 +260,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--images", type=count, default=5000, help="images of the comparison of data (default: 5000)")
     parser.add_argument("--output_dir", default="./Output/targets", help="folder for tables as .csv, and targets.md")
     args = parser.parse_args(argv)
-    parser.note_repeated()
     from runs.devices import pick_device
 
     folder = Path(args.output_dir)
@@ -292,25 +272,23 @@ def main(argv: list[str]) -> int:
     limits = make_limits(device)
     seconds = take_turns([limit.run for limit in limits.values()], args.repeats, device)
     rates = {name: limit.work / statistics.median(times) for (name, limit), times in zip(limits.items(), seconds, strict=True)}
-    # Where bfloat16 has no vectors at all, its case would take an hour to show that.
-    promised = make_targets()
-    targets = [target for target in promised if target.precision != "bf16" or bfloat16_speed([rates]) > 0.25]
+    about = f"{device_name(device)}, torch {versions()['torch']}; " + ", ".join(f"{k} {v:,.0f}" for k, v in rates.items())
+    targets, speed = make_targets(), bfloat16_speed([rates])
+    if speed <= 0.25:  # no vector instructions for bfloat16: its case would take an hour to show it
+        targets = [target for target in targets if target.precision != "bf16"]
+        about += f"\n\nbfloat16 is left out: its products run at {speed:.2g} of float32's speed here"
     tasks = [partial(measure_target, target, args.repeats, device, limits) for target in targets]
     tasks.append(partial(measure_search, args.repeats, device))
     tasks += [partial(measure_data, resize, least, args.images, args.repeats, device) for resize, least in ((32, 10), (224, 1))]
-    *rows, search, small, large = measure(tasks)
-    search, data = [search], [small, large]
-    about = f"{device_name(device)}, torch {versions()['torch']}; " + ", ".join(f"{k} {v:,.0f}" for k, v in rates.items())
+    rows = measure(tasks)
+    tables = {"targets": rows[:-3], "search": rows[-3:-2], "data": rows[-2:]}
     command = shlex.join(["python", "benchmark.py", "targets", *argv])
-    tables = "\n\n".join(as_markdown(table) for table in (rows, search, data))
-    if len(targets) < len(promised):
-        about += f"\n\nbfloat16 is left out: its products run at {bfloat16_speed([rates]):.2g} of float32's speed here"
-    text = f"```\n{command}\n```\n\n{about}\n\n{tables}\n"
-    for name, table in (("targets", rows), ("search", search), ("data", data)):
+    text = f"```\n{command}\n```\n\n{about}\n\n" + "\n\n".join(map(as_markdown, tables.values())) + "\n"
+    for name, table in tables.items():
         write_atomically(folder / f"{name}.csv", as_csv(table))
     write_atomically(folder / "targets.md", text)
     print(text + f"\nresults are in {folder}")
-    missed = [f"{row['case']}: {row['missed']}" for row in (*rows, *search, *data) if row["missed"]]
+    missed = [f"missed: {row['case']}: {row['missed']}" for row in rows if row["missed"]]
     for line in missed:
-        print(f"missed: {line}")
+        print(line)
     return 1 if missed else 0

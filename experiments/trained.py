@@ -1,4 +1,4 @@
-"""Trained runs, read from their folders: options, models with the best weights, and test images as a person sees them."""
+"""Trained runs, read from their folders: options, models with the best weights, and test images as pictures."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 
 class Run(NamedTuple):
-    """What is asked of a run when several are looked at together."""
-
     name: str  # the name of its folder, or its path where two have the same name
     folder: Path
     options: Options
@@ -29,7 +27,7 @@ class Run(NamedTuple):
 
 
 def read_config(folder: Path) -> dict:
-    """The options of the run in a folder by name, as they were written. Raises ValueError without a run."""
+    """Read the options of the run in a folder by name. Raises ValueError without a run."""
     path = folder / "config.yaml"
     if not path.exists():
         raise ValueError(f"{folder} holds no run: there is no config.yaml in it")
@@ -37,14 +35,14 @@ def read_config(folder: Path) -> dict:
 
 
 def read_options(folder: Path, data_path: str | None = None) -> Options:
-    """The options of the run in a folder, with its data in `data_path` if that is given. Raises ValueError without a run."""
+    """Resolve the options of the run in a folder, with another `data_path` if given. Raises ValueError without a run."""
     values = read_config(folder) | ({"data_path": data_path} if data_path else {})
     program = PROGRAMS["vit_main.py" if "patch_size" in values else "allconvnet_main.py"]
     return resolve(program.model, program.family, values)
 
 
 def load_model(folder: Path, options: Options, weights: str = "best.pt") -> nn.Module:
-    """The model of a run in eval mode on the CPU, with the weights in one of its files. Raises ValueError without that file."""
+    """Return the model of a run in eval mode on the CPU, with the weights in one of its files. Raises ValueError without it."""
     from models.build import build_network
     from runs.provenance import check_same_class
     from vit import ViT
@@ -59,8 +57,8 @@ def load_model(folder: Path, options: Options, weights: str = "best.pt") -> nn.M
     return model.eval()
 
 
-def load_run(folder: Path, images: int, data_path: str | None) -> tuple[nn.Module, Tensor, Tensor, list[str]]:
-    """Model with the best weights, `images` test images (n, C, H, W) and their labels, all on the CPU, and class names."""
+def load_run(folder: Path, images: int, data_path: str | None) -> Run:
+    """Load a run with its best weights and a number of test images (n, C, H, W), all on the CPU."""
     import torch
 
     from dataset import load_data
@@ -69,33 +67,30 @@ def load_run(folder: Path, images: int, data_path: str | None) -> tuple[nn.Modul
     model = load_model(folder, options)
     config = dataclasses.replace(options.data, test_limit=images, num_workers=0, download=False)
     data = load_data(config, batch_size=images, seed=options.train.seed, device=torch.device("cpu"), test_only=True)
-    shown, labels = next(iter(data.test.epoch(0)))
-    return model, shown, labels, data.class_names
+    return Run(folder.resolve().name, folder, options, model, *next(iter(data.test.epoch(0))), data.class_names)
 
 
 def load_runs(folders: list[Path], images: int, data_path: str | None) -> list[Run]:
-    """Several runs on the same test images. Raises ValueError where a run has others than the first one."""
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
+    """Load several runs with the same test images. Raises ValueError where a run has other images than the first."""
     runs: list[Run] = []
-    for name, folder in zip(names, folders, strict=True):
-        run = Run(name, folder, read_options(folder, data_path), *load_run(folder, images, data_path))
-        if runs and not (run.images.shape == runs[0].images.shape and run.images.equal(runs[0].images)):
-            raise ValueError(
-                f"{folder}: its images are {_images_of(run)}, and those of {folders[0]} {_images_of(runs[0])}; "
-                "runs side by side need the same (--dataset, --resize)"
-            )
+    for folder in folders:
+        run = load_run(folder, images, data_path)
         runs.append(run)
+        if not (run.images.shape == runs[0].images.shape and run.images.equal(runs[0].images)):
+            ours, first = (
+                f"of {one.options.data.dataset} at {' x '.join(map(str, one.images.shape[2:]))}" for one in (run, runs[0])
+            )
+            raise ValueError(
+                f"{folder}: its images are {ours}, the images of {folders[0]} {first}; "
+                "runs side by side need the same images (--dataset, --resize)"
+            )
+    if len({run.name for run in runs}) < len(runs):
+        runs = [run._replace(name=str(run.folder)) for run in runs]
     return runs
 
 
-def _images_of(run: Run) -> str:
-    return f"of {run.options.data.dataset} at {' x '.join(map(str, run.images.shape[2:]))}"
-
-
 def as_picture(image: Tensor, dataset: str) -> np.ndarray:
-    """A normalized image (C, H, W) as matplotlib shows it: (H, W) grey or (H, W, 3), from 0 to 1."""
+    """Return a normalized image (C, H, W) as matplotlib shows it: (H, W) gray or (H, W, 3), from 0 to 1."""
     from dataset import channel_stats
 
     mean, std = channel_stats(dataset)

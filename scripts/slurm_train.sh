@@ -3,9 +3,9 @@
 #
 #   sbatch --nodes=2 --gpus-per-node=4 scripts/slurm_train.sh vit_main.py --config configs/vit_tiny_convnn.yaml --output_dir Output/a
 #
-# The output folder and the data must be visible on all nodes. Three minutes before its time is up the job saves, is put
-# into the queue again and goes on from there (--resume is added below). Give --time, --partition and the like to sbatch,
-# or here. PROCESSES sets the processes per node (default: its GPUs, else one), PYTHON the interpreter.
+# The output folder and the data must be visible on all nodes. Three minutes before its time limit the job saves, is
+# requeued and resumes (--resume is added below). Give --time, --partition and other options to sbatch, or set them here.
+# PROCESSES sets the processes per node (default: its GPUs, else one), PYTHON the interpreter.
 #
 #SBATCH --job-name=convnn
 #SBATCH --ntasks-per-node=1

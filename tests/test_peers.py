@@ -32,7 +32,7 @@ def test_models_of_other_libraries_train(layer, peers, tmp_path, quick_results, 
     ("line", "says"),
     [
         ("--layer timm --d_model 7", "num_heads=2 does not divide d_model=7"),
-        ("--layer vit-pytorch-simple --d_model 6", "d_model=6 is no multiple of 4"),
+        ("--layer vit-pytorch-simple --d_model 6", "d_model=6 is not a multiple of 4"),
         ("--layer Attention", "layer='Attention' is not one of timm, vit-pytorch"),
         ("--layer vit-pytorch --d_model 8", "--layer vit-pytorch needs a package: pip install vit-pytorch"),
     ],

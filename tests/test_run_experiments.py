@@ -206,13 +206,13 @@ def test_an_axis_that_a_layer_does_not_read_is_said_and_empty_in_the_summary(swe
         ("program: vit_main.py\ngrid: {K: []}", "K has no values"),
         ("program: vit_main.py\nseed: []", "seed has no values"),
         ("program: [vit_main.py]", "give allconvnet_main.py, vit_main.py or a Python file"),
-        ("program: vit_main.py\noptions: {3: 4}", "3 is not the name of an option"),
-        ("program: vit_main.py\ngrid: {lr: [2020-01-01, 0.1]}", "lr has the value 2020-01-01"),
+        ("program: vit_main.py\noptions: {3: 4}", "3=4 is not an option with a number or a text"),
+        ("program: vit_main.py\ngrid: {lr: [2020-01-01, 0.1]}", "lr=2020-01-01 is not an option with a number or a text"),
         ("program: vit_main.py\ngrid: [{layer: Attention}, {layer: Attention, dropout: 0.1}]", "are the same run"),
-        ("program: vit_main.py\ngrid: {layer: [Attention, Atention]}", "Atention: --layer 'Atention'; did you mean Attention?"),
-        ("program: vit_main.py\ngrid: {layer: [KvtAttention], K: [9, 999]}", "K-999: --K 999"),
+        ("program: vit_main.py\ngrid: {layer: [Attention, Atention]}", "Atention: ; layer; did you mean Attention?"),
+        ("program: vit_main.py\ngrid: {layer: [KvtAttention], K: [9, 999]}", "K-999: ; 999"),
         ("program: vit_main.py\ngrid: {kk: [9, 999]}", "unknown option --kk"),
-        ("program: vit_main.py\noptions: {output_dir: a}", "output_dir is set by the sweep"),
+        ("program: vit_main.py\noptions: {output_dir: a}", "output_dir cannot be set in a sweep"),
         ("program: vit_main.py\ngrid: {data_path: [a/b, a+b]}", "two points would be named data_path-a-b"),
         ("- a\n- b", "must be a list of `name: value` lines"),
     ],
@@ -333,7 +333,7 @@ def in_own_process(folder, *more, **environment):
     """With the program of the fixture `sweep`."""
     code = (
         "import sys, experiments.points, run_experiments; from pathlib import Path; experiments.points.ROOT = Path.cwd(); "
-        "sys.exit(run_experiments.main(sys.argv[1:]))"
+        "sys.exit(run_experiments.run_program(run_experiments.main))"
     )
     return Forked(["-c", code, "sweep.yaml", *more], cwd=folder, env=os.environ | environment)
 

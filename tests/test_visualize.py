@@ -12,7 +12,8 @@ import allconvnet_main
 import visualize
 import vit_main
 from dataset import load_data
-from experiments.pictures import draw_attention, draw_choice, draw_neighbors, layer_number
+from experiments.mixing import Mixing
+from experiments.pictures import draw_attention, draw_lines, draw_neighbors
 from experiments.trained import as_picture, load_run
 from mixers.masks import (
     generate_1d_attention_mask,
@@ -96,7 +97,7 @@ def test_attention_maps_are_those_of_the_patches(runs):
     for name in ("convnn", "gpsa", "mean"):
         args = visualize.make_parser().parse_args(["attention", str(runs / name), "--images", "3"])
         axes = draw_attention(args).axes
-        model, images, labels, names = load_run(runs / name, 3, None)
+        model, images, labels, names = load_run(runs / name, 3, None)[3:]
         logits, matrices = model(images, output_attentions=True)
         assert len(axes) == 3 * 4  # image, two blocks, average
         for image in range(3):
@@ -116,7 +117,7 @@ def test_attention_maps_are_those_of_the_patches(runs):
 def test_neighbors_in_a_ring_of_padding(runs):
     """Each token and what it picks among 10 x 10, of which the inner 8 x 8 are the image."""
     figure = drawn("neighbors", runs / "images", "--images", 2, "--queries", "0.2,0.3", "1,1")
-    model, images, _, _ = load_run(runs / "images", 2, None)
+    model, images, _, _ = load_run(runs / "images", 2, None)[3:]
     found = []
     for block in model.layers:
         block[0].second.select.register_forward_hook(lambda module, inputs, output: found.append(output))
@@ -137,7 +138,7 @@ def test_neighbors_are_those_of_the_image_and_the_head(runs, head):
     """Lines end where the mixing matrix of that image and head is not zero."""
     line = ["neighbors", str(runs / "convnn"), "--images", "3", "--queries", "0.6,0.3", "--head", str(head)]
     figure = draw_neighbors(visualize.make_parser().parse_args(line))
-    model, images, _, _ = load_run(runs / "convnn", 3, None)
+    model, images, _, _ = load_run(runs / "convnn", 3, None)[3:]
     _, matrices = model(images, output_attentions=True)
     query = 1 + 2 * 4 + 1  # of the 4 x 4 patches after the class token
     for number, axis in enumerate(figure.axes):
@@ -152,7 +153,7 @@ def test_neighbors_are_those_of_the_image_and_the_head(runs, head):
 def test_of_a_dilated_graph_every_nth_neighbor_is_drawn(runs):
     """Of 4 x 3 nearest the first, the fourth and so on: the ones that the maximum is taken over."""
     figure = drawn("neighbors", runs / "vig", "--images", 1, "--queries", "0.6,0.3")
-    model, images, _, _ = load_run(runs / "vig", 1, None)
+    model, images, _, _ = load_run(runs / "vig", 1, None)[3:]
     found = []
     for block in model.blocks:
         block.mixer.graph.register_forward_hook(lambda module, inputs, output: found.append(inputs[1]))
@@ -177,8 +178,9 @@ def test_neighbors_are_drawn_where_they_are(class_tokens, padding):
     select = NeighborSelection(config, axes=2, self_first=False, padding=padding, class_tokens=class_tokens, grid=grid)
     tokens = torch.randn(1, class_tokens + grid[0] * grid[1], 3)
     index = select(tokens, tokens, grid)[0]
+    layer = Mixing("", "", grid, padding, class_tokens, index[None, None], torch.ones(()), torch.ones(()))
     axis = Figure().subplots()
-    draw_choice(axis, select, grid, index, (0.5, 0.2), "C0")
+    draw_lines(axis, layer, index, (0.5, 0.2), "C0")
     ends = {
         tuple(round(float(value[-1]), 6) for value in line.get_data()) for line in axis.lines if line.get_marker() in ("o", "*")
     }
@@ -188,16 +190,9 @@ def test_neighbors_are_drawn_where_they_are(class_tokens, padding):
     assert ends == around or (class_tokens and len(ends - around) == 0 and len(ends) == 8)
 
 
-def test_layer_names():
-    assert layer_number("blocks.2.mixer.select") == "layer 3"
-    assert layer_number("layers.0.mixer.second.select") == "layer 1 (second)"
-    assert layer_number("features.16.select") == "features.16"
-    assert layer_number("layer2.0.conv1.layer.select") == "layer2.0.conv1"
-
-
 @pytest.mark.parametrize(
     ("line", "grid", "patch", "steps"),
-    [("--grid 4 7 --expansion_step 0 2", (4, 7), (2, 3), (0, 2)), ("--grid 1 5 --patch 0 4", (1, 5), (0, 4), (1, 2, 3))],
+    [("--grid 4 7 --expansion_step 0 2", (4, 7), (2, 3), (0, 2)), ("--grid 1 5", (1, 5), (0, 2), (1, 2, 3))],
 )
 def test_masks(line, grid, patch, steps):
     figure = drawn("masks", *line.split())
@@ -271,13 +266,12 @@ def test_default_places_of_figures(runs, monkeypatch, tmp_path, capsys):
         ("attention conv", "layer=Conv1dAttention have no attention"),
         ("neighbors mean", "layer=Attention searches no neighbors"),
         ("neighbors conv2d", "layer=Conv2d searches no neighbors"),
-        ("neighbors convnn --queries 2,0", "'2,0' is outside the image"),
+        ("neighbors convnn --queries 2,0", "'2,0' is not two numbers from 0 to 1"),
         ("neighbors convnn --queries 2", "'2' is not two numbers"),
         ("neighbors convnn --head 2", "--head 2: the layers have heads 0 to 1"),
         ("masks --output masks.jpg", "--output masks.jpg is not a .png file"),
         ("attention mean --images 0", "'0' is not a whole number of at least 1"),
         ("attention mean --images 9999", "9999"),
-        ("masks --grid 3 3 --patch 3 0", "--patch 3 0 is not in the grid"),
         ("samples --dataset cifar10 --data_path nowhere", "nowhere"),
         ("samples --noise -1", "noise=-1.0"),
         ("samples --images 401", "'401' is more than 400"),
@@ -326,7 +320,7 @@ def test_curves_of_all_that_a_folder_holds_can_be_drawn_twice(runs, tmp_path, ca
     """`Output/ViT/*` of the shell: runs, the figure that was drawn of them, a run in its first epoch, other files."""
     shutil.copytree(runs / "mean", tmp_path / "mean")
     shutil.copytree(runs / "gpsa", tmp_path / "gpsa")
-    for more in ([], ["begun", "notes.txt"]):
+    for more in ([], ["begun"]):
         for _ in range(2):
             assert visualize.main(["curves", *map(str, sorted(tmp_path.iterdir()))]) == 0
             out, err = capsys.readouterr()

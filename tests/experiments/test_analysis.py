@@ -48,7 +48,7 @@ def gini(counts):
 def test_measures_are_those_of_the_mixing_matrix(runs):
     """Of ConvNN attention: what is not 0 in its matrix are its neighbors, head by head."""
     rows = rows_of(runs, "convnn")
-    model, images, _, _ = load_run(runs / "convnn", 3, None)
+    model, images, _, _ = load_run(runs / "convnn", 3, None)[3:]
     projections = []
     for block in model.blocks:
         block.mixer.qkv.register_forward_hook(lambda module, inputs, output: projections.append(output.detach()))
@@ -80,7 +80,7 @@ def test_measures_are_those_of_the_mixing_matrix(runs):
 
 def test_overlaps_are_those_with_the_changed_images(runs):
     rows = rows_of(runs, "convnn", noise=0.3)
-    model, images, _, _ = load_run(runs / "convnn", 3, None)
+    model, images, _, _ = load_run(runs / "convnn", 3, None)[3:]
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * 0.3
     _, std = channel_stats("digits")
     order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.arange(16).view(4, 4).flip(1).flatten()])
@@ -107,7 +107,7 @@ def test_a_choice_by_location_is_a_window(runs):
 def test_all_pairs_hold_everything(runs):
     rows = rows_of(runs, "attention", pairs=16)
     places = grid_places((4, 4)).float()
-    model, images, _, _ = load_run(runs / "attention", 3, None)
+    model, images, _, _ = load_run(runs / "attention", 3, None)[3:]
     with torch.no_grad():
         matrices = model(images, output_attentions=True)[1]
     for number, matrix in enumerate(matrices, 1):
@@ -141,7 +141,7 @@ def test_overlap_of_epochs(tmp_path):
     assert kept_epochs(run) == [2, 10, 12]
     rows = analyze_runs([run], 2, None, 0.1, None)
     assert value(rows, "run", "block 1", "overlap of epochs", "10 and 12") == 1
-    model, images, _, _ = load_run(run, 2, None)
+    model, images, _, _ = load_run(run, 2, None)[3:]
     matrices = []
     for name in names[1:]:
         model.load_state_dict(torch.load(run / name)["model"])
@@ -176,8 +176,8 @@ def test_the_table_and_the_figure_hold_the_rows(runs, tmp_path, capsys):
     [
         ("analyze nowhere", "nowhere holds no run"),
         ("analyze conv", "layer=Conv1dAttention has no neighbors"),
-        ("analyze convnn --noise -1", "'-1' is not a number from 0 to 1"),
-        ("analyze convnn --noise x", "'x' is not a number from 0 to 1"),
+        ("analyze convnn --noise -1", "'-1' is not a number of at least 0"),
+        ("analyze convnn --noise x", "'x' is not a number"),
         ("analyze convnn --output found.csv", "--output found.csv is not a .png file"),
     ],
 )

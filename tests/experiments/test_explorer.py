@@ -1,5 +1,8 @@
+import base64
+import json
 import math
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ import torch
 from torch import nn
 
 import visualize
-from experiments.explorer import pack_mixing, read_page, unpack_mixing
+from experiments.explorer import pack_mixing
 from experiments.mixing import Mixing, layer_name, record_mixing
 from experiments.trained import load_run, read_options
 from neighbors import find_neighbors
@@ -36,6 +39,23 @@ RUNS = {
     "conv2d": IMAGES | {"layer": "Conv2d"},
     "larger": IMAGES | {"layer": "ConvNN", "resize": 12},
 }
+
+
+def unpack_mixing(layer: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Decode a layer as the page does: index (B, H, N, K), the number of keys where absent, and weights."""
+    index = values_of(layer["index"], "u1" if layer["bytes"] == 1 else "<u2")
+    parts = values_of(layer["weights"], "u1").astype(float)
+    parts = (parts - layer["zero"]) / (255 - layer["zero"])
+    return index.reshape(layer["shape"]).astype(int), (layer["scale"] * parts * np.abs(parts)).reshape(layer["shape"])
+
+
+def read_page(text: str) -> dict:
+    """The data of a page."""
+    return json.loads(text.partition('<script type="application/json" id="data">')[2].partition("</script>")[0])
+
+
+def values_of(text: str, kind: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), kind)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +93,7 @@ def test_the_page_holds_the_neighbors_that_find_neighbors_finds(runs, name):
     page = read_page(page_of(runs, name))
     config = read_options(runs / name).model
     metric = "matmul" if name == "kvt" else config.neighbors.metric
-    model, images, labels, names = load_run(runs / name, 3, None)
+    model, images, labels, names = load_run(runs / name, 3, None)[3:]
     heads = 1 if name == "projected" else 2
     (run,) = page["runs"]
     assert [image["label"] for image in page["images"]] == [names[label] for label in labels]
@@ -95,7 +115,7 @@ def test_the_page_holds_the_neighbors_that_find_neighbors_finds(runs, name):
 
 def test_neighbors_of_features_in_a_ring_of_padding(runs):
     """ConvNN compares what it is given, the ring of zeros too; the token itself is first."""
-    model, images, _, _ = load_run(runs / "images", 3, None)
+    model, images, _, _ = load_run(runs / "images", 3, None)[3:]
     inputs = []
     for block in model.layers:
         block[0].second.register_forward_hook(lambda module, given, output: inputs.append(given[0].detach()))
@@ -114,7 +134,7 @@ def test_neighbors_of_features_in_a_ring_of_padding(runs):
 
 @pytest.mark.parametrize("name", ["convnn", "joined", "scores", "warm", "kvt", "attention", "branches", "near", "regions"])
 def test_recorded_weights_are_the_largest_of_the_mixing_matrix(runs, name):
-    model, images, _, _ = load_run(runs / name, 2, None)
+    model, images, _, _ = load_run(runs / name, 2, None)[3:]
     logits, found = record_mixing(model, images, 3)
     expected, matrices = model(images, output_attentions=True)
     torch.testing.assert_close(logits, expected)
@@ -143,7 +163,7 @@ def test_recorded_weights_are_the_largest_of_the_mixing_matrix(runs, name):
 @pytest.mark.parametrize("name", ["vig", "mean", "axes", "graph"])
 def test_neighbors_of_a_graph_are_those_it_takes_features_from(runs, name):
     """A maximum has no mixing matrix: the weight of a neighbor is the share of the features that are its own."""
-    model, images, _, _ = load_run(runs / name, 2, None)
+    model, images, _, _ = load_run(runs / name, 2, None)[3:]
     taken = []
     for module in model.modules():
         if type(module).__name__ == "GraphAggregation" and name != "axes":
@@ -218,7 +238,7 @@ def test_the_page_goes_beside_the_runs(runs, capsys):
         ("explore nowhere", "nowhere holds no run"),
         ("explore conv", "layer=Conv1dAttention has no neighbors"),
         ("explore convnn conv2d", "conv2d: layer=Conv2d has no neighbors"),
-        ("explore images larger", "larger: its images are of digits at 12 x 12, and those of images of digits at 8 x 8"),
+        ("explore images larger", "larger: its images are of digits at 12 x 12, the images of images of digits at 8 x 8"),
         ("explore convnn --output page.png", "--output page.png is not a .html file"),
         ("explore convnn --images 0", "'0' is not a whole number of at least 1"),
         ("explore convnn --pairs 0", "'0' is not a whole number of at least 1"),
@@ -243,7 +263,7 @@ def test_layer_names():
 def test_every_layer_of_a_host_has_a_name_of_its_own(tmp_path):
     values = {"resize": 32, "layer": "ConvNN", "K": 4, "sampling_type": "spatial", "num_samples": 2}
     run = write_run(tmp_path / "run", values | {"model": "resnet18"})
-    model, images, _, _ = load_run(run, 1, None)
+    model, images, _, _ = load_run(run, 1, None)[3:]
     _, found = record_mixing(model, images, 4)
     assert len({mixing.name for mixing in found}) == len(found) > 4
 
@@ -257,7 +277,7 @@ def test_a_mixer_of_the_users_own_is_shown_by_its_matrix(runs):
             out = matrix[:, 0] @ x
             return (out, matrix) if output_attentions else out
 
-    model, images, _, _ = load_run(runs / "convnn", 2, None)
+    model, images, _, _ = load_run(runs / "convnn", 2, None)[3:]
     model.blocks[1].mixer = Mean()
     _, found = record_mixing(model, images, 17)
     assert [mixing.name for mixing in found] == ["block 1", "block 2"]
