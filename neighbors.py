@@ -1,4 +1,4 @@
-"""Select and aggregate, the two steps of every mixer here, as pure functions on tensors.
+"""Select and aggregate, the two steps of every mixer, as pure functions on tensors.
 
     index  = find_neighbors(query, key, K, metric)       # (B, N, K): for token i its K nearest, nearest first
     scores = neighbor_scores(query, key, index, metric)  # (B, N, K): differentiable scores of the chosen pairs
@@ -17,50 +17,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import kernels.operators  # noqa: F401  (registers torch.ops.convnn)
-from kernels import backend, reference
+from kernels import backend, operators, reference
 from kernels.reference import accumulator
-from options.neighbors import METRICS, NeighborConfig
+from options.neighbors import canonical_metric
 from utils import mix
-
-__all__ = [
-    "METRICS",
-    "NeighborConfig",
-    "aggregate",
-    "all_pair_scores",
-    "coordinates",
-    "find_neighbors",
-    "find_scored_neighbors",
-    "gather_neighbors",
-    "grid_places",
-    "join_coordinates",
-    "location_neighbors",
-    "max_neighbors",
-    "neighbor_scores",
-    "neighbor_weights",
-    "random_candidates",
-    "raster_index",
-    "spatial_candidates",
-    "weighted_sum",
-]
 
 DISTANCES = 2**20  # between positions, computed at a time
 
 
-def canonical_metric(name: str) -> str:
-    """cosine, euclidean or matmul, of which `name` may be an alias. Raises ValueError for another one."""
-    if name not in METRICS:
-        raise ValueError(f"metric={name!r} is not one of {', '.join(METRICS)}")
-    return METRICS[name]
-
-
 def _kernels():
-    """The operators of `kernels/`, or their plain form where a graph of PyTorch's own operators is asked for."""
-    return reference if backend.is_plain() else torch.ops.convnn
+    """Return the module that computes: `operators`, or the plain form where only PyTorch's own operators may run."""
+    return reference if backend.is_plain() else operators
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast would do to the inputs of a matrix product; it does not look into operators that it does not know."""
+    """Cast the inputs of a matrix product as autocast would; autocast does not look into custom operators."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -69,7 +40,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _searched(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-    """What the search compares: on CUDA what autocast would multiply, with float32 sums, as flash attention does.
+    """Cast the inputs of the search: on CUDA as autocast would, with float32 sums, as flash attention does.
 
     Elsewhere autocast changes nothing, and float32 keeps its order: bfloat16 ties often.
     """
@@ -120,15 +91,19 @@ def find_scored_neighbors(
     *,
     candidates: Tensor | None = None,
     self_index: Tensor | None = None,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`find_neighbors` and `neighbor_scores` of what it finds, (B, N, K) each; matmul and cosine are computed once for both.
+    """`find_neighbors` and the `neighbor_scores` of its result, (B, N, K) each; products are computed once for both.
 
-    The scores are differentiable. Under autocast too they are in float32 at least. Cosines of rows shorter than 1e-6 count
-    for less, in the search too. Raises ValueError as `find_neighbors`.
+    With `index` (N, K), the neighbors are given, by location for example, and only scored. The scores are differentiable,
+    and in float32 at least, also under autocast. Rows shorter than 1e-6 get a smaller cosine, in the search too. Raises
+    ValueError as `find_neighbors`.
     """
     metric = canonical_metric(metric)
-    if metric == "euclidean":  # which the search compares in another form
+    if index is None and metric == "euclidean":  # the search compares distances in another form
         index = find_neighbors(query, key, K, metric, candidates=candidates, self_index=self_index)
+    if index is not None:
+        index = index.expand(query.shape[0], -1, -1)
         return index, neighbor_scores(query, key, index, metric)
     _check_candidates(key, K, candidates)
     if metric == "cosine":

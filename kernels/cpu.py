@@ -176,9 +176,6 @@ def weighted_sum_backward(grad: Tensor, values: Tensor, index: Tensor, weights: 
     return grad_values.to(values.dtype), dot_rows(grad, values, index).to(weights.dtype)
 
 
-max_neighbors, max_neighbors_backward = chunked.max_neighbors, chunked.max_neighbors_backward
-
-
 def _bag_width(values: Tensor, index: Tensor) -> int:
     """Channels for which the K-fold rows of one image fit into a chunk, for sums by bags; 0: rows are better gathered."""
     rows = max(values.shape[1], index.shape[1]) * index.shape[2]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import CustomOpDef, custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import backend, chunked, cpu, reference
@@ -307,53 +307,84 @@ max_neighbors.register_autograd(_max_gradient, setup_context=_save_max)
 # Who computes
 # ---------------------------------------------------------------------------------------------------------------
 
-OPERATORS = (
-    find_neighbors,
-    find_scored_neighbors,
-    pair_scores,
-    pair_scores_backward,
-    aggregate,
-    aggregate_backward,
-    weighted_sum,
-    weighted_sum_backward,
-    max_neighbors,
-    max_neighbors_backward,
+# Operator, its form on a CPU, its form on any device, and its Triton kernel if that covers the arguments.
+BACKENDS = (
+    (
+        find_neighbors,
+        cpu.find_neighbors,
+        chunked.find_neighbors,
+        lambda cuda, query, key, K, *_: cuda.covers_search(query, key, K) and cuda.find_neighbors,
+    ),
+    (
+        find_scored_neighbors,
+        cpu.find_scored_neighbors,
+        chunked.find_scored_neighbors,
+        lambda cuda, query, key, K, *_: cuda.covers_search(query, key, K) and cuda.find_scored_neighbors,
+    ),
+    (
+        pair_scores,
+        cpu.pair_scores,
+        chunked.pair_scores,
+        lambda cuda, query, key, index, _: cuda.covers_pairs(query, key, index) and cuda.pair_scores,
+    ),
+    (
+        pair_scores_backward,
+        cpu.pair_scores_backward,
+        chunked.pair_scores_backward,
+        lambda cuda, _, query, key, index, __: cuda.covers_pairs(query, key, index) and cuda.pair_scores_backward,
+    ),
+    (
+        aggregate,
+        cpu.aggregate,
+        chunked.aggregate,
+        lambda cuda, *given: cuda.covers_aggregate(*given[:4]) and cuda.aggregate,
+    ),
+    (
+        aggregate_backward,
+        cpu.aggregate_backward,
+        chunked.aggregate_backward,
+        lambda cuda, _, *given: cuda.covers_aggregate(*given[:4]) and cuda.aggregate_backward,
+    ),
+    (
+        weighted_sum,
+        cpu.weighted_sum,
+        chunked.weighted_sum,
+        lambda cuda, *given: cuda.covers_weighted_sum(*given) and cuda.weighted_sum,
+    ),
+    (
+        weighted_sum_backward,
+        cpu.weighted_sum_backward,
+        chunked.weighted_sum_backward,
+        lambda cuda, _, *given: cuda.covers_weighted_sum(*given) and cuda.weighted_sum_backward,
+    ),
+    (
+        max_neighbors,
+        chunked.max_neighbors,
+        chunked.max_neighbors,
+        lambda cuda, *given: cuda.covers_max(*given) and cuda.max_neighbors,
+    ),
+    (
+        max_neighbors_backward,
+        chunked.max_neighbors_backward,
+        chunked.max_neighbors_backward,
+        lambda *_: None,  # one scatter of PyTorch's
+    ),
 )
 
 
-# What the Triton kernels ask of the arguments of each operator; what they do not cover goes through `chunked.py`.
-COVERED = {
-    "find_neighbors": lambda kernels, query, key, K, *_: kernels.covers_search(query, key, K),
-    "find_scored_neighbors": lambda kernels, query, key, K, *_: kernels.covers_search(query, key, K),
-    "pair_scores": lambda kernels, query, key, index, _: kernels.covers_pairs(query, key, index),
-    "pair_scores_backward": lambda kernels, _, query, key, index, __: kernels.covers_pairs(query, key, index),
-    "aggregate": lambda kernels, *given: kernels.covers_aggregate(*given[:4]),
-    "aggregate_backward": lambda kernels, _, *given: kernels.covers_aggregate(*given[:4]),
-    "weighted_sum": lambda kernels, *given: kernels.covers_weighted_sum(*given),
-    "weighted_sum_backward": lambda kernels, _, *given: kernels.covers_weighted_sum(*given),
-    "max_neighbors": lambda kernels, values, index: kernels.covers_max(values, index),
-    "max_neighbors_backward": lambda *_: False,  # one scatter of PyTorch's
-}
+def _register(operator: CustomOpDef, on_cpu: Callable, on_any_device: Callable, triton_kernel: Callable) -> None:
+    @operator.register_kernel("cpu")
+    def _(*given):
+        return (on_any_device if backend.chosen() == "chunked" else on_cpu)(*given)
 
-
-def _on_cpu(name: str) -> Callable:
-    fast, any_device = getattr(cpu, name), getattr(chunked, name)
-    return lambda *given: (any_device if backend.chosen() == "chunked" else fast)(*given)
-
-
-def _on_cuda(name: str) -> Callable:
-    any_device, covers = getattr(chunked, name), COVERED[name]
-
-    def compute(*given):
+    @operator.register_kernel("cuda")
+    def _(*given):
         if backend.may_use_triton():
-            kernels = backend.triton_kernels()
-            if covers(kernels, *given) and (found := backend.attempt(getattr(kernels, name), *given)) is not None:
+            kernel = triton_kernel(backend.triton_kernels(), *given)
+            if kernel and (found := backend.attempt(kernel, *given)) is not None:
                 return found
-        return any_device(*given)
-
-    return compute
+        return on_any_device(*given)
 
 
-for _operator in OPERATORS:
-    _operator.register_kernel("cpu")(_on_cpu(_operator._name))
-    _operator.register_kernel("cuda")(_on_cuda(_operator._name))
+for _row in BACKENDS:
+    _register(*_row)

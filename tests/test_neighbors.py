@@ -27,7 +27,7 @@ from neighbors import (
     spatial_candidates,
     weighted_sum,
 )
-from options.neighbors import METRICS, NeighborConfig
+from options.neighbors import METRIC_ALIASES, NeighborConfig
 from runs.measure import peak_memory
 from tests.helpers.naive import aggregate as naive_aggregate
 from tests.helpers.naive import neighbors as naive_neighbors
@@ -101,7 +101,7 @@ def test_the_plain_form_is_what_it_says_by_loops():
 # --- select ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", METRIC_ALIASES)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the backend is that of the whole test
 @given(problem=problems())
 def test_search_is_topk_of_the_full_matrix(backend, metric, problem):
