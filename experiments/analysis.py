@@ -30,7 +30,7 @@ from experiments.measures import (
 )
 from experiments.mixing import ABSENT, Mixing, record_mixing, record_run
 from experiments.trained import Run, load_model, load_runs
-from neighbors import grid_places, location_neighbors
+from neighbors import grid_locations, location_neighbors
 
 COLUMNS = ["run", "layer", "measure", "of", "value"]
 REFERENCES = {"window": ("black", "--"), "chance": ("gray", ":")}  # and how their lines look
@@ -104,7 +104,7 @@ def _of_choice(run: str, mixing: Mixing, index: Tensor) -> list[dict]:
 
 def _window(mixing: Mixing) -> Tensor:
     """(N, K) nearest by location: what a convolution chooses, which has no class token."""
-    places = grid_places(mixing.grid)
+    places = grid_locations(mixing.grid)
     low, high = mixing.padding, torch.tensor(mixing.grid) - mixing.padding
     own = ((places >= low) & (places < high)).all(dim=1).nonzero().flatten()
     nearest = location_neighbors(2 * places, min(mixing.index.shape[-1], len(places)), own) + mixing.class_tokens

@@ -75,6 +75,8 @@ def draw_neighbors(args: argparse.Namespace) -> Figure:
     import torch
     from matplotlib.figure import Figure
 
+    from layers1d import MultiHeadConvNNAttention
+    from layers2d import ConvNNAttention2d
     from mixers.graph import GraphMixer
     from mixers.selection import NeighborSelection
 
@@ -84,15 +86,25 @@ def draw_neighbors(args: argparse.Namespace) -> Figure:
 
     def record(name: str, dilation: int) -> Callable:
         def hook(module, inputs, output):
-            index = output[0] if isinstance(output, tuple) else output  # where scores come with it
-            found.append((name, module, inputs[2], index.unflatten(0, (len(images), -1))[..., ::dilation]))
+            found.append((name, module, inputs[2], output.unflatten(0, (len(images), -1))[..., ::dilation]))
 
         return hook
+
+    def search(mixer, inputs, output):
+        """Run `select` of an attention, which searches for itself."""
+        if isinstance(mixer, MultiHeadConvNNAttention):
+            grid, parts = mixer.layout.grid, [part.flatten(0, 1) for part in mixer.project(inputs[0])[:2]]
+        else:
+            tokens, grid = mixer.fold(inputs[0])
+            parts = mixer.qkv(tokens).chunk(3, dim=-1)[:2]
+        mixer.select(*(mixer.select.search_features(part, grid) for part in parts), grid)
 
     for name, module in model.named_modules():
         if isinstance(module, NeighborSelection):
             mixer = model.get_submodule(name.rpartition(".")[0])
             module.register_forward_hook(record(name, mixer.dilation if isinstance(mixer, GraphMixer) else 1))
+            if isinstance(mixer, (MultiHeadConvNNAttention, ConvNNAttention2d)):
+                mixer.register_forward_hook(search)
     with torch.no_grad():
         predicted = model(images).argmax(dim=1)
     if not found:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import backend
-from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend
+from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, check_one_of
 from mixers.block_masks import BLOCK, BlockSparsePattern
 from mixers.selection import ConstantTables
 from mixers.tilings import (
@@ -190,8 +190,7 @@ class MultiHeadLocalAttention(PlacedAttention):
         attention_dropout: float = 0.0,
         bias: Bias = True,
     ):
-        if window_size < 0:
-            raise ValueError(f"window_size={window_size} must be at least 0")
+        check_at_least(0, window_size=window_size)
         tiling = window_tiling(layout.num_patches, window_size)
         super().__init__(d_model, num_heads, [tiling], layout=layout, attention_dropout=attention_dropout, bias=bias)
         self.set_tables(lambda: {"positions": torch.arange(layout.num_tokens)})
@@ -234,10 +233,8 @@ class MultiHeadSparseAttention(PlacedAttention):
         attention_dropout: float = 0.0,
         bias: Bias = True,
     ):
-        if mode not in ("all", "local", "strided"):
-            raise ValueError(f"mode={mode!r} is not one of all, local, strided")
-        if context < 1:
-            raise ValueError(f"context={context} must be at least 1")
+        check_one_of(("all", "local", "strided"), mode=mode)
+        check_at_least(1, context=context)
         P = layout.num_patches
         local = window_tiling(P, context // 2)
         tilings = {"all": [], "local": [local], "strided": [local, strided_tiling(P, context)]}[mode]
@@ -265,10 +262,8 @@ class MultiHeadMaskedAttention(PlacedAttention):
         attention_dropout: float = 0.0,
         bias: Bias = True,
     ):
-        if mask_type not in MASK_TYPES:
-            raise ValueError(f"mask_type={mask_type!r} is not one of {', '.join(MASK_TYPES)}")
-        if expansion_step < 0:
-            raise ValueError(f"expansion_step={expansion_step} must be at least 0")
+        check_one_of(MASK_TYPES, mask_type=mask_type)
+        check_at_least(0, expansion_step=expansion_step)
         tilings = mask_tilings(mask_type, expansion_step, layout.height, layout.width)
         super().__init__(d_model, num_heads, tilings, layout=layout, attention_dropout=attention_dropout, bias=bias)
 

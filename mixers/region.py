@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, mixing_matrix
+from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, mixing_matrix
 from neighbors import find_neighbors, neighbor_scores, neighbor_weights, weighted_sum
 from options.checks import check_value_convolution, region_sides
 
@@ -185,8 +185,7 @@ class PatchToClusterAttention(MultiHeadMixer):
 
     def __init__(self, d_model: int, num_heads: int, *, num_clusters: int, attention_dropout: float = 0.0, bias: Bias = True):
         super().__init__(d_model, num_heads, attention_dropout=attention_dropout, bias=bias)
-        if num_clusters < 1:
-            raise ValueError(f"num_clusters={num_clusters} must be at least 1")
+        check_at_least(1, num_clusters=num_clusters)
         self.cluster = nn.Linear(d_model, num_clusters, bias=False)  # a softmax over tokens does not see a bias
 
     def assign(self, x: Tensor) -> Tensor:
