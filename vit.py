@@ -181,7 +181,7 @@ def init_vit_weights(model: nn.Module, std: float | None = None, token_std: floa
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., arXiv 1603.09382): in training, zero samples of x (B, ...) at this rate, scale the rest."""
+    """Stochastic depth (Huang et al., arXiv 1603.09382): in training, zero samples of x (B, ...) at this rate."""
 
     def __init__(self, rate: float = 0.0):
         super().__init__()
