@@ -23,28 +23,20 @@ from options.checks import branch_widths, check_slots, check_temperature, check_
 from options.neighbors import NeighborConfig
 
 
-class PixelUnshuffle1d(nn.Module):
-    """Move blocks of `scale` neighboring tokens into channels: (B, C, N) -> (B, C * scale, N / scale)."""
-
-    def __init__(self, scale: int):
-        super().__init__()
-        self.scale = scale
+class PixelUnshuffle1d(nn.PixelUnshuffle):
+    """Move blocks of neighboring tokens into channels: (B, C, N) -> (B, C * scale, N / scale)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, N = x.shape
-        return x.view(B, C, N // self.scale, self.scale).transpose(2, 3).reshape(B, C * self.scale, N // self.scale)
+        (B, C, N), scale = x.shape, self.downscale_factor
+        return x.view(B, C, N // scale, scale).transpose(2, 3).reshape(B, C * scale, N // scale)
 
 
-class PixelShuffle1d(nn.Module):
+class PixelShuffle1d(nn.PixelShuffle):
     """The inverse of `PixelUnshuffle1d`: (B, C * scale, N) -> (B, C, N * scale)."""
 
-    def __init__(self, scale: int):
-        super().__init__()
-        self.scale = scale
-
     def forward(self, x: Tensor) -> Tensor:
-        B, C, N = x.shape
-        return x.view(B, C // self.scale, self.scale, N).transpose(2, 3).reshape(B, C // self.scale, N * self.scale)
+        (B, C, N), scale = x.shape, self.upscale_factor
+        return x.view(B, C // scale, scale, N).transpose(2, 3).reshape(B, C // scale, N * scale)
 
 
 class OnSequence:

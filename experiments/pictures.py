@@ -171,27 +171,18 @@ def draw_masks(args: argparse.Namespace) -> Figure:
     """The local masks by type and expansion step, and beside each the pattern around one patch on the grid."""
     from matplotlib.figure import Figure
 
-    from mixers.masks import (
-        generate_1d_attention_mask,
-        generate_2d_attention_mask_all_neighbors,
-        generate_2d_attention_mask_cardinal,
-    )
+    from mixers.local import local_mask
+    from options.layers import MASK_TYPES
 
     height, width = args.grid
-    types = {
-        "1d_cardinal": lambda step: generate_1d_attention_mask(1 + 4 * step, height * width),
-        "1d_all_neighbors": lambda step: generate_1d_attention_mask((2 * step + 1) ** 2, height * width),
-        "2d_cardinal": lambda step: generate_2d_attention_mask_cardinal(step, height, width),
-        "2d_all_neighbors": lambda step: generate_2d_attention_mask_all_neighbors(step, height, width),
-    }
     row, column = args.patch or (height // 2, width // 2)
     if not (0 <= row < height and 0 <= column < width):
         raise ValueError(f"--patch {row} {column} is not in the grid of {height} x {width} patches")
-    figure = Figure(figsize=(3.4 * len(args.expansion_step), 1.9 * len(types)), layout="constrained")
-    axes = figure.subplots(len(types), 2 * len(args.expansion_step), squeeze=False)
-    for number, (name, make) in enumerate(types.items()):
+    figure = Figure(figsize=(3.4 * len(args.expansion_step), 1.9 * len(MASK_TYPES)), layout="constrained")
+    axes = figure.subplots(len(MASK_TYPES), 2 * len(args.expansion_step), squeeze=False)
+    for number, name in enumerate(MASK_TYPES):
         for pair, step in enumerate(args.expansion_step):
-            mask = make(step).numpy()
+            mask = local_mask(name, step, height, width).numpy()
             whole, around = axes[number, 2 * pair : 2 * pair + 2]
             whole.imshow(mask, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
             around.imshow(mask[row * width + column].reshape(height, width), cmap="Blues", vmin=0, vmax=1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, check_one_of
-from mixers.local import PlacedPattern
+from mixers.local import SparsityPattern
 from mixers.tilings import neighborhood_tiling
 from options.checks import check_window
 from options.layers import PERFORMER_KERNELS
@@ -251,7 +251,7 @@ class HybridAttention(MultiHeadMixer):
         for dilation in dilations:
             check_window(window, dilation, layout.grid, names=("window", "dilations"))
         tilings = [neighborhood_tiling(layout.height, layout.width, window, dilation) for dilation in dilations]
-        self.regional = nn.ModuleList(PlacedPattern([tiling], layout) for tiling in tilings)
+        self.regional = nn.ModuleList(SparsityPattern([tiling], layout) for tiling in tilings)
         self.context = RandomFeatures(self.head_dim, num_features, kernel)
         self.gate = nn.Linear(d_model, len(dilations) + 1, bias=bias)
 
