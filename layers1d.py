@@ -1,9 +1,9 @@
 """Token mixers on sequences: ConvNN, ConvNN attention, attention, convolution, k-NN attention, and two of them side by side.
 
-Those on (B, C, N) come first: the mixers of `layers2d.py` on images with one side.
+Mixers on (B, C, N) come first: the mixers of `layers2d.py` on images with one side.
 
-Those on (B, N, d_model), for transformers, are a `MultiHeadMixer` (`mixers/base.py`) each: projections, heads and output
-projection are written there once, and a mixer is its `mix`. A `TokenLayout` says what the N tokens are.
+Mixers on (B, N, d_model), for transformers, are a `MultiHeadMixer` (`mixers/base.py`) each: it holds the projections and the
+heads, and a mixer adds its `mix`. A `TokenLayout` describes the N tokens.
 """
 
 from __future__ import annotations
@@ -14,73 +14,51 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers2d import (
-    Attention2d,
-    ConvNN2d,
-    ConvNNAttention2d,
-    learned_slot_convolution,
-    make_convolution,
-    make_slot_convolution,
-    slot_convolution,
-)
-from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, both_biases, mixing_matrix
+from layers2d import Attention2d, ConvNN2d, ConvNNAttention2d, make_convolution, make_slot_convolution, slot_convolution
+from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, both_biases, check_at_least, mixing_matrix
 from mixers.selection import NeighborSelection
-from mixers.topk import choose, mix_straight_through
+from mixers.topk import find_learned_neighbors, learn_from_unchosen
 from neighbors import find_scored_neighbors, neighbor_weights, weighted_sum
 from options.checks import branch_widths, check_slots, check_temperature, check_topk
 from options.neighbors import NeighborConfig
 
 
-class PixelUnshuffle1d(nn.Module):
-    """Move blocks of `scale` neighboring tokens into channels: (B, C, N) -> (B, C * scale, N / scale)."""
-
-    def __init__(self, scale: int):
-        super().__init__()
-        self.scale = scale
+class PixelUnshuffle1d(nn.PixelUnshuffle):
+    """Move blocks of neighboring tokens into channels: (B, C, N) -> (B, C * scale, N / scale)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, N = x.shape
-        if N % self.scale:
-            raise ValueError(f"shuffle_scale={self.scale} does not divide the {N} tokens")
-        return x.view(B, C, N // self.scale, self.scale).transpose(2, 3).reshape(B, C * self.scale, N // self.scale)
+        (B, C, N), scale = x.shape, self.downscale_factor
+        return x.view(B, C, N // scale, scale).transpose(2, 3).reshape(B, C * scale, N // scale)
 
 
-class PixelShuffle1d(nn.Module):
+class PixelShuffle1d(nn.PixelShuffle):
     """The inverse of `PixelUnshuffle1d`: (B, C * scale, N) -> (B, C, N * scale)."""
 
-    def __init__(self, scale: int):
-        super().__init__()
-        self.scale = scale
-
     def forward(self, x: Tensor) -> Tensor:
-        B, C, N = x.shape
-        if C % self.scale:
-            raise ValueError(f"shuffle_scale={self.scale} does not divide the {C} channels")
-        return x.view(B, C // self.scale, self.scale, N).transpose(2, 3).reshape(B, C // self.scale, N * self.scale)
+        (B, C, N), scale = x.shape, self.upscale_factor
+        return x.view(B, C // scale, scale, N).transpose(2, 3).reshape(B, C // scale, N * scale)
 
 
-class ConvNN1d(ConvNN2d):
+class OnSequence:
+    """Makes a mixer on images a mixer on sequences, which have one side."""
+
+    axes = 1
+    shuffles = PixelUnshuffle1d, PixelShuffle1d
+
+
+class ConvNN1d(OnSequence, ConvNN2d):
     """Convolutional nearest neighbors (arXiv 2511.14137) on a sequence: (B, C_in, N) -> (B, C_out, N).
 
-    Arguments and errors are those of `ConvNN2d`; by location, K = 2p + 1 neighbors are the window of an `nn.Conv1d`.
+    Arguments and errors as in `ConvNN2d`; by location, K = 2p + 1 neighbors are the window of an `nn.Conv1d`.
     """
 
-    axes = 1
-    shuffles = PixelUnshuffle1d, PixelShuffle1d
 
-
-class ConvNNAttention1d(ConvNNAttention2d):
+class ConvNNAttention1d(OnSequence, ConvNNAttention2d):
     """ConvNN attention (arXiv 2511.14137) on a sequence: (B, C_in, N) -> (B, C_out, N). Arguments as `ConvNNAttention2d`."""
 
-    axes = 1
-    shuffles = PixelUnshuffle1d, PixelShuffle1d
 
-
-class Attention1d(Attention2d):
+class Attention1d(OnSequence, Attention2d):
     """Multi-head self-attention on a sequence: (B, C_in, N) -> (B, C_out, N). Arguments and errors as `Attention2d`."""
-
-    axes = 1
-    shuffles = PixelUnshuffle1d, PixelShuffle1d
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -102,14 +80,14 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
     heads, convolves over the slots. With K = N, matmul and depthwise weights of one it is `MultiHeadAttention`.
 
     Args:
-        neighbors: which tokens are neighbors; class tokens are always candidates, at the center of the grid.
+        neighbors: rules of the search; class tokens are always candidates, at the center of the grid.
         convolution_type: over the slots, standard, depthwise or depthwise-separable, without bias.
-        softmax_topk_val: weigh values by the softmax of the scores; False: by the raw scores.
-        score_temperature: what scores are divided by before the softmax; towards 0, the nearest neighbor has all the weight.
-        topk: hard, or how the choice of neighbors is learned in training: straight_through, gumbel (`mixers/topk.py`).
+        softmax_topk_val: weight values by the softmax of the scores; False: by the raw scores.
+        score_temperature: divisor of the scores before the softmax; towards 0, the nearest neighbor has all the weight.
+        topk: hard, or in training a learned top-k, straight_through or gumbel (`mixers/topk.py`).
 
-    Raises ValueError if K, the samples, the heads, the temperature or the convolution type do not fit, and for a choice that
-    cannot be learned: by location, or without the softmax.
+    Raises ValueError if K, the samples, the heads, the temperature or the convolution type do not fit, and for a learned
+    top-k by location or without the softmax.
     """
 
     def __init__(
@@ -137,8 +115,8 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
         self.softmax_topk_val = softmax_topk_val
         self.conv = make_slot_convolution(self.head_dim, len(grid), neighbors, convolution_type)
         if convolution_type == "standard" and softmax_topk_val:
-            # The K weights of a softmax add up to one. So that the output has the scale of one projected value, every slot
-            # starts as a projection of its own (Xavier); a convolution's default is made for a sum over K unweighted values.
+            # The K weights of a softmax add up to one. Xavier, slot by slot, gives the output the scale of one projected
+            # value; the default of a convolution is made for a sum over K unweighted values.
             bound = math.sqrt(6 / (self.conv.in_channels + self.head_dim))
             nn.init.uniform_(self.conv.weight, -bound, bound)
 
@@ -147,23 +125,24 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B * H, N, d)
         query, key = (self.select.search_features(part, grid) for part in (query, key))
         values = self.select.append_coordinates(value, grid)
+        K, metric, space = self.select.neighbors.K, self.select.neighbors.metric, self.select.search_space(grid, key.device)
+        temperature = self.score_temperature
         if self.topk != "hard" and self.training:
-            choice = self.select.choose(query, key, grid, self.topk, self.score_temperature)
-            index, weights = choice.index, choice.weights
-            out = learned_slot_convolution(self.conv, values, choice, self.dropout)
-        else:
-            index, scores = self.select(query, key, grid, scored=True)  # (B * H, N, K) each
-            weights = neighbor_weights(
-                scores, self.select.neighbors.metric, softmax=self.softmax_topk_val, temperature=self.score_temperature
+            index, weights, shares = find_learned_neighbors(
+                query, key, K, metric, topk=self.topk, temperature=temperature, **space
             )
-            out = slot_convolution(self.conv, values, index, F.dropout(weights, self.dropout))
+        else:
+            index, scores = find_scored_neighbors(query, key, K, metric, **space)  # (B * H, N, K) each
+            weights = neighbor_weights(scores, metric, softmax=self.softmax_topk_val, temperature=temperature)
+            shares = None
+        out = slot_convolution(self.conv, values, index, F.dropout(weights, self.dropout), shares)
         return out.unflatten(0, heads), mixing_matrix(index, weights, self.num_heads) if output_matrix else None
 
 
 class MultiHeadConvNN(MultiHeadConvNNAttention):
-    """ConvNN (arXiv 2511.14137) whose queries, keys and values are projected along the sequence, N -> N.
+    """ConvNN (arXiv 2511.14137) with queries, keys and values projected along the sequence, N -> N.
 
-    Heads split the features. Arguments and errors are those of `MultiHeadConvNNAttention`.
+    Heads split the features. Arguments and errors as in `MultiHeadConvNNAttention`.
     """
 
     def make_projection(self, d_model: int, bias: bool) -> None:
@@ -178,9 +157,9 @@ class MultiHeadConvNN(MultiHeadConvNNAttention):
 class MultiHeadKvtAttention(MultiHeadMixer):
     """k-NN attention (KVT, Wang et al., arXiv 2106.00515): softmax over the K largest scores of a query, the rest zero.
 
-    With K = N it is `MultiHeadAttention`. Scores are divided by `score_temperature` before the softmax; `topk` is that of
-    `MultiHeadConvNNAttention`. Raises ValueError for a temperature that is not above 0, for a K that is more than there are
-    tokens, and for an unknown `topk`.
+    With K = N it is `MultiHeadAttention`. Scores are divided by `score_temperature` before the softmax; `topk` as in
+    `MultiHeadConvNNAttention`. Raises ValueError for a temperature that is not above 0, a K above the number of tokens, or an
+    unknown `topk`.
     """
 
     def __init__(
@@ -195,8 +174,7 @@ class MultiHeadKvtAttention(MultiHeadMixer):
         bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, attention_dropout=attention_dropout, bias=bias)
-        if K < 1:
-            raise ValueError(f"K={K} must be at least 1")
+        check_at_least(1, K=K)
         check_temperature(score_temperature)
         check_topk(topk)
         self.K, self.score_temperature, self.topk = K, score_temperature, topk
@@ -205,21 +183,22 @@ class MultiHeadKvtAttention(MultiHeadMixer):
         heads = query.shape[:2]
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B * H, N, d)
         if self.topk != "hard" and self.training:
-            choice = choose(query, key, self.K, "matmul", topk=self.topk, temperature=self.score_temperature)
-            index, weights = choice.index, choice.weights
-            out = mix_straight_through(choice, value, self.dropout, weighted_sum, mix_last=nn.Identity())
+            index, weights, shares = find_learned_neighbors(
+                query, key, self.K, "matmul", topk=self.topk, temperature=self.score_temperature
+            )
         else:
             index, scores = find_scored_neighbors(query, key, self.K, "matmul")  # (B * H, N, K) each
-            weights = neighbor_weights(scores, "matmul", temperature=self.score_temperature)
-            out = weighted_sum(value, index, F.dropout(weights, self.dropout))
+            weights, shares = neighbor_weights(scores, "matmul", temperature=self.score_temperature), None
+        out = weighted_sum(value, index, F.dropout(weights, self.dropout))
+        out = learn_from_unchosen(out, value, index, shares)
         return out.unflatten(0, heads), mixing_matrix(index, weights, self.num_heads) if output_matrix else None
 
 
 class MultiHeadConv1dAttention(MultiHeadMixer):
-    """Convolution along the sequence where attention would be: values projected, convolved head by head, projected.
+    """Convolution along the sequence in place of attention: values projected, convolved head by head, projected.
 
     `conv`, shared by all heads, runs over the features of one head and the `kernel_size` tokens around each. The class token
-    is the first of the sequence: what it sees grows by (kernel_size - 1) / 2 patches a layer, the first ones of the image.
+    is the first of the sequence: it sees the first patches of the image, (kernel_size - 1) / 2 more with every layer.
 
     Args:
         convolution_type: standard, depthwise or depthwise-separable, without bias.
@@ -239,8 +218,7 @@ class MultiHeadConv1dAttention(MultiHeadMixer):
     ):
         super().__init__(d_model, num_heads, layout=layout, bias=bias)
         check_slots(convolution_type, "Col")
-        if kernel_size < 1:
-            raise ValueError(f"kernel_size={kernel_size} must be at least 1")
+        check_at_least(1, kernel_size=kernel_size)
         self.reach = (kernel_size - 1) // 2, kernel_size // 2  # tokens before and after
         self.conv = make_convolution(self.head_dim, self.head_dim, kernel_size, convolution_type)
 
@@ -270,8 +248,8 @@ class MultiHeadConv1d(MultiHeadConv1dAttention):
 class Branching1d(nn.Module):
     """Two mixers side by side: `first` mixes the first features, `second` the rest, and a linear joins them.
 
-    (B, N, first + second) -> the same. The mixing matrix, if asked for, is the mean of the branches' matrices, head by
-    head, weighed by their features; a convolution has none.
+    (B, N, first + second) -> the same. The mixing matrix is the mean of the branches' matrices, head by head, weighted by
+    their features; a convolution has none.
     """
 
     def __init__(self, first: nn.Module, second: nn.Module, widths: tuple[int, int], *, bias: Bias = True):
@@ -295,8 +273,10 @@ class Branching1d(nn.Module):
 class BranchingAttention(Branching1d):
     """ConvNN attention on the first `branch_ratio` of the features beside attention on the rest, then a linear.
 
-    Arguments are those of `MultiHeadConvNNAttention`; each branch has `num_heads` heads. Raises ValueError as it does,
-    and if the heads do not divide both parts of the features.
+    Arguments as in `MultiHeadConvNNAttention`; each branch has `num_heads` heads. With a `kernel_size`, the rest goes through a
+    `MultiHeadConv1dAttention` instead. Without a `convolution_type` each branch has its own default, depthwise over the slots
+    and standard along the sequence. Raises ValueError as the branches do, and if the heads do not divide both parts of the
+    features.
     """
 
     def __init__(
@@ -304,46 +284,7 @@ class BranchingAttention(Branching1d):
         d_model: int,
         num_heads: int,
         neighbors: NeighborConfig,
-        *,
-        layout: TokenLayout,
-        branch_ratio: float = 0.5,
-        convolution_type: str = "depthwise",
-        softmax_topk_val: bool = True,
-        score_temperature: float = 1.0,
-        topk: str = "hard",
-        attention_dropout: float = 0.0,
-        bias: Bias = True,
-    ):
-        widths = branch_widths(d_model, num_heads, branch_ratio)
-        convnn = MultiHeadConvNNAttention(
-            widths[0],
-            num_heads,
-            neighbors,
-            layout=layout,
-            convolution_type=convolution_type,
-            softmax_topk_val=softmax_topk_val,
-            score_temperature=score_temperature,
-            topk=topk,
-            attention_dropout=attention_dropout,
-            bias=bias,
-        )
-        attention = MultiHeadAttention(widths[1], num_heads, attention_dropout=attention_dropout, bias=bias)
-        super().__init__(convnn, attention, widths, bias=bias)
-
-
-class BranchingConv(Branching1d):
-    """ConvNN attention on the first `branch_ratio` of the features beside a convolution on the rest, then a linear.
-
-    Arguments and errors are those of `BranchingAttention`, `kernel_size` that of `MultiHeadConv1dAttention`; without a
-    `convolution_type` each branch has its own default, depthwise over the slots and standard along the sequence.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        neighbors: NeighborConfig,
-        kernel_size: int,
+        kernel_size: int | None = None,
         *,
         layout: TokenLayout,
         branch_ratio: float = 0.5,
@@ -367,7 +308,20 @@ class BranchingConv(Branching1d):
             attention_dropout=attention_dropout,
             bias=bias,
         )
-        conv = MultiHeadConv1dAttention(
-            widths[1], num_heads, kernel_size, layout=layout, convolution_type=convolution_type or "standard", bias=bias
-        )
-        super().__init__(convnn, conv, widths, bias=bias)
+        if kernel_size is None:
+            second = MultiHeadAttention(widths[1], num_heads, attention_dropout=attention_dropout, bias=bias)
+        else:
+            second = MultiHeadConv1dAttention(
+                widths[1], num_heads, kernel_size, layout=layout, convolution_type=convolution_type or "standard", bias=bias
+            )
+        super().__init__(convnn, second, widths, bias=bias)
+
+
+class BranchingConv(BranchingAttention):
+    """ConvNN attention on the first `branch_ratio` of the features beside a convolution on the rest, then a linear.
+
+    Arguments and errors as in `BranchingAttention`.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, neighbors: NeighborConfig, kernel_size: int, **options):
+        super().__init__(d_model, num_heads, neighbors, kernel_size, **options)

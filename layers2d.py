@@ -1,15 +1,10 @@
 """Token mixers on images, (B, C_in, H, W) -> (B, C_out, H, W).
 
-ConvNN, in the steps that `ConvNN2d.forward` takes:
+`convnn_plain` is ConvNN in ten lines; the layers compute the same in bounded memory. Every pixel is a token. A pixel-unshuffle
+before (pattern B) makes fewer, wider tokens, which a pixel-shuffle after (pattern A) undoes.
 
-1. Every pixel is a token: (B, C, H, W) becomes (B, N, C). A pixel-unshuffle before (pattern B) makes fewer, wider
-   tokens; a ring of zeros (`padding`) can join them.
-2. Each token finds the K tokens most similar to it, itself first: an index (B, N, K).
-3. A convolution runs over those K slots instead of over a window of pixels, with the weights (out, in, K) of an `nn.Conv1d`.
-4. The tokens become an image again; a pixel-shuffle after (pattern A) undoes the unshuffle.
-
-Chosen by location (`similarity_type="Loc"`), the K slots are a window and ConvNN is `nn.Conv2d`. Chosen between projected
-queries and keys, with values weighed by the softmax of their scores, it is attention in which each token attends to
+Selected by location (`similarity_type="Loc"`), the K slots are a window and ConvNN is `nn.Conv2d`. Selected between projected
+queries and keys, with values weighted by the softmax of their scores, it is attention in which each token attends to
 its K best: `ConvNNAttention2d`. The same classes serve sequences, images with one side: `layers1d.py`.
 """
 
@@ -22,26 +17,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixers.base import ImageMixer
-from mixers.selection import GridTables, NeighborSelection
-from mixers.topk import Choice, mix_straight_through
-from neighbors import aggregate, coordinates, grid_places, neighbor_weights
+from mixers.base import ImageMixer, check_at_least
+from mixers.selection import NeighborSelection
+from mixers.topk import find_learned_neighbors, learn_from_unchosen
+from neighbors import aggregate, coordinates, find_scored_neighbors, grid_locations, neighbor_weights
 from options.checks import check_dropout, check_slots, check_temperature, check_topk
 from options.neighbors import NeighborConfig
+
+
+def convnn_plain(x: Tensor, weight: Tensor, bias: Tensor, K: int) -> Tensor:
+    """ConvNN (arXiv 2511.14137), written plainly: x (B, C, H, W), weight (D, C, K), bias (D,) -> (B, D, H, W)."""
+    tokens = x.flatten(2).transpose(1, 2)  # (B, N, C): every pixel is a token
+    directions = F.normalize(tokens.detach(), dim=2)
+    scores = directions @ directions.mT  # (B, N, N): cosine similarity of every pair
+    scores.diagonal(dim1=1, dim2=2).fill_(torch.inf)  # a token is its own first neighbor
+    index = scores.topk(K, dim=2).indices  # (B, N, K): nearest first
+    neighbors = tokens[:, None].take_along_dim(index[..., None], dim=2)  # (B, N, K, C)
+    slots = neighbors.flatten(1, 2).transpose(1, 2)  # (B, C, N * K)
+    return F.conv1d(slots, weight, bias, stride=K).unflatten(2, x.shape[2:])  # a weight matrix per slot
 
 
 class ConvNN2d(ImageMixer):
     """Convolutional nearest neighbors (arXiv 2511.14137) on an image: (B, C_in, H, W) -> (B, C_out, H, W).
 
-    `conv` convolves over the K neighbors that each token finds by similarity. With `similarity_type="Loc"`, `padding=p` and
-    K = (2p + 1)^2, p = 1 or 2, it is `nn.Conv2d(kernel_size=2p + 1, padding=p)`, whose weight is `conv.weight` unflattened, and
-    `F.conv2d` is what runs.
+    `conv` convolves over the K nearest neighbors of each token. With `similarity_type="Loc"`, `padding=p` and
+    K = (2p + 1)^2, p = 1 or 2, it is `nn.Conv2d(kernel_size=2p + 1, padding=p)` with the weight `conv.weight` unflattened, and
+    runs `F.conv2d`.
 
     Args:
-        neighbors: which tokens are neighbors; the token itself is always slot 0 (`Loc` among all: raster order).
+        neighbors: rules of the search; the token itself is always slot 0 (`Loc` among all: raster order).
         shuffle_pattern, shuffle_scale: B unshuffles before, A shuffles after, BA both, NA neither.
         padding: width of a ring of zero tokens that takes part in the search.
-        image_size: size of the input if known, so that tables are made, and errors raised, at construction.
+        image_size: size of the input if known, to make tables and raise errors at construction.
 
     Raises ValueError if K, the samples or the shuffle do not fit the tokens.
     """
@@ -59,8 +66,7 @@ class ConvNN2d(ImageMixer):
         image_size: int | tuple[int, ...] | None = None,
     ):
         super().__init__(in_channels, out_channels, shuffle_pattern, shuffle_scale)
-        if padding < 0:
-            raise ValueError(f"padding={padding} must be at least 0")
+        check_at_least(0, padding=padding)
         self.padding = padding
         grid = self.token_grid(image_size, padding)
         self.select = NeighborSelection(neighbors, axes=self.axes, self_first=True, padding=padding, grid=grid)
@@ -85,7 +91,7 @@ class ConvNN2d(ImageMixer):
         return self.unfold(out, tuple(side - 2 * self.padding for side in grid))
 
     def convolve(self, values: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """What ConvNN is where neighbors are a whole window: the K slots, in raster order, are the taps of a kernel."""
+        """Convolve a whole window: its K slots, in raster order, are the taps of a kernel."""
         convolution = F.conv1d if self.axes == 1 else F.conv2d
         kernel = self.conv.weight.unflatten(2, (2 * self.padding + 1,) * self.axes)
         return convolution(values.transpose(1, 2).unflatten(2, grid), kernel, self.conv.bias)
@@ -99,16 +105,16 @@ class ConvNNAttention2d(ImageMixer):
     depthwise weights of one it is `Attention2d` with one head.
 
     Args:
-        neighbors: which tokens are neighbors; in `all` mode a token competes for its own slots like any other.
+        neighbors: rules of the search; in `all` mode a token competes for its own slots like any other.
         convolution_type: over the slots, standard, depthwise or depthwise-separable, without bias.
-        softmax_topk_val: weigh values by the softmax of the scores; False: by the raw scores.
-        score_temperature: what scores are divided by before the softmax.
-        topk: hard, or how the choice of neighbors is learned in training: straight_through, gumbel (`mixers/topk.py`).
+        softmax_topk_val: weight values by the softmax of the scores; False: by the raw scores.
+        score_temperature: divisor of the scores before the softmax.
+        topk: hard, or in training a learned top-k, straight_through or gumbel (`mixers/topk.py`).
         attention_dropout: probability of dropping a weight.
         shuffle_pattern, shuffle_scale, image_size: as in `ConvNN2d`.
 
-    Raises ValueError if K, the samples, the shuffle, the temperature or the convolution type do not fit, and for a choice that
-    cannot be learned: by location, or without the softmax.
+    Raises ValueError if K, the samples, the shuffle, the temperature or the convolution type do not fit, and for a learned
+    top-k by location or without the softmax.
     """
 
     def __init__(
@@ -143,14 +149,16 @@ class ConvNNAttention2d(ImageMixer):
         query, key, value = self.qkv(tokens).chunk(3, dim=-1)  # (B, N, D) each
         query, key = (self.select.search_features(part, grid) for part in (query, key))
         values = self.select.append_coordinates(value, grid)
+        K, metric, space = self.select.neighbors.K, self.select.neighbors.metric, self.select.search_space(grid, x.device)
         if self.topk != "hard" and self.training:
-            choice = self.select.choose(query, key, grid, self.topk, self.score_temperature)
-            return self.unfold(self.proj(learned_slot_convolution(self.conv, values, choice, self.dropout.p)), grid)
-        index, scores = self.select(query, key, grid, scored=True)  # (B, N, K) each
-        weights = neighbor_weights(
-            scores, self.select.neighbors.metric, softmax=self.softmax_topk_val, temperature=self.score_temperature
-        )
-        out = slot_convolution(self.conv, values, index, self.dropout(weights))
+            index, weights, shares = find_learned_neighbors(
+                query, key, K, metric, topk=self.topk, temperature=self.score_temperature, **space
+            )
+        else:
+            index, scores = find_scored_neighbors(query, key, K, metric, **space)  # (B, N, K) each
+            weights = neighbor_weights(scores, metric, softmax=self.softmax_topk_val, temperature=self.score_temperature)
+            shares = None
+        out = slot_convolution(self.conv, values, index, self.dropout(weights), shares)
         return self.unfold(self.proj(out), grid)
 
 
@@ -158,8 +166,7 @@ class Attention2d(ImageMixer):
     """Multi-head self-attention (Vaswani et al., arXiv 1706.03762) over the pixels of an image:
     (B, C_in, H, W) -> (B, C_out, H, W).
 
-    Raises ValueError if num_heads does not divide the channels that attention runs on, and for an attention_dropout that is no
-    probability.
+    Raises ValueError if num_heads does not divide the channels that attention runs on, or attention_dropout is not in [0, 1).
     """
 
     def __init__(
@@ -191,27 +198,22 @@ class Attention2d(ImageMixer):
         return self.unfold(self.proj(out.transpose(1, 2).flatten(2)), grid)
 
 
-class CoordConv2d(GridTables):
-    """Convolution of the channels and two more, the coordinates of each pixel (CoordConv; Liu et al., arXiv 1807.03247):
+class CoordConv2d(nn.Module):
+    """Convolution of the channels and the two coordinates of each pixel (CoordConv; Liu et al., arXiv 1807.03247):
     (B, C_in, H, W) -> (B, C_out, H / stride, W / stride).
 
     Coordinates run from -1 to 1 along each side, row first; the ring of zeros around the map has none. Arguments are those of
-    `make_conv2d`.
+    `nn.Conv2d`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, image_size=None, **geometry):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, **geometry):
         super().__init__()
         self.conv = nn.Conv2d(in_channels + 2, out_channels, kernel_size, **geometry)
-        if image_size is not None:
-            self._tables(tuple(image_size), device=None)
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = tuple(x.shape[2:])
-        places = coordinates(self._tables(grid, x.device)["places"], grid, x.dtype)  # (N, 2)
-        return self.conv(torch.cat([x, places.T.unflatten(1, grid).expand(x.shape[0], -1, -1, -1)], dim=1))
-
-    def _make_tables(self, grid: tuple[int, ...]) -> dict[str, Tensor]:
-        return {"places": grid_places(grid)}
+        B, _, H, W = x.shape
+        channels = coordinates(grid_locations((H, W), x.device), (H, W), x.dtype).T.unflatten(1, (H, W))  # (2, H, W)
+        return self.conv(torch.cat([x, channels.expand(B, -1, -1, -1)], dim=1))
 
 
 def make_conv2d(
@@ -220,21 +222,19 @@ def make_conv2d(
     kernel_size: int,
     *,
     aggregation_type: str = "Col",
-    image_size: tuple[int, int] | None = None,
     stride: int = 1,
     bias: bool = True,
 ) -> nn.Module:
-    """A convolution that keeps the size of the map, but for its stride; with aggregation_type Loc_Col a `CoordConv2d`."""
-    if kernel_size % 2 == 0:  # the copy of the map that PyTorch warns of is what keeps its size
+    """Make a convolution that keeps the size of the map but for its stride; with aggregation_type Loc_Col a `CoordConv2d`."""
+    if kernel_size % 2 == 0:  # PyTorch warns of the copy of the map that keeps its size
         warnings.filterwarnings("ignore", message="Using padding='same' with even kernel lengths")
-    geometry = {"padding": "same"} if stride == 1 else {"padding": kernel_size // 2, "stride": stride}
-    if aggregation_type == "Loc_Col":
-        return CoordConv2d(in_channels, out_channels, kernel_size, image_size=image_size, bias=bias, **geometry)
-    return nn.Conv2d(in_channels, out_channels, kernel_size, bias=bias, **geometry)
+    padding = "same" if stride == 1 else kernel_size // 2
+    convolution = CoordConv2d if aggregation_type == "Loc_Col" else nn.Conv2d
+    return convolution(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias)
 
 
 class Strided2d(nn.Module):
-    """A mixer of which every `stride`-th row and column is kept, as of a convolution with a stride.
+    """A mixer followed by a stride: every `stride`-th row and column is kept.
 
     (B, C_in, H, W) -> (B, C_out, H / stride, W / stride), rounded up.
     """
@@ -257,7 +257,7 @@ class Branching2d(nn.Module):
     (B, C_in, H, W) -> (B, C_first + C_second, H, W).
 
     Args:
-        join: instead of the two ReLUs, what runs on the concatenated channels.
+        join: layer on the concatenated channels, instead of the two ReLUs.
     """
 
     def __init__(self, first: nn.Module, second: nn.Module, join: nn.Module | None = None):
@@ -274,21 +274,21 @@ class Branching2d(nn.Module):
 
 
 def make_convolution(in_channels: int, out_channels: int, kernel_size: int, convolution_type: str, **geometry) -> nn.Module:
-    """A 1-D convolution without bias: standard, depthwise, or depthwise-separable (depthwise, then 1 x 1)."""
+    """Make a 1-D convolution without bias: standard, depthwise, or depthwise-separable (depthwise, then 1 x 1)."""
     if convolution_type == "standard":
         return nn.Conv1d(in_channels, out_channels, kernel_size, bias=False, **geometry)
     depthwise = nn.Conv1d(in_channels, in_channels, kernel_size, groups=in_channels, bias=False, **geometry)
     if convolution_type == "depthwise":
         return depthwise
     pointwise = nn.Conv1d(in_channels, out_channels, 1, bias=False)
-    nn.init.xavier_uniform_(pointwise.weight)  # a projection of features, initialized as the others are
+    nn.init.xavier_uniform_(pointwise.weight)  # a projection of features, initialized as all are
     return nn.Sequential(depthwise, pointwise)
 
 
 def make_slot_convolution(channels: int, coordinates: int, neighbors: NeighborConfig, convolution_type: str) -> nn.Module:
-    """The convolution over K slots of ConvNN attention, without bias; depthwise weights start at one.
+    """Make the convolution over K slots of ConvNN attention, without bias; depthwise weights start at one.
 
-    channels of the values, coordinates that aggregation_type Loc_Col appends to them -> channels.
+    `channels` of the values, and the `coordinates` that aggregation_type Loc_Col appends to them -> `channels`.
     Raises ValueError for an unknown type, and for `depthwise` with coordinates appended.
     """
     check_slots(convolution_type, neighbors.aggregation_type)
@@ -299,27 +299,23 @@ def make_slot_convolution(channels: int, coordinates: int, neighbors: NeighborCo
     return conv
 
 
-def slot_convolution(conv: nn.Module, values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Apply what `make_slot_convolution` made: values (B, M, C), index and weights (B, N, K) -> (B, N, D)."""
-    if isinstance(conv, nn.Sequential):
-        depthwise, pointwise = conv
-        mixed = aggregate(values, index, depthwise.weight, weights, depthwise=True)
-        return F.linear(mixed, pointwise.weight.squeeze(-1))
-    return aggregate(values, index, conv.weight, weights, depthwise=conv.groups > 1)
+def slot_convolution(conv: nn.Module, values: Tensor, index: Tensor, weights: Tensor, shares: Tensor | None = None) -> Tensor:
+    """Apply a `make_slot_convolution`: values (B, M, C), index and weights (B, N, K) -> (B, N, D).
+
+    With the shares of a learned top-k, candidates that are not neighbors get a gradient (`mixers/topk.py`).
+    """
+    is_separable = isinstance(conv, nn.Sequential)
+    slots = conv[0] if is_separable else conv
+    out = aggregate(values, index, slots.weight, weights, depthwise=is_separable or slots.groups > 1)
+    if is_separable:
+        out = F.linear(out, conv[1].weight.squeeze(-1))
+    return learn_from_unchosen(out, values, index, shares, partial(last_slot, conv))
 
 
 def last_slot(conv: nn.Module, x: Tensor) -> Tensor:
-    """What `slot_convolution` makes of values in the last slot alone, one for each token: (B, N, C) -> (B, N, D).
-
-    Its filter is a constant here.
-    """
+    """Apply the last slot of a `make_slot_convolution`, as a constant filter: (B, N, C) -> (B, N, D)."""
     if isinstance(conv, nn.Sequential):
         depthwise, pointwise = conv
         return last_slot(pointwise, last_slot(depthwise, x))
     weight = conv.weight.detach()[:, :, -1]
     return x * weight.squeeze(1).to(x.dtype) if conv.groups > 1 else F.linear(x, weight)
-
-
-def learned_slot_convolution(conv: nn.Module, values: Tensor, choice: Choice, dropout: float) -> Tensor:
-    """`slot_convolution` of the chosen neighbors, with the gradient of all candidates to their scores."""
-    return mix_straight_through(choice, values, dropout, partial(slot_convolution, conv), partial(last_slot, conv))

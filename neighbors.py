@@ -1,4 +1,4 @@
-"""Select and aggregate, the two steps of every mixer here, as pure functions on tensors.
+"""Select and aggregate, the two steps of every mixer, as pure functions on tensors.
 
     index  = find_neighbors(query, key, K, metric)       # (B, N, K): for token i its K nearest, nearest first
     scores = neighbor_scores(query, key, index, metric)  # (B, N, K): differentiable scores of the chosen pairs
@@ -17,50 +17,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import kernels.operators  # noqa: F401  (registers torch.ops.convnn)
-from kernels import backend, reference
+from kernels import backend, operators, reference
 from kernels.reference import accumulator
-from options.neighbors import METRICS, NeighborConfig
+from options.neighbors import canonical_metric
 from utils import mix
-
-__all__ = [
-    "METRICS",
-    "NeighborConfig",
-    "aggregate",
-    "all_pair_scores",
-    "coordinates",
-    "find_neighbors",
-    "find_scored_neighbors",
-    "gather_neighbors",
-    "grid_places",
-    "join_coordinates",
-    "location_neighbors",
-    "max_neighbors",
-    "neighbor_scores",
-    "neighbor_weights",
-    "random_candidates",
-    "raster_index",
-    "spatial_candidates",
-    "weighted_sum",
-]
 
 DISTANCES = 2**20  # between positions, computed at a time
 
 
-def canonical_metric(name: str) -> str:
-    """cosine, euclidean or matmul, of which `name` may be an alias. Raises ValueError for another one."""
-    if name not in METRICS:
-        raise ValueError(f"metric={name!r} is not one of {', '.join(METRICS)}")
-    return METRICS[name]
-
-
 def _kernels():
-    """The operators of `kernels/`, or their plain form where a graph of PyTorch's own operators is asked for."""
-    return reference if backend.is_plain() else torch.ops.convnn
+    """Return the module that computes: `operators`, or the plain form where only PyTorch's own operators may run."""
+    return reference if backend.is_plain() else operators
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast would do to the inputs of a matrix product; it does not look into operators that it does not know."""
+    """Cast the inputs of a matrix product as autocast would; autocast does not look into custom operators."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -69,7 +40,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _searched(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-    """What the search compares: on CUDA what autocast would multiply, with float32 sums, as flash attention does.
+    """Cast the inputs of the search: on CUDA as autocast would, with float32 sums, as flash attention does.
 
     Elsewhere autocast changes nothing, and float32 keeps its order: bfloat16 ties often.
     """
@@ -96,13 +67,13 @@ def find_neighbors(
     candidates: Tensor | None = None,
     self_index: Tensor | None = None,
 ) -> Tensor:
-    """For each query its K nearest keys, nearest first, as row numbers of key: LongTensor (B, N, K).
+    """Find the K nearest keys of each query, nearest first, as row numbers of key: LongTensor (B, N, K).
 
     query (B, N, C), key (B, M, C); metric: cosine, euclidean or matmul, or an alias of them; candidates (S,): only
     these keys count; self_index (N,): the row of key that is the query's own token, then always slot 0, the other
     K - 1 coming from the remaining keys. Scores are computed in float32 at least, whatever autocast says: bfloat16
     ties often. Distances are compared by products of centered tokens: in float32 the order of neighbors that are nearer than
-    about a thousandth of the spread of all tokens is left to rounding. Nothing here carries a gradient.
+    about a thousandth of the spread of all tokens is left to rounding. The result carries no gradient.
 
     Raises ValueError for an unknown metric and for a K without enough candidates.
     """
@@ -120,15 +91,19 @@ def find_scored_neighbors(
     *,
     candidates: Tensor | None = None,
     self_index: Tensor | None = None,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`find_neighbors` and `neighbor_scores` of what it finds, (B, N, K) each; matmul and cosine are computed once for both.
+    """`find_neighbors` and the `neighbor_scores` of its result, (B, N, K) each; products are computed once for both.
 
-    The scores are differentiable. Under autocast too they are in float32 at least. Cosines of rows shorter than 1e-6 count
-    for less, in the search too. Raises ValueError as `find_neighbors`.
+    With `index` (N, K), the neighbors are given, by location for example, and only scored. The scores are differentiable,
+    and in float32 at least, also under autocast. Rows shorter than 1e-6 get a smaller cosine, in the search too. Raises
+    ValueError as `find_neighbors`.
     """
     metric = canonical_metric(metric)
-    if metric == "euclidean":  # which the search compares in another form
+    if index is None and metric == "euclidean":  # the search compares distances in another form
         index = find_neighbors(query, key, K, metric, candidates=candidates, self_index=self_index)
+    if index is not None:
+        index = index.expand(query.shape[0], -1, -1)
         return index, neighbor_scores(query, key, index, metric)
     _check_candidates(key, K, candidates)
     if metric == "cosine":
@@ -139,13 +114,13 @@ def find_scored_neighbors(
 
 
 def gather_neighbors(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (B, M, C) by index (B, N, K): (B, N, K, C). `aggregate` never materializes them."""
+    """Gather rows of x (B, M, C) by index (B, N, K): (B, N, K, C). `aggregate` never materializes them."""
     B, N, K = index.shape
     return x.gather(1, index.reshape(B, N * K, 1).expand(-1, -1, x.shape[2])).view(B, N, K, x.shape[2])
 
 
 def neighbor_scores(query: Tensor, key: Tensor, index: Tensor, metric: str) -> Tensor:
-    """Scores of the chosen pairs only, with gradient: query (B, N, C), key (B, M, C), index (B, N, K) -> (B, N, K).
+    """Score the chosen pairs only, with gradient: query (B, N, C), key (B, M, C), index (B, N, K) -> (B, N, K).
 
     matmul: q . k / sqrt(C); cosine: q . k / (|q| |k|); euclidean: -|q - k|. In float32 at least. The gradient of a
     distance of 0 is 0.
@@ -164,9 +139,9 @@ def neighbor_scores(query: Tensor, key: Tensor, index: Tensor, metric: str) -> T
 
 
 def all_pair_scores(query: Tensor, key: Tensor, metric: str) -> Tensor:
-    """Scores of all pairs, with gradient, as `find_scored_neighbors` compares them: (B, N, C), (B, M, C) -> (B, N, M).
+    """Score all pairs, with gradient, as `find_scored_neighbors` does: (B, N, C), (B, M, C) -> (B, N, M).
 
-    In float32 at least. Nothing else here keeps a number for every pair.
+    In float32 at least. No other function here keeps a number for every pair.
     """
     metric = canonical_metric(metric)
     if metric == "cosine":
@@ -178,14 +153,14 @@ def all_pair_scores(query: Tensor, key: Tensor, metric: str) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Rows of length one, in float32 at least; eps bounds the gradient of a row of zeros."""
+    """Normalize rows to length one, in float32 at least; eps bounds the gradient of a row of zeros."""
     return F.normalize(x.to(accumulator(x.dtype)), dim=-1, eps=1e-6)
 
 
 def neighbor_weights(scores: Tensor, metric: str, *, softmax: bool = True, temperature: float = 1.0) -> Tensor:
-    """What the value of each slot is multiplied by, from the scores of the slots (B, N, K): the same.
+    """Turn the scores of the slots into the weights of their values: (B, N, K) -> (B, N, K).
 
-    softmax over the K scores / temperature, or else the raw score: q . k / sqrt(C), the cosine, or 1 / (distance + 1e-8).
+    The softmax over the K scores / temperature, or else the raw score: q . k / sqrt(C), the cosine, or 1 / (distance + 1e-8).
     """
     if softmax:
         return (scores if temperature == 1 else scores / temperature).softmax(dim=-1)
@@ -200,7 +175,7 @@ def neighbor_weights(scores: Tensor, metric: str, *, softmax: bool = True, tempe
 def aggregate(
     values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None = None, *, depthwise: bool = False
 ) -> Tensor:
-    """Convolution over the K slots: sum over k of W_k (score_ik value_j(i,k)), without bias.
+    """Convolve over the K slots: sum over k of W_k (score_ik value_j(i,k)), without bias.
 
     values (B, M, C); index (B, N, K); weight as `nn.Conv1d` holds it: (D, C, K), or depthwise (C, 1, K);
     scores (B, N, K) or None for plain values. Returns (B, N, D), depthwise (B, N, C).
@@ -213,56 +188,56 @@ def aggregate(
 
 
 def weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Sum of the values of the neighbors times their weights: values (B, M, C), index and weights (B, N, K) -> (B, N, C).
+    """Sum the values of the neighbors times their weights: values (B, M, C), index and weights (B, N, K) -> (B, N, C).
 
-    What `aggregate` computes with depthwise weights of one.
+    Equal to `aggregate` with depthwise weights of one.
     """
     (values,) = _autocast(values)
     return _kernels().weighted_sum(values, index, weights)
 
 
 def max_neighbors(values: Tensor, index: Tensor) -> Tensor:
-    """Largest of the values of the neighbors, channel by channel: values (B, M, C), index (B, N, K) -> (B, N, C).
+    """Take the largest value of the neighbors, channel by channel: values (B, M, C), index (B, N, K) -> (B, N, C).
 
-    The gradient goes to the neighbor it came from, of equal ones to that of the first slot.
+    The gradient goes to the neighbor with that value, among equal ones to the first slot.
     """
     return _kernels().max_neighbors(values, index)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Places and candidates. A grid is a tuple of sides: (height, width), or (length,) for a sequence without a grid;
+# Locations and candidates. A grid is a tuple of sides: (height, width), or (length,) for a sequence without a grid;
 # its tokens are numbered in raster order, after `class_tokens` tokens that have no coordinates.
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def grid_places(grid: tuple[int, ...], device=None) -> Tensor:
-    """(N, axes) whole-pixel position of each token of the grid."""
+def grid_locations(grid: tuple[int, ...], device=None) -> Tensor:
+    """(N, axes), the location of each token of the grid in whole pixels."""
     sides = [torch.arange(side, device=device) for side in grid]
     return torch.cartesian_prod(*sides).view(-1, len(grid))
 
 
-def coordinates(places: Tensor, grid: tuple[int, ...], dtype: torch.dtype, class_tokens: int = 0) -> Tensor:
-    """(class_tokens + N, axes) positions from -1 to 1 along each side; a side of one, and class tokens, are at 0."""
-    axes = [(2 * places[:, a] - (side - 1)).to(dtype) / max(side - 1, 1) for a, side in enumerate(grid)]
+def coordinates(locations: Tensor, grid: tuple[int, ...], dtype: torch.dtype, class_tokens: int = 0) -> Tensor:
+    """(class_tokens + N, axes), locations from -1 to 1 along each side; a side of one, and class tokens, are at 0."""
+    axes = [(2 * locations[:, a] - (side - 1)).to(dtype) / max(side - 1, 1) for a, side in enumerate(grid)]
     return F.pad(torch.stack(axes, dim=1), (0, 0, class_tokens, 0))
 
 
-def join_coordinates(features: Tensor, places: Tensor, lambda_param: float) -> Tensor:
-    """lambda * features / std joined with (1 - lambda) * coordinates: (B, N, C), (N, axes) -> (B, N, C + axes).
+def join_coordinates(features: Tensor, coordinates: Tensor, lambda_param: float) -> Tensor:
+    """Join lambda * features / std and (1 - lambda) * coordinates: (B, N, C), (N, axes) -> (B, N, C + axes).
 
-    The standard deviation is that of one image (and head), a constant for the gradient. Features that differ by rounding only
-    tell tokens apart by noise: they count as 0, and coordinates alone decide.
+    The standard deviation is taken per image (and head), a constant for the gradient. Features that differ by rounding only
+    count as 0, and coordinates alone decide.
     """
     B, N, C = features.shape
     wide = features.detach().to(accumulator(features.dtype))
     std = wide.std(dim=(1, 2), keepdim=True, correction=min(1, N * C - 1))
     std = std.masked_fill(std <= 1e-6 * wide.abs().amax(dim=(1, 2), keepdim=True), math.inf)
     features = (lambda_param * features / std).to(features.dtype)
-    return torch.cat([features, ((1 - lambda_param) * places).expand(B, -1, -1)], dim=2)
+    return torch.cat([features, ((1 - lambda_param) * coordinates).expand(B, -1, -1)], dim=2)
 
 
 def raster_index(grid: tuple[int, ...], positions: list[Tensor]) -> Tensor:
-    """Numbers of the tokens at every combination of the given positions, one list of them per side."""
+    """Return the numbers of the tokens at every combination of the given positions along each side."""
     index = torch.zeros(1, dtype=torch.long, device=positions[0].device)
     for side, along in zip(grid, positions, strict=True):
         index = (index[:, None] * side + along).flatten()
@@ -270,17 +245,17 @@ def raster_index(grid: tuple[int, ...], positions: list[Tensor]) -> Tensor:
 
 
 def spatial_candidates(grid: tuple[int, ...], num_samples: int, padding: int = 0, class_tokens: int = 0, device=None) -> Tensor:
-    """(S,) evenly spaced tokens, `num_samples` along each side, and every class token."""
+    """(S,), evenly spaced tokens, `num_samples` along each side, and every class token."""
     s, i = num_samples, torch.arange(num_samples, device=device)
     along = [padding + i * (side - 1 - 2 * padding) // (s - 1) if s > 1 else i + (side - 1) // 2 for side in grid]
     return torch.cat([torch.arange(class_tokens, device=device), raster_index(grid, along) + class_tokens])
 
 
 def random_candidates(tokens: int, num_samples: int, class_tokens: int = 0, device=None, fixed: bool = False) -> Tensor:
-    """(S,) random tokens and every class token; with `fixed` the same ones every time, for evaluation.
+    """(S,), random tokens and every class token; with `fixed` the same ones every time, for evaluation.
 
-    Neither kind holds a `torch.Generator`, which would break a compiled graph: drawn ones come from the device's
-    global generator, fixed ones are the order of a hash of the token's number.
+    Neither uses a `torch.Generator`, which would break a compiled graph: random tokens come from the device's global
+    generator, fixed ones are ordered by a hash of the token's number.
     """
     if fixed:
         hashes = mix(torch.arange(1, tokens + 1, dtype=torch.int32, device=device))
@@ -290,19 +265,19 @@ def random_candidates(tokens: int, num_samples: int, class_tokens: int = 0, devi
     return torch.cat([torch.arange(class_tokens, device=device), order[:num_samples] + class_tokens])
 
 
-def location_neighbors(places: Tensor, K: int, self_index: Tensor, candidates: Tensor | None = None) -> Tensor:
-    """K nearest tokens by Euclidean distance in whole pixels, ties in raster order: (N, K).
+def location_neighbors(locations: Tensor, K: int, self_index: Tensor, candidates: Tensor | None = None) -> Tensor:
+    """Find the K nearest tokens by Euclidean distance in whole pixels, ties in raster order: (N, K).
 
-    places (M, axes); self_index (N,) says which of them are asked for. Among all tokens, neighbors come in raster
+    locations (M, axes); self_index (N,), the tokens to find neighbors of. Among all tokens, neighbors come in raster
     order, so that slot k is tap k of a convolution; among candidates, the token itself comes first, then the
     nearest ones.
     """
-    M = places.shape[0]
-    keys = torch.arange(M, device=places.device) if candidates is None else candidates
-    rows = max(1, DISTANCES // (keys.numel() * places.shape[1]))
+    M = locations.shape[0]
+    keys = torch.arange(M, device=locations.device) if candidates is None else candidates
+    rows = max(1, DISTANCES // (keys.numel() * locations.shape[1]))
     found = []
     for own in self_index.split(rows):
-        distance = (places[own][:, None] - places[keys]).square().sum(-1)  # (n, S)
+        distance = (locations[own][:, None] - locations[keys]).square().sum(-1)  # (n, S)
         rank = distance * M + keys  # whole numbers: a tie goes to the token that comes first
         if candidates is None:
             found.append(keys[rank.topk(K, largest=False).indices].sort().values)

@@ -1,4 +1,4 @@
-"""Vision transformers whose attention is any mixer that has a row in `options/`."""
+"""Vision transformers with any mixer that has a row in `options/layers.py` in place of attention."""
 
 from __future__ import annotations
 
@@ -13,124 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from mixers.base import MultiHeadMixer, TokenLayout
 from mixers.build import build_layer
 from mixers.selection import ConstantTables
-from options.layers import LAYERS1D_ROWS, layer_row
+from options.layers import layer_row
 from options.vit import ViTConfig
-
-# ---------------------------------------------------------------------------------------------------------------
-# The registry
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def _make(name: str, config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    """The mixer of this name, or at this address, with the options of the config, on tokens of this layout."""
-    row = layer_row(config.rows, name, config.branch_ratio)
-    return build_layer(row, config, config.d_model, config.num_heads, layout=layout)
-
-
-LAYERS1D = {name: partial(_make, name) for name in LAYERS1D_ROWS}
-
-
-def make_layer1d(config: ViTConfig, layout: TokenLayout) -> nn.Module:
-    """The mixer that `config.layer` names, on tokens of this layout."""
-    return _make(config.layer, config, layout)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The model
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def sinusoidal_positions(tokens: int, d_model: int) -> Tensor:
-    """(tokens, d_model): sines and cosines in turn, of wavelengths from 2 pi to 20000 pi (arXiv 1706.03762, 3.5)."""
-    half = torch.arange((d_model + 1) // 2, dtype=torch.float64)
-    angles = torch.arange(tokens, dtype=torch.float64)[:, None] * 10000 ** (-2 * half / d_model)
-    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :d_model].float()
-
-
-@torch.no_grad()
-def init_vit_weights(model: nn.Module, std: float | None = None, token_std: float = 0.02) -> None:
-    """Initialize linears, patches, class token and positions; then what a mixer sets by itself (its `init_weights`).
-
-    std None: Xavier uniform for linears, the default of convolutions for patches, and normal positions and class tokens of
-    standard deviation `token_std`. A number: truncated normals of that standard deviation for all of them, as torchvision's,
-    timm's and the ConViT models have it. Biases of linears are zero.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            if std is None:
-                nn.init.xavier_uniform_(module.weight)
-            else:
-                nn.init.trunc_normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif name.endswith("patch_embedding") and std is not None:
-            nn.init.trunc_normal_(module.weight, std=std)
-            nn.init.zeros_(module.bias)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("class_token", "pos_embedding")):
-            if std is None:
-                nn.init.normal_(parameter, std=token_std)
-            else:
-                nn.init.trunc_normal_(parameter, std=std)
-    for module in model.modules():
-        if isinstance(module, MultiHeadMixer):
-            module.init_weights()
-
-
-def drop_path(x: Tensor, rate: float) -> Tensor:
-    """Stochastic depth (Huang et al., arXiv 1603.09382): x (B, ...) -> zeros for a sample at this rate, else x / (1 - rate)."""
-    kept = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - rate)
-    return x * kept.div_(1 - rate)
-
-
-class DropPath(nn.Module):
-    """`drop_path` in training, for what a residual block adds; nothing in evaluation."""
-
-    def __init__(self, rate: float = 0.0):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        return drop_path(x, self.rate) if self.rate and self.training else x
-
-    def extra_repr(self) -> str:
-        return f"{self.rate:.3g}"
-
-
-def drop_path_rates(rate: float, num_layers: int) -> list[float]:
-    """From 0 in the first block to `rate` in the last, as in timm."""
-    return torch.linspace(0, rate, num_layers, device="cpu").tolist()
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block: x + drop(mixer(norm(x))), then x + drop(mlp(norm(x))). (B, N, d_model) -> the same.
-
-    Args:
-        dropout: probability of dropping a feature of what is added.
-        drop_path: probability of adding nothing to a sample.
-    """
-
-    def __init__(self, d_model: int, d_mlp: int, mixer: nn.Module, dropout: float, drop_path: float = 0.0):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(d_model, eps=1e-6)
-        self.mixer = mixer
-        self.norm2 = nn.LayerNorm(d_model, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(d_model, d_mlp), nn.GELU(), nn.Linear(d_mlp, d_model))
-        self.dropout = nn.Dropout(dropout)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
-        """With output_attentions also the mixing matrix of the mixer."""
-        mixed, matrix = self.mixer(self.norm1(x), True) if output_attentions else (self.mixer(self.norm1(x)), None)
-        x = x + self.drop_path(self.dropout(mixed))
-        x = x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
-        return (x, matrix) if output_attentions else x
-
-
-def prepend(token: Tensor, x: Tensor) -> Tensor:
-    """token (1, 1, d) before the tokens of every image: (B, N, d) -> (B, 1 + N, d)."""
-    # x.shape[0], as len(x) is a plain number: under torch.export it would freeze the size of the batch.
-    return torch.cat([token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
 
 
 class ViT(ConstantTables):
@@ -138,11 +22,11 @@ class ViT(ConstantTables):
 
     Patches, in raster order, after the class token if `pool="cls"`. Under `num_local_layers` the first blocks mix
     patches only, and the class token joins after them (d'Ascoli et al., arXiv 2103.10697). `recompute` keeps only the
-    inputs of the blocks for the backward pass. Images of another size than `config.image_size` are seen by `resized`, with
-    the same weights.
+    inputs of the blocks for the backward pass. Images of another size than `config.image_size` go through `resized`, with the
+    same weights.
     """
 
-    replaceable = r"classifier\.|blocks\.\d+\.mixer\."  # what other weights need not have (`runs.checkpoints.Leeway`)
+    replaceable = r"classifier\.|blocks\.\d+\.mixer\."  # parameters that a loaded checkpoint may lack
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -158,8 +42,7 @@ class ViT(ConstantTables):
             has_table = config.pos_embedding == "sinusoidal"
             self.set_tables(lambda: {"pos_embedding": sinusoidal_positions(local.num_tokens, d)[None] if has_table else None})
         self.num_local_layers = config.num_layers if config.num_local_layers is None else config.num_local_layers
-        mixers = [make_layer1d(config, local) for _ in range(self.num_local_layers)]
-        mixers += [LAYERS1D["Attention"](config, local) for _ in range(config.num_layers - self.num_local_layers)]
+        mixers = [make_layer1d(config, local, block) for block in range(config.num_layers)]
         rates = drop_path_rates(config.drop_path, config.num_layers)
         self.blocks = nn.ModuleList(
             Block(d, config.d_mlp, mixer, config.dropout, rate) for mixer, rate in zip(mixers, rates, strict=True)
@@ -172,14 +55,14 @@ class ViT(ConstantTables):
         init_vit_weights(self, config.initializer_range, token_std=1.0 if config.patch_norm else 0.02)
 
     def resized(self, image_size: tuple[int, int]) -> ViT:
-        """This network for images of another size: the same parameters, tables of the other grid.
+        """Return this network for images of another size: the same parameters, tables of the other grid.
 
-        Learned positions are those of `resample_positions`, sinusoidal ones go by their formula. Raises ValueError where a
-        mixer has parameters for every token, or does not fit the grid.
+        Learned positions are resampled by `resample_positions`, sinusoidal ones computed. Raises ValueError where a mixer has
+        parameters for every token, or does not fit the grid.
         """
         new = self._resized.get(image_size)
         if new is None:
-            with torch.device("meta"):  # it gets the parameters of this one; tables are made on the CPU all the same
+            with torch.device("meta"):  # its parameters are set below; tables are made on the CPU all the same
                 new = ViT(dataclasses.replace(self.config, image_size=image_size))
             self._resized[image_size] = new
         new.recompute = self.recompute
@@ -227,15 +110,102 @@ class ViT(ConstantTables):
         return (logits, matrices) if output_attentions else logits
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Weights of others
-# ---------------------------------------------------------------------------------------------------------------
+class Block(nn.Module):
+    """Pre-norm transformer block: x + drop(mixer(norm(x))), then x + drop(mlp(norm(x))). (B, N, d_model) -> the same.
+
+    Args:
+        dropout: probability of dropping a feature of either sum's second term.
+        drop_path: probability of dropping that term for a sample.
+    """
+
+    def __init__(self, d_model: int, d_mlp: int, mixer: nn.Module, dropout: float, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(d_model, eps=1e-6)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(d_model, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(d_model, d_mlp), nn.GELU(), nn.Linear(d_mlp, d_model))
+        self.dropout = nn.Dropout(dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
+        """x (B, N, d_model) -> the same; with output_attentions also the mixing matrix of the mixer."""
+        mixed, matrix = self.mixer(self.norm1(x), True) if output_attentions else (self.mixer(self.norm1(x)), None)
+        x = x + self.drop_path(self.dropout(mixed))
+        x = x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
+        return (x, matrix) if output_attentions else x
+
+
+def make_layer1d(config: ViTConfig, layout: TokenLayout, block: int = 0) -> nn.Module:
+    """Make the mixer of a block: `config.layer`, after the first `num_local_layers` blocks attention."""
+    is_local = config.num_local_layers is None or block < config.num_local_layers
+    row = layer_row(config.rows, config.layer if is_local else "Attention", config.branch_ratio)
+    return build_layer(row, config, config.d_model, config.num_heads, layout=layout)
+
+
+def prepend(token: Tensor, x: Tensor) -> Tensor:
+    """Put token (1, 1, d) before the tokens of every image: (B, N, d) -> (B, 1 + N, d)."""
+    # x.shape[0], as len(x) is a plain number: under torch.export it would freeze the size of the batch.
+    return torch.cat([token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+
+
+def sinusoidal_positions(tokens: int, d_model: int) -> Tensor:
+    """(tokens, d_model), sines and cosines in turn, of wavelengths from 2 pi to 20000 pi (arXiv 1706.03762, 3.5)."""
+    half = torch.arange((d_model + 1) // 2, dtype=torch.float64)
+    angles = torch.arange(tokens, dtype=torch.float64)[:, None] * 10000 ** (-2 * half / d_model)
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :d_model].float()
+
+
+@torch.no_grad()
+def init_vit_weights(model: nn.Module, std: float | None = None, token_std: float = 0.02) -> None:
+    """Initialize linears, patches, class token and positions, and then each mixer by its `init_weights`.
+
+    std None: Xavier uniform for linears, the default of convolutions for patches, and normal positions and class tokens of
+    standard deviation `token_std`. A number: truncated normals of that standard deviation for all of them, as in torchvision's,
+    timm's and the ConViT models. Biases of linears are zero.
+    """
+    if std is None:
+        init_weight, init_token = nn.init.xavier_uniform_, partial(nn.init.normal_, std=token_std)
+    else:
+        init_weight = init_token = partial(nn.init.trunc_normal_, std=std)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or (name.endswith("patch_embedding") and std is not None):
+            init_weight(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("class_token", "pos_embedding")):
+            init_token(parameter)
+    for module in model.modules():
+        if isinstance(module, MultiHeadMixer):
+            module.init_weights()
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., arXiv 1603.09382): in training, zero samples of x (B, ...) at this rate."""
+
+    def __init__(self, rate: float = 0.0):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.rate or not self.training:
+            return x
+        kept = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * kept.div_(1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"{self.rate:.3g}"
+
+
+def drop_path_rates(rate: float, num_layers: int) -> list[float]:
+    """Rates of the blocks: from 0 in the first to `rate` in the last, as in timm."""
+    return torch.linspace(0, rate, num_layers, device="cpu").tolist()
 
 
 def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], class_tokens: int = 0) -> Tensor:
-    """Learned positions (1, class_tokens + h w, d) of a grid of patches, interpolated to another grid: bicubic, antialiased.
+    """Interpolate learned positions (1, class_tokens + h w, d) from a grid of patches to another: bicubic, antialiased.
 
-    Those of class tokens stay. Equal to timm's `resample_abs_pos_embed`.
+    Positions of class tokens stay. Equal to timm's `resample_abs_pos_embed`.
     """
     if old == new:
         return table

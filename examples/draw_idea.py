@@ -10,7 +10,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from neighbors import find_neighbors, grid_places, location_neighbors
+from neighbors import find_neighbors, grid_locations, location_neighbors
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "idea.png"
 SIDE, K = 9, 9
@@ -76,7 +76,7 @@ def draw_weights(axes, weights: Tensor) -> None:
 def main() -> None:
     tokens = scene()
     own = torch.tensor([TOKEN])
-    window = location_neighbors(grid_places((SIDE, SIDE)), K, own)[0]
+    window = location_neighbors(grid_locations((SIDE, SIDE)), K, own)[0]
     similar = find_neighbors(tokens[:, own], tokens, K, "euclidean", self_index=own)[0, 0]
     distance = torch.cdist(tokens[:, own], tokens)[0, 0]
 

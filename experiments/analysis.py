@@ -30,7 +30,7 @@ from experiments.measures import (
 )
 from experiments.mixing import ABSENT, Mixing, record_mixing, record_run
 from experiments.trained import Run, load_model, load_runs
-from neighbors import grid_places, location_neighbors
+from neighbors import grid_locations, location_neighbors
 
 COLUMNS = ["run", "layer", "measure", "of", "value"]
 REFERENCES = {"window": {"color": "black", "ls": "--"}, "chance": {"color": "gray", "ls": ":"}}
@@ -103,7 +103,7 @@ def _of_index(run: str, mixing: Mixing, index: Tensor) -> list[dict]:
 
 def _window(mixing: Mixing) -> Tensor:
     """Return the (N, K) nearest by location, the neighbors of a convolution; class tokens have none."""
-    places = grid_places(mixing.grid)
+    places = grid_locations(mixing.grid)
     low, high = mixing.padding, torch.tensor(mixing.grid) - mixing.padding
     own = ((places >= low) & (places < high)).all(dim=1).nonzero().flatten()
     nearest = location_neighbors(2 * places, min(mixing.index.shape[-1], len(places)), own) + mixing.class_tokens

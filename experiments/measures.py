@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from experiments.mixing import ABSENT
-from neighbors import grid_places
+from neighbors import grid_locations
 
 
 def neighbor_distances(index: Tensor, grid: tuple[int, int], padding: int = 0, class_tokens: int = 0) -> Tensor:
@@ -22,7 +22,7 @@ def neighbor_distances(index: Tensor, grid: tuple[int, int], padding: int = 0, c
     Keys are the class tokens, then a grid in raster order; queries are the tokens inside the ring of padding.
     """
     nowhere = torch.full((class_tokens, 2), torch.nan)
-    places = grid_places(grid).float()
+    places = grid_locations(grid).float()
     inner = ((places >= padding) & (places < torch.tensor(grid) - padding)).all(dim=1)
     keys, own = torch.cat([nowhere, places]), torch.cat([nowhere, places[inner]])
     distances = (keys[index.clamp_min(0)] - own[:, None]).square().sum(dim=-1).sqrt()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kernels.backend import use
 from layers1d import MultiHeadKvtAttention
-from mixers.local import PlacedPattern
+from mixers.local import SparsityPattern
 from mixers.selection import NeighborSelection
 
 
@@ -34,4 +34,4 @@ def has_naive_form(layer: nn.Module) -> bool:
     selections = [part for part in parts if isinstance(part, NeighborSelection)]
     if any(selection.neighbors.sampling == "random" for selection in selections) or getattr(layer, "is_convolution", False):
         return False
-    return bool(selections) or any(isinstance(part, (MultiHeadKvtAttention, PlacedPattern)) for part in parts)
+    return bool(selections) or any(isinstance(part, (MultiHeadKvtAttention, SparsityPattern)) for part in parts)

@@ -115,26 +115,17 @@ def draw_lines(axis, layer: Mixing, index, place: tuple[float, float], color: st
 
 def draw_masks(args: argparse.Namespace) -> Figure:
     """Draw the local masks by type and expansion step, and beside each the patches that the middle one sees."""
-    from mixers.masks import (
-        generate_1d_attention_mask,
-        generate_2d_attention_mask_all_neighbors,
-        generate_2d_attention_mask_cardinal,
-    )
+    from mixers.local import local_mask
+    from options.layers import MASK_TYPES
 
     height, width = args.grid
-    types = {
-        "1d_cardinal": lambda step: generate_1d_attention_mask(1 + 4 * step, height * width),
-        "1d_all_neighbors": lambda step: generate_1d_attention_mask((2 * step + 1) ** 2, height * width),
-        "2d_cardinal": lambda step: generate_2d_attention_mask_cardinal(step, height, width),
-        "2d_all_neighbors": lambda step: generate_2d_attention_mask_all_neighbors(step, height, width),
-    }
     row, column = height // 2, width // 2
     steps = args.expansion_step
-    figure, axes = make_panels(2 * len(types) * len(steps), 2 * len(steps), 1.7, 1.9)
+    figure, axes = make_panels(2 * len(MASK_TYPES) * len(steps), 2 * len(steps), 1.7, 1.9)
     panels = iter(axes.reshape(-1, 2))
-    for name, make in types.items():
+    for name in MASK_TYPES:
         for step in steps:
-            mask = make(step).numpy()
+            mask = local_mask(name, step, height, width).numpy()
             of_patch = mask[row * width + column].reshape(height, width)
             whole, around = next(panels)
             whole.imshow(mask, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")

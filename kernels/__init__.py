@@ -1,6 +1,6 @@
 """The operators that select and aggregate neighbors, and their backends.
 
 `operators.py` declares each once: schema, fake, gradient, FLOPs. `reference.py` is the plain form with the full matrix of
-scores, `chunked.py` runs on any device in bounded memory, `cpu.py` and `cuda.py` (Triton) are what is faster there. PyTorch's
-dispatcher chooses between them by the device of the tensors; `use` chooses by hand.
+scores, `chunked.py` runs on any device in bounded memory, `cpu.py` and `cuda.py` (Triton) are faster forms. PyTorch's
+dispatcher chooses between them by the device of the tensors; `backend.use` chooses by hand.
 """

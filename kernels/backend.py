@@ -1,4 +1,4 @@
-"""Which backend computes: by the device (`auto`), or one that is chosen by hand."""
+"""Choice of the backend: by the device (`auto`), or by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if _chosen not in BACKENDS:
 
 
 def chosen() -> str:
-    """The backend in use: `auto`, or the one that was chosen."""
+    """Return the backend in use: `auto`, or the chosen one."""
     return _chosen
 
 
@@ -33,7 +33,7 @@ def choose(name: str) -> None:
 
 @functools.cache
 def triton_kernels():
-    """The module of Triton kernels, or None where there is no Triton: it comes with PyTorch for CUDA on Linux."""
+    """Return the module of Triton kernels, or None without Triton, which comes with PyTorch for CUDA on Linux."""
     if importlib.util.find_spec("triton") is None:
         return None
     from kernels import cuda
@@ -41,24 +41,19 @@ def triton_kernels():
     return cuda
 
 
-_failure: str | None = None  # why Triton could not compile, once it could not
-
-
-def note_failure(error: Exception) -> None:
-    """Go on without Triton, with one warning."""
-    global _failure
-    _failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-    warnings.warn(f"Triton kernels are not used: {_failure[:300]}", stacklevel=2)
+_failure: str | None = None  # error of Triton's first failed compilation
 
 
 def attempt(compute: Callable, *given):
-    """What `compute(*given)` returns, or None where Triton could not compile it, which is then noted."""
+    """Return `compute(*given)`, or None where Triton could not compile it; then warn once and go on without Triton."""
+    global _failure
     try:
         return compute(*given)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # nothing that another kernel would not meet
+        raise  # another kernel would meet the same
     except Exception as error:  # no ptxas, an old driver, a tile that is too large for the device
-        note_failure(error)
+        _failure = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        warnings.warn(f"Triton kernels are not used: {_failure[:300]}", stacklevel=2)
         return None
 
 
@@ -68,7 +63,7 @@ def may_use_triton() -> bool:
 
 
 def running_on(device: torch.device) -> str:
-    """What computes on this device: `triton`, `cpu`, `chunked` or `reference`."""
+    """Return the backend that computes on this device: `triton`, `cpu`, `chunked` or `reference`."""
     if _chosen in ("chunked", "reference"):
         return _chosen
     return "cpu" if device.type == "cpu" else "triton" if device.type == "cuda" and may_use_triton() else "chunked"
@@ -86,10 +81,10 @@ def use(name: str) -> Iterator[None]:
 
 
 def is_plain() -> bool:
-    """Whether the plain form is to run, which is made of PyTorch's own operators.
+    """Return True where the plain form runs, which consists of PyTorch's own operators.
 
-    Where it was chosen, where the graph must not hold operators of ours (`torch.export`, ONNX, `torch.jit.trace`), and under
-    the transforms of `torch.func`, which cannot see into them.
+    It runs if it was chosen, where the graph must not hold custom operators (`torch.export`, ONNX, `torch.jit.trace`), and
+    under the transforms of `torch.func`, which cannot see into them.
     """
     if _chosen == "reference" or torch.compiler.is_exporting():
         return True

@@ -1,6 +1,6 @@
 """Every operator on any device, in chunks of bounded memory: no (B, N, M) matrix and no (B, N, K, C) tensor is materialized.
 
-Signatures and results are those of `operators.py`; sums are in float32 at least.
+Signatures and results as in `operators.py`; sums are in float32 at least.
 """
 
 from __future__ import annotations
@@ -170,21 +170,8 @@ def find_scored_neighbors(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Score
+# Sums over neighbors; `cpu.py` has faster forms of some, which the operators take as keywords
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def pair_scores(query: Tensor, key: Tensor, index: Tensor, squared_distance: bool) -> Tensor:
-    return squared_distances(query, key, index, gathered) if squared_distance else dot_rows(query, key, index)
-
-
-def pair_scores_backward(
-    grad: Tensor, query: Tensor, key: Tensor, index: Tensor, squared_distance: bool
-) -> tuple[Tensor, Tensor]:
-    if squared_distance:
-        return squared_distances_backward(grad, query, key, index, gathered)
-    grad_query = weighted_rows(key, index, grad)
-    return grad_query.to(query.dtype), scatter_rows(query, index, grad, key.shape[1]).to(key.dtype)
 
 
 def dot_rows(rows: Tensor, x: Tensor, index: Tensor) -> Tensor:
@@ -222,11 +209,6 @@ def squared_distances_backward(
     return grad_query.to(query.dtype), grad_key.to(key.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Aggregate
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def weighted_rows(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Sum over k of weights_ik x_j(i,k): x (G, M, C), index and weights (G, N, K) -> (G, N, C)."""
     (G, _, C), (_, N, K), dtype = x.shape, index.shape, accumulator(x.dtype)
@@ -239,7 +221,7 @@ def weighted_rows(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 
 
 def scatter_rows(rows: Tensor, index: Tensor, weights: Tensor, tokens: int) -> Tensor:
-    """What flows back to each of M tokens, sum over (i, k) with j(i,k) = j of weights_ik rows_i: (G, N, C) -> (G, M, C)."""
+    """Add rows to the M tokens they chose, sum over (i, k) with j(i,k) = j of weights_ik rows_i: (G, N, C) -> (G, M, C)."""
     (G, N, C), K, dtype = rows.shape, index.shape[2], accumulator(rows.dtype)
     flat, weights = rows.to(dtype).reshape(-1, C), weights.reshape(-1, K).to(dtype)
     output, chosen = flat.new_zeros(G * tokens, C), flat_index(index, tokens)
@@ -250,13 +232,55 @@ def scatter_rows(rows: Tensor, index: Tensor, weights: Tensor, tokens: int) -> T
     return output.view(G, tokens, C)
 
 
-def weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def pair_scores(
+    query: Tensor,
+    key: Tensor,
+    index: Tensor,
+    squared_distance: bool,
+    *,
+    dot_rows: Callable = dot_rows,
+    gathered: Callable = gathered,
+) -> Tensor:
+    return squared_distances(query, key, index, gathered) if squared_distance else dot_rows(query, key, index)
+
+
+def pair_scores_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    index: Tensor,
+    squared_distance: bool,
+    *,
+    weighted_rows: Callable = weighted_rows,
+    scatter_rows: Callable = scatter_rows,
+    gathered: Callable = gathered,
+) -> tuple[Tensor, Tensor]:
+    if squared_distance:
+        return squared_distances_backward(grad, query, key, index, gathered)
+    grad_query = weighted_rows(key, index, grad)
+    return grad_query.to(query.dtype), scatter_rows(query, index, grad, key.shape[1]).to(key.dtype)
+
+
+def weighted_sum(values: Tensor, index: Tensor, weights: Tensor, *, weighted_rows: Callable = weighted_rows) -> Tensor:
     return weighted_rows(values, index, weights).to(values.dtype)
 
 
-def weighted_sum_backward(grad: Tensor, values: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def weighted_sum_backward(
+    grad: Tensor,
+    values: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    *,
+    scatter_rows: Callable = scatter_rows,
+    dot_rows: Callable = dot_rows,
+) -> tuple[Tensor, Tensor]:
     grad_values = scatter_rows(grad, index, weights, values.shape[1])
     return grad_values.to(values.dtype), dot_rows(grad, values, index).to(weights.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Aggregate
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _scaled(neighbors: Tensor, scores: Tensor | None, rows: slice) -> Tensor:

@@ -1,13 +1,14 @@
 """Every operator on a CPU, where caches are small, fresh memory is slow, and rows are best read where they lie.
 
-Sums over neighbors are those of embedding bags: the kernels of `F.embedding_bag` add rows of a table by index and weight
-without gathering them first, backward too, over the pairs sorted by key. Where K is a good part of all tokens, matrix
-products over all of them cost less still. What neither serves goes through `chunked.py`, its gathered rows in one buffer.
+Sums over neighbors run as embedding bags: `F.embedding_bag` adds rows of a table by index and weight without gathering them
+first, backward too, over the pairs sorted by key. Where K is a good part of all tokens, matrix products over all of them cost
+less still. Everything else goes through `chunked.py`, with its gathered rows in one buffer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,13 +28,8 @@ def _dense_pays(index: Tensor, tokens: int) -> bool:
     return tokens <= DENSE * index.shape[2]
 
 
-def _has_bags() -> bool:
-    """Whether sums over neighbors are left to embedding bags; tests turn them off."""
-    return True
-
-
 def gathered(x: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """`chunked.gathered`, with the rows of all chunks in one buffer: fresh memory costs more than what is done with it."""
+    """`chunked.gathered`, with the rows of all chunks in one buffer: fresh memory costs more than the sums."""
     K, C = index.shape[2], x.shape[2]
     flat, index = x.reshape(-1, C), flat_index(index, x.shape[1])
     step = rows_per_chunk(K * C, GATHERED)
@@ -45,8 +41,7 @@ def gathered(x: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]
 
 
 def pairs_by_key(index: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Who chose each token: the numbers of the pairs (g, i, k), one token's after the other's (G * N * K,), and where each
-    token's begin (G * M + 1,)."""
+    """Sort the pairs (g, i, k) by the token they chose: their numbers (G * N * K,), and each token's first (G * M + 1,)."""
     flat = flat_index(index, tokens).flatten()
     pairs = flat.int().sort(stable=True).indices
     return pairs, F.pad(torch.bincount(flat, minlength=len(index) * tokens).cumsum(0), (1, 0))
@@ -90,21 +85,8 @@ def find_scored_neighbors(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Score
+# Sums over neighbors
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def pair_scores(query: Tensor, key: Tensor, index: Tensor, squared_distance: bool) -> Tensor:
-    return chunked.squared_distances(query, key, index, gathered) if squared_distance else dot_rows(query, key, index)
-
-
-def pair_scores_backward(
-    grad: Tensor, query: Tensor, key: Tensor, index: Tensor, squared_distance: bool
-) -> tuple[Tensor, Tensor]:
-    if squared_distance:
-        return chunked.squared_distances_backward(grad, query, key, index, gathered)
-    grad_query = weighted_rows(key, index, grad)
-    return grad_query.to(query.dtype), scatter_rows(query, index, grad, key.shape[1]).to(key.dtype)
 
 
 def dot_rows(rows: Tensor, x: Tensor, index: Tensor) -> Tensor:
@@ -116,26 +98,17 @@ def dot_rows(rows: Tensor, x: Tensor, index: Tensor) -> Tensor:
             for b, n in blocks(*index.shape[:2], M, CHUNK):
                 dots[b, n] = torch.bmm(rows[b, n].to(dtype), x[b].mT.to(dtype)).gather(2, index[b, n])
         return dots
-    if not _has_bags():
-        return chunked.dot_rows(rows, x, index)
     own = rows.to(dtype).reshape(-1, C)
     chosen, bags = flat_index(index, M).flatten(), torch.arange(len(own))
-    # What F.embedding_bag computes as the gradient of its weights.
+    # F.embedding_bag's gradient with respect to its weights.
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         own, x.to(dtype).reshape(-1, C), chosen, bags * K, bags.repeat_interleave(K), 0
     )
     return dots.view(index.shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Aggregate
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def weighted_rows(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """`chunked.weighted_rows`, by bags."""
-    if not _has_bags():
-        return chunked.weighted_rows(x, index, weights)
     (G, M, C), (_, N, K), dtype = x.shape, index.shape, accumulator(x.dtype)
     weights = weights.reshape(-1, K).to(dtype)
     flat = x.to(dtype).reshape(-1, C)
@@ -153,8 +126,6 @@ def scatter_rows(rows: Tensor, index: Tensor, weights: Tensor, tokens: int) -> T
                 matrix.scatter_add_(2, index[b, n], weights[b, n].to(dtype))
                 output[b] += torch.bmm(matrix.mT, rows[b, n].to(dtype))
         return output
-    if not _has_bags():
-        return chunked.scatter_rows(rows, index, weights, tokens)
     flat, weights = rows.to(dtype).reshape(-1, C), weights.reshape(-1, K).to(dtype)
     pairs, starts = pairs_by_key(index, tokens)
     factors = weights.flatten()[pairs]
@@ -162,23 +133,24 @@ def scatter_rows(rows: Tensor, index: Tensor, weights: Tensor, tokens: int) -> T
     return bags.view(G, tokens, C)
 
 
-def weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    return weighted_rows(values, index, weights).to(values.dtype)
+pair_scores = partial(chunked.pair_scores, dot_rows=dot_rows, gathered=gathered)
+pair_scores_backward = partial(
+    chunked.pair_scores_backward, weighted_rows=weighted_rows, scatter_rows=scatter_rows, gathered=gathered
+)
+weighted_sum = partial(chunked.weighted_sum, weighted_rows=weighted_rows)
+weighted_sum_backward = partial(chunked.weighted_sum_backward, scatter_rows=scatter_rows, dot_rows=dot_rows)
 
 
-def weighted_sum_backward(grad: Tensor, values: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    grad_values = scatter_rows(grad, index, weights, values.shape[1])
-    return grad_values.to(values.dtype), dot_rows(grad, values, index).to(weights.dtype)
-
-
-max_neighbors, max_neighbors_backward = chunked.max_neighbors, chunked.max_neighbors_backward
+# ---------------------------------------------------------------------------------------------------------------
+# Aggregate
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _bag_width(values: Tensor, index: Tensor) -> int:
-    """Channels for which the K-fold rows of one image fit into a chunk, for sums by bags; 0: rows are better gathered."""
+    """Number of channels to sum by bags at a time, so that the K-fold rows of one image fit a chunk; 0: gather rows instead."""
     rows = max(values.shape[1], index.shape[1]) * index.shape[2]
     width = min(values.shape[2], GATHERED // max(rows, 1))
-    return width if _has_bags() and (width >= 16 or width == values.shape[2]) else 0
+    return width if width >= 16 or width == values.shape[2] else 0
 
 
 def aggregate(values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None, depthwise: bool) -> Tensor:
@@ -229,7 +201,7 @@ def _depthwise_bags_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the values, of the weights (K, C) and of the scores, in the dtype that sums are in.
 
-    by_key: what `pairs_by_key` says of the index; None: no gradient of the values is wanted.
+    by_key: `pairs_by_key` of the index; None: no gradient of the values is needed.
     """
     (G, M, C), (_, N, K), dtype = values.shape, index.shape, accumulator(values.dtype)
     factors = torch.ones(index.shape, dtype=dtype) if scores is None else scores.to(dtype)
@@ -247,7 +219,7 @@ def _depthwise_bags_backward(
         if scores is not None:
             grad_scores[part] = product.mul_(weight).sum(2).view(-1, N, K)
         if by_key:
-            torch.mul(own, weight, out=product)  # what each slot passes back, but for its score
+            torch.mul(own, weight, out=product)  # passed back by each slot, before its score
             first = start * N * K
             pairs, starts = by_key[0][first : part.stop * N * K], by_key[1][start * M : part.stop * M + 1]
             grad_values[part] = F.embedding_bag(

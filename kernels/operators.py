@@ -1,7 +1,7 @@
-"""Every operator, declared once: schema, result of fake tensors, gradient, FLOPs, and who computes it on which device.
+"""Every operator, declared once: schema, result of fake tensors, gradient, FLOPs, and its form on each device.
 
-They are operators because `torch.compile` would unroll the loops over chunks inside them, and because a backward pass of
-their own gathers neighbors again instead of keeping them K-fold. An index (B, N, K) counts rows of key or values; scores
+As operators they keep their loops over chunks, which `torch.compile` would unroll, and gather neighbors again in the backward
+pass instead of keeping them K-fold. An index (B, N, K) counts rows of key or values; scores
 and sums over channels are in float32 at least. FLOPs count a multiply-add as two.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import CustomOpDef, custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import backend, chunked, cpu, reference
@@ -47,16 +47,6 @@ def _(query, key, K, metric, candidates, self_index):
     return query.new_empty((*query.shape[:2], K), dtype=torch.long)
 
 
-def _search_flops(query, key, K, candidates, self_index) -> int:
-    B, N, C = query
-    return 0 if K == (self_index is not None) else 2 * B * N * (candidates or key[1:])[0] * C
-
-
-@register_flop_formula(torch.ops.convnn.find_neighbors)
-def _(query, key, K, metric, candidates, self_index, **_kwargs) -> int:
-    return _search_flops(query, key, K, candidates, self_index)
-
-
 @custom_op("convnn::find_scored_neighbors", mutates_args=())
 def find_scored_neighbors(
     query: Tensor, key: Tensor, K: int, candidates: Tensor | None, self_index: Tensor | None
@@ -81,11 +71,6 @@ def _search_gradient(ctx, _, grad):
 
 
 find_scored_neighbors.register_autograd(_search_gradient, setup_context=_save_search)
-
-
-@register_flop_formula(torch.ops.convnn.find_scored_neighbors)
-def _(query, key, K, candidates, self_index, **_kwargs) -> int:
-    return _search_flops(query, key, K, candidates, self_index)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -133,16 +118,6 @@ def _pair_gradient(ctx, grad):
 
 
 pair_scores.register_autograd(_pair_gradient, setup_context=_save_pair)
-
-
-@register_flop_formula(torch.ops.convnn.pair_scores)
-def _(query, key, index, squared_distance, **_kwargs) -> int:
-    return 2 * math.prod(index) * query[2]
-
-
-@register_flop_formula(torch.ops.convnn.pair_scores_backward)
-def _(grad, query, key, index, squared_distance, **_kwargs) -> int:
-    return 4 * math.prod(index) * query[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -204,16 +179,6 @@ def _aggregate_gradient(ctx, grad):
 aggregate.register_autograd(_aggregate_gradient, setup_context=_save_aggregate)
 
 
-@register_flop_formula(torch.ops.convnn.aggregate)
-def _(values, index, weight, scores, depthwise, **_kwargs) -> int:
-    return 2 * index[0] * index[1] * math.prod(weight)
-
-
-@register_flop_formula(torch.ops.convnn.aggregate_backward)
-def _(grad, values, index, weight, scores, depthwise, need_values, **_kwargs) -> int:
-    return 2 * index[0] * index[1] * math.prod(weight) * (1 + (need_values or scores is not None))
-
-
 @custom_op("convnn::weighted_sum", mutates_args=())
 def weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Sum over k of weight_ik value_j(i,k): values (B, M, C), index and weights (B, N, K) -> (B, N, C)."""
@@ -250,16 +215,6 @@ def _weighted_sum_gradient(ctx, grad):
 
 
 weighted_sum.register_autograd(_weighted_sum_gradient, setup_context=_save_weighted_sum)
-
-
-@register_flop_formula(torch.ops.convnn.weighted_sum)
-def _(values, index, weights, **_kwargs) -> int:
-    return 2 * math.prod(index) * values[2]
-
-
-@register_flop_formula(torch.ops.convnn.weighted_sum_backward)
-def _(grad, values, index, weights, **_kwargs) -> int:
-    return 4 * math.prod(index) * values[2]
 
 
 @custom_op("convnn::max_neighbors", mutates_args=())
@@ -304,56 +259,121 @@ max_neighbors.register_autograd(_max_gradient, setup_context=_save_max)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Who computes
+# FLOPs, from shapes
 # ---------------------------------------------------------------------------------------------------------------
 
-OPERATORS = (
-    find_neighbors,
-    find_scored_neighbors,
-    pair_scores,
-    pair_scores_backward,
-    aggregate,
-    aggregate_backward,
-    weighted_sum,
-    weighted_sum_backward,
-    max_neighbors,
-    max_neighbors_backward,
-)
+
+def _search_flops(query, key, K, candidates, self_index) -> int:
+    B, N, C = query
+    return 0 if K == (self_index is not None) else 2 * B * N * (candidates or key[1:])[0] * C
 
 
-# What the Triton kernels ask of the arguments of each operator; what they do not cover goes through `chunked.py`.
-COVERED = {
-    "find_neighbors": lambda kernels, query, key, K, *_: kernels.covers_search(query, key, K),
-    "find_scored_neighbors": lambda kernels, query, key, K, *_: kernels.covers_search(query, key, K),
-    "pair_scores": lambda kernels, query, key, index, _: kernels.covers_pairs(query, key, index),
-    "pair_scores_backward": lambda kernels, _, query, key, index, __: kernels.covers_pairs(query, key, index),
-    "aggregate": lambda kernels, *given: kernels.covers_aggregate(*given[:4]),
-    "aggregate_backward": lambda kernels, _, *given: kernels.covers_aggregate(*given[:4]),
-    "weighted_sum": lambda kernels, *given: kernels.covers_weighted_sum(*given),
-    "weighted_sum_backward": lambda kernels, _, *given: kernels.covers_weighted_sum(*given),
-    "max_neighbors": lambda kernels, values, index: kernels.covers_max(values, index),
-    "max_neighbors_backward": lambda *_: False,  # one scatter of PyTorch's
+FLOPS = {
+    find_neighbors: lambda query, key, K, metric, candidates, self_index: _search_flops(query, key, K, candidates, self_index),
+    find_scored_neighbors: _search_flops,
+    pair_scores: lambda query, key, index, _: 2 * math.prod(index) * query[2],
+    pair_scores_backward: lambda grad, query, key, index, _: 4 * math.prod(index) * query[2],
+    aggregate: lambda values, index, weight, scores, _: 2 * index[0] * index[1] * math.prod(weight),
+    aggregate_backward: lambda grad, values, index, weight, scores, _, need_values: (
+        2 * index[0] * index[1] * math.prod(weight) * (1 + (need_values or scores is not None))
+    ),
+    weighted_sum: lambda values, index, weights: 2 * math.prod(index) * values[2],
+    weighted_sum_backward: lambda grad, values, index, weights: 4 * math.prod(index) * values[2],
 }
 
 
-def _on_cpu(name: str) -> Callable:
-    fast, any_device = getattr(cpu, name), getattr(chunked, name)
-    return lambda *given: (any_device if backend.chosen() == "chunked" else fast)(*given)
+def _count(operator: CustomOpDef, formula: Callable[..., int]) -> None:
+    @register_flop_formula(operator._opoverload.overloadpacket)
+    def _(*shapes, out_shape, **_kwargs) -> int:
+        return formula(*shapes)
 
 
-def _on_cuda(name: str) -> Callable:
-    any_device, covers = getattr(chunked, name), COVERED[name]
+for _operator, _formula in FLOPS.items():
+    _count(_operator, _formula)
 
-    def compute(*given):
+
+# ---------------------------------------------------------------------------------------------------------------
+# Backends
+# ---------------------------------------------------------------------------------------------------------------
+
+# Operator, its form on a CPU, its form on any device, and its Triton kernel if that covers the arguments.
+BACKENDS = (
+    (
+        find_neighbors,
+        cpu.find_neighbors,
+        chunked.find_neighbors,
+        lambda cuda, query, key, K, *_: cuda.covers_search(query, key, K) and cuda.find_neighbors,
+    ),
+    (
+        find_scored_neighbors,
+        cpu.find_scored_neighbors,
+        chunked.find_scored_neighbors,
+        lambda cuda, query, key, K, *_: cuda.covers_search(query, key, K) and cuda.find_scored_neighbors,
+    ),
+    (
+        pair_scores,
+        cpu.pair_scores,
+        chunked.pair_scores,
+        lambda cuda, query, key, index, _: cuda.covers_pairs(query, key, index) and cuda.pair_scores,
+    ),
+    (
+        pair_scores_backward,
+        cpu.pair_scores_backward,
+        chunked.pair_scores_backward,
+        lambda cuda, _, query, key, index, __: cuda.covers_pairs(query, key, index) and cuda.pair_scores_backward,
+    ),
+    (
+        aggregate,
+        cpu.aggregate,
+        chunked.aggregate,
+        lambda cuda, *given: cuda.covers_aggregate(*given[:4]) and cuda.aggregate,
+    ),
+    (
+        aggregate_backward,
+        cpu.aggregate_backward,
+        chunked.aggregate_backward,
+        lambda cuda, _, *given: cuda.covers_aggregate(*given[:4]) and cuda.aggregate_backward,
+    ),
+    (
+        weighted_sum,
+        cpu.weighted_sum,
+        chunked.weighted_sum,
+        lambda cuda, *given: cuda.covers_weighted_sum(*given) and cuda.weighted_sum,
+    ),
+    (
+        weighted_sum_backward,
+        cpu.weighted_sum_backward,
+        chunked.weighted_sum_backward,
+        lambda cuda, _, *given: cuda.covers_weighted_sum(*given) and cuda.weighted_sum_backward,
+    ),
+    (
+        max_neighbors,
+        chunked.max_neighbors,
+        chunked.max_neighbors,
+        lambda cuda, *given: cuda.covers_max(*given) and cuda.max_neighbors,
+    ),
+    (
+        max_neighbors_backward,
+        chunked.max_neighbors_backward,
+        chunked.max_neighbors_backward,
+        lambda *_: None,  # one scatter of PyTorch's
+    ),
+)
+
+
+def _register(operator: CustomOpDef, on_cpu: Callable, on_any_device: Callable, triton_kernel: Callable) -> None:
+    @operator.register_kernel("cpu")
+    def _(*given):
+        return (on_any_device if backend.chosen() == "chunked" else on_cpu)(*given)
+
+    @operator.register_kernel("cuda")
+    def _(*given):
         if backend.may_use_triton():
-            kernels = backend.triton_kernels()
-            if covers(kernels, *given) and (found := backend.attempt(getattr(kernels, name), *given)) is not None:
+            kernel = triton_kernel(backend.triton_kernels(), *given)
+            if kernel and (found := backend.attempt(kernel, *given)) is not None:
                 return found
-        return any_device(*given)
-
-    return compute
+        return on_any_device(*given)
 
 
-for _operator in OPERATORS:
-    _operator.register_kernel("cpu")(_on_cpu(_operator._name))
-    _operator.register_kernel("cuda")(_on_cuda(_operator._name))
+for _row in BACKENDS:
+    _register(*_row)

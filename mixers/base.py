@@ -1,11 +1,12 @@
-"""What the mixers of transformers share: what the tokens are, projections and heads, softmax attention.
+"""Base classes of the mixers: the layout of tokens, projections and heads, softmax attention, images as tokens.
 
-A mixer on (B, N, d_model) is a `MultiHeadMixer` that says how it mixes the values of its heads.
+A mixer on (B, N, d_model) is a `MultiHeadMixer` with a `mix` of the values of its heads.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -16,9 +17,21 @@ from options.checks import check_dropout, check_heads, sequence_grid, shuffle_fa
 from options.layers import SHUFFLE_PATTERNS
 
 
+def check_at_least(least: int, **arguments: int) -> None:
+    for name, value in arguments.items():
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def check_one_of(names: Iterable[str], **arguments: str) -> None:
+    for name, value in arguments.items():
+        if value not in names:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(names)}")
+
+
 @dataclass(frozen=True)
 class TokenLayout:
-    """What the N tokens of a sequence are: class tokens first, then a grid of patches in raster order.
+    """Layout of the N tokens of a sequence: class tokens first, then a grid of patches in raster order.
 
     A single row or column of patches is a sequence without a grid.
     """
@@ -41,14 +54,14 @@ class TokenLayout:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Sides of the grid: (height, width), or (length,) of a sequence."""
+        """Sides of the grid: (height, width), or (length,) for a sequence."""
         return sequence_grid((self.height, self.width))
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, dropout: float = 0.0, output_matrix: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """softmax(q k^T / sqrt(d)) v among the pairs that `mask` (N, M) allows: (B, H, N, d), and the softmax if asked for."""
+    """Softmax attention among the pairs that `mask` (N, M) allows: (B, H, N, d), and with output_matrix the softmax."""
     if not output_matrix:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None
     scores = query @ key.mT / math.sqrt(query.shape[-1])
@@ -58,7 +71,7 @@ def attend(
     return F.dropout(matrix, dropout).to(value.dtype) @ value, matrix
 
 
-Bias = bool | tuple[bool, bool]  # of all projections, or of those before mixing and of the one after it
+Bias = bool | tuple[bool, bool]  # of all projections, or of (the ones before mixing, the one after)
 
 
 def both_biases(bias: Bias) -> tuple[bool, bool]:
@@ -66,15 +79,17 @@ def both_biases(bias: Bias) -> tuple[bool, bool]:
 
 
 class MultiHeadMixer(ConstantTables):
-    """What mixers of tokens (B, N, d_model) -> (B, N, d_model) share: projections, heads, and the mixing matrix.
+    """Base of mixers of tokens, (B, N, d_model) -> (B, N, d_model): projections, heads, and the mixing matrix.
 
-    A mixer overrides `mix`, and `make_projection` and `project` where it projects otherwise.
+    A mixer overrides `mix`, and, for other projections, `make_projection` and `project`.
 
     Args:
-        num_heads: heads of d_model / num_heads features each; raises ValueError if that is not whole.
-        layout: what the tokens are, where that matters to the mixer.
-        attention_dropout: probability of dropping a weight of a pair of tokens; raises ValueError if it is none.
-        bias: of all projections, or (of those before mixing, of the one after it).
+        num_heads: heads of d_model / num_heads features each.
+        layout: layout of the tokens, for mixers that need it.
+        attention_dropout: probability of dropping a weight of a pair of tokens.
+        bias: of all projections, or (of the ones before mixing, of the one after).
+
+    Raises ValueError if num_heads does not divide d_model, or attention_dropout is not in [0, 1).
     """
 
     def __init__(
@@ -109,10 +124,10 @@ class MultiHeadMixer(ConstantTables):
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)
 
     def init_weights(self) -> None:
-        """What a mixer initializes by itself, after the model has initialized its linears."""
+        """Initialize parameters in the mixer's own way, after the model has initialized its linears."""
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(B, N, d_model) -> what `mix` mixes, here query, key and value of every head: (B, H, N, d) each."""
+        """(B, N, d_model) -> inputs of `mix`, here query, key and value of every head: (B, H, N, d) each."""
         return tuple(self.split_heads(part) for part in self.qkv(x).chunk(3, dim=2))
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -120,33 +135,31 @@ class MultiHeadMixer(ConstantTables):
         return x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
-        """(B, H, N, d) each -> mixed values (B, H, N, d), and the matrix (B, H, N, N) if asked for."""
+        """(B, H, N, d) each -> mixed values (B, H, N, d), and with output_matrix the matrix (B, H, N, N)."""
         raise NotImplementedError
 
     @property
     def dropout(self) -> float:
-        """Probability of dropping a weight now."""
+        """Probability of dropping a weight: 0 in evaluation."""
         return self.attention_dropout if self.training else 0.0
 
 
 def mixing_matrix(index: Tensor, weights: Tensor, heads: int, num_keys: int | None = None) -> Tensor:
-    """Weights of the K neighbors (B * H, N, K) scattered to (B, H, N, num_keys), as many keys as queries if not given."""
+    """Scatter the weights of the K neighbors (B * H, N, K) to (B, H, N, num_keys); num_keys is N if not given."""
     BH, N, _ = index.shape
     return weights.new_zeros(BH, N, num_keys or N).scatter(2, index, weights).unflatten(0, (-1, heads))
 
 
 class ImageMixer(nn.Module):
-    """What the mixers share: shuffle patterns, and the fold of (B, C, *sides) into tokens (B, N, C) and back."""
+    """Base of mixers on images: shuffle patterns, and the fold of (B, C, *sides) into tokens (B, N, C) and back."""
 
-    axes = 2  # sides of an image
+    axes = 2
     shuffles = nn.PixelUnshuffle, nn.PixelShuffle
 
     def __init__(self, in_channels: int, out_channels: int, shuffle_pattern: str, shuffle_scale: int):
         super().__init__()
-        if shuffle_pattern not in SHUFFLE_PATTERNS:
-            raise ValueError(f"shuffle_pattern={shuffle_pattern!r} is not one of {', '.join(SHUFFLE_PATTERNS)}")
-        if shuffle_scale < 1:
-            raise ValueError(f"shuffle_scale={shuffle_scale} must be at least 1")
+        check_one_of(SHUFFLE_PATTERNS, shuffle_pattern=shuffle_pattern)
+        check_at_least(1, shuffle_scale=shuffle_scale)
         before, after = shuffle_factors(shuffle_pattern, shuffle_scale, self.axes)
         self.shuffle_scale = shuffle_scale
         self.token_channels = in_channels * before, out_channels * after
@@ -155,7 +168,7 @@ class ImageMixer(nn.Module):
         self.shuffle = shuffle(shuffle_scale) if shuffle_pattern in ("A", "BA") else nn.Identity()
 
     def token_grid(self, image_size: int | tuple[int, ...] | None, padding: int = 0) -> tuple[int, ...] | None:
-        """Sides of the grid of tokens that an input of this size becomes. Raises ValueError if the scale does not divide."""
+        """Sides of the grid of tokens of an input of this size. Raises ValueError if the scale does not divide them."""
         if image_size is None:
             return None
         sides = (image_size,) * self.axes if isinstance(image_size, int) else tuple(image_size)

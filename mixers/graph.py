@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixers.base import Bias, ImageMixer, MultiHeadMixer, TokenLayout, both_biases
+from mixers.base import Bias, ImageMixer, MultiHeadMixer, TokenLayout, both_biases, check_at_least, check_one_of
 from mixers.selection import NeighborSelection
 from neighbors import max_neighbors, neighbor_scores, weighted_sum
 from options.checks import dilate
@@ -38,8 +38,7 @@ class GraphAggregation(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, num_heads: int, kind: str, bias: bool = True):
         super().__init__()
-        if kind not in GRAPH_AGGREGATIONS:
-            raise ValueError(f"graph_aggregation={kind!r} is not one of {', '.join(GRAPH_AGGREGATIONS)}")
+        check_one_of(GRAPH_AGGREGATIONS, graph_aggregation=kind)
         if num_heads < 1 or in_channels % num_heads or out_channels % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide the {in_channels} and {out_channels} channels")
         self.kind, self.num_heads = kind, num_heads
@@ -132,8 +131,7 @@ class AxialGraphMixer(MultiHeadMixer):
 
     def __init__(self, d_model: int, num_heads: int, *, layout: TokenLayout, dilation: int = 1, bias: Bias = True):
         super().__init__(d_model, num_heads, layout=layout, bias=bias)
-        if dilation < 1:
-            raise ValueError(f"dilation={dilation} must be at least 1")
+        check_at_least(1, dilation=dilation)
         self.graph = GraphAggregation(d_model, d_model, num_heads, "max", both_biases(bias)[0])
         self.set_tables(lambda: axial_candidates(layout, dilation))
 

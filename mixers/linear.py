@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend
-from mixers.local import PlacedPattern
+from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, check_one_of
+from mixers.local import SparsityPattern
 from mixers.tilings import neighborhood_tiling
 from options.checks import check_window
 from options.layers import PERFORMER_KERNELS
@@ -58,8 +58,7 @@ class LinformerAttention(LinearMixer):
         bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
-        if k < 1:
-            raise ValueError(f"k={k} must be at least 1")
+        check_at_least(1, k=k)
         # Normal with variance 1/N, so that a mixture of N tokens has the variance of one (the paper's theorem 2 has 1/k, which
         # keeps the norm of all N instead and lets scores and values grow with N / k).
         N = layout.num_tokens
@@ -83,10 +82,8 @@ class RandomFeatures(nn.Module):
 
     def __init__(self, head_dim: int, num_features: int, kernel: str):
         super().__init__()
-        if num_features < 1:
-            raise ValueError(f"num_features={num_features} must be at least 1")
-        if kernel not in PERFORMER_KERNELS:
-            raise ValueError(f"kernel={kernel!r} is not one of {', '.join(PERFORMER_KERNELS)}")
+        check_at_least(1, num_features=num_features)
+        check_one_of(PERFORMER_KERNELS, kernel=kernel)
         self.kernel = kernel
         self.register_buffer("features", orthogonal_features(num_features, head_dim))
 
@@ -179,10 +176,8 @@ class NystromformerAttention(LinearMixer):
         bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
-        if num_landmarks < 1:
-            raise ValueError(f"num_landmarks={num_landmarks} must be at least 1")
-        if conv_kernel < 0:
-            raise ValueError(f"conv_kernel={conv_kernel} must be at least 0")
+        check_at_least(1, num_landmarks=num_landmarks)
+        check_at_least(0, conv_kernel=conv_kernel)
         N = layout.num_tokens
         self.set_tables(lambda: {"segments": segment_members(num_landmarks, N) if num_landmarks < N else None})
         self.reach = (conv_kernel - 1) // 2, conv_kernel // 2  # tokens before and after
@@ -256,7 +251,7 @@ class HybridAttention(MultiHeadMixer):
         for dilation in dilations:
             check_window(window, dilation, layout.grid, names=("window", "dilations"))
         tilings = [neighborhood_tiling(layout.height, layout.width, window, dilation) for dilation in dilations]
-        self.regional = nn.ModuleList(PlacedPattern([tiling], layout) for tiling in tilings)
+        self.regional = nn.ModuleList(SparsityPattern([tiling], layout) for tiling in tilings)
         self.context = RandomFeatures(self.head_dim, num_features, kernel)
         self.gate = nn.Linear(d_model, len(dilations) + 1, bias=bias)
 

@@ -1,9 +1,8 @@
-"""Attention chosen or biased by location, on (B, N, d_model): local, sparse, masked, neighborhood, gated positional.
+"""Local attention, by location, on (B, N, d_model): sliding window, sparse, masked, neighborhood, gated positional.
 
-A mixer that chooses says which patches see which, as tilings: tiles of patches whose queries share a short list of keys.
-A tile is a small dense attention under a mask, so time and memory grow with N x window. On short sequences, where tiles
-would save little, one dense attention under one mask runs instead, with equal results. Class tokens attend to all and
-are attended by all.
+A sparsity pattern is a list of tilings: tiles of patches with queries that share a short list of keys. A tile is a small
+dense attention under a mask, so time and memory grow with N x window. On short sequences, where tiles would save little, one
+dense attention under one mask runs instead, with equal results. Class tokens attend to all and are attended by all.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import backend
-from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend
+from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, check_one_of
 from mixers.block_masks import BLOCK, BlockSparsePattern
 from mixers.selection import ConstantTables
 from mixers.tilings import (
@@ -30,14 +29,14 @@ from mixers.tilings import (
 from options.checks import check_window
 from options.layers import MASK_TYPES
 
-TILES_PAY = 6  # times fewer scores than a dense attention computes: then gathering for tiles pays off (measured on a CPU)
-LONG = 1000  # patches, from which on no mask of all pairs is made
+TILES_PAY = 6  # gathering for tiles pays off with so many times fewer scores than a dense attention (measured on a CPU)
+LONG = 1000  # patches; from here on no mask of all pairs is made
 
 
 class Tiles(ConstantTables):
-    """A tiling as index tables: queries of patches and keys of tokens into tiles, and what comes out back in order.
+    """A tiling as index tables: queries of patches and keys of tokens into tiles, and outputs back in order.
 
-    With `class_tokens`, every tile has them as keys too.
+    With `first`, every tile has the class tokens as keys too.
     """
 
     def __init__(self, tiling: Tiling, num_patches: int, class_tokens: int, first: bool):
@@ -53,31 +52,28 @@ class Tiles(ConstantTables):
         i, j = queries[:, :, None], keys[:, None]
         allowed = (j != NONE) & sees(i, j)
         keys = keys.clamp(min=0) + class_tokens
-        if first and class_tokens:  # of several tilings, one brings the class tokens in
+        if first and class_tokens:
             keys = torch.cat([torch.arange(class_tokens).expand(len(keys), -1), keys], dim=1)
             allowed = F.pad(allowed, (class_tokens, 0), value=True)
-        allowed |= i == NONE  # rows that nobody reads; a softmax over nothing would be NaN
+        allowed |= i == NONE  # these rows are never read; a softmax over nothing would be NaN
         return {"queries": queries.clamp(min=0), "keys": keys, "allowed": allowed, "order": order}
-
-    def of_queries(self, rows: Tensor) -> Tensor:
-        """(G, P, d) of the patches -> (G, T, q, d)."""
-        return rows.index_select(1, self.queries.flatten()).unflatten(1, self.queries.shape)
-
-    def of_keys(self, rows: Tensor) -> Tensor:
-        """(G, N, d) of all tokens -> (G, T, k, d)."""
-        return rows.index_select(1, self.keys.flatten()).unflatten(1, self.keys.shape)
 
     def in_order(self, tiles: Tensor) -> Tensor:
         """(G, T, q, d) -> (G, P, d)."""
         return tiles.flatten(1, 2).index_select(1, self.order)
 
 
-class PlacedPattern(ConstantTables):
-    """Attention between the patches that one of the tilings allows; class tokens see all and are seen by all.
+def take_tiles(rows: Tensor, table: Tensor) -> Tensor:
+    """Gather rows (G, N, d) by a table of tiles (T, q): (G, T, q, d)."""
+    return rows.index_select(1, table.flatten()).unflatten(1, table.shape)
+
+
+class SparsityPattern(ConstantTables):
+    """Attention between the pairs of patches in any of the tilings; class tokens see all and are seen by all.
 
     Args:
         tilings: disjoint in the pairs they allow; without any, every patch sees every other.
-        layout: what the tokens are.
+        layout: layout of the tokens.
     """
 
     def __init__(self, tilings: list[Tiling], layout: TokenLayout):
@@ -96,7 +92,7 @@ class PlacedPattern(ConstantTables):
         self.blocks = None if sees_all or layout.num_tokens <= BLOCK else BlockSparsePattern(self.allows, layout.num_tokens)
 
     def allows(self, i: Tensor, j: Tensor) -> Tensor:
-        """Whether token i attends to token j, for numbers that broadcast."""
+        """Return True where token i attends to token j, for numbers that broadcast."""
         c = self.layout.class_tokens
         allowed = (i < c) | (j < c)
         for sees in self.sees:
@@ -104,7 +100,7 @@ class PlacedPattern(ConstantTables):
         return allowed
 
     def sees_all(self) -> bool:
-        """Whether every token attends to every other, a few rows at a time."""
+        """Return True if every token attends to every other, looking at a few rows at a time."""
         tokens = torch.arange(self.layout.num_tokens, device="cpu")
         return all(bool(self.allows(i, tokens).all()) for i in tokens[:, None].split(64))
 
@@ -116,12 +112,12 @@ class PlacedPattern(ConstantTables):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, output_matrix: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, H, N, d) each -> mixed values (B, H, N, d), and the matrix (B, H, N, N) if asked for."""
+        """(B, H, N, d) each -> mixed values (B, H, N, d), and with output_matrix the matrix (B, H, N, N)."""
         if self.blocks is not None and not (output_matrix or dropout) and self.blocks.covers(query):
             found = backend.attempt(self.blocks, query, key, value)
             if found is not None:
                 return found, None
-        plain = backend.chosen() == "reference"  # which materializes all scores
+        plain = backend.chosen() == "reference"  # materializes all scores
         if self.is_dense or output_matrix or plain:
             mask = self.mask if self.is_dense else self.make_mask(query.device)
             out, matrix = attend(query, key, value, mask=mask, dropout=dropout, output_matrix=output_matrix or plain)
@@ -135,7 +131,9 @@ class PlacedPattern(ConstantTables):
 
     def attend_tiles(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """query (G, P, d) of the patches, key and value (G, N, d) of all tokens -> (G, P, d)."""
-        inside = [(tiles.of_queries(query), tiles.of_keys(key), tiles.of_keys(value)) for tiles in self.tiles]
+        inside = [
+            (take_tiles(query, part.queries), take_tiles(key, part.keys), take_tiles(value, part.keys)) for part in self.tiles
+        ]
         if len(self.tiles) == 1:
             return self.tiles[0].in_order(attend(*inside[0], mask=self.tiles[0].allowed, dropout=dropout)[0])
         # One softmax over the keys of all tilings.
@@ -147,12 +145,12 @@ class PlacedPattern(ConstantTables):
         parts = weights.split([score.shape[2] for score in scores], dim=2)
         out = 0
         for tiles, part, (_, _, v) in zip(self.tiles, parts, inside, strict=True):
-            out = out + tiles.in_order(tiles.of_queries(part).to(v.dtype) @ v)
+            out = out + tiles.in_order(take_tiles(part, tiles.queries).to(v.dtype) @ v)
         return out
 
 
-class PlacedAttention(MultiHeadMixer):
-    """Attention by a `PlacedPattern`, which is made of the tilings."""
+class PatternAttention(MultiHeadMixer):
+    """Attention under a `SparsityPattern` of tilings."""
 
     def __init__(
         self,
@@ -165,17 +163,17 @@ class PlacedAttention(MultiHeadMixer):
         bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
-        self.pattern = PlacedPattern(tilings, layout)
+        self.pattern = SparsityPattern(tilings, layout)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
         return self.pattern(query, key, value, dropout=self.dropout, output_matrix=output_matrix)
 
 
-class MultiHeadLocalAttention(PlacedAttention):
+class MultiHeadLocalAttention(PatternAttention):
     """Sliding-window attention (Beltagy et al., arXiv 2004.05150): tokens i and j attend if |i - j| <= window_size.
 
     Rotary positions (Su et al., arXiv 2104.09864) on queries and keys: feature pairs (n, n + d/2) are rotated by
-    i / 10000^(2n/d), i the number of the token in the sequence; an odd last feature stays.
+    i / 10000^(2n/d), where i is the number of the token in the sequence; an odd last feature stays.
 
     Raises ValueError for a negative window_size.
     """
@@ -190,8 +188,7 @@ class MultiHeadLocalAttention(PlacedAttention):
         attention_dropout: float = 0.0,
         bias: Bias = True,
     ):
-        if window_size < 0:
-            raise ValueError(f"window_size={window_size} must be at least 0")
+        check_at_least(0, window_size=window_size)
         tiling = window_tiling(layout.num_patches, window_size)
         super().__init__(d_model, num_heads, [tiling], layout=layout, attention_dropout=attention_dropout, bias=bias)
         self.set_tables(lambda: {"positions": torch.arange(layout.num_tokens)})
@@ -202,9 +199,9 @@ class MultiHeadLocalAttention(PlacedAttention):
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864) of whole-number positions (N,) on x (B, H, N, d)."""
+    """Apply rotary embeddings (arXiv 2104.09864) of integer positions (N,) to x (B, H, N, d)."""
     half = x.shape[-1] // 2
-    # From whole numbers at every call, so that a model in float64 rotates in float64.
+    # Computed from integers at every call, so that a model in float64 rotates in float64.
     dtype = torch.promote_types(x.dtype, torch.float32)
     frequencies = 10000.0 ** (-torch.arange(half, device=x.device).to(dtype) / half)
     angles = positions[:, None].to(dtype) * frequencies  # (N, d / 2)
@@ -213,7 +210,7 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
     return torch.cat([(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype), rest], dim=-1)
 
 
-class MultiHeadSparseAttention(PlacedAttention):
+class MultiHeadSparseAttention(PatternAttention):
     """Sparse attention (Child et al., arXiv 1904.10509), bidirectional.
 
     Args:
@@ -234,22 +231,20 @@ class MultiHeadSparseAttention(PlacedAttention):
         attention_dropout: float = 0.0,
         bias: Bias = True,
     ):
-        if mode not in ("all", "local", "strided"):
-            raise ValueError(f"mode={mode!r} is not one of all, local, strided")
-        if context < 1:
-            raise ValueError(f"context={context} must be at least 1")
+        check_one_of(("all", "local", "strided"), mode=mode)
+        check_at_least(1, context=context)
         P = layout.num_patches
         local = window_tiling(P, context // 2)
         tilings = {"all": [], "local": [local], "strided": [local, strided_tiling(P, context)]}[mode]
         super().__init__(d_model, num_heads, tilings, layout=layout, attention_dropout=attention_dropout, bias=bias)
 
 
-class MultiHeadMaskedAttention(PlacedAttention):
-    """Attention under a local mask of `mixers/masks.py`; the class token attends to all and is attended by all.
+class MultiHeadMaskedAttention(PatternAttention):
+    """Attention under a local mask; the class token attends to all and is attended by all.
 
     Args:
-        mask_type: `2d_cardinal`, the patches at most `expansion_step` above, below, left or right; `2d_all_neighbors`, those
-            in a square around it; `1d_cardinal` and `1d_all_neighbors`, as many neighbors in a window on the sequence.
+        mask_type: `2d_cardinal`, patches at most `expansion_step` above, below, left or right; `2d_all_neighbors`, patches
+            in a square; `1d_cardinal` and `1d_all_neighbors`, as many neighbors in a window on the sequence.
 
     Raises ValueError for an unknown mask_type or a negative expansion_step.
     """
@@ -265,15 +260,19 @@ class MultiHeadMaskedAttention(PlacedAttention):
         attention_dropout: float = 0.0,
         bias: Bias = True,
     ):
-        if mask_type not in MASK_TYPES:
-            raise ValueError(f"mask_type={mask_type!r} is not one of {', '.join(MASK_TYPES)}")
-        if expansion_step < 0:
-            raise ValueError(f"expansion_step={expansion_step} must be at least 0")
+        check_one_of(MASK_TYPES, mask_type=mask_type)
+        check_at_least(0, expansion_step=expansion_step)
         tilings = mask_tilings(mask_type, expansion_step, layout.height, layout.width)
         super().__init__(d_model, num_heads, tilings, layout=layout, attention_dropout=attention_dropout, bias=bias)
 
 
-class NeighborhoodAttention(PlacedAttention):
+def local_mask(mask_type: str, expansion_step: int, height: int, width: int) -> Tensor:
+    """(N, N), True where `MultiHeadMaskedAttention` lets the row attend to the column, on a grid without class tokens."""
+    layout = TokenLayout(height, width)
+    return SparsityPattern(mask_tilings(mask_type, expansion_step, height, width), layout).make_mask(torch.device("cpu"))
+
+
+class NeighborhoodAttention(PatternAttention):
     """Neighborhood attention (Hassani et al., CVPR 2023; dilated: arXiv 2209.15001), without relative position biases.
 
     Every patch attends to the kernel_size x kernel_size patches around it, `dilation` apart; at the border the window
@@ -303,15 +302,15 @@ class GatedPositionalSelfAttention(MultiHeadMixer):
     """Gated positional self-attention (GPSA; d'Ascoli et al., arXiv 2103.10697, section 3), which starts as a convolution.
 
     Each head mixes by (1 - sigmoid(gate)) softmax(q k^T / sqrt(d)) + sigmoid(gate) softmax(pos_proj(r)), where r_ij is
-    (dx, dy, dx^2 + dy^2), the way from patch i to patch j. At first every head attends around one offset of a kernel with as
+    (dx, dy, dx^2 + dy^2), the step from patch i to patch j. At first every head attends around one offset of a kernel with as
     many taps as there are heads, and values are the tokens themselves. The row and the column of a class token are by
     content only; the positional softmax runs over the patches.
 
-    The two positional scores of a pair, along x and along y, add up, so their softmax is the product of one over the columns
-    and one over the rows: (w, w) and (h, h) instead of (N, N), with equal results.
+    The two positional scores of a pair, along x and along y, add up, so their softmax is the product of a softmax over the
+    columns and another over the rows: (w, w) and (h, h) instead of (N, N), with equal results.
 
     Args:
-        locality_strength: how sharply the heads attend around their offsets at first (alpha in the paper).
+        locality_strength: sharpness of the initial attention around the offsets (alpha in the paper).
     """
 
     def __init__(
@@ -339,7 +338,7 @@ class GatedPositionalSelfAttention(MultiHeadMixer):
         if self.qkv.bias is not None:
             nn.init.zeros_(self.qkv.bias[2 * d_model :])
         offsets = kernel_offsets(self.num_heads)
-        # -|r - offset|^2, but for a constant that the softmax does not see
+        # -|r - offset|^2, up to a constant that the softmax cancels
         weight = torch.cat([2 * offsets, -torch.ones(self.num_heads, 1)], dim=1)
         self.pos_proj.weight.copy_(self.locality_strength * weight)
         nn.init.zeros_(self.pos_proj.bias)
@@ -355,10 +354,10 @@ class GatedPositionalSelfAttention(MultiHeadMixer):
         c, grid = self.layout.class_tokens, (self.layout.height, self.layout.width)
         rows, columns = self.positions()
         gate = self.gate.sigmoid()[:, None, None]
-        if output_matrix or self.dropout:  # a weight to drop or to show is one of a pair of tokens
+        if output_matrix or self.dropout:  # both need the weights of pairs
             content = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(dim=-1)
-            place = (rows[:, :, None, :, None] * columns[:, None, :, None, :]).flatten(3).flatten(1, 2)  # (H, P, P)
-            patches = content[:, :, c:] * (1 - gate) + F.pad(gate * place, (c, 0))
+            location = (rows[:, :, None, :, None] * columns[:, None, :, None, :]).flatten(3).flatten(1, 2)  # (H, P, P)
+            patches = content[:, :, c:] * (1 - gate) + F.pad(gate * location, (c, 0))
             matrix = torch.cat([content[:, :, :c], patches], dim=2)
             return F.dropout(matrix, self.dropout).to(value.dtype) @ value, matrix
         content, _ = attend(query, key, value)
@@ -370,7 +369,7 @@ class GatedPositionalSelfAttention(MultiHeadMixer):
 
 
 def relative_positions(height: int, width: int) -> dict[str, Tensor]:
-    """(dx, dy, dx^2 + dy^2) of pairs of columns, (w, w, 3), and of pairs of rows, (h, h, 3)."""
+    """Tables (dx, dy, dx^2 + dy^2) of pairs of columns, (w, w, 3), and of pairs of rows, (h, h, 3)."""
     dx, dy = (torch.arange(side) - torch.arange(side)[:, None] for side in (width, height))
     return {"along_x": torch.stack([dx, 0 * dx, dx**2], dim=2), "along_y": torch.stack([0 * dy, dy, dy**2], dim=2)}
 
@@ -378,8 +377,8 @@ def relative_positions(height: int, width: int) -> dict[str, Tensor]:
 def kernel_offsets(num_heads: int) -> Tensor:
     """(H, 2) offsets (x, y) from the center of the smallest square kernel with a tap for every head, in raster order.
 
-    A kernel with an even side has its taps at half pixels. Where heads are fewer than taps, they have those nearest the center,
-    opposite ones together.
+    A kernel with an even side has its taps at half pixels. Fewer heads than taps get the taps nearest the center, opposite
+    taps together.
     """
     side = math.isqrt(num_heads - 1) + 1
     taps = [(x - (side - 1) / 2, y - (side - 1) / 2) for y in range(side) for x in range(side)]

@@ -1,7 +1,7 @@
 """Attention through regions of a grid, or through clusters: BiFormer, block-sparse top-k, PaCa, Context Cluster.
 
-Regions are squares of patches (stretches of a sequence). Class tokens attend to all, and where tokens choose regions they
-are attended by all.
+Regions are squares of patches (stretches of a sequence). Class tokens attend to all, and, where tokens choose regions, are
+attended by all.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, mixing_matrix
+from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, mixing_matrix
 from neighbors import find_neighbors, neighbor_scores, neighbor_weights, weighted_sum
 from options.checks import check_value_convolution, region_sides
 
 
 def region_tables(layout: TokenLayout, region_size: int) -> dict[str, Tensor]:
-    """`regions` (R, s), the patches of each region; `order` (P,), where each patch stands in them; `region_of` (P,).
+    """Make `regions` (R, s), the patches of each region; `order` (P,), the place of each patch in them; `region_of` (P,).
 
     Raises ValueError if regions of this side do not divide the grid.
     """
@@ -30,12 +30,12 @@ def region_tables(layout: TokenLayout, region_size: int) -> dict[str, Tensor]:
 
 
 def by_region(x: Tensor, regions: Tensor, class_tokens: int) -> Tensor:
-    """(B, H, N, d) of all tokens -> (B, H, R, s, d) of the patches, by the table `regions` (R, s)."""
+    """Cut patches into regions by the table `regions` (R, s): (B, H, N, d) of all tokens -> (B, H, R, s, d)."""
     return x[:, :, class_tokens:].index_select(2, regions.flatten()).unflatten(2, regions.shape)
 
 
 class RegionMixer(MultiHeadMixer):
-    """A mixer whose tokens choose the `top_regions` best of R regions, the square ones of side `region_size` of the grid.
+    """Base of mixers in which tokens choose the `top_regions` best of R regions, squares of side `region_size`.
 
     Raises ValueError if regions do not divide the grid, or there are fewer than top_regions.
     """
@@ -57,20 +57,17 @@ class RegionMixer(MultiHeadMixer):
             raise ValueError(f"top_regions={top_regions} must be 1 to {len(self.regions)}, the number of regions")
         self.top_regions = top_regions
 
-    def by_region(self, x: Tensor) -> Tensor:
-        return by_region(x, self.regions, self.layout.class_tokens)
-
 
 class BiLevelRoutingAttention(RegionMixer):
     """Bi-level routing attention (BiFormer, Zhu et al., arXiv 2303.08810, section 3.2).
 
-    A region is routed to the `top_regions` regions whose mean keys have the largest products with its mean query, all heads
-    together; its patches attend to the patches of those. With all regions, or with one, it is `MultiHeadAttention`.
+    A region is routed to the `top_regions` regions with the largest products of their mean key and its mean query, all heads
+    together; its patches attend to the patches of these regions. With all regions, or with one, it is `MultiHeadAttention`.
     Keys and values are copied `top_regions` times, not once for every query.
 
     Args:
         value_convolution: side of the depthwise convolution of the values on the grid that is added to the patches (the
-            paper's local context enhancement, 5), without bias; 0: none. The mixing matrix does not hold it.
+            paper's local context enhancement, 5), without bias; 0: none. The mixing matrix leaves it out.
 
     Raises ValueError as `RegionMixer`, and for a value_convolution that is even but not 0, or that reaches over the grid.
     """
@@ -107,14 +104,14 @@ class BiLevelRoutingAttention(RegionMixer):
         return (out if self.conv is None else out + self.convolve(value)), matrix
 
     def convolve(self, value: Tensor) -> Tensor:
-        """The convolution of the values of the patches, and zeros for class tokens: (B, H, N, d) -> the same."""
+        """Convolve the values of the patches, with zeros for class tokens: (B, H, N, d) -> the same."""
         c, layout = self.layout.class_tokens, self.layout
         image = value[:, :, c:].mT.flatten(1, 2).unflatten(2, (layout.height, layout.width))  # (B, H * d, h, w)
         return F.pad(self.conv(image).flatten(2).unflatten(1, (self.num_heads, -1)).mT, (0, 0, c, 0))
 
     def mix_regions(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
         c = self.layout.class_tokens
-        queries, keys, values = (self.by_region(part) for part in (query, key, value))  # (B, H, R, s, d)
+        queries, keys, values = (by_region(part, self.regions, c) for part in (query, key, value))  # (B, H, R, s, d)
         means = [part.detach().mean(dim=3).transpose(1, 2).flatten(2) for part in (queries, keys)]  # (B, R, H * d)
         routes = find_neighbors(*means, self.top_regions, "matmul")  # (B, R, k)
         if output_matrix:
@@ -129,7 +126,7 @@ class BiLevelRoutingAttention(RegionMixer):
         return out, None
 
     def routed(self, regions: Tensor, classes: Tensor, routes: Tensor) -> Tensor:
-        """Regions (B, H, R, s, d) -> those that each region is routed to, one after the other, after the class tokens."""
+        """Join class tokens and the regions that each region is routed to: (B, H, R, s, d) -> (B, H, R, c + k * s, d)."""
         B, H, R, s, d = regions.shape
         chosen = routes.flatten(1)[:, None, :, None].expand(-1, H, -1, s * d)
         found = regions.flatten(3).gather(2, chosen).view(B, H, R, -1, d)
@@ -147,14 +144,14 @@ class BiLevelRoutingAttention(RegionMixer):
 class BlockTopKAttention(RegionMixer):
     """The selection of native sparse attention (NSA, Yuan et al., arXiv 2502.11089, section 3.3.2), both ways and on a grid.
 
-    Of every head, a token chooses the `top_regions` regions whose mean keys (the compressed blocks) have the largest products
-    with its query, and attends to their patches. With all regions it is `MultiHeadAttention`. The paper adds attention to the
-    compressed blocks and a sliding window, by gates; here each is a mixer of its own.
+    In every head, a token chooses the `top_regions` regions with the largest products of their mean key (the compressed block)
+    and its query, and attends to their patches. With all regions it is `MultiHeadAttention`. The paper adds attention to the
+    compressed blocks and a sliding window, by gates; here they are separate mixers.
     """
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
         c, heads = self.layout.class_tokens, query.shape[:2]
-        blocks = self.by_region(key.detach()).mean(dim=3).flatten(0, 1)  # (B * H, R, d)
+        blocks = by_region(key.detach(), self.regions, c).mean(dim=3).flatten(0, 1)  # (B * H, R, d)
         query, key, value = (part.flatten(0, 1) for part in (query, key, value))
         chosen = find_neighbors(query[:, c:], blocks, self.top_regions, "matmul")  # (B * H, P, k)
         index = self.regions[chosen].flatten(2) + c  # (B * H, P, k * s)
@@ -175,22 +172,21 @@ class BlockTopKAttention(RegionMixer):
 
 
 class PatchToClusterAttention(MultiHeadMixer):
-    """Patch-to-cluster attention (PaCa, Grainger et al., arXiv 2203.11987): keys and values are those of clusters.
+    """Patch-to-cluster attention (PaCa, Grainger et al., arXiv 2203.11987): queries of tokens, keys and values of clusters.
 
-    A cluster is a mean of the tokens, weighed by a softmax over them that a linear predicts from their features. Where each
-    token is a cluster of its own it is `MultiHeadAttention`. Time and memory are linear in the tokens.
+    A cluster is a mean of the tokens, weighted by a softmax over them that a linear predicts from their features. With one
+    cluster per token it is `MultiHeadAttention`. Time and memory are linear in the tokens.
 
     Raises ValueError for fewer than one cluster.
     """
 
     def __init__(self, d_model: int, num_heads: int, *, num_clusters: int, attention_dropout: float = 0.0, bias: Bias = True):
         super().__init__(d_model, num_heads, attention_dropout=attention_dropout, bias=bias)
-        if num_clusters < 1:
-            raise ValueError(f"num_clusters={num_clusters} must be at least 1")
+        check_at_least(1, num_clusters=num_clusters)
         self.cluster = nn.Linear(d_model, num_clusters, bias=False)  # a softmax over tokens does not see a bias
 
     def assign(self, x: Tensor) -> Tensor:
-        """(B, N, d_model) -> (B, M, N), how much each token counts in each cluster."""
+        """(B, N, d_model) -> (B, M, N), the weight of each token in each cluster."""
         return self.cluster(x).softmax(dim=1).mT
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -210,10 +206,10 @@ class PatchToClusterAttention(MultiHeadMixer):
 
 
 class ContextClusterMixer(MultiHeadMixer):
-    """Context Cluster (Ma et al., arXiv 2303.01494, eq. 1 and 2): tokens join the nearest center, which gives back.
+    """Context Cluster (Ma et al., arXiv 2303.01494, eq. 1 and 2): tokens exchange values with the nearest center.
 
     Centers are the means of the regions of the grid. A token of cosine s to its center has weight w = sigmoid(scale s + shift).
-    A center collects g = (v_c + sum of w v) / (1 + sum of w) over the tokens that are nearest to it; each of those gets w g.
+    A center collects g = (v_c + sum of w v) / (1 + sum of w) over the tokens that are nearest to it; each of them gets w g.
     Time and memory are linear in tokens x regions.
 
     Raises ValueError if regions of this side do not divide the grid.
@@ -245,5 +241,5 @@ class ContextClusterMixer(MultiHeadMixer):
         return out, weights.mT @ ((means + weights) * share)
 
     def centers(self, x: Tensor) -> Tensor:
-        """Means over the regions: (B, H, N, d) of all tokens -> (B, H, R, d)."""
+        """Average over the regions: (B, H, N, d) of all tokens -> (B, H, R, d)."""
         return by_region(x, self.regions, self.layout.class_tokens).mean(dim=3)

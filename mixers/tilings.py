@@ -1,7 +1,7 @@
-"""Tilings: which patches see which, as tiles whose queries share a short list of keys.
+"""Tilings: sparse patterns of patches as tiles with queries that share a short list of keys.
 
 A tile is a small dense attention under a mask, so attention by location costs N x window instead of N x N. The tables are made
-on the CPU whatever the default device is.
+on the CPU whatever the default device.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mixers.masks import in_column, in_neighborhood, in_row, in_square, is_near, is_strided, window_reach, window_start
+from mixers.masks import in_column, in_neighborhood, in_row, in_square, is_near, is_strided, window_start
 
-NONE = -1  # fills up tiles that are shorter than others
+NONE = -1  # pads short tiles
 
 
 class Tiling(NamedTuple):
-    """Patches cut into T tiles of at most q; the patches of a tile see no others than its at most k keys."""
+    """Patches cut into T tiles of at most q; the patches of a tile see only its keys, at most k."""
 
-    queries: Tensor  # (T, q) patches, every one in one place; NONE fills up
-    keys: Tensor  # (T, k) patches; NONE fills up
+    queries: Tensor  # (T, q) patches, each exactly once, padded with NONE
+    keys: Tensor  # (T, k) patches, padded with NONE
     sees: Callable[[Tensor, Tensor], Tensor]  # (i, j): whether patch i attends to patch j, element by element
 
 
@@ -33,36 +33,36 @@ def pad_tiles(tiles: Iterable[Iterable[int]]) -> Tensor:
 
 
 def windows(length: int, reach: int, size: int) -> tuple[Tensor, Tensor]:
-    """Blocks of `size` positions (T, q), and what is at most `reach` away from any of them (T, k)."""
+    """Cut into blocks of `size` positions (T, q), with all positions at most `reach` away from any of them (T, k)."""
     queries = [range(start, min(start + size, length)) for start in range(0, length, size)]
     keys = [range(max(block[0] - reach, 0), min(block[-1] + reach + 1, length)) for block in queries]
     return pad_tiles(queries), pad_tiles(keys)
 
 
 def window_tiling(length: int, reach: int) -> Tiling:
-    """Blocks of a sequence, whose patches see what is at most `reach` away."""
+    """Tile a sequence into blocks; patches see others at most `reach` away."""
     return Tiling(*windows(length, reach, max(reach, 16)), partial(is_near, reach=reach))
 
 
 def product(rows: Tensor, columns: Tensor, width: int) -> Tensor:
-    """Positions along both sides, (Ty, ny) and (Tx, nx), -> patches of the grid, (Ty * Tx, ny * nx)."""
+    """Combine positions along both sides, (Ty, ny) and (Tx, nx), to patches of the grid, (Ty * Tx, ny * nx)."""
     rows, columns = rows[:, None, :, None], columns[None, :, None, :]
     patches = torch.where((rows == NONE) | (columns == NONE), NONE, rows * width + columns)
     return patches.flatten(2).flatten(0, 1)
 
 
 def strided_tiling(length: int, context: int) -> Tiling:
-    """Classes of positions that are a multiple of `context` apart."""
+    """Tile a sequence into classes of positions that are a multiple of `context` apart."""
     classes = pad_tiles(range(start, length, context) for start in range(min(context, length)))
     return Tiling(classes, classes, partial(is_strided, context=context))
 
 
 def mask_tilings(mask_type: str, reach: int, height: int, width: int) -> list[Tiling]:
-    """The pairs that a mask of this type and expansion step allows."""
+    """Tile the pairs that a mask of this type and expansion step allows."""
     if mask_type == "1d_cardinal":
-        return [window_tiling(height * width, window_reach(1 + 4 * reach))]
+        return [window_tiling(height * width, 2 * reach)]  # as many neighbors as the cross has, 4 * reach
     if mask_type == "1d_all_neighbors":
-        return [window_tiling(height * width, window_reach((2 * reach + 1) ** 2))]
+        return [window_tiling(height * width, ((2 * reach + 1) ** 2 - 1) // 2)]  # as many as the square has
     rule = {"width": width, "reach": reach}
     size = max(reach, 16) if mask_type == "2d_cardinal" else max(reach, 4)
     rows, columns = windows(height, reach, size), windows(width, reach, size)
@@ -77,14 +77,14 @@ def mask_tilings(mask_type: str, reach: int, height: int, width: int) -> list[Ti
 
 
 def tile_size(length: int, kernel_size: int) -> int:
-    """Positions of a tile along a side: about a kernel, tiles as equal as can be, with the fewest scores."""
+    """Choose the length of a tile along a side: about a kernel, with tiles as equal as possible and the fewest scores."""
     counts = max(1, length // kernel_size), math.ceil(length / kernel_size)
     sizes = [math.ceil(length / count) for count in counts]
     return min(sizes, key=lambda size: math.ceil(length / size) * size * (size + kernel_size - 1))
 
 
 def neighborhood_tiling(height: int, width: int, kernel_size: int, dilation: int) -> Tiling:
-    """Rectangles of patches `dilation` apart; each patch sees kernel_size^2 that are as far apart from it."""
+    """Tile a grid into rectangles of patches `dilation` apart; each patch sees kernel_size^2 at the same spacing."""
 
     def along(side: int) -> tuple[Tensor, Tensor]:
         """(T, q) and (T, k) positions along one side."""

@@ -1,13 +1,13 @@
-"""Learning which K neighbors are chosen: a forward pass with K of them, and a gradient for all candidates.
+"""Learned top-k: a forward pass with K neighbors, and a gradient for all candidates.
 
-The plain choice (`--topk hard`) gives a gradient to the scores of the chosen pairs only, and with K = 1 to none. Here, in
-training, the scores get the gradient of shares P = softmax(scores / temperature) over all candidates, as if the slots were
+Under `--topk hard` only the scores of the K neighbors get a gradient, and with K = 1 not even those. Here, in training, the
+scores get the gradient of shares P = softmax(scores / temperature) over all candidates, as if the slots were
 
     slot k < K:  P[i, j_k] x_{j_k}
-    slot K:      P[i, j_K] x_{j_K} + sum over the candidates j that were not chosen of P[i, j] x_j
+    slot K:      P[i, j_K] x_{j_K} + sum over the candidates j that are not neighbors of P[i, j] x_j
 
-before the convolution over the slots, or the sum. The forward pass has the K slots only, weighed as by the plain choice, and
-the values x and the filter get its gradient.
+before the convolution over the slots, or the sum. The forward pass has the K slots only, weighted as under `hard`, and the
+values x and the filter get its gradient.
 
     straight_through  the K nearest (Bengio et al., arXiv 1308.3432)
     gumbel            K drawn without replacement from P (Gumbel top-k; Kool et al., arXiv 1903.06059)
@@ -22,21 +22,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kernels.reference import nearest
 from neighbors import all_pair_scores, find_scored_neighbors, neighbor_weights
 
 
-class Choice(NamedTuple):
-    """K neighbors of each token, and how the choice is learned."""
+class LearnedNeighbors(NamedTuple):
+    """K neighbors of each token, and what their scores learn from."""
 
     index: Tensor  # (B, N, K)
-    weights: Tensor  # (B, N, K) of the values of the slots, without gradient
+    weights: Tensor  # (B, N, K) of the values of the slots, with the gradient of the shares
     shares: Tensor  # (B, N, M) of all keys, 0 for those that are no candidates; they carry the gradient
 
 
-def choose(
+def find_learned_neighbors(
     query: Tensor,
     key: Tensor,
     K: int,
@@ -46,12 +45,12 @@ def choose(
     temperature: float = 1.0,
     candidates: Tensor | None = None,
     self_index: Tensor | None = None,
-) -> Choice:
-    """Choose K keys for each query: query (B, N, C), key (B, M, C); candidates and self_index as in `find_neighbors`.
+) -> LearnedNeighbors:
+    """Find K keys for each query: query (B, N, C), key (B, M, C); candidates and self_index as in `find_neighbors`.
 
     topk straight_through: the nearest, nearest first. gumbel: the K largest of scores / temperature + noise, largest first,
-    with independent Gumbel(0, 1) noise from the device's global generator; a token that is always slot 0 is that here too,
-    and the other K - 1 are drawn. Weights are the softmax of the scores of the chosen, without the noise.
+    with independent Gumbel(0, 1) noise from the device's global generator; a token that is always slot 0 stays there,
+    and the other K - 1 are drawn. Weights are the softmax of the K scores, without the noise.
 
     Raises ValueError as `find_neighbors`.
     """
@@ -64,43 +63,40 @@ def choose(
             noise = -torch.empty_like(scores).exponential_().log()
             # Masked once more: noise can be infinite.
             index = nearest(scores / temperature + noise, K, candidates, self_index)
-            chosen = scores.gather(2, index)
+            found = scores.gather(2, index)
         else:
-            index, chosen = find_scored_neighbors(query, key, K, metric, candidates=candidates, self_index=self_index)
-        weights = neighbor_weights(chosen, metric, temperature=temperature)
-    return Choice(index, weights, shares)
+            index, found = find_scored_neighbors(query, key, K, metric, candidates=candidates, self_index=self_index)
+        weights = neighbor_weights(found, metric, temperature=temperature)
+    return LearnedNeighbors(index, straight_through(weights, shares.gather(2, index)), shares)
 
 
 def _allowed(N: int, M: int, candidates: Tensor, self_index: Tensor | None) -> Tensor:
-    """(N, M): whether a key is a candidate of a query, or its own token."""
+    """(N, M), True where a key is a candidate of a query, or its own token."""
     allowed = torch.zeros(M, dtype=torch.bool, device=candidates.device).index_fill(0, candidates, True)
     if self_index is None:
         return allowed.expand(N, M)
     return allowed | (self_index[:, None] == torch.arange(M, device=candidates.device))
 
 
-def mix_straight_through(
-    choice: Choice,
+def learn_from_unchosen(
+    out: Tensor,
     values: Tensor,
-    dropout: float,
-    mix: Callable[[Tensor, Tensor, Tensor], Tensor],
-    mix_last: Callable[[Tensor], Tensor],
+    index: Tensor,
+    shares: Tensor | None,
+    last_slot: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
-    """`mix(values, index, weights)` of the chosen neighbors, whose scores get the gradient that all candidates had.
+    """Return `out` (B, N, D); where shares are given, candidates that are not neighbors get a gradient through them.
 
     Args:
-        values: (B, M, C).
-        dropout: probability of dropping the weight of a slot, and the gradient of its share; those that were not chosen have
-            no weight to drop.
-        mix: values, index and weights (B, N, K) -> (B, N, D), linear in values * weights.
-        mix_last: what `mix` makes of values (B, N, C) in the last slot, without a gradient to its parameters: (B, N, D).
+        values: (B, M, C), constants here.
+        last_slot: mixes values (B, N, C) as the layer mixes those of the last slot, with constant parameters: (B, N, D).
     """
-    index, weights, shares = choice
-    weights = straight_through(weights, shares.gather(2, index))
-    others = shares.scatter(2, index, 0).to(values.dtype) @ values.detach()  # (B, N, C)
-    return straight_through(mix(values, index, F.dropout(weights, dropout)), mix_last(others))
+    if shares is None:
+        return out
+    unchosen = shares.scatter(2, index, 0).to(values.dtype) @ values.detach()  # (B, N, C)
+    return straight_through(out, last_slot(unchosen))
 
 
 def straight_through(x: Tensor, soft: Tensor) -> Tensor:
-    """x, and its gradient, with that of `soft` beside it."""
+    """Return x; in the backward pass `soft` gets the gradient too."""
     return x + (soft - soft.detach())

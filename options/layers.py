@@ -57,7 +57,7 @@ SHUFFLES = "shuffle_pattern shuffle_scale"
 
 
 LAYERS2D_ROWS = {
-    "Conv2d": Row("layers2d:make_conv2d", "kernel_size aggregation_type image_size stride bias"),
+    "Conv2d": Row("layers2d:make_conv2d", "kernel_size aggregation_type stride bias"),
     "ConvNN": Row("layers2d:ConvNN2d", f"neighbors padding image_size bias {SHUFFLES}"),
     "ConvNN_Attn": Row(
         "layers2d:ConvNNAttention2d",

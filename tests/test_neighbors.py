@@ -17,7 +17,7 @@ from neighbors import (
     find_neighbors,
     find_scored_neighbors,
     gather_neighbors,
-    grid_places,
+    grid_locations,
     join_coordinates,
     location_neighbors,
     max_neighbors,
@@ -27,7 +27,7 @@ from neighbors import (
     spatial_candidates,
     weighted_sum,
 )
-from options.neighbors import METRICS, NeighborConfig
+from options.neighbors import METRIC_ALIASES, NeighborConfig
 from runs.measure import peak_memory
 from tests.helpers.naive import aggregate as naive_aggregate
 from tests.helpers.naive import neighbors as naive_neighbors
@@ -101,7 +101,7 @@ def test_the_plain_form_is_what_it_says_by_loops():
 # --- select ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", METRIC_ALIASES)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the backend is that of the whole test
 @given(problem=problems())
 def test_search_is_topk_of_the_full_matrix(backend, metric, problem):
@@ -195,13 +195,13 @@ def test_search_memory_against_the_full_matrix():
 def test_location_neighbors_equal_a_slow_sort(grid, K):
     tokens = math.prod(grid)
     K = min(K, tokens)
-    places = grid_places(grid)
+    places = grid_locations(grid)
     found = location_neighbors(places, K, torch.arange(tokens))
     assert found.tolist() == [window(grid, i, K) for i in range(tokens)]
 
 
 def test_location_neighbors_among_candidates_are_nearest_first():
-    places = grid_places((4, 5))
+    places = grid_locations((4, 5))
     candidates = torch.tensor([19, 0, 7, 2])
     found = location_neighbors(places, 3, torch.arange(20), candidates)
     for i, row in enumerate(found.tolist()):
@@ -244,13 +244,13 @@ def test_random_candidates():
 
 def test_coordinates():
     expected = [[0, 0], [-1, -1], [-1, 0], [-1, 1], [1, -1], [1, 0], [1, 1]]
-    assert coordinates(grid_places((2, 3)), (2, 3), torch.float64, class_tokens=1).tolist() == expected
-    assert coordinates(grid_places((1,)), (1,), torch.float64).tolist() == [[0]]
+    assert coordinates(grid_locations((2, 3)), (2, 3), torch.float64, class_tokens=1).tolist() == expected
+    assert coordinates(grid_locations((1,)), (1,), torch.float64).tolist() == [[0]]
 
 
 def test_joined_features_are_scaled_per_image():
     features = torch.randn(3, 12, 4).double() * torch.tensor([1.0, 10.0, 0.1]).view(3, 1, 1)
-    places = coordinates(grid_places((3, 4)), (3, 4), torch.float64)
+    places = coordinates(grid_locations((3, 4)), (3, 4), torch.float64)
     joined = join_coordinates(features, places, 0.3)
     for image in range(3):
         alone = join_coordinates(features[image : image + 1], places, 0.3)
@@ -265,11 +265,11 @@ def test_features_that_are_all_the_same_leave_neighbors_to_coordinates(value, dt
     """One channel of a blank image: its standard deviation is 0, or what rounding leaves of 0."""
     grid = (8, 8)
     features = torch.full((2, 64, 1), value, dtype=dtype).requires_grad_()
-    joined = join_coordinates(features, coordinates(grid_places(grid), grid, dtype), 0.5)
+    joined = join_coordinates(features, coordinates(grid_locations(grid), grid, dtype), 0.5)
     torch.testing.assert_close(joined[..., 0], torch.zeros(2, 64, dtype=dtype), atol=0, rtol=0)
     assert torch.autograd.grad(joined.square().sum(), features)[0].abs().max() == 0
     index = find_neighbors(joined, joined, 5, "euclidean", self_index=torch.arange(64))
-    places = grid_places(grid).double()
+    places = grid_locations(grid).double()
     inner = [row * 8 + column for row in range(1, 7) for column in range(1, 7)]  # with four neighbors at one pixel
     assert ((places[index[:, inner, 1:]] - places[inner, None]).norm(dim=3) == 1).all()
 

@@ -15,13 +15,10 @@ from dataset import load_data
 from experiments.mixing import Mixing
 from experiments.pictures import draw_attention, draw_lines, draw_neighbors
 from experiments.trained import as_picture, load_run
-from mixers.masks import (
-    generate_1d_attention_mask,
-    generate_2d_attention_mask_all_neighbors,
-    generate_2d_attention_mask_cardinal,
-)
+from mixers.local import local_mask
 from mixers.selection import NeighborSelection
 from options.data import DataConfig
+from options.layers import MASK_TYPES
 from options.neighbors import NeighborConfig
 from runs.files import as_png
 
@@ -197,15 +194,9 @@ def test_neighbors_are_drawn_where_they_are(class_tokens, padding):
 def test_masks(line, grid, patch, steps):
     figure = drawn("masks", *line.split())
     axes = iter(figure.axes)
-    patches = grid[0] * grid[1]
-    for make in (
-        lambda step: generate_1d_attention_mask(1 + 4 * step, patches),
-        lambda step: generate_1d_attention_mask((2 * step + 1) ** 2, patches),
-        lambda step: generate_2d_attention_mask_cardinal(step, *grid),
-        lambda step: generate_2d_attention_mask_all_neighbors(step, *grid),
-    ):
+    for name in MASK_TYPES:
         for step in steps:
-            mask = make(step)
+            mask = local_mask(name, step, *grid)
             whole, around = next(axes), next(axes)
             row = mask[patch[0] * grid[1] + patch[1]]
             assert torch.equal(torch.tensor(whole.images[0].get_array()), mask)

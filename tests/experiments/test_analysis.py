@@ -9,7 +9,7 @@ import visualize
 from dataset import channel_stats
 from experiments.analysis import PANELS, analyze_runs, draw_analysis, kept_epochs
 from experiments.trained import load_run
-from neighbors import grid_places
+from neighbors import grid_locations
 from tests.helpers.tiny_runs import write_run
 
 VIT = {"resize": 8, "patch_size": 2, "num_layers": 2, "num_heads": 2, "d_model": 8, "d_mlp": 8, "K": 4, "kernel_size": 3}
@@ -54,7 +54,7 @@ def test_measures_are_those_of_the_mixing_matrix(runs):
         block.mixer.qkv.register_forward_hook(lambda module, inputs, output: projections.append(output.detach()))
     with torch.no_grad():
         _, matrices = model(images, output_attentions=True)
-    places = F.pad(grid_places((4, 4)).float(), (0, 0, 1, 0))
+    places = F.pad(grid_locations((4, 4)).float(), (0, 0, 1, 0))
     apart = torch.cdist(places, places).expand(3, 2, -1, -1)
     between_patches = torch.ones(17, 17, dtype=torch.bool)
     between_patches[0] = between_patches[:, 0] = False
@@ -106,7 +106,7 @@ def test_a_choice_by_location_is_a_window(runs):
 
 def test_all_pairs_hold_everything(runs):
     rows = rows_of(runs, "attention", pairs=16)
-    places = grid_places((4, 4)).float()
+    places = grid_locations((4, 4)).float()
     model, images, _, _ = load_run(runs / "attention", 3, None)[3:]
     with torch.no_grad():
         matrices = model(images, output_attentions=True)[1]

@@ -18,7 +18,7 @@ from experiments.measures import (
     times_chosen,
 )
 from mixers.selection import NeighborSelection
-from neighbors import find_neighbors, grid_places, location_neighbors
+from neighbors import find_neighbors, grid_locations, location_neighbors
 from options.neighbors import NeighborConfig
 
 
@@ -76,7 +76,7 @@ def test_distances_of_a_window(class_tokens, padding):
 
 def test_distances_are_those_between_places():
     index = torch.randint(0, 24, (2, 3, 24, 4))
-    places = grid_places((4, 6)).float()
+    places = grid_locations((4, 6)).float()
     expected = torch.cdist(places, places).expand(2, 3, -1, -1).gather(3, index)
     torch.testing.assert_close(neighbor_distances(index, (4, 6)), expected)
     index[0, 0, 0, 0] = -1
@@ -151,7 +151,7 @@ def test_what_is_chosen_by_chance():
 
 
 def test_a_convolution_chooses_near_tokens():
-    index = location_neighbors(2 * grid_places((8, 8)), 9, torch.arange(64))
+    index = location_neighbors(2 * grid_locations((8, 8)), 9, torch.arange(64))
     assert (
         mean_distance(neighbor_distances(index, (8, 8)))
         < 1.3

@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 from kernels import reference
 from kernels.reference import gather
-from neighbors import canonical_metric
+from options.neighbors import canonical_metric
 
 
 def scores(query, key, metric):

@@ -11,18 +11,18 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from kernels import backend
 from mixers import block_masks
 from mixers.base import TokenLayout, attend
-from mixers.local import PlacedPattern
+from mixers.local import SparsityPattern
 from mixers.tilings import mask_tilings, neighborhood_tiling, strided_tiling, window_tiling
 
 CPU = torch.device("cpu")
 GRID = TokenLayout(17, 19, 1)  # 324 tokens: two blocks and a part of one
 PATTERNS = {
-    "local": lambda: PlacedPattern([window_tiling(GRID.num_patches, 20)], GRID),
-    "nearly all": lambda: PlacedPattern([window_tiling(GRID.num_patches, 300)], GRID),  # blocks with all of their pairs
-    "strided": lambda: PlacedPattern([window_tiling(GRID.num_patches, 7), strided_tiling(GRID.num_patches, 14)], GRID),
-    "cross": lambda: PlacedPattern(mask_tilings("2d_cardinal", 3, 17, 19), GRID),
-    "neighborhood": lambda: PlacedPattern([neighborhood_tiling(17, 19, 5, 2)], GRID),
-    "two whole blocks": lambda: PlacedPattern([window_tiling(256, 9)], TokenLayout(16, 16)),
+    "local": lambda: SparsityPattern([window_tiling(GRID.num_patches, 20)], GRID),
+    "nearly all": lambda: SparsityPattern([window_tiling(GRID.num_patches, 300)], GRID),  # blocks with all of their pairs
+    "strided": lambda: SparsityPattern([window_tiling(GRID.num_patches, 7), strided_tiling(GRID.num_patches, 14)], GRID),
+    "cross": lambda: SparsityPattern(mask_tilings("2d_cardinal", 3, 17, 19), GRID),
+    "neighborhood": lambda: SparsityPattern([neighborhood_tiling(17, 19, 5, 2)], GRID),
+    "two whole blocks": lambda: SparsityPattern([window_tiling(256, 9)], TokenLayout(16, 16)),
 }
 
 
@@ -68,7 +68,7 @@ def test_layers_with_one_pattern_are_compiled_once(monkeypatch):
     monkeypatch.setattr(block_masks, "compiled_attention", lambda: compiled)
     with torch.no_grad():
         for reach in (20, 20, 20, 5):
-            layer = PlacedPattern([window_tiling(GRID.num_patches, reach)], GRID)
+            layer = SparsityPattern([window_tiling(GRID.num_patches, reach)], GRID)
             for name, table in block_masks.list_blocks(layer.allows, GRID.num_tokens, CPU).items():
                 layer.blocks.register_buffer(name, table)
             for _ in range(2):
@@ -109,8 +109,8 @@ def test_what_flex_attention_does_not_take_goes_another_way(monkeypatch):
 
 
 def test_short_sequences_and_whole_attention_have_no_blocks():
-    assert PlacedPattern([window_tiling(100, 5)], TokenLayout(10, 10)).blocks is None
-    assert PlacedPattern([window_tiling(400, 400)], TokenLayout(20, 20)).blocks is None
+    assert SparsityPattern([window_tiling(100, 5)], TokenLayout(10, 10)).blocks is None
+    assert SparsityPattern([window_tiling(400, 400)], TokenLayout(20, 20)).blocks is None
 
 
 def test_what_may_run_is_a_constant_to_the_compiler():

@@ -1,15 +1,11 @@
-"""mixers/masks.py against masks that are written out pair by pair."""
+"""Local masks against masks that are written out pair by pair."""
 
 import itertools
 
 import pytest
 import torch
 
-from mixers.masks import (
-    generate_1d_attention_mask,
-    generate_2d_attention_mask_all_neighbors,
-    generate_2d_attention_mask_cardinal,
-)
+from mixers.local import local_mask
 
 GRIDS = list(itertools.product(range(1, 6), range(1, 6)))
 
@@ -25,10 +21,11 @@ def slow_mask(height, width, sees):
 
 @pytest.mark.parametrize("N", range(1, 12))
 def test_1d(N):
-    for num_neighbors in range(1, 2 * N + 3):
-        reach = (num_neighbors - 1) // 2
-        expected = slow_mask(1, N, lambda dy, dx, reach=reach: dx <= reach)
-        assert torch.equal(generate_1d_attention_mask(num_neighbors, N), expected)
+    for step in range(N):
+        for name, num_neighbors in (("1d_cardinal", 1 + 4 * step), ("1d_all_neighbors", (2 * step + 1) ** 2)):
+            reach = (num_neighbors - 1) // 2
+            expected = slow_mask(1, N, lambda dy, dx, reach=reach: dx <= reach)
+            assert torch.equal(local_mask(name, step, 1, N), expected)
 
 
 @pytest.mark.parametrize(("height", "width"), GRIDS)
@@ -36,30 +33,16 @@ def test_2d(height, width):
     for step in range(7):
         cross = slow_mask(height, width, lambda dy, dx, step=step: min(dy, dx) == 0 and max(dy, dx) <= step)
         square = slow_mask(height, width, lambda dy, dx, step=step: max(dy, dx) <= step)
-        assert torch.equal(generate_2d_attention_mask_cardinal(step, height, width), cross)
-        assert torch.equal(generate_2d_attention_mask_all_neighbors(step, height, width), square)
+        assert torch.equal(local_mask("2d_cardinal", step, height, width), cross)
+        assert torch.equal(local_mask("2d_all_neighbors", step, height, width), square)
 
 
 @pytest.mark.parametrize("step", [0, 1, 3])
 def test_neighbors_in_the_middle_of_a_large_grid(step):
     middle = 10 * 21 + 10
-    cross = generate_2d_attention_mask_cardinal(step, 21, 21)
-    square = generate_2d_attention_mask_all_neighbors(step, 21, 21)
+    cross = local_mask("2d_cardinal", step, 21, 21)
+    square = local_mask("2d_all_neighbors", step, 21, 21)
     assert cross.dtype == square.dtype == torch.bool
     assert (cross[middle].sum(), square[middle].sum()) == (1 + 4 * step, (2 * step + 1) ** 2)
-    for count in (1 + 4 * step, (2 * step + 1) ** 2):
-        assert generate_1d_attention_mask(count, 441)[middle].sum() == count
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: generate_1d_attention_mask(0, 4), "num_neighbors=0"),
-        (lambda: generate_1d_attention_mask(3, 0), "1 x 0"),
-        (lambda: generate_2d_attention_mask_cardinal(-1, 2, 2), "expansion_step=-1"),
-        (lambda: generate_2d_attention_mask_all_neighbors(1, 0, 2), "0 x 2"),
-    ],
-)
-def test_errors(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()
+    for name, count in (("1d_cardinal", 1 + 4 * step), ("1d_all_neighbors", (2 * step + 1) ** 2)):
+        assert local_mask(name, step, 21, 21)[middle].sum() == count

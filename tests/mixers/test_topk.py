@@ -21,8 +21,8 @@ from layers1d import (
 )
 from layers2d import ConvNNAttention2d
 from mixers.base import TokenLayout
-from mixers.topk import choose
-from neighbors import coordinates, grid_places
+from mixers.topk import find_learned_neighbors
+from neighbors import coordinates, grid_locations
 from options.allconvnet import AllConvNetConfig
 from options.neighbors import NeighborConfig
 from options.vit import ViTConfig
@@ -166,7 +166,7 @@ def by_the_equation(layer, x, index, own, candidates):
     query, key, value = (part.flatten(0, 1) for part in layer.project(x))
     query, key = (select.search_features(part, grid) for part in (query, key))
     if select.neighbors.aggregation_type == "Loc_Col":
-        places = coordinates(grid_places(grid), grid, value.dtype, 1)
+        places = coordinates(grid_locations(grid), grid, value.dtype, 1)
         value = torch.cat([value, places.expand(value.shape[0], -1, -1)], dim=2)
     scores = {
         "matmul": lambda: query @ key.mT / math.sqrt(query.shape[2]),
@@ -199,8 +199,9 @@ CANDIDATES = {"all": range(N), "spatial": [0, *(1 + i for i in (0, 1, 3, 4, 5, 7
 def test_the_layer_is_the_equation(K, options, kind, monkeypatch):
     (layer,) = twins(convnn(K, **options), kind)
     layer.score_temperature = 0.7
-    choose_as_it_does, chosen = layer.select.choose, []
-    monkeypatch.setattr(layer.select, "choose", lambda *given: chosen.append(choose_as_it_does(*given)) or chosen[0])
+    chosen = []
+    find = lambda *given, **more: chosen.append(find_learned_neighbors(*given, **more)) or chosen[0]  # noqa: E731
+    monkeypatch.setattr("layers1d.find_learned_neighbors", find)
     x = tokens(1)
     out, found = gradients(layer, x)
     sampling = options.get("sampling_type", "all")
@@ -221,7 +222,9 @@ def test_draws_are_without_replacement_in_the_order_of_the_noise():
     key = scores[None, :, None]
     candidates = torch.tensor([0, 1, 2, 3])  # the largest one is none
     query = torch.ones(1, rows, 1, dtype=torch.float64)
-    index, weights, shares = choose(query, key, 2, "matmul", topk="gumbel", temperature=2.0, candidates=candidates)
+    index, weights, shares = find_learned_neighbors(
+        query, key, 2, "matmul", topk="gumbel", temperature=2.0, candidates=candidates
+    )
     p = (scores[:4] / 2).softmax(dim=0)
     torch.testing.assert_close(shares[0, 0, :4], p, **EXACT)
     assert not shares[0, 0, 4]
@@ -235,13 +238,13 @@ def test_draws_are_without_replacement_in_the_order_of_the_noise():
 
 def choose_again(query, key, candidates):
     torch.manual_seed(0)
-    return choose(query, key, 2, "matmul", topk="gumbel", temperature=2.0, candidates=candidates).index
+    return find_learned_neighbors(query, key, 2, "matmul", topk="gumbel", temperature=2.0, candidates=candidates).index
 
 
 def test_a_token_that_is_always_a_neighbor_is_not_drawn():
     query, key = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
     own = torch.arange(5)
-    drawn = choose(query, key, 3, "cosine", topk="gumbel", candidates=torch.tensor([0, 2, 3]), self_index=own)
+    drawn = find_learned_neighbors(query, key, 3, "cosine", topk="gumbel", candidates=torch.tensor([0, 2, 3]), self_index=own)
     assert torch.equal(drawn.index[:, :, 0], own.expand(2, -1))
     others = drawn.index[:, :, 1:]
     assert (
@@ -280,9 +283,9 @@ class Recomputed(nn.Module):
 @pytest.mark.parametrize("metric", ["matmul", "cosine", "euclidean"])
 def test_under_autocast_scores_are_not_rounded(metric):
     query, key = torch.randn(2, 5, 3), torch.randn(2, 7, 3)
-    expected = choose(query, key, 2, metric, topk="straight_through")
+    expected = find_learned_neighbors(query, key, 2, metric, topk="straight_through")
     with torch.autocast("cpu", torch.bfloat16):
-        found = choose(query, key, 2, metric, topk="straight_through")
+        found = find_learned_neighbors(query, key, 2, metric, topk="straight_through")
     assert torch.equal(found.index, expected.index) and torch.equal(found.shares, expected.shares)
 
 

@@ -10,10 +10,10 @@ import run_experiments
 import vit_main
 from allconvnet import AllConvNet
 from options.allconvnet import AllConvNetConfig
-from options.layers import LAYERS2D_NAMES
+from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES
 from options.runs import PROGRAMS, parse_options, unused_options
 from options.vit import ViTConfig
-from vit import LAYERS1D, ViT
+from vit import ViT
 
 
 @pytest.fixture(autouse=True)
@@ -246,7 +246,7 @@ def check_table(make, config, values, size):
     assert changing == values.keys() - config(**first).without_effect().keys()
 
 
-@pytest.mark.parametrize("layer", LAYERS1D)
+@pytest.mark.parametrize("layer", LAYERS1D_NAMES)
 def test_the_table_of_the_vit_is_true(layer):
     def config(**values):
         sizes = {"image_size": (24, 32), "patch_size": 4, "num_layers": 1, "num_heads": 4, "d_model": 16, "d_mlp": 8}
