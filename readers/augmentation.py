@@ -6,8 +6,7 @@ image is augmented alike in any batch and process, and the run's own random numb
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -77,12 +76,13 @@ def image_transform(
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
-@contextlib.contextmanager
-def forked_generator() -> Iterator[torch.Generator]:
-    """Yield torch's CPU generator, to seed and draw from, and restore its state afterwards."""
+def seeded(items: Iterable, seeds: Tensor) -> Iterator:
+    """Yield each item with torch's CPU generator seeded by its number of `seeds` (B,); then restore the generator's state."""
     with torch.random.fork_rng(devices=[]):
-        # The CPU generator only: torch.manual_seed would also reset the GPU's, which dropout uses.
-        yield torch.default_generator
+        for item, seed in zip(items, seeds.tolist(), strict=True):
+            # The CPU generator only: torch.manual_seed would also reset the GPU's, which dropout uses.
+            torch.default_generator.manual_seed(seed % 2**32)
+            yield item
 
 
 def make_policy(name: str) -> Callable:
@@ -98,10 +98,8 @@ def apply_policy(policy: Callable, images: Tensor, seeds: Tensor) -> Tensor:
     """
     functional = import_torchvision().transforms.v2.functional
     out = torch.empty_like(images)
-    with forked_generator() as generator:
-        for image, seed, to in zip(images, seeds.tolist(), out, strict=True):
-            generator.manual_seed(seed % 2**32)
-            to.copy_(functional.pil_to_tensor(policy(functional.to_pil_image(image))))
+    for image, changed in seeded(zip(images, out, strict=True), seeds):
+        changed.copy_(functional.pil_to_tensor(policy(functional.to_pil_image(image))))
     return out
 
 
@@ -114,8 +112,6 @@ def erase(images: Tensor, probability: float, seeds: Tensor) -> Tensor:
     B, _, H, W = images.shape
     transform = import_torchvision().transforms.RandomErasing(probability, inplace=True)
     kept = torch.ones(B, 1, H, W, dtype=torch.bool, pin_memory=images.is_cuda)
-    with forked_generator() as generator:
-        for image, seed in zip(kept, seeds.tolist(), strict=True):
-            generator.manual_seed(seed % 2**32)
-            transform(image)
+    for image in seeded(kept, seeds):
+        transform(image)
     return images.masked_fill_(~kept.to(images.device, non_blocking=True), 0)

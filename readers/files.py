@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import zlib
+from array import array
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +51,6 @@ class Source(NamedTuple):
 
     parts: dict[str, Images]  # train and test, or test only
     class_names: list[str]
-    warnings: tuple[str, ...] = ()  # one line each
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -67,10 +67,9 @@ def import_torchvision():
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         import torch
 
-        release = ".".join(torch.__version__.split(".")[:2])
         raise DataError(
-            f"torchvision cannot be imported beside torch {torch.__version__} ({error}); run `pip install --upgrade torch "
-            f"torchvision`, or install the torchvision release made for torch {release}"
+            f"torchvision cannot be imported ({error}); run `pip install --upgrade torch torchvision`, or install the "
+            f"torchvision release made for torch {torch.__version__}"
         ) from None
     return torchvision
 
@@ -90,13 +89,8 @@ def find_folder(config: DataConfig, folders: list[Path], names: list[str], downl
         return next(holding, None)
 
     found, reason = find(), ""
-    if found is None and config.download and not download:
-        reason = " (it has to be downloaded by hand)"
-    elif found is None and config.download:
-        try:
-            _download(Path(config.data_path), download)
-        except Exception as error:
-            reason = f", and the download failed ({type(error).__name__}: {error})"
+    if found is None and config.download:
+        reason = _download(Path(config.data_path), download)
         found = find()
     if found is None:
         raise DataError(
@@ -106,19 +100,27 @@ def find_folder(config: DataConfig, folders: list[Path], names: list[str], downl
     return found
 
 
-def _download(root: Path, name: str) -> None:
-    """Download by `torchvision.datasets.<name>` into a folder aside, then move: a failure leaves nothing behind."""
-    make = getattr(import_torchvision().datasets, name)
-    parent = next(folder for folder in (root, *root.parents) if folder.exists())
+def _download(root: Path, name: str | None) -> str:
+    """Download by `torchvision.datasets.<name>`; return why it failed, or "".
+
+    Files are moved into place when all are there, so that a failure leaves nothing behind.
+    """
+    if name is None:
+        return " (it has to be downloaded by hand)"
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # behind a firewall, a compute node would wait for minutes
     try:
+        make = getattr(import_torchvision().datasets, name)
+        parent = next(folder for folder in (root, *root.parents) if folder.exists())
         with tempfile.TemporaryDirectory(prefix=".download-", dir=parent) as aside:
             with contextlib.redirect_stdout(sys.stderr):  # torchvision prints; stdout is for results
                 make(root=aside, download=True)
             shutil.copytree(aside, root, dirs_exist_ok=True, copy_function=os.replace)
+    except Exception as error:
+        return f", and the download failed ({type(error).__name__}: {error})"
     finally:
         socket.setdefaulttimeout(timeout)
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -126,18 +128,13 @@ def _download(root: Path, name: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _checked_labels(path: Path, labels, classes: int, images: int) -> np.ndarray:
-    """Return the labels as int64 (images,). Raises DataError unless each is an integer from 0 to classes - 1."""
-    # A list of lists is not given to NumPy: a pickle can hold one list a billion times over.
-    if isinstance(labels, list):
-        labels = np.array(labels if all(type(label) is int for label in labels) else [])
-    if images == 0:
-        raise DataError(f"{path}: holds no images")
-    if not isinstance(labels, np.ndarray) or labels.shape != (images,) or labels.dtype.kind not in "iu":
-        raise DataError(f"{path}: labels do not match the {images} images")
-    for label in (labels.min(), labels.max()):
-        if not 0 <= label < classes:
-            raise DataError(f"{path}: label {label} is out of range, 0 to {classes - 1}")
+def _checked_labels(path: Path, labels: np.ndarray, classes: int, images: int) -> np.ndarray:
+    """Return the labels as int64. Raises DataError unless there is one from 0 to classes - 1 for each image."""
+    if not 0 < images == len(labels):
+        raise DataError(f"{path}: has {len(labels)} labels for {images} images")
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if len(outside):
+        raise DataError(f"{path}: label {outside[0]} is out of range, 0 to {classes - 1}")
     return labels.astype(np.int64)
 
 
@@ -185,13 +182,6 @@ def read_mnist(config: DataConfig, parts: tuple[str, ...]) -> Source:
     return Source(read, class_names)
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """Stand in for `_codecs.encode`, by which Python 2 pickles carry bytes, with the one codec that they need."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"codec {encoding}")
-    return text.encode("latin1")
-
-
 # The functions by which NumPy pickles arrays, taken from arrays: their modules are private and have moved.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
 _FROM_BUFFER = np.empty(1).__reduce_ex__(5)[0]
@@ -211,7 +201,6 @@ class _ArrayUnpickler(pickle._Unpickler):
         ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
         ("numpy.core.numeric", "_frombuffer"): _FROM_BUFFER,
         ("numpy._core.numeric", "_frombuffer"): _FROM_BUFFER,
-        ("_codecs", "encode"): _encode,
     }
 
     def find_class(self, module: str, name: str):
@@ -224,8 +213,7 @@ def _read_cifar_batch(path: Path, key: str, classes: int) -> Images:
     try:
         with open_regular(path) as file:
             batch = _ArrayUnpickler(file, encoding="latin1").load()
-        batch = {name.decode("latin1") if isinstance(name, bytes) else name: value for name, value in batch.items()}
-        pixels, labels = batch["data"], batch[key]
+        pixels, labels = batch["data"], np.array(array("q", batch[key]))  # an array of integers takes nothing else
         if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
             raise ValueError("data must be n x 3072 bytes")
     except Exception as error:  # a damaged pickle raises nearly anything
@@ -233,14 +221,21 @@ def _read_cifar_batch(path: Path, key: str, classes: int) -> Images:
     return Images(pixels.reshape(-1, 3, 32, 32), _checked_labels(path, labels, classes, len(pixels)))
 
 
+CIFAR = {  # class of torchvision.datasets, folder, key of the labels, names of the classes, files of each part
+    "cifar10": (
+        "CIFAR10",
+        "cifar-10-batches-py",
+        "labels",
+        CIFAR10_NAMES,
+        {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
+    ),
+    "cifar100": ("CIFAR100", "cifar-100-python", "fine_labels", CIFAR100_NAMES, {"train": ["train"], "test": ["test"]}),
+}
+
+
 def read_cifar(config: DataConfig, parts: tuple[str, ...]) -> Source:
     """Read the Python batches of CIFAR-10 or CIFAR-100."""
-    if config.dataset == "cifar10":
-        name, key, folder, class_names = "CIFAR10", "labels", "cifar-10-batches-py", CIFAR10_NAMES
-        files = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
-    else:
-        name, key, folder, class_names = "CIFAR100", "fine_labels", "cifar-100-python", CIFAR100_NAMES
-        files = {"train": ["train"], "test": ["test"]}
+    name, folder, key, class_names, files = CIFAR[config.dataset]
     names = [file for part in parts for file in files[part]]
     folder = find_folder(config, [Path(config.data_path) / folder], names, name)
     read = {}

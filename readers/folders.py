@@ -20,11 +20,10 @@ def read_folders(config: DataConfig, parts: tuple[str, ...]) -> Source:
 
     The test images are those of `val/`, which may lack classes. To test, `train/` is not needed if `val/` has every class.
     """
-    root = Path(config.data_path)
-    places, download = [root, root / config.dataset], None
-    if config.dataset == "imagenette":
-        places, download = [*places, root / "imagenette2"], "Imagenette"
-    root = find_folder(config, places, [f"{FOLDERS[part]}/" for part in parts], download)
+    root, is_imagenette = Path(config.data_path), config.dataset == "imagenette"
+    places = [root, root / config.dataset] + [root / "imagenette2"] * is_imagenette
+    needed = [f"{FOLDERS[part]}/" for part in parts]
+    root = find_folder(config, places, needed, "Imagenette" if is_imagenette else None)
     listed = root / ("train" if (root / "train").is_dir() else "val")
     classes = _class_folders(listed)
     expected = DATASETS[config.dataset].classes
@@ -32,23 +31,22 @@ def read_folders(config: DataConfig, parts: tuple[str, ...]) -> Source:
         raise DataError(
             f"{listed}: has {len(classes)} class folders; --dataset {config.dataset} has {expected or 'at least 1'}"
         )
-    for name in _class_folders(root / "val"):
-        if name not in classes:
-            raise DataError(f"{root / 'val' / name}: this class folder is missing in {root / 'train'}")
-    read, warnings = {}, []
+    read = {}
     for part in parts:
         folder = root / FOLDERS[part]
-        files = [_files_below(folder / name) if (folder / name).is_dir() else [] for name in classes]
-        empty = [name for name, found in zip(classes, files, strict=True) if not found]
-        if len(empty) == len(classes) or (empty and part == "train"):
-            raise DataError(f"{folder / empty[0]}: a class folder without images ({' '.join(IMAGE_SUFFIXES)})")
-        if empty:
-            named = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-            warnings.append(f"{folder} has no images of {len(empty)} of the {len(classes)} classes ({named}): not tested")
+        found = {name: _files_below(folder / name) for name in _class_folders(folder)}
+        for name, below in found.items():
+            if name not in classes:
+                raise DataError(f"{folder / name}: this class folder is missing in {root / 'train'}")
+            if not below:
+                raise DataError(f"{folder / name}: a class folder without images ({' '.join(IMAGE_SUFFIXES)})")
+        if not found:
+            raise DataError(f"{folder}: has no class folders")
+        files = [found.get(name, []) for name in classes]
         # Workers share an array of bytes. A list would be copied into each as soon as its references are counted.
-        paths = np.array([os.fsencode(path) for found in files for path in found])
-        read[part] = Images(paths, np.repeat(np.arange(len(classes)), [len(found) for found in files]))
-    return Source(read, classes, tuple(warnings))
+        paths = np.array([os.fsencode(path) for below in files for path in below])
+        read[part] = Images(paths, np.repeat(np.arange(len(classes)), [len(below) for below in files]))
+    return Source(read, classes)
 
 
 def _class_folders(folder: Path) -> list[str]:

@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from options.reading import open_regular
 from runs.files import WriteError, write_atomically
@@ -35,12 +35,8 @@ MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK",
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[tuple]:
     """Open an image and read its header: (PIL image, file). Raises DataError, also for errors in the block."""
-    from PIL import Image, UnidentifiedImageError
-
     try:
         with open_regular(path) as raw, Image.open(raw, formats=FORMATS) as image:
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a photograph and its previews
-                raise ValueError(f"{image.n_frames} images in one file")
             # PIL opens 16-bit grayscale as I or I;16. In a TIFF, I has 32 bits, and the value of white is unknown.
             is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
             if image.mode not in MODES and not is_16_bit:
@@ -59,8 +55,6 @@ def decode_image(path: str):
     Raises:
         DataError: The file cannot be read. The message names it.
     """
-    from PIL import Image, ImageOps
-
     with _opened(path) as (image, raw):
         image.load()
         if image.format in ("JPEG", "MPO") and _ends_gray(image):
@@ -87,8 +81,6 @@ PADDING = bytes(range(1, 255)) * 16  # decodes to another color than gray
 
 def _lacks_data(raw: bytes) -> bool:
     """Check whether more data changes the image in a JPEG, which it does not if the data is complete."""
-    from PIL import Image
-
     end = _end_of_scan(raw)
     first, second = (
         np.asarray(Image.open(io.BytesIO(raw[:end] + more + b"\xff\xd9"), formats=("JPEG",))) for more in (b"", PADDING)
@@ -113,17 +105,11 @@ def _end_of_scan(raw: bytes) -> int:
 def check_image(path: str) -> None:
     """Check an image by its header and its last bytes, or by decoding it where these do not tell. Raises DataError."""
     with _opened(path) as (image, raw):
-        end = _last_bytes(raw, 12)
-        is_jpeg = image.format in ("JPEG", "MPO") and end.endswith(b"\xff\xd9")
-        is_png = image.format == "PNG" and end[4:8] == b"IEND"
-        is_gif = image.format == "GIF" and end.endswith(b";")
-    if not (is_jpeg or is_png or is_gif):
+        raw.seek(max(os.fstat(raw.fileno()).st_size - 12, 0))
+        end = raw.read()
+        is_complete = {"JPEG": end.endswith(b"\xff\xd9"), "PNG": end[4:8] == b"IEND", "GIF": end.endswith(b";")}
+    if not is_complete.get(image.format):
         decode_image(path)
-
-
-def _last_bytes(raw: BinaryIO, count: int) -> bytes:
-    raw.seek(max(os.fstat(raw.fileno()).st_size - count, 0))
-    return raw.read(count)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -148,20 +134,18 @@ def check_images(files: np.ndarray, *, threads: int, quiet: bool, rank: int = 0,
     Raises:
         DataError: A file is damaged. The message names the first one.
     """
-    from PIL import Image
-
     Image.init()  # imports the decoders: once, not in every thread
     by_folder = [list(group) for _, group in itertools.groupby(files.tolist(), os.path.dirname)]
     chunks = [group[start : start + CHUNK] for group in by_folder for start in range(0, len(group), CHUNK)][rank::world]
     if not chunks:
         return
-    cache = _cache_folder()
-    name = hashlib.blake2b(os.path.abspath(os.path.dirname(os.path.dirname(files[0]))), digest_size=8).hexdigest()
+    cache, root = _cache_folder(), os.path.abspath(os.path.dirname(os.path.dirname(files[0])))
+    name = f"images-{hashlib.blake2b(root, digest_size=8).hexdigest()}"
     known = set()
-    for path in cache.glob(f"images-{name}-*.txt") if cache else ():
+    for path in cache.glob(f"{name}-*.txt"):
         with contextlib.suppress(OSError):
             known.update(path.read_bytes().split())
-    new = set()
+    sound = known.copy()
 
     def check(chunk: list[bytes]) -> bytes:
         key = _key(chunk)
@@ -171,19 +155,17 @@ def check_images(files: np.ndarray, *, threads: int, quiet: bool, rank: int = 0,
         return key
 
     with Progress("checking images", sum(map(len, chunks)), quiet=quiet) as progress, ThreadPoolExecutor(threads) as pool:
-        tasks = [pool.submit(check, chunk) for chunk in chunks]
         try:
-            for chunk, task in zip(chunks, tasks, strict=True):
-                new.add(task.result())
+            for chunk, key in zip(chunks, pool.map(check, chunks), strict=True):
+                sound.add(key)
                 progress.advance(len(chunk))
                 if progress.due:
                     progress.show()
         finally:
-            pool.shutdown(cancel_futures=True)
-            if cache and not new <= known:
+            if sound != known:
                 with contextlib.suppress(OSError, WriteError):
                     cache.mkdir(parents=True, exist_ok=True)
-                    write_atomically(cache / f"images-{name}-{rank}-of-{world}.txt", b"\n".join(sorted(known | new)))
+                    write_atomically(cache / f"{name}-{rank}-of-{world}.txt", b"\n".join(sorted(sound)))
 
 
 def _key(files: list[bytes]) -> bytes:
@@ -197,8 +179,7 @@ def _key(files: list[bytes]) -> bytes:
     return digest.hexdigest().encode()
 
 
-def _cache_folder() -> Path | None:
-    """Return $CONVNN_CACHE or `convnn` in the user's cache folder; None for a user without a home."""
-    places = (os.environ.get("CONVNN_CACHE"), os.environ.get("XDG_CACHE_HOME"), os.path.expanduser("~/.cache"))
-    own, *caches = (Path(place) if place and os.path.isabs(place) else None for place in places)
-    return own or next((cache / "convnn" for cache in caches if cache), None)
+def _cache_folder() -> Path:
+    """Return $CONVNN_CACHE, or `convnn` in the user's cache folder."""
+    own, caches = os.environ.get("CONVNN_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else Path(caches or os.path.expanduser("~/.cache")) / "convnn"

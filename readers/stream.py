@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from readers.augmentation import WORKER, forked_generator
+from readers.augmentation import WORKER, seeded
 from readers.images import DataError, decode_image
 from runs.processes import Signals
 from utils import keys
@@ -30,13 +30,11 @@ class _ImageFiles(Dataset):
         epoch, rows = batch
         index = torch.from_numpy(self.index[rows])
         images = torch.empty(len(rows), 3, *self.sides, dtype=torch.uint8)
-        with forked_generator() as generator:
-            for image, row, key in zip(images, rows, keys(self.seed, epoch, index, WORKER).tolist(), strict=True):
-                generator.manual_seed(key % 2**32)
-                try:
-                    image.copy_(self.transform(decode_image(os.fsdecode(self.files[row]))))
-                except DataError as error:
-                    return DataError(str(error))  # a copy without traceback, which would keep this frame alive
+        for image, row in seeded(zip(images, rows, strict=True), keys(self.seed, epoch, index, WORKER)):
+            try:
+                image.copy_(self.transform(decode_image(os.fsdecode(self.files[row]))))
+            except DataError as error:
+                return DataError(str(error))  # a copy without traceback, which would keep this frame alive
         return images, torch.from_numpy(self.labels[rows]), index
 
 
@@ -46,10 +44,11 @@ def _start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _end_workers(iterator: weakref.ref) -> None:
+def _end_workers(loader: weakref.ref) -> None:
     """End the workers at exit, before multiprocessing sends them SIGTERM and waits."""
-    if iterator() is not None:
-        iterator()._shutdown_workers()
+    iterator = getattr(loader(), "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 class ImageStream:
@@ -77,7 +76,6 @@ class ImageStream:
     ):
         # The batches of an epoch. A sampler that refers back to the loader would delay the end of its workers by seconds.
         self._plan: list[tuple[int, np.ndarray]] = []
-        self._ends_at_exit = num_workers == 0
         self.loader = DataLoader(
             _ImageFiles(files, labels, index, seed, transform, sides),
             batch_size=None,  # an item is a batch
@@ -88,6 +86,7 @@ class ImageStream:
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else each epoch draws from the global generator, and a resumed one twice
         )
+        atexit.register(_end_workers, weakref.ref(self.loader))
 
     def read(self, epoch: int, chunks: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield images (B, 3, H, W) uint8, labels (B,) and index (B,) for the rows (B,) of each chunk.
@@ -97,11 +96,7 @@ class ImageStream:
         """
         self._plan[:] = [(epoch, rows.numpy()) for rows in chunks]
         try:
-            batches = iter(self.loader)
-            if not self._ends_at_exit:
-                atexit.register(_end_workers, weakref.ref(batches))
-                self._ends_at_exit = True
-            for batch in batches:
+            for batch in self.loader:
                 if isinstance(batch, DataError):
                     raise DataError(str(batch))  # a copy: `batch` would hold its own traceback, and that the workers
                 yield tuple(batch)

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -70,6 +71,25 @@ def test_the_table_is_the_softmax_of_the_model(run, tmp_path, capsys):
     assert predict.main([*words, "--overwrite"]) == 0
 
 
+def test_the_contact_sheet_shows_every_image_with_its_classes(run, tmp_path):
+    files = predict.list_images([run[0] / "images"])
+    rows, pictures = predict.predict(run[0] / "run", files, "cpu", 7, 2)
+    figure = predict.draw_sheet(rows, pictures)
+    figure.savefig(tmp_path / "sheet.png", dpi=figure.dpi)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L")).astype(float)
+    assert len(figure.axes) == 24 and len(pictures) == 20
+    centers = (np.arange(8) + 0.5) / 8
+    tiles = []
+    for axis, row, picture in zip(figure.axes, rows, pictures, strict=False):
+        left, bottom, right, top = axis.get_window_extent().extents
+        below = (len(sheet) - top + centers * (top - bottom)).astype(int)
+        tiles.append(sheet[np.ix_(below, (left + centers * (right - left)).astype(int))])
+        assert np.abs(tiles[-1] - 255 * picture).max() <= 2
+        assert axis.get_title().split()[0] == row["class_1"] and axis.get_title().count("%") == 2
+    assert len({tile.tobytes() for tile in tiles}) == 20 and min(np.ptp(tile) for tile in tiles) > 100
+    assert not any(axis.axison for axis in figure.axes[20:])
+
+
 def test_an_image_of_another_shape_is_cut_to_its_middle(tmp_path):
     """And a colored one becomes grey."""
     picture = Image.new("RGB", (40, 16), (0, 0, 0))
@@ -91,7 +111,7 @@ def test_an_image_of_another_shape_is_cut_to_its_middle(tmp_path):
         (["--run", "{run}", "{empty}"], "no image files in this folder"),
         (["--run", "{empty}", "{images}"], "holds no run"),
         (["--run", "{run}", "{images}/notes.txt"], "cannot be read as an image"),
-        (["--run", "{run}", "{images}", "--top", "0"], "--top 0 must be at least 1"),
+        (["--run", "{run}", "{images}", "--top", "0"], "--top: '0' is not a whole number of at least 1"),
         (["--run", "{run}", "{images}", "--output", "x.txt"], "not a .csv file"),
         (["--run", "{run}", "{images}", "--device", "cuda"], "--device cuda"),
     ],

@@ -69,7 +69,7 @@ def write_mnist(folder, *, gz=False, parts=("train", "t10k"), n=20):
     return arrays
 
 
-def write_cifar(root, name="cifar10", *, n=12, protocol=4, bytes_keys=True):
+def write_cifar(root, name="cifar10", *, n=12, protocol=4):
     folder, key, files = {
         "cifar10": ("cifar-10-batches-py", "labels", [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]),
         "cifar100": ("cifar-100-python", "fine_labels", ["train", "test"]),
@@ -79,7 +79,6 @@ def write_cifar(root, name="cifar10", *, n=12, protocol=4, bytes_keys=True):
     for seed, file in enumerate(files):
         batch = {"data": random_images(n, seed=seed).reshape(n, 3072), key: [i % 10 for i in range(n)]}
         written[file] = batch["data"]
-        batch = {key.encode() if bytes_keys else key: value for key, value in batch.items()}
         (root / folder / file).write_bytes(pickle.dumps(batch, protocol=protocol))
     return written
 

@@ -67,9 +67,9 @@ def test_test_only_does_not_need_the_training_files(tmp_path):
         ("train-images-idx3-ubyte", lambda raw: b"", "nx28x28"),
         ("t10k-images-idx3-ubyte", lambda raw: b"\x00\x00\x0d\x03" + raw[4:], "nx28x28"),
         ("t10k-images-idx3-ubyte", lambda raw: idx(np.zeros((20, 28, 27))), "nx28x28"),
-        ("t10k-images-idx3-ubyte", lambda raw: idx(np.zeros((0, 28, 28))), ""),
+        ("t10k-images-idx3-ubyte", lambda raw: idx(np.zeros((0, 28, 28))), "20 labels for 0 images"),
         ("t10k-labels-idx1-ubyte", lambda raw: idx(np.zeros(19)), "20 images"),
-        ("t10k-labels-idx1-ubyte", lambda raw: idx(np.arange(20)), "label 19 is out of range"),
+        ("t10k-labels-idx1-ubyte", lambda raw: idx(np.arange(20)), "label 10 is out of range"),
     ],
 )
 def test_damaged_idx_files_are_named(tmp_path, file, damage, complaint):
@@ -77,7 +77,7 @@ def test_damaged_idx_files_are_named(tmp_path, file, damage, complaint):
     (tmp_path / file).write_bytes(damage((tmp_path / file).read_bytes()))
     message = fails("mnist", tmp_path)
     # Where there are no images, it is the labels that do not fit.
-    assert str(tmp_path / file) in message or "holds no images" in message
+    assert str(tmp_path / file) in message or "0 images" in message
     assert complaint in message
 
 
@@ -99,10 +99,10 @@ def test_the_real_fashion_mnist(tmp_path):
     assert data.class_names[9] == "Ankle boot"
 
 
-@pytest.mark.parametrize("protocol, bytes_keys", [(2, True), (4, False), (5, True)])
+@pytest.mark.parametrize("protocol", [4, 5])
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar(tmp_path, name, protocol, bytes_keys):
-    written = write_cifar(tmp_path, name, protocol=protocol, bytes_keys=bytes_keys)
+def test_cifar(tmp_path, name, protocol):
+    written = write_cifar(tmp_path, name, protocol=protocol)
     data = load(name, tmp_path)
     *train, test = written.values()
     images, labels = everything(data.test)
@@ -157,7 +157,7 @@ def test_malicious_pickles_run_nothing(tmp_path):
     ]
     for attack in attacks:
         for protocol in (0, 2, 5):
-            file.write_bytes(pickle.dumps(good | {"extra": attack}, protocol))
+            file.write_bytes(pickle.dumps({"extra": attack} | good, protocol))
             message = fails("cifar10", tmp_path)
             assert str(file) in message and "not allowed" in message
             assert not trace.exists()
@@ -180,7 +180,7 @@ def test_malicious_pickles_run_nothing(tmp_path):
         b"\x80\x02}r\xff\xff\xff\x1f.",  # an entry of the memo far away: gigabytes in C
         pickle.dumps({"data": np.array(7, np.uint8), "labels": [0]}),  # without axes
         pickle.dumps({"data": np.zeros((1, 1, 3072), np.uint8), "labels": [0]}),
-        pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [True]}),
+        pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": ["1"]}),
         pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [10**30]}),
         pickle.dumps({"data": np.zeros((10, 3072), np.uint8), "labels": functools.reduce(lambda x, _: [x] * 10, range(40), 0)}),
         pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [0, 1]}),
