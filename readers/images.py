@@ -137,8 +137,6 @@ def check_images(files: np.ndarray, *, threads: int, quiet: bool, rank: int = 0,
     Image.init()  # imports the decoders: once, not in every thread
     by_folder = [list(group) for _, group in itertools.groupby(files.tolist(), os.path.dirname)]
     chunks = [group[start : start + CHUNK] for group in by_folder for start in range(0, len(group), CHUNK)][rank::world]
-    if not chunks:
-        return
     cache, root = _cache_folder(), os.path.abspath(os.path.dirname(os.path.dirname(files[0])))
     name = f"images-{hashlib.blake2b(root, digest_size=8).hexdigest()}"
     known = set()
