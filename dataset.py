@@ -173,13 +173,15 @@ class DeviceBatches(Batches):
         self._index = self._numbers.to(self._home)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        recipe, chunks = self.recipe, self.chunks(epoch)
+        recipe, row, chunks = self.recipe, ROWS[self.recipe.dataset], self.chunks(epoch)
         order = torch.cat(chunks).to(self._home)  # at once, not one copy to the device per batch
         at_home = order.split([len(chunk) for chunk in chunks])
         for rows, chosen in zip(chunks[start:], at_home[start:], strict=True):
             images, labels, index = self._images[chosen], self._labels[chosen], self._index[chosen]
             if recipe.augment:
-                images = self._crop(images, index, epoch)
+                draws = uniform(recipe.seed, epoch, index, 3, CROP)
+                top, left = (draws[:, :2] * (2 * row.border + 1)).long().unbind(1)
+                images = crop_and_flip(images, top, left, (draws[:, 2] < 0.5) & row.flip, row.border)
             if self._policy is not None:
                 images = apply_policy(self._policy, images, keys(recipe.seed, epoch, index, POLICY))
                 if recipe.device.type == "cuda":
@@ -188,12 +190,6 @@ class DeviceBatches(Batches):
             native = tuple(images.shape[2:]) == sides_of(recipe.resize)
             images = images.float() if native else resize_images(images, recipe.resize)
             yield self._finish(images, index, self._numbers[rows], epoch), labels
-
-    def _crop(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
-        row = ROWS[self.recipe.dataset]
-        draws = uniform(self.recipe.seed, epoch, index, 3, CROP)
-        top, left = (draws[:, :2] * (2 * row.border + 1)).long().unbind(1)
-        return crop_and_flip(images, top, left, (draws[:, 2] < 0.5) & row.flip, row.border)
 
 
 class StreamedBatches(Batches):
@@ -254,8 +250,7 @@ def _limited(labels: np.ndarray, config: DataConfig, part: str) -> np.ndarray:
     if limit is None:
         return np.arange(len(labels))
     if limit > len(labels):
-        what = {"train": "training", "test": "test"}[part]
-        raise DataError(f"--{part}_limit {limit} is more than the {len(labels)} {what} images of --dataset {config.dataset}")
+        raise DataError(f"--{part}_limit {limit} is more than the {len(labels)} {part} images of --dataset {config.dataset}")
     return balanced_subset(labels, limit)
 
 

@@ -14,7 +14,6 @@ import shutil
 import socket
 import sys
 import tempfile
-import zlib
 from array import array
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,6 @@ from typing import NamedTuple
 import numpy as np
 
 from options.data import DataConfig
-from options.reading import open_regular
 from runs import DataError
 
 DIGIT_NAMES = [str(digit) for digit in range(10)]
@@ -61,8 +59,6 @@ class Source(NamedTuple):
 def import_torchvision():
     """Import torchvision. Raises DataError with the command to install it if it is missing or does not fit torch."""
     try:
-        import torchvision
-        import torchvision.datasets
         import torchvision.transforms.v2
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         import torch
@@ -88,8 +84,8 @@ def find_folder(config: DataConfig, folders: list[Path], names: list[str], downl
         holding = (f for f in folders if all((f / name).exists() or (f / f"{name}.gz").exists() for name in names))
         return next(holding, None)
 
-    found, reason = find(), ""
-    if found is None and config.download:
+    found, reason = find(), "" if download else " (it has to be downloaded by hand)"
+    if found is None and download and config.download:
         reason = _download(Path(config.data_path), download)
         found = find()
     if found is None:
@@ -100,21 +96,19 @@ def find_folder(config: DataConfig, folders: list[Path], names: list[str], downl
     return found
 
 
-def _download(root: Path, name: str | None) -> str:
+def _download(root: Path, name: str) -> str:
     """Download by `torchvision.datasets.<name>`; return why it failed, or "".
 
     Files are moved into place when all are there, so that a failure leaves nothing behind.
     """
-    if name is None:
-        return " (it has to be downloaded by hand)"
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # behind a firewall, a compute node would wait for minutes
     try:
         make = getattr(import_torchvision().datasets, name)
         parent = next(folder for folder in (root, *root.parents) if folder.exists())
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=parent) as aside:
-            with contextlib.redirect_stdout(sys.stderr):  # torchvision prints; stdout is for results
-                make(root=aside, download=True)
+        # torchvision prints; stdout is for results.
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=parent) as aside, contextlib.redirect_stdout(sys.stderr):
+            make(root=aside, download=True)
             shutil.copytree(aside, root, dirs_exist_ok=True, copy_function=os.replace)
     except Exception as error:
         return f", and the download failed ({type(error).__name__}: {error})"
@@ -124,7 +118,7 @@ def _download(root: Path, name: str | None) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Digits, idx files, CIFAR batches
+# Data sets that fit into memory
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +149,7 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             raw = file.read()
-    except (OSError, EOFError, zlib.error) as error:
+    except Exception as error:  # a damaged archive raises nearly anything
         raise DataError(f"{path}: cannot be read ({error})") from None
     # Two zeros, the type (8: bytes), the number of axes; then the sizes, big-endian.
     start = 4 + 4 * (1 + len(shape))
@@ -211,7 +205,7 @@ class _ArrayUnpickler(pickle._Unpickler):
 
 def _read_cifar_batch(path: Path, key: str, classes: int) -> Images:
     try:
-        with open_regular(path) as file:
+        with open(path, "rb") as file:
             batch = _ArrayUnpickler(file, encoding="latin1").load()
         pixels, labels = batch["data"], np.array(array("q", batch[key]))  # an array of integers takes nothing else
         if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:

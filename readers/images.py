@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -130,8 +131,6 @@ def check_images(files: np.ndarray, *, threads: int, quiet: bool, rank: int = 0,
     Image.init()  # imports the decoders: once, not in every thread
     by_folder = [list(group) for _, group in itertools.groupby(files.tolist(), os.path.dirname)]
     chunks = [group[start : start + CHUNK] for group in by_folder for start in range(0, len(group), CHUNK)][rank::world]
-    if not chunks:
-        return
     cache, root = _cache_folder(), os.path.abspath(os.path.dirname(os.path.dirname(files[0])))
     name = f"images-{hashlib.blake2b(root, digest_size=8).hexdigest()}"
     known = set()
@@ -173,6 +172,8 @@ def _key(files: list[bytes]) -> bytes:
 
 
 def _cache_folder() -> Path:
-    """Return $CONVNN_CACHE, or `convnn` in the user's cache folder."""
-    own, caches = os.environ.get("CONVNN_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own) if own else Path(caches or os.path.expanduser("~/.cache")) / "convnn"
+    """Return $CONVNN_CACHE, or `convnn` in the user's cache folder; without a home, in the folder for temporary files."""
+    if own := os.environ.get("CONVNN_CACHE"):
+        return Path(own)
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches if os.path.isabs(caches) else tempfile.gettempdir()) / "convnn"

@@ -31,7 +31,7 @@ settings.load_profile("ci")
 
 # With tests of many seconds: of two processes, one would wait for the other if such a test came last.
 SLOW = ("test_processes", "test_cuda", "test_transforms", "test_layers", "test_vit", "test_allconvnet", "test_train_eval")
-SLOW += ("test_run_experiments", "test_resume", "test_cli", "test_local", "test_dataset")
+SLOW += ("test_run_experiments", "test_resume", "test_cli", "test_local", "test_dataset", "test_stream")
 
 
 def pytest_collection_modifyitems(items):
