@@ -182,8 +182,8 @@ def evaluate(
     compiled = model if compiled is None else compiled
     processes = processes or Processes()
     meter = Meter(device)
-    # One row of sums per batch, added up in the order of the batches whichever process computed them: with several
-    # processes the result is exactly that of one, which a running sum in floating point would not give.
+    # One row of sums per batch, added up in the order of the batches, whichever process computed them. A running sum in
+    # floating point would not give exactly the same result with another number of processes.
     rows = meter.sums.new_zeros(-(-batches.num_samples // batches.recipe.batch_size), 4)
     with Progress(title, batches.num_samples, quiet=not processes.first) as progress:
         for step, (images, labels) in enumerate(batches.epoch(0)):
@@ -279,7 +279,7 @@ def fit(
 
 
 def _evaluate_splits(training: Training, data: Data, loss_function: Callable) -> dict[str, Metrics]:
-    training.share_statistics()  # each process has those of its own images until here
+    training.share_statistics()  # until here they differ between the processes
     return {
         name: evaluate(
             training.eval_model,

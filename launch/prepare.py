@@ -270,7 +270,7 @@ def begin_test(job: Job, program: Program, stated: dict) -> Evaluation:
     leeway = Leeway(resample=not train.strict and free, grid=grid_of(state.get("config")))
     loaded = load_weights(model, path, job.load, "--checkpoint" if train.checkpoint else "--test_only", state, leeway)
     refused = {} if train.override else {name: change for name, change in changes.items() if name != "resize"}
-    if refused:  # the weights fit, but the result would not be that of the model that was trained
+    if refused:  # the weights fit, but another model than the trained one would be evaluated
         check_same_class(options.as_dict(), state["config"], path, "--test_only")
         name, (trained, now) = next(iter(refused.items()))
         raise RunError(

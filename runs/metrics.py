@@ -35,7 +35,7 @@ class Meter:
         return torch.stack([loss.detach() * count, hits[:, 0].sum(), hits.sum(), count])
 
     def read(self, sums: Tensor | None = None) -> Metrics:
-        """Return means, by default of its own sums. Synchronizes with the device."""
+        """Return the means of `sums`, by default of this meter. Synchronizes with the device."""
         loss, top1, top5, seen = (self.sums if sums is None else sums).tolist()
         seen = max(seen, 1)
         return Metrics(loss / seen, 100 * top1 / seen, 100 * top5 / seen)

@@ -41,8 +41,8 @@ class Signals:
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    SAME = 2.0  # seconds in which a signal from torchrun may be one that its processes have already received
-    STUCK = 5.0  # seconds after which a first signal that the main thread has not handled ends the process
+    SAME = 2.0  # seconds within which torchrun may forward a signal that its processes have already received
+    STUCK = 5.0  # seconds after which a signal that the main thread has not handled ends the process
 
     def __init__(self):
         self.received = 0
@@ -171,7 +171,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process prints and writes."""
+        """True for the process that prints and writes."""
         return self.rank == 0
 
     def connect(self, device: torch.device) -> None:

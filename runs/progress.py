@@ -22,7 +22,7 @@ class Progress:
 
     @property
     def due(self) -> bool:
-        """Whether to call `show`: reading the numbers for it synchronizes with the device."""
+        """True if it is time to call `show`; reading the numbers for it synchronizes with the device."""
         return not self.quiet and (self.bar is not None or time.monotonic() - self.printed > self.LINE_EVERY)
 
     def advance(self, images: int) -> None:

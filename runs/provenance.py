@@ -1,4 +1,4 @@
-"""Options that a checkpoint was trained with, and lines for the user where they differ from those of the run."""
+"""Options that a checkpoint was trained with, and lines for the user where this run has others."""
 
 from __future__ import annotations
 

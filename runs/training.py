@@ -34,7 +34,7 @@ class Training:
         self.processes, self.signals = processes or Processes(), signals or Signals()
         self.steps_per_epoch = steps_per_epoch
         self.compiled = compile_for(config, model)
-        self.train_model = self.processes.parallel(self.compiled)  # the one that a step calls
+        self.train_model = self.processes.parallel(self.compiled)  # called by a step
         self.autocast = autocast_for(config, device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, config)
