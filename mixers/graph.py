@@ -62,7 +62,10 @@ class GraphAggregation(nn.Module):
             taken = torch.cat([of_all.expand(-1, class_tokens, -1).to(taken.dtype), taken], dim=1)
         if self.kind == "edge":
             return F.relu(taken - values + self.own(x))
-        taken = taken - x if self.kind == "max" else taken
+        return self.join(x, taken - x if self.kind == "max" else taken)
+
+    def join(self, x: Tensor, taken: Tensor) -> Tensor:
+        """Apply the linear of every head to its features and their aggregate: (B, N, C_in) each -> (B, N, C_out)."""
         heads = [part.unflatten(2, (self.num_heads, -1)) for part in (x, taken.to(x.dtype))]  # (B, N, H, C_in / H)
         return self.update(torch.cat(heads, dim=3).flatten(2).transpose(1, 2)).transpose(1, 2)
 

@@ -185,8 +185,12 @@ class PatchToClusterAttention(MultiHeadMixer):
         check_at_least(1, num_clusters=num_clusters)
         self.cluster = nn.Linear(d_model, num_clusters, bias=False)  # a softmax over tokens does not see a bias
 
+    def assign(self, x: Tensor) -> Tensor:
+        """(B, N, d_model) -> (B, M, N), the weight of each token in each cluster."""
+        return self.cluster(x).softmax(dim=1).mT
+
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        assignment = self.cluster(x).softmax(dim=1).mT  # (B, M, N), the weight of each token in each cluster
+        assignment = self.assign(x)
         d_model = x.shape[2]
         weights = self.qkv.weight.split([d_model, 2 * d_model])
         biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split([d_model, 2 * d_model])
