@@ -1,7 +1,7 @@
 """The operators of `neighbors.py` as Triton kernels: searching, scoring and aggregating without anything of size N x M.
 
 One function per operator, with its signature; before a call, `covers_search`, `covers_pairs`, `covers_aggregate`,
-`covers_weighted_sum` or `covers_max` says whether the kernels take these tensors: on CUDA (or, under TRITON_INTERPRET=1, on
+`covers_weighted_sum` or `covers_max` tells if the kernels support the tensors: on CUDA (or, under TRITON_INTERPRET=1, on
 a CPU), in float32, bfloat16 or float16, K at most 64. Tensors may have any strides. Sums are in float32. The search ranks
 float32 inputs by products of full float32 precision; NaN ranks above infinity, and of equal scores the smallest key wins.
 
@@ -21,11 +21,11 @@ from kernels.triton_sums import depthwise_weight_grad, dot_pairs, max_rows, spre
 
 MOST_NEIGHBORS = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_ELEMENTS = 2**31 - 2**16  # what a number of 32 bits counts, less a tile
+MOST_ELEMENTS = 2**31 - 2**16  # range of 32 bits, less a tile
 
 
 def _covered(K: int, *tensors: Tensor) -> bool:
-    """On the device, not empty, each group within 32 bits."""
+    """Return True for tensors on the device, not empty, with each group within 32 bits."""
     for x in tensors:
         extent = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
         if not (x.is_cuda or INTERPRETED) or x.numel() == 0 or extent > MOST_ELEMENTS:

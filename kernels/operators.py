@@ -19,11 +19,16 @@ from kernels import backend, chunked, cpu, reference
 from kernels.reference import accumulator
 
 
-def _plain_gradients(function: Callable, tensors: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of `function(*tensors)` by autograd through the plain form, which can be differentiated again."""
+def _gradients(grad: Tensor, backward: Callable, given: tuple, plain: Callable, tensors: tuple[Tensor, ...]):
+    """Return `backward(grad, *given)`, the gradients of `plain(*tensors)`.
+
+    Where they will be differentiated again, autograd computes them through the plain form.
+    """
+    if not torch.is_grad_enabled():
+        return backward(grad, *given)
     with torch.enable_grad():
         views = [tensor.view_as(tensor) for tensor in tensors]  # one each, where query and key are the same tensor
-        return torch.autograd.grad(function(*views), views, grad, create_graph=True)
+        return torch.autograd.grad(plain(*views), views, grad, create_graph=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -51,7 +56,7 @@ def _(query, key, K, metric, candidates, self_index):
 def find_scored_neighbors(
     query: Tensor, key: Tensor, K: int, candidates: Tensor | None, self_index: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`find_neighbors` by dot product, and the differentiable products of the chosen pairs: (B, N, K) each."""
+    """`find_neighbors` by dot product, and the differentiable products of the pairs found: (B, N, K) each."""
     return chunked.find_scored_neighbors(query, key, K, candidates, self_index)
 
 
@@ -108,9 +113,8 @@ def _save_pair(ctx, inputs, output):
 
 
 def _pair_gradients(query, key, index, squared_distance, grad):
-    if torch.is_grad_enabled():  # the gradient will be differentiated
-        return _plain_gradients(lambda q, k: reference.pair_scores(q, k, index, squared_distance), (query, key), grad)
-    return torch.ops.convnn.pair_scores_backward(grad, query, key, index, squared_distance)
+    given, plain = (query, key, index, squared_distance), lambda q, k: reference.pair_scores(q, k, index, squared_distance)
+    return _gradients(grad, pair_scores_backward, given, plain, (query, key))
 
 
 def _pair_gradient(ctx, grad):
@@ -129,7 +133,7 @@ pair_scores.register_autograd(_pair_gradient, setup_context=_save_pair)
 def aggregate(values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None, depthwise: bool) -> Tensor:
     """Sum over k of W_k (score_ik value_j(i,k)): values (B, M, C), weight (D, K * C) -> (B, N, D).
 
-    The slots of a gathered row lie one after the other in a row of `weight`. depthwise: weight (K, C), D = C.
+    A row of `weight` holds the slots one after the other. depthwise: weight (K, C), D = C.
     """
     return chunked.aggregate(values, index, weight, scores, depthwise)
 
@@ -164,15 +168,14 @@ def _save_aggregate(ctx, inputs, output):
 def _aggregate_gradient(ctx, grad):
     need_values = ctx.needs_input_grad[0]
     values, index, weight, scores = ctx.saved_tensors  # read once: activation checkpointing allows no more
-    if torch.is_grad_enabled():  # the gradient will be differentiated
-        given = (values, weight) if scores is None else (values, weight, scores)
-        found = _plain_gradients(lambda v, w, s=None: reference.aggregate(v, index, w, s, ctx.depthwise), given, grad)
-        to_values, to_weight, to_scores = found if len(found) == 3 else (*found, None)
-    else:
-        to_values, to_weight, to_scores = torch.ops.convnn.aggregate_backward(
-            grad, values, index, weight, scores, ctx.depthwise, need_values
-        )
-        to_scores = None if scores is None else to_scores.to(scores.dtype)
+    to_values, to_weight, *to_scores = _gradients(
+        grad,
+        aggregate_backward,
+        (values, index, weight, scores, ctx.depthwise, need_values),
+        lambda v, w, s=None: reference.aggregate(v, index, w, s, ctx.depthwise),
+        (values, weight) if scores is None else (values, weight, scores),
+    )
+    to_scores = None if scores is None else to_scores[0].to(scores.dtype)
     return to_values if need_values else None, None, to_weight, to_scores, None
 
 
@@ -207,10 +210,8 @@ def _save_weighted_sum(ctx, inputs, output):
 
 def _weighted_sum_gradient(ctx, grad):
     values, index, weights = ctx.saved_tensors
-    if torch.is_grad_enabled():  # the gradient will be differentiated
-        to_values, to_weights = _plain_gradients(lambda v, w: reference.weighted_sum(v, index, w), (values, weights), grad)
-    else:
-        to_values, to_weights = torch.ops.convnn.weighted_sum_backward(grad, values, index, weights)
+    given, plain = (values, index, weights), lambda v, w: reference.weighted_sum(v, index, w)
+    to_values, to_weights = _gradients(grad, weighted_sum_backward, given, plain, (values, weights))
     return to_values, None, to_weights
 
 
@@ -219,7 +220,7 @@ weighted_sum.register_autograd(_weighted_sum_gradient, setup_context=_save_weigh
 
 @custom_op("convnn::max_neighbors", mutates_args=())
 def max_neighbors(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest of the neighbors, channel by channel, and the row it came from, of equal ones the first slot's.
+    """Largest neighbor, channel by channel, and its row; among equal ones the first slot's.
 
     values (B, M, C), index (B, N, K) -> (B, N, C) each.
     """
@@ -234,7 +235,7 @@ def _(values, index):
 
 @custom_op("convnn::max_neighbors_backward", mutates_args=())
 def max_neighbors_backward(grad: Tensor, values: Tensor, winner: Tensor) -> Tensor:
-    """Gradient of the values: that of each largest one goes to the row it came from."""
+    """Gradient of the values: each goes to the row of the largest neighbor."""
     return chunked.max_neighbors_backward(grad, values, winner)
 
 
@@ -250,9 +251,11 @@ def _save_max(ctx, inputs, output):
 
 def _max_gradient(ctx, grad, _):
     values, winner = ctx.saved_tensors
-    if torch.is_grad_enabled():  # the gradient will be differentiated
-        return *_plain_gradients(lambda v: v.gather(1, winner.long()), (values,), grad), None
-    return torch.ops.convnn.max_neighbors_backward(grad, values, winner), None
+
+    def backward(*given):
+        return (max_neighbors_backward(*given),)
+
+    return *_gradients(grad, backward, (values, winner), lambda v: v.gather(1, winner.long()), (values,)), None
 
 
 max_neighbors.register_autograd(_max_gradient, setup_context=_save_max)

@@ -1,8 +1,8 @@
 """The plain form of every operator: the full matrix of scores, topk, gather. Slow, large, and easy to believe.
 
-Signatures and results are those of `operators.py`. Made of PyTorch's differentiable operators only, so autograd goes through
-them any number of times: tests compare with it, benchmarks measure against it, and it is what runs where a graph of plain
-operators is asked for (export, `torch.func`, gradients of gradients).
+Signatures and results as in `operators.py`. It consists of PyTorch's differentiable operators only, so autograd goes through
+it any number of times: tests compare with it, benchmarks measure against it, and it runs where the graph must hold plain
+operators (export, `torch.func`, gradients of gradients).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums are in: float32 at least."""
+    """Return the dtype of sums: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -31,7 +31,7 @@ def all_scores(query: Tensor, key: Tensor, metric: str) -> Tensor:
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (B, M, C) by index (B, N, K): (B, N, K, C). As published, from K copies of x."""
+    """Gather rows of x (B, M, C) by index (B, N, K): (B, N, K, C). As published, from K copies of x."""
     copies = x[:, :, None].expand(-1, -1, index.shape[2], -1).contiguous()  # (B, M, K, C)
     return copies.gather(1, index[..., None].expand(-1, -1, -1, x.shape[2]))
 
@@ -57,7 +57,7 @@ def largest(scores: Tensor, K: int) -> Tensor:
 
 
 def nearest(scores: Tensor, K: int, candidates: Tensor | None, self_index: Tensor | None) -> Tensor:
-    """index (B, N, K) of the K best of scores (B, N, M) among the candidates; the token itself, if asked for, first."""
+    """Index (B, N, K) of the K best scores (B, N, M) among the candidates; with self_index the token itself first."""
     N, M = scores.shape[1:]
     if candidates is not None:
         allowed = torch.zeros(M, dtype=torch.bool, device=scores.device).index_fill(0, candidates, True)

@@ -1,4 +1,4 @@
-"""Attention between chosen pairs of tokens by PyTorch's `flex_attention`, which skips the blocks of pairs that hold none.
+"""Attention under a sparsity pattern by PyTorch's `flex_attention`, which skips empty blocks of pairs.
 
 Compiled, it is one fused Triton kernel forward and two backward, so it is for CUDA; elsewhere it computes all scores.
 """
@@ -15,8 +15,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from kernels import backend
 
-BLOCK = 128  # tokens along the side of a block, which the kernels of flex_attention are made for
-LEAST_FEATURES = 16  # of a head, which their products need
+BLOCK = 128  # tokens along the side of a block, as the kernels of flex_attention require
+LEAST_FEATURES = 16  # of a head, for their products
 
 
 @functools.cache
@@ -26,10 +26,10 @@ def compiled_attention() -> Callable:
 
 
 class BlockSparsePattern(nn.Module):
-    """The pairs of N tokens that attend to each other, as a list of blocks. It is made when the module moves to CUDA.
+    """Pairs of N tokens that attend to each other, as a list of blocks, made when the module moves to CUDA.
 
     Args:
-        allows: numbers i and j, tensors that broadcast -> whether token i attends to token j.
+        allows: rule on numbers i and j, tensors that broadcast: True where token i attends to token j.
         num_tokens: N.
     """
 
@@ -46,7 +46,7 @@ class BlockSparsePattern(nn.Module):
         return self
 
     def covers(self, query: Tensor) -> bool:
-        """Whether to run here: with Triton's kernels, on numbers and heads that flex_attention takes."""
+        """Return True where Triton computes, on dtypes and heads that flex_attention supports."""
         return (
             backend.running_on(query.device) == "triton"
             and not backend.is_plain()
@@ -60,22 +60,22 @@ class BlockSparsePattern(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(B, H, N, d) each -> (B, H, N, d)."""
-        # Inside a compiled model it is compiled with the rest of it.
+        # Inside a compiled model it is compiled with the model.
         attention = flex_attention if torch.compiler.is_compiling() else compiled_attention()
         return attention(query, key, value, block_mask=self.block_mask())
 
 
 def list_blocks(allows: Callable[[Tensor, Tensor], Tensor], num_tokens: int, device: torch.device) -> dict[str, Tensor]:
-    """The tables of a `BlockMask` by the names of its arguments: blocks with some and (`full`) with all of their pairs.
+    """Make the tables of a `BlockMask` by the names of its arguments: blocks with some and (`full`) with all of their pairs.
 
-    Made from one row of blocks at a time, so that no mask of all pairs is ever there.
+    One row of blocks at a time, so that no mask of all pairs is materialized.
     """
     some, every = [], []
     tokens = torch.arange(num_tokens, device=device)
     for i in tokens[:, None].split(BLOCK):
         allowed = F.pad(allows(i, tokens), (0, -num_tokens % BLOCK)).unflatten(1, (-1, BLOCK))
         some.append(allowed.any(2).any(0))
-        every.append(allowed.all(2).all(0) & (len(i) == BLOCK))  # what sticks out is masked
+        every.append(allowed.all(2).all(0) & (len(i) == BLOCK))  # a partial block is masked
     some, every = torch.stack(some), torch.stack(every)
     tables = {}
     for prefix, blocks in (("", some & ~every), ("full_", every)):

@@ -11,11 +11,11 @@ from options.models import ModelConfig
 
 
 def build_layer(row: Row, config: ModelConfig, *sizes: int, **known) -> nn.Module:
-    """The layer of this row, with the options of the config. Raises ValueError as its constructor does.
+    """Build the layer of a row with the options of the config. Raises ValueError as its constructor does.
 
     Args:
-        sizes: of the layer: channels in and out in 2-D, features and heads in 1-D.
-        known: what a row may name and the config does not know, such as the layout of the tokens.
+        sizes: positional arguments: channels in and out in 2-D, features and heads in 1-D.
+        known: values that a row may name and the config does not hold, such as the layout of the tokens.
     """
     return layer_class(row)(*sizes, **layer_arguments(row, config, **known))
 
@@ -26,7 +26,7 @@ def layer_class(row: Row) -> type[nn.Module]:
 
 
 def layer_arguments(row: Row, config: ModelConfig, **known) -> dict:
-    """What the constructor gets by name, from the options of the config and from what is `known` besides."""
+    """Collect the keyword arguments of the constructor from the config and from `known`."""
     values = {
         argument: known[option] if option in known else getattr(config, option) for argument, option in row.arguments.items()
     }

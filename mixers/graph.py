@@ -1,4 +1,4 @@
-"""Graph convolutions: each token is joined with what it takes from its nearest neighbors (ViG, EdgeConv, GraphSAGE, GreedyViG).
+"""Graph convolutions: concatenate each token with its aggregated neighbors (ViG, EdgeConv, GraphSAGE, GreedyViG).
 
     index = select K neighbors                    # the same select as ConvNN
     taken = max over them of x_j - x_i            # or their mean, or EdgeConv's maximum of a linear
@@ -22,16 +22,16 @@ from options.neighbors import NeighborConfig
 
 
 class GraphAggregation(nn.Module):
-    """Join every token with what it takes from its neighbors: x (B, N, C_in), index (B, P, K) -> (B, N, C_out).
+    """Concatenate each token with its aggregated neighbors: x (B, N, C_in), index (B, P, K) -> (B, N, C_out).
 
-    The index is of the last P tokens. Those before them, class tokens, have no K neighbors but take from all N: what few
-    patches tell is not enough to classify by.
+    The index is for the last P tokens. Class tokens, before them, take from all N tokens: few patches are not enough to
+    classify by.
 
     Args:
         kind: `max`, [x_i, max_j (x_j - x_i)] (max-relative, ViG); `mean`, [x_i, mean_j x_j] (GraphSAGE, arXiv 1706.02216);
-            both through one linear a head. `edge`, max_j ReLU(relative(x_j - x_i) + own(x_i)) (EdgeConv, arXiv 1801.07829,
+            both through one linear per head. `edge`, max_j ReLU(relative(x_j - x_i) + own(x_i)) (EdgeConv, arXiv 1801.07829,
             eq. 8).
-        num_heads: groups of features that have a linear each; `edge` has one for all.
+        num_heads: groups of features with a linear each; `edge` has one for all.
 
     Raises ValueError for an unknown kind, or heads that do not divide the channels.
     """
@@ -47,7 +47,7 @@ class GraphAggregation(nn.Module):
             self.relative = nn.Linear(in_channels, out_channels, bias=False)
         else:
             self.update = nn.Conv1d(2 * in_channels, out_channels, 1, groups=num_heads, bias=bias)
-            nn.init.xavier_uniform_(self.update.weight)  # a projection of the features of a head, started as the others are
+            nn.init.xavier_uniform_(self.update.weight)  # as other projections of features
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         # ReLU grows with its argument, so the maximum of `edge` goes inside: nothing is computed for every pair.
@@ -65,7 +65,7 @@ class GraphAggregation(nn.Module):
         return self.join(x, taken - x if self.kind == "max" else taken)
 
     def join(self, x: Tensor, taken: Tensor) -> Tensor:
-        """The linear of every head, on its features and on what they took: (B, N, C_in) each -> (B, N, C_out)."""
+        """Apply the linear of every head to its features and their aggregate: (B, N, C_in) each -> (B, N, C_out)."""
         heads = [part.unflatten(2, (self.num_heads, -1)) for part in (x, taken.to(x.dtype))]  # (B, N, H, C_in / H)
         return self.update(torch.cat(heads, dim=3).flatten(2).transpose(1, 2)).transpose(1, 2)
 
@@ -73,11 +73,11 @@ class GraphAggregation(nn.Module):
 class GraphMixer(MultiHeadMixer):
     """The graph convolution of ViG (Han et al., arXiv 2206.00272, eq. 4 to 6): GELU(GraphConv(x W_in)) W_out.
 
-    The graph is one for all heads. Dilated, a token has every `dilation`-th of its K * dilation nearest ones, itself first.
-    Class tokens, which the paper has not, are candidates like the others and take from all.
+    All heads share one graph. Dilated, a token has every `dilation`-th of its K * dilation nearest neighbors, itself first.
+    Class tokens, absent from the paper, are candidates like all tokens and take from all.
 
     Args:
-        neighbors: which tokens are neighbors; the paper compares features of length one (cosine).
+        neighbors: rules of the search; the paper compares features of length one (cosine).
         aggregation: see `GraphAggregation`.
 
     Raises ValueError if K * dilation, the samples or the heads do not fit.
@@ -106,7 +106,7 @@ class GraphMixer(MultiHeadMixer):
         self.graph = GraphAggregation(d_model, d_model, num_heads, aggregation, before)
 
     def make_projection(self, d_model: int, bias: bool) -> None:
-        """`input`, once the grid is known, whose coordinates may join the features."""
+        """Leave `input` to the constructor: its width depends on the grid."""
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         return (self.input(self.select.append_coordinates(x, self.layout.grid)),)
@@ -121,10 +121,10 @@ class GraphMixer(MultiHeadMixer):
 class AxialGraphMixer(MultiHeadMixer):
     """The graph convolution of GreedyViG (Munir et al., arXiv 2405.06849): neighbors along the axes that are near enough.
 
-    Candidates are the patches of the own row and column, every `dilation`-th; a token is joined with those whose distance is
-    below the mean minus the standard deviation of all such distances of the image, so that K differs from token to token.
-    Mask form: all candidates are looked at, (H + W) / dilation for each token. The class token is a candidate of all patches,
-    under the same threshold, and sees every token.
+    Candidates are every `dilation`-th patch of a token's row and column; neighbors are the candidates at a distance below the
+    mean minus the standard deviation of all such distances of the image, so that K differs from token to token. All
+    candidates are computed, (H + W) / dilation per token. The class token is a candidate of all patches, under the same
+    threshold, and sees every token.
 
     Raises ValueError for a dilation below 1, or heads that do not divide d_model.
     """
@@ -145,7 +145,7 @@ class AxialGraphMixer(MultiHeadMixer):
         return self.split_heads(F.gelu(self.graph(x, self.near_candidates(x.detach())))), None
 
     def near_candidates(self, x: Tensor) -> Tensor:
-        """(B, P, A) candidates of every patch, with the patch itself in the place of those that are too far."""
+        """(B, P, A), the candidates of every patch, with the patch itself in place of candidates that are too far."""
         own = self.candidates[:, :1]  # (P, 1)
         index = self.candidates.expand(x.shape[0], -1, -1)
         distance = self.distances(x, index)
@@ -156,7 +156,7 @@ class AxialGraphMixer(MultiHeadMixer):
         return torch.where(distance < mean - deviation, index, own)
 
     def distances(self, x: Tensor, index: Tensor) -> Tensor:
-        """(B, P, A) of the patches to their candidates, by products: a fraction of the time of differences."""
+        """(B, P, A), distances of the patches to their candidates, by products: a fraction of the time of differences."""
         products = neighbor_scores(x[:, self.layout.class_tokens :], x, index, "matmul") * x.shape[2] ** 0.5
         lengths = x.to(products.dtype).square().sum(dim=2)  # (B, N)
         others = lengths.gather(1, index.flatten(1)).view(index.shape)
@@ -164,9 +164,9 @@ class AxialGraphMixer(MultiHeadMixer):
 
 
 def axial_candidates(layout: TokenLayout, dilation: int) -> dict[str, Tensor]:
-    """(P, A): every patch, then the class tokens, then what is a multiple of `dilation` from it along its row or column.
+    """(P, A): every patch, the class tokens, then the patches a multiple of `dilation` away along its row or column.
 
-    Rows that are shorter than others are filled up with the patch itself.
+    Short rows are padded with the patch itself.
     """
     rows = []
     for i in range(layout.num_patches):
@@ -183,10 +183,10 @@ def axial_candidates(layout: TokenLayout, dilation: int) -> dict[str, Tensor]:
 class GraphConv2d(ImageMixer):
     """The graph convolution of ViG (Han et al., arXiv 2206.00272) on an image: (B, C_in, H, W) -> (B, C_out, H, W).
 
-    GELU(GraphConv(x W_in)) W_out, as `GraphMixer` has it.
+    GELU(GraphConv(x W_in)) W_out, as in `GraphMixer`.
 
     Args:
-        neighbors: which tokens are neighbors; the token itself is always slot 0.
+        neighbors: rules of the search; the token itself is always slot 0.
         aggregation: see `GraphAggregation`.
         shuffle_pattern, shuffle_scale, image_size: as in `ConvNN2d`.
 

@@ -1,9 +1,9 @@
 """Attention whose cost grows linearly with the number of tokens N, on (B, N, d_model).
 
 Linformer compresses keys and values, Performer replaces the softmax by random features, Nystromformer goes through
-landmarks, Hybrid joins neighborhoods and a Performer. None holds an (N, N) matrix unless it is asked for: then it is what
-the mixer makes of an identity in place of the values. `attention_dropout` drops weights of a query: of the compressed
-keys, of the features, of the landmarks.
+landmarks, Hybrid adds up neighborhoods and a Performer. None holds an (N, N) matrix, except to return the mixing matrix: the
+output for an identity in place of the values. `attention_dropout` drops weights of a query: of the compressed keys, of the
+features, of the landmarks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from options.layers import PERFORMER_KERNELS
 
 
 class LinearMixer(MultiHeadMixer):
-    """A mixer that is linear in its values: it overrides `weigh`."""
+    """Base of mixers that are linear in their values; they override `weigh`."""
 
     def weigh(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """query and key (B, H, N, d), value (B, H, N, e) -> mixed values (B, H, N, e)."""
@@ -34,7 +34,7 @@ class LinearMixer(MultiHeadMixer):
 
 
 def identity_values(value: Tensor) -> Tensor:
-    """(B, H, N, d) -> an identity (N, N) for each of them, whose mixture is the mixing matrix."""
+    """(B, H, N, d) -> identities (B, H, N, N); mixing them gives the mixing matrix."""
     B, H, N, _ = value.shape
     return torch.eye(N, dtype=value.dtype, device=value.device).expand(B, H, N, N)
 
@@ -59,8 +59,8 @@ class LinformerAttention(LinearMixer):
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
         check_at_least(1, k=k)
-        # Normal with variance 1/N, so that a mixture of N tokens has the variance of one (the paper's theorem 2 has 1/k, which
-        # keeps the norm of all N instead and lets scores and values grow with N / k).
+        # With variance 1/N, a mixture of N tokens has the variance of one token. The 1/k of the paper's theorem 2 keeps the
+        # norm of all N instead, and lets scores and values grow with N / k.
         N = layout.num_tokens
         self.key_projection = nn.Parameter(torch.randn(k, N) / math.sqrt(N))
         self.value_projection = nn.Parameter(torch.randn(k, N) / math.sqrt(N))
@@ -72,9 +72,9 @@ class LinformerAttention(LinearMixer):
 class RandomFeatures(nn.Module):
     """FAVOR+ (Choromanski et al., arXiv 2009.14794): attention by a kernel of positive random features.
 
-    `softmax` features estimate softmax(q k^T / sqrt(d)) without bias, `relu` features make a kernel of their own. Both run on
-    the logarithms of the features, as two softmaxes: over the tokens for every feature, then over the features for every
-    query. That equals the quotient of the paper, needs neither its stabilizers nor its small constants, and cannot overflow.
+    `softmax` features estimate softmax(q k^T / sqrt(d)) without bias, `relu` features are another kernel. Both run on the
+    logarithms of the features, as two softmaxes: over the tokens for every feature, then over the features for every query.
+    The result equals the quotient of the paper, needs neither its stabilizers nor its small constants, and cannot overflow.
 
     `features` (m, d), orthogonal in blocks of d, are drawn at construction, saved with the model, and drawn anew by
     `redraw(seed)`.
@@ -91,24 +91,24 @@ class RandomFeatures(nn.Module):
         return "features={}, head_dim={}, kernel={}".format(*self.features.shape, self.kernel)
 
     def redraw(self, seed: int) -> None:
-        """Other features: those of this seed."""
+        """Draw the features again, from this seed."""
         self.features.copy_(orthogonal_features(*self.features.shape, torch.Generator().manual_seed(seed)))
 
     def log_features(self, x: Tensor) -> Tensor:
-        """(B, H, N, d) -> logarithms of the features (B, H, N, m), but for a constant, in float32 at least."""
+        """(B, H, N, d) -> logarithms of the features (B, H, N, m), up to a constant, in float32 at least."""
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             x = x.to(dtype) / x.shape[-1] ** 0.25
             projected = x @ self.features.to(dtype).T
             if self.kernel == "softmax":
                 return projected - x.square().sum(dim=-1, keepdim=True) / 2
-            # The constant is that of the paper's code: a query without any feature sees all alike.
+            # The constant of the paper's code: a query without any feature weights all keys alike.
             return (projected.relu() + 1e-3).log()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """query and key (B, H, N, d), value (B, H, N, e) -> (B, H, N, e)."""
         query, key = self.log_features(query), self.log_features(key)
-        total = key.logsumexp(dim=2, keepdim=True)  # (B, H, 1, m): how much of a feature all keys have
+        total = key.logsumexp(dim=2, keepdim=True)  # (B, H, 1, m): sum of a feature over all keys
         values = (key - total).exp().mT.to(value.dtype) @ value  # (B, H, m, e)
         weights = (query + total).softmax(dim=-1)  # (B, H, N, m)
         return F.dropout(weights, dropout).to(value.dtype) @ values
@@ -128,7 +128,7 @@ class PerformerAttention(LinearMixer):
     """Performer (Choromanski et al., arXiv 2009.14794): attention by positive random features. O(N m).
 
     Args:
-        num_features: random features (m); with more of them the softmax kernel comes closer to `MultiHeadAttention`.
+        num_features: random features (m); the more, the closer the softmax kernel to `MultiHeadAttention`.
         kernel: `softmax` or `relu`.
 
     Raises ValueError for fewer than one feature or an unknown kernel.
@@ -159,7 +159,7 @@ class NystromformerAttention(LinearMixer):
 
     Args:
         num_landmarks: landmarks (m).
-        conv_kernel: tokens under the depthwise convolution of the values, one for every head, that is added; 0: none.
+        conv_kernel: size of an added depthwise convolution of the values along the sequence, one per head; 0: none.
 
     Raises ValueError for fewer than one landmark or a negative conv_kernel.
     """
@@ -201,7 +201,7 @@ class NystromformerAttention(LinearMixer):
 
 
 def segment_members(segments: int, tokens: int) -> Tensor:
-    """(m, N) of ones and zeros: which tokens belong to which of m runs, whose lengths differ by one at most."""
+    """(m, N), ones for the tokens of each of m runs of nearly equal length, else zeros."""
     segment = torch.arange(tokens) * segments // tokens
     return (segment == torch.arange(segments)[:, None]).float()
 
@@ -209,7 +209,7 @@ def segment_members(segments: int, tokens: int) -> Tensor:
 def pseudo_inverse(matrix: Tensor, iterations: int = 6) -> Tensor:
     """Moore-Penrose inverse of matrices (..., m, m) of softmax rows, by the third-order iteration of arXiv 2102.03902.
 
-    Each starts from its own norms, so that it does not depend on the others in the batch.
+    Each matrix starts from its own norms, so the result does not depend on the batch.
     """
     norms = matrix.sum(dim=-2).amax(dim=-1) * matrix.sum(dim=-1).amax(dim=-1)
     inverse = matrix.mT / norms[..., None, None]
@@ -223,7 +223,7 @@ def pseudo_inverse(matrix: Tensor, iterations: int = 6) -> Tensor:
 class HybridAttention(MultiHeadMixer):
     """Regional and global attention in one, after Ibtehaz et al. (arXiv 2406.08859). Memory O(N).
 
-    One neighborhood attention for every dilation, and a Performer for global context, on the same queries, keys and values;
+    One neighborhood attention per dilation, and a Performer for global context, on the same queries, keys and values;
     every token fuses the branches by a learned softmax gate.
 
     Args:
@@ -256,7 +256,7 @@ class HybridAttention(MultiHeadMixer):
         self.gate = nn.Linear(d_model, len(dilations) + 1, bias=bias)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Query, key and value of every head, and the share of every branch (B, 1, N, branches)."""
+        """Return query, key and value of every head, and the share of every branch (B, 1, N, branches)."""
         return *super().project(x), self.gate(x).softmax(dim=-1)[:, None]
 
     def mix(
