@@ -97,7 +97,7 @@ def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], leeway: Le
         given |= {"--pos_embedding learned": model.config.pos_embedding == "learned"}
         needed = " ".join(flag for flag, is_given in given.items() if not is_given)
         advice = f"; those of torchvision and timm need {needed}" if names and needed else ""
-        if names is TIMM and "blocks.0.attn.gating_param" in state_dict and model.config.biases != (False, True):
+        if names is TIMM and "blocks.0.attn.gating_param" in state_dict and model.config.bias != (False, True):
             advice += "; those of timm's ConViT need --no-attention_bias --proj_bias"
         new, old = model.config.grid, leeway.grid
         if leeway.resample and old not in (None, new) and ".mixer." in str(error):

@@ -91,7 +91,7 @@ def address_hint(name: str, valid) -> str:
     """What a name that is not one of the valid ones may have meant, where the address of a class goes as well."""
     if name.endswith(".py"):
         return f"; name its class as well: {name}:Class"
-    return did_you_mean(name, valid) or "; a class of your own is FILE.py:Class or package.module:Class"
+    return did_you_mean(name, valid) or "; a custom mixer is FILE.py:Class or package.module:Class"
 
 
 def as_words(value) -> str:

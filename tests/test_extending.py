@@ -115,7 +115,7 @@ def test_with_a_row_in_a_copy(tmp_path):
     (code,) = blocks("python", BY_PATH)
     (tmp_path / "cosine_attention.py").write_text(code)
     added = {"cosine_attention.py": code.count("\n")}
-    place = r"In `([\w.]+)`, below the line that starts with `([^`]+)`"
+    place = r"In `([\w./]+)`, below the line that starts with `([^`]+)`"
     steps = re.findall(rf"\*\*\d\. The \w+\.\*\* {place}:\n\n```python\n(.*?)```", WITH_A_ROW, flags=re.S)
     assert len(steps) == 2
     for name, anchor, line in steps:
@@ -133,7 +133,7 @@ def test_with_a_row_in_a_copy(tmp_path):
     assert re.findall(r"^ended with (\d)", done.stdout, flags=re.M) == ["0", "0", "2", "2"], done.stdout + done.stderr
     assert int(re.search(r"(\d+) passed", tests)[1]) >= 10
     said = " ".join(flags.split())
-    assert "BranchAttention,CosineAttention," in said
+    assert "GPSA,CosineAttention," in said
     assert "--cosine_temperature FLOAT CosineAttention: what cosines are divided by (default: 0.1)" in said
     assert "CosineAttention 0.2\nPerformer 0.2\n" in done.stdout
     assert done.stderr.count("warning") == 1 and "--cosine_temperature 0.2 is not used by --layer Performer" in done.stderr
