@@ -89,7 +89,6 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
             configs.append(build(family.config, values, layer=layer, mixer_option=given[layer] or None, image_size=side))
     except ValueError as error:
         parser.error(str(error))
-    parser.note_repeated()
     if bench.baseline and not any(map(has_baseline, configs)):
         parser.warn("--baseline True is not used: only the Attention of vit and a host (model) of Conv2d have one")
     return argv[0], bench, configs

@@ -113,7 +113,6 @@ def draw_sheet(rows: list[dict], pictures: list):
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    parser.note_repeated()
     output = args.output or args.run / "predictions.csv"
     sheet = output.with_suffix(".png")
     for name in ("top", "batch_size"):

@@ -125,7 +125,6 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--gpus {args.gpus} is more than the {len(visible_gpus())} GPUs that can be used here")
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--output_dir {folder} is not a folder")
-        parser.note_repeated()
         if left_out:
             parser.warn(left_out)
         if args.published is not None and not published:

@@ -24,7 +24,6 @@ from launch.prepare import Job, check_short_batches, facts_of, load_start, prepa
 from options.data import sides_of
 from options.fields import as_words
 from options.models import ModelConfig
-from options.reading import as_text
 from options.runs import AsTrained, Options, evaluation_options, grid_of
 from readers.images import DataError
 from runs import RunError
@@ -371,7 +370,7 @@ def _test(run: Job) -> None:
     if not math.isfinite(metrics.loss):
         raise NonFiniteLoss(f"the test loss of {path} is not finite: its weights overflow in this model")
     print(f"test top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  ({path})")
-    results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": as_text(str(path))}
+    results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": str(path)}
     results["parameters"] = count_parameters(model)
     results["flops_per_image"] = flops
     results |= costs_of(model, shape, device)

@@ -264,7 +264,6 @@ def default_output(args: argparse.Namespace) -> Path:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    args.parser.note_repeated()
     output = args.output or default_output(args)
     if output.suffix.lower() != (suffix := suffix_of(args.figure)):
         parser.error(f"--output {output} is not a {suffix} file, which is what is {'drawn' if suffix == '.png' else 'written'}")

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     from train_eval import run
 
     stated = partial(as_trained, PROGRAM, parser.stated)
-    return run(options, make_peer, parser.error, as_trained=stated, announce=parser.note_repeated)
+    return run(options, make_peer, parser.error, as_trained=stated)
 
 
 if __name__ == "__main__":

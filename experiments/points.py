@@ -21,7 +21,6 @@ import yaml
 from options.fields import as_words, did_you_mean, specs
 from options.layers import layer_label
 from options.parser import parse_yaml, read_yaml
-from options.reading import as_path
 from options.runs import PROGRAMS, Options, Program, parse_options, same_value
 from options.training import RESUME_MAY_CHANGE
 
@@ -49,7 +48,7 @@ class Point(NamedTuple):
         """The command line after the program; a training goes on with the run in this folder."""
         words = []
         for name, value in self.values.items():
-            words += [f"--{name}", *map(as_path, map(str, value if isinstance(value, list) else [value]))]
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         return [*words, "--output_dir", str(folder / self.name), *["--resume"] * (not self.test_only)]
 
 
@@ -116,7 +115,7 @@ def find_config(points: list[Point], sweep: str) -> list[Point]:
     for point in points:
         config = point.values.get("config")
         if isinstance(config, str):
-            candidates = [Path(as_path(config)), Path(sweep).parent / as_path(config), ROOT / as_path(config)]
+            candidates = [Path(config), Path(sweep).parent / config, ROOT / config]
             config = next((str(path) for path in candidates if path.is_file()), config)
             point = point._replace(values=point.values | {"config": config})
         found.append(point)
@@ -201,7 +200,7 @@ def name_of(varying: dict, values: dict) -> str:
     """The folder of the point that has these values, of which `varying` are on the axes."""
     plain = ("program", "layer")
     parts = [as_word(value) if name in plain else f"{name}-{as_word(value)}" for name, value in varying.items()]
-    return as_path("_".join(parts) or as_word(layer_label(str(values.get("layer", "run")))))
+    return "_".join(parts) or as_word(layer_label(str(values.get("layer", "run"))))
 
 
 def leave_out_unread(points: list[Point]) -> tuple[list[Point], str]:

@@ -279,7 +279,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--images", type=count, default=5000, help="images of the comparison of data (default: 5000)")
     parser.add_argument("--output_dir", default="./Output/targets", help="folder for tables as .csv, and targets.md")
     args = parser.parse_args(argv)
-    parser.note_repeated()
     from runs.devices import pick_device
 
     folder = Path(args.output_dir)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from options.custom_mixer import CustomMixer, help_of, is_address, load, settle
-from options.fields import SIDE, WIDTH, as_words, check_value, option, shown, specs
+from options.fields import SIDE, WIDTH, as_words, check_value, option, specs
 from options.layers import WITHOUT_EFFECT, Row, layer_label, layer_row, layers_of
 from options.neighbors import NeighborConfig
 
@@ -43,7 +43,7 @@ class ModelConfig(NeighborConfig):
         size = self.image_size
         sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
         if len(sides) != 2:
-            raise ValueError(f"image_size={shown(size)} is neither a side nor height and width")
+            raise ValueError(f"image_size={size!r} is neither a side nor height and width")
         object.__setattr__(self, "image_size", tuple(check_value("image_size", side, int, 1, SIDE) for side in sides))
         for name in ("in_channels", "num_classes"):
             object.__setattr__(self, name, check_value(name, getattr(self, name), int, 1, WIDTH))

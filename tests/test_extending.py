@@ -88,7 +88,7 @@ def test_by_path_from_an_empty_folder(tmp_path, monkeypatch, capsys):
 DRIVER = """
 import shlex, sys
 import pytest, vit_main
-from options.runs import PROGRAMS, parse_options, warn_without_effect
+from options.runs import PROGRAMS, parse_options, warn_of_model
 for line in sys.argv[1].splitlines():
     python, *words = shlex.split(line)
     assert python == "python"
@@ -101,7 +101,7 @@ for line in sys.argv[1].splitlines():
 for layer in ("CosineAttention", "Performer"):
     line = ["--layer", layer, "--cosine_temperature", "0.2"]
     resolved, parser = parse_options(PROGRAMS["vit_main.py"], "", line)
-    warn_without_effect(resolved.model, parser)
+    warn_of_model(resolved.model, parser)
     print(layer, resolved.as_dict()["cosine_temperature"])
 """
 

@@ -20,7 +20,7 @@ from layers2d import Attention2d, CoordConv2d
 from models.build import build_network, load_network_weights
 from options import backbones as hosts
 from options.allconvnet import AllConvNetConfig
-from options.runs import PROGRAMS, parse_options, warn_fitted
+from options.runs import PROGRAMS, parse_options, warn_of_model
 from runs.checkpoints import load_state
 from runs.measure import count_flops, count_parameters
 
@@ -203,7 +203,7 @@ def test_layers_fit_their_maps(capsys):
 
     line = "--model vgg11 --sampling_type spatial --num_samples 3 --replace stages 4 5"
     resolved, parser = parse_options(PROGRAMS["allconvnet_main.py"], "", shlex.split(line), prog="p")
-    warn_fitted(resolved.model, parser)
+    warn_of_model(resolved.model, parser)
     assert capsys.readouterr().err.splitlines() == [
         "p: warning: --K 9 does not fit all maps of --model vgg11: it is 4 on the 2 x 2 map of stage 5",
         "p: warning: --num_samples 3 does not fit all maps of --model vgg11: it is all on the 2 x 2 map of stage 5",
@@ -211,7 +211,7 @@ def test_layers_fit_their_maps(capsys):
     resolved, parser = parse_options(
         PROGRAMS["allconvnet_main.py"], "", ["--model", "vgg11", "--replace", "last", "4"], prog="p"
     )
-    warn_fitted(resolved.model, parser)
+    warn_of_model(resolved.model, parser)
     assert capsys.readouterr().err.count("\n") == 1
 
 

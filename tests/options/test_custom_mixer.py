@@ -20,7 +20,7 @@ from launch.probe import probe, trials
 from models.build import build_network
 from options.allconvnet import AllConvNetConfig
 from options.layers import layer_label, layers_of
-from options.runs import PROGRAMS, parse_options, warn_without_effect
+from options.runs import PROGRAMS, parse_options, warn_of_model
 from options.vit import ViTConfig
 from vit import ViT
 
@@ -206,7 +206,7 @@ def test_two_side_by_side_and_an_option_of_both():
 def test_flags_that_the_class_does_not_read_are_named(capsys):
     line = "--layer mine.py:Kinds --window_size 4 --attention_dropout 0.2 --K 3"
     resolved, parser = parse_options(PROGRAMS["vit_main.py"], "", line.split())
-    warn_without_effect(resolved.model, parser)
+    warn_of_model(resolved.model, parser)
     assert capsys.readouterr().err.count("warning") == 1 and resolved.model.without_effect()["K"] == "layer"
 
 

@@ -22,7 +22,6 @@ from options.data import DataConfig
 from options.fields import option, specs
 from options.layers import LAYERS2D_NAMES
 from options.neighbors import NeighborConfig
-from options.parser import OneLineParser, number_type
 from options.runs import PROGRAMS, Options, as_trained, parse_options
 from options.training import KERNELS_IN_ENVIRONMENT, TrainConfig
 from options.vit import VIT_MODELS, ViTConfig
@@ -355,29 +354,6 @@ def test_texts_are_not_taken_for_numbers_and_truth_values():
     assert {name: found[name] for name in expected} == expected
 
 
-def test_of_a_flag_that_is_given_twice_the_last_counts_and_is_named(capsys):
-    def repeated(line):
-        found, parser = parse_options(PROGRAMS["allconvnet_main.py"], "Train.", shlex.split(line))
-        assert capsys.readouterr().err == ""  # it is said when training begins
-        parser.note_repeated()
-        out, err = capsys.readouterr()
-        assert err == ""
-        return found.as_dict(), sorted(line.split("note: ")[1] for line in out.splitlines())
-
-    assert repeated("--lr 0.1 --K 3 --lr 0.1 --augment --augment True")[1] == []
-    found, lines = repeated("--lr 0.1 --channels 8 --no-augment --lr 0.2 --augment --lr 0.3 --channels 16")
-    assert (found["lr"], found["augment"], found["channels"]) == (0.3, True, [16])
-    assert lines == [
-        "--augment is given more than once: True counts, not False",
-        "--channels is given more than once: 16 counts, not 8",
-        "--lr is given more than once: 0.3 counts, not 0.1",
-    ]
-    parser = OneLineParser()
-    parser.add_argument("--noise", type=number_type(float))
-    parser.parse_args(["--noise", "nan"])
-    assert parser.repeated == {}
-
-
 def test_a_variable_for_kernels_that_are_not_there_is_one_line(monkeypatch, capsys):
     from kernels.backend import BACKENDS
 
@@ -480,8 +456,6 @@ BAD = [
     ("--mixup 1e-300", "mixup=1e-300; 0; at least 0.001"),
     ("--cutmix 1001", "cutmix=1001.0; at most 1000"),
     (f"--batch_size 1{30 * '0'}", f"batch_size=1{30 * '0'}; at most 10000000"),
-    (f"--batch_size {5000 * '9'}", "batch_size; whole number"),
-    (f"--batch_size {4000 * '9'}", "batch_size=a number of 13288 bits; at most 10000000"),
     ("--num_layers 1000000000", "num_layers=1000000000; at most 10000"),
     ("--num_workers 100000", "num_workers=100000; at most 1024"),
     ("--resize 100000", "resize=100000; at most 16384"),
@@ -597,7 +571,6 @@ BAD_YAML = [
     ("lr: .nan", "lr=nan; finite"),
     ("lr: -.inf", "lr=-inf; finite"),
     ("lr: 1e999", "lr=inf; finite"),
-    ("lr: 1" + 400 * "0", "lr=inf; finite"),
     ("lr: {a: 1}", "lr={'a': 1}; number"),
     ("augment: maybe", "augment='maybe'; True or False"),
     ("augment: 1", "augment=1; True or False"),
@@ -737,16 +710,6 @@ def test_numbers_of_numpy_are_numbers():
     for bad in (np.float64(4), np.bool_(True), np.array([4]), "4", None):
         with pytest.raises(ValueError, match="K="):
             AllConvNetConfig(K=bad)
-
-
-def test_a_message_never_visits_a_value_that_is_larger_than_what_it_shows():
-    bomb = ["x" * 1000]
-    for _ in range(60):
-        bomb = [bomb] * 10
-    for bad in ({"K": bomb}, {"layer": bomb}, {"channels": (bomb,)}, {"channels": {"a": bomb}}, {"K": 10**10000}):
-        with pytest.raises(ValueError) as error:
-            AllConvNetConfig(**bad)
-        assert len(str(error.value)) < 2000
 
 
 def test_a_pipe_a_device_and_a_link_to_itself_as_config(capsys):
