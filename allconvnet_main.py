@@ -1,13 +1,13 @@
-"""Train and evaluate convolutional networks of a mixer: Conv2d, ConvNN, ConvNN attention, attention, or two side by side.
+"""Train and evaluate convolutional networks of a token mixer: Conv2d, ConvNN, ConvNN attention, attention, or two in parallel.
 
-A stack of them, or VGG and ResNet with them in the place of 3 x 3 convolutions (--model).
+The network is a stack of the mixer, or VGG or ResNet with the mixer in place of its 3 x 3 convolutions (--model).
 """
 
 from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # before other imports: no traceback of one that is interrupted; `run` takes signals over
+if __name__ == "__main__":  # before other imports: no traceback of an interrupt; `run` takes signals over
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import sys
@@ -19,7 +19,7 @@ from runs.streams import run_program
 def main(argv: list[str] | None = None) -> int:
     program = PROGRAMS["allconvnet_main.py"]
     options, parser = parse_options(program, __doc__, argv)
-    # torch takes seconds to import: only once the options are known to be right.
+    # Import torch, which takes seconds, only once the options are valid.
     from models.build import build_network, load_network_weights
     from train_eval import run
 

@@ -87,7 +87,7 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
 
 def mixer_options(family: Family, layers: tuple[str, ...], given: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """Give each layer its `name=value` texts. Unknown names go to all custom mixers, whose configs refuse them."""
-    own = {layer: {name for mixer in family.config.own_mixers(layer) for name in mixer.arguments} for layer in layers}
+    own = {layer: {name for mixer in family.config.custom_mixers(layer) for name in mixer.arguments} for layer in layers}
     known = set().union(*own.values())
     could = [layer for layer in layers if ":" in layer] or layers
     return {
@@ -138,7 +138,7 @@ def make_mixers(
     x = torch.randn(batch_size, layout.num_tokens, config.d_model)
     yield layer_label(config.layer), make_layer1d(config, layout), x
     if baseline and config.layer == "Attention":
-        apart = Separate(config.d_model, config.num_heads, attention_dropout=config.attention_dropout, bias=config.biases)
+        apart = Separate(config.d_model, config.num_heads, attention_dropout=config.attention_dropout, bias=config.bias)
         yield "Attention (q, k, v apart)", apart, x.clone()
 
 

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from dataset import Data
 from launch.prepare import Evaluation, Job, begin_test, begin_training
 from options.models import ModelConfig
-from options.reading import as_text
 from options.runs import Options, Program, evaluation_options
 from runs import DataError, RunError, Stopped
 from runs.checkpoints import Leeway, Loaded, load_state
@@ -386,7 +385,7 @@ def _test(evaluation: Evaluation, processes: Processes) -> None:
     if not math.isfinite(metrics.loss):
         raise Stopped(f"the test loss of {path} is not finite: its weights overflow in this model")
     print(f"test top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  ({path})")
-    results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": as_text(str(path))}
+    results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": str(path)}
     results |= {"parameters": count_parameters(model), "flops_per_image": facts["flops_per_image"]}
     results |= costs_of(model, facts["image_shape"], device)
     results["classes"] = confusion.by_class(data.class_names)

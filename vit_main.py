@@ -1,10 +1,10 @@
-"""Train and evaluate vision transformers whose attention is replaced by ConvNN, k-NN, local or sparse attention and others."""
+"""Train and evaluate vision transformers with another token mixer: ConvNN, k-NN, local or sparse attention and others."""
 
 from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # before other imports: no traceback of one that is interrupted; `run` takes signals over
+if __name__ == "__main__":  # before other imports: no traceback of an interrupt; `run` takes signals over
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import sys
@@ -16,7 +16,7 @@ from runs.streams import run_program
 def main(argv: list[str] | None = None) -> int:
     program = PROGRAMS["vit_main.py"]
     options, parser = parse_options(program, __doc__, argv)
-    # torch takes seconds to import: only once the options are known to be right.
+    # Import torch, which takes seconds, only once the options are valid.
     from models.pretrained import load_vit_weights
     from train_eval import run
     from vit import ViT

@@ -104,7 +104,7 @@ def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], leeway: Le
         if stem and not all(fits.values()):
             needed = " ".join(flag for flag, is_given in fits.items() if not is_given)
             advice += f"; those of torchvision and timm need {needed}"
-        if "blocks.0.attn.gating_param" in state_dict and config.biases != (False, True):
+        if "blocks.0.attn.gating_param" in state_dict and config.bias != (False, True):
             advice += "; those of timm's ConViT need --no-attention_bias --proj_bias"
         new, old = config.grid, leeway.grid
         if leeway.resample and old not in (None, new) and ".mixer." in str(error):

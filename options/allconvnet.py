@@ -24,7 +24,7 @@ from options.layers import (
     layer_label,
     layers_of,
 )
-from options.models import LAYER_SHA256, MIXER_OPTION, OWN_LAYER, ModelConfig, of_model
+from options.models import CUSTOM_LAYER, LAYER_SHA256, MIXER_OPTION, ModelConfig, of_model
 from options.neighbors import NeighborConfig, as_sides
 
 
@@ -60,7 +60,7 @@ class AllConvNetConfig(ModelConfig):
         "a stack of --channels, or a VGG, ResNet or DenseNet with --layer for its 3 x 3 convolutions",
         choices=("allconvnet", *BACKBONES),
     )
-    layer: str = option("ConvNN", f"{', '.join(LAYERS2D_NAMES)}, or A/B of two different ones side by side{OWN_LAYER}")
+    layer: str = option("ConvNN", f"{', '.join(LAYERS2D_NAMES)}, or A/B of two different ones side by side{CUSTOM_LAYER}")
     mixer_option: tuple[str, ...] | None = option(None, MIXER_OPTION, kind=str, many=True, metavar="NAME=VALUE", repeat=True)
     layer_sha256: str | None = option(None, LAYER_SHA256, kind=str, flag=False)
     num_layers: int | None = option(None, "must match the length of --channels if given", kind=int, low=1, high=LAYERS)

@@ -1,6 +1,6 @@
-"""Fields of dataclasses that are options: what each accepts, its checks, and values from texts.
+"""Dataclass fields that are options: what each accepts, its checks, and its value from text.
 
-Knows no particular option and needs no torch: the table of options is `options/`, the parser is `options/parser.py`.
+Knows no particular option and needs no torch; the parser is `options/parser.py`.
 """
 
 from __future__ import annotations
@@ -9,18 +9,15 @@ import difflib
 import math
 import numbers
 import re
-import reprlib
 from dataclasses import Field, field, fields
 from typing import NamedTuple
 
-from options.reading import as_path
-
 
 class Spec(NamedTuple):
-    """What an option accepts. `low` and `high` are allowed themselves, `below` is not; `least` is the smallest next to 0.
+    """Values that an option accepts: `low` to `high` inclusive, `below` exclusive; `least` is the smallest next to 0.
 
-    Every number has a `high` or `below` that no honest run reaches, so that a slip of the hand is one line instead of a crash
-    in whatever the number is multiplied with.
+    Every number has a `high` or `below` that no real run reaches, so that a typing error ends in one line and not in a crash
+    wherever the number is used.
     """
 
     kind: type
@@ -36,13 +33,13 @@ class Spec(NamedTuple):
     aliases: tuple[str, ...] = ()
     group: str = ""  # heading in --help; empty: that of the config
     metavar: str = ""  # what --help calls a value; empty: its choices or its kind
-    repeat: bool = False  # of many values: given again, the flag adds to them, and flags add to those of a file
-    flag: bool = True  # False: files have it, command lines do not
-    address: bool = False  # beside the choices, the address of a class goes as well: FILE.py:Class, package.module:Class
+    repeat: bool = False  # the flag can be repeated, and adds to the values of a file
+    flag: bool = True  # False: only files can set it
+    address: bool = False  # also accept FILE.py:Class and package.module:Class
 
 
 class NotGiven:
-    """Stands in for the default of an option whose config decides what holds when it is not given (`option(decided=True)`)."""
+    """Stand-in for the default of an option that its config decides (`option(decided=True)`)."""
 
     def __repr__(self) -> str:
         return "NOT_GIVEN"
@@ -52,10 +49,10 @@ NOT_GIVEN = NotGiven()
 
 
 def option(default, help: str, *, kind: type | None = None, many: bool = False, decided: bool = False, **accepts) -> Field:
-    """A dataclass field that is a flag as well; its type is that of the default, or (many) `kind` where that is None.
+    """Make a dataclass field that is also a flag, of the type of its default, or of `kind` where the default is None.
 
     With `decided` the field starts as `NOT_GIVEN`, so that the config can tell a default from the same value given: its
-    `__post_init__` must `decide`. `--help` shows the default.
+    `__post_init__` must call `decide`. `--help` shows the default.
     """
     many = many or isinstance(default, tuple)
     kind = kind or type(default[0] if many else default)
@@ -64,85 +61,67 @@ def option(default, help: str, *, kind: type | None = None, many: bool = False, 
 
 
 def decide(config, values: dict) -> None:
-    """In a (frozen) config, put these values where a `decided` option was not given, and the default where there is none."""
+    """Fill the `decided` options of a frozen config that were not given: with these values, else with their defaults."""
     for name, spec in specs(type(config)).items():
         if getattr(config, name) is NOT_GIVEN:
             object.__setattr__(config, name, values.get(name, spec.default))
 
 
 def redefault(config: type, name: str, default) -> Field:
-    """The option `name` of `config` with another default, for a dataclass that inherits it."""
+    """Redeclare an inherited option with another default."""
     spec = config.__dataclass_fields__[name].metadata["option"]
     return field(default=default, metadata={"option": spec._replace(default=default)})
 
 
 def specs(config: type) -> dict[str, Spec]:
-    """The options of a config dataclass, by name."""
+    """Return the options of a config dataclass by name."""
     return {f.name: f.metadata["option"] for f in fields(config) if "option" in f.metadata}
 
 
 def did_you_mean(name: str, valid) -> str:
     names = {str(one).lower(): one for one in valid}
-    close = difflib.get_close_matches(str(name)[:100].lower(), names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
     return f"; did you mean {names[close[0]]}?" if close else ""
 
 
 def address_hint(name: str, valid) -> str:
-    """What a name that is not one of the valid ones may have meant, where the address of a class goes as well."""
+    """Suggest a correction for a name that is neither valid nor an address."""
     if name.endswith(".py"):
         return f"; name its class as well: {name}:Class"
-    return did_you_mean(name, valid) or "; a class of your own is FILE.py:Class or package.module:Class"
+    return did_you_mean(name, valid) or "; a custom mixer is FILE.py:Class or package.module:Class"
 
 
 def as_words(value) -> str:
-    """A value as it is written on the command line."""
+    """Write a value as on the command line."""
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 
 
-class _Short(reprlib.Repr):
-    """repr of at most a few hundred characters, which never visits more of a value than it shows."""
-
-    def __init__(self):
-        super().__init__()
-        self.maxlevel, self.maxother, self.maxstring = 2, 200, 200
-        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 12
-
-    def repr_int(self, x, level):
-        return str(x) if abs(x) < 10**60 else f"a number of {x.bit_length()} bits"  # Python refuses to print very long ones
-
-
-shown = _Short().repr
-
-
 def _as_kind(value, kind: type):
-    """Numbers of other types, as NumPy's, as Python's own; everything else as it is."""
+    """Convert numbers of other types, such as NumPy's, to Python's own."""
     if isinstance(value, bool):
         return value
     if kind is int and isinstance(value, numbers.Integral):
         return int(value)
     if kind is float and isinstance(value, numbers.Real):
-        try:
-            return float(value)
-        except OverflowError:
-            return math.inf if value > 0 else -math.inf
+        return float(value)
     return value
 
 
 def check_one(name: str, value, spec: Spec):
-    """`value` as the option holds it (a whole number becomes a float where a float is asked for). Raises ValueError."""
+    """Check one value and return it; integers become floats for a float option. Raises ValueError."""
     value = _as_kind(value, spec.kind)
     if type(value) is not spec.kind:
-        raise ValueError(f"{name}={shown(value)} is not {KINDS[spec.kind]}")
+        raise ValueError(f"{name}={value!r} is not {KINDS[spec.kind]}")
     if spec.kind is str:
-        value = _check_text(name, value)
+        _check_text(name, value)
     if spec.kind is float and not math.isfinite(value):
         raise ValueError(f"{name}={value} is not a finite number")
     if spec.choices and value not in spec.choices and not (spec.address and ":" in value):
         hint = (address_hint if spec.address else did_you_mean)(value, spec.choices)
-        raise ValueError(f"{name}={shown(value)} is not one of {', '.join(map(str, spec.choices))}{hint}")
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, spec.choices))}{hint}")
     bounds = [f"at least {spec.low}"] * (spec.low is not None) + [f"at most {spec.high}"] * (spec.high is not None)
     bounds += [f"below {spec.below}"] * (spec.below is not None)
     if (
@@ -150,53 +129,51 @@ def check_one(name: str, value, spec: Spec):
         or (spec.high is not None and value > spec.high)
         or (spec.below is not None and value >= spec.below)
     ):
-        raise ValueError(f"{name}={shown(value)} must be {' and '.join(bounds)}")
+        raise ValueError(f"{name}={value!r} must be {' and '.join(bounds)}")
     if spec.least is not None and 0 < value < spec.least:
         raise ValueError(f"{name}={value} must be 0 or at least {spec.least}")
     return value
 
 
 def check_value(name: str, value, kind: type, low: float, high: float):
-    """`value` as a Python number. Raises ValueError unless it is one of that kind within the range."""
+    """Return the value as a Python number of this kind. Raises ValueError if it is none within the range."""
     return check_one(name, value, Spec(kind, "", low=low, high=high))
 
 
-def _check_text(name: str, value: str) -> str:
-    """The text as the locale's paths are written. Raises ValueError for what no file, table or terminal can carry on."""
+def _check_text(name: str, value: str) -> None:
+    """Raise ValueError for a text that no file, table or terminal can hold."""
     if value == "":
         raise ValueError(f"{name}='' is empty; give a value or leave {name} out")
     if any(ord(character) < 32 or character == "\x7f" for character in value):
-        raise ValueError(f"{name}={shown(value)} holds a control character; use letters that can be printed")
-    try:
-        return as_path(value)
-    except UnicodeError:
-        raise ValueError(f"{name}={shown(value)} is not UTF-8, as config.yaml has it; use another name") from None
+        raise ValueError(f"{name}={value!r} holds a control character; use letters that can be printed")
+    if any("\ud800" <= character <= "\udfff" for character in value):  # as Python reads bytes of another encoding
+        raise ValueError(f"{name}={value!r} is not UTF-8; use another name")
 
 
 def check_option(name: str, value, spec: Spec):
-    """`value` as the option holds it: lists become tuples, aliases stay. Raises ValueError."""
+    """Check a value and return it; lists become tuples. Raises ValueError."""
     if value is None and spec.optional:
         return None
     if not spec.many:
         return check_one(name, value, spec)
     if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError(f"{name}={shown(value)} is not a list of at least one value; in a file it is written as [1, 2]")
+        raise ValueError(f"{name}={value!r} is not a list of at least one value; in a file it is written as [1, 2]")
     return tuple(check_one(name, item, spec) for item in value)
 
 
 def check_fields(config) -> None:
-    """Check type, choices and range of every option of a (frozen) config."""
+    """Check type, choices and range of every option of a frozen config."""
     for name, spec in specs(type(config)).items():
         object.__setattr__(config, name, check_option(name, getattr(config, name), spec))
 
 
 def build(config: type, values: dict, **more):
-    """A config from those of the plain values, by name, that are its own."""
+    """Build a config from the values that are options of it."""
     return config(**{name: values[name] for name in specs(config) if name in values} | more)
 
 
 def convert(name: str, value, spec: Spec):
-    """Text from the command line (or `1e-3`, which YAML reads as text) to the option's type."""
+    """Convert text from the command line (or `1e-3`, a text in YAML) to the option's type."""
     if isinstance(value, list) and spec.many:
         if spec.optional and [str(item).lower() for item in value] == ["none"]:
             return None
@@ -208,15 +185,15 @@ def convert(name: str, value, spec: Spec):
     if spec.kind is bool:
         booleans = {"true": True, "false": False}
         if value.lower() not in booleans:
-            raise ValueError(f"{name}={shown(value)} is not True or False")
+            raise ValueError(f"{name}={value!r} is not True or False")
         return booleans[value.lower()]
     try:
         return as_number(value, spec.kind)
     except ValueError as error:
-        raise ValueError(f"{name}={shown(value)} {error}") from None
+        raise ValueError(f"{name}={value!r} {error}") from None
 
 
-# Numbers as everybody reads them: no 1_000, 0x10, 010 (8 to some) or 1:30 (90 to YAML).
+# Numbers that cannot be misread: no 1_000, 0x10, 010 (8 to some) or 1:30 (90 to YAML).
 WRITTEN = {
     int: re.compile(r"[-+]?(0|[1-9][0-9]*)"),
     float: re.compile(r"[-+]?(((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)(e[-+]?[0-9]+)?|inf|infinity|nan)", re.I),
@@ -224,17 +201,14 @@ WRITTEN = {
 
 
 def as_number(text: str, kind: type):
-    """The int or float that a text says, in plain decimal digits. Raises ValueError: "is not a whole number"."""
-    try:
-        if WRITTEN[kind].fullmatch(text):
-            return kind(text)
-    except ValueError:  # of more digits than Python reads
-        pass
+    """Parse an int or float in plain decimal digits. Raises ValueError: "is not a whole number"."""
+    if WRITTEN[kind].fullmatch(text):
+        return kind(text)
     how = " in plain decimal digits" if re.match(r"[-+]?(0[0-9a-z_]|[0-9][0-9.]*[_:])", text, re.I) else ""
     raise ValueError(f"is not {KINDS[kind]}{how}")
 
 
-# The most that an option accepts, where nothing smaller is in its nature: far above what any run needs.
+# Upper bounds of options, far above what any run needs.
 SIDE = 2**14  # of an image, a map or a window
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
-from options.custom_mixer import NO_FLAGS, label_of, split_layers
+from options.custom_mixer import is_address
 from options.fields import specs
 from options.neighbors import NeighborConfig
 
@@ -17,54 +18,58 @@ TOPKS = ("hard", "straight_through", "gumbel")
 CONVOLUTION_TYPES = ("standard", "depthwise", "depthwise-separable")
 
 
-class Row(NamedTuple):
-    """A layer as data: its class, and the options that its constructor takes as keywords. `mixers/build.py` builds it.
+# Options behind an argument that the model computes; any other argument is filled by the option of its name.
+READS = {
+    "neighbors": {*specs(NeighborConfig), "coordinate_encoding"},  # a NeighborConfig
+    "bias": {"attention_bias", "qkv_bias", "proj_bias"},  # 1-D: of the projections; 2-D: as the backbone asks for it
+    "layout": set(),  # 1-D: the TokenLayout
+    "image_size": set(),  # 2-D: sides of the map
+    "stride": set(),  # 2-D: of a convolution in a backbone
+}
 
-    What the model alone knows comes first and by position: channels in and out of a 2-D layer, features and heads of a 1-D one.
-    An option that no layer in use takes has no effect, and is named in a warning.
+
+class Row(NamedTuple):
+    """A layer as data: its class and the keyword arguments of its constructor. `mixers/build.py` builds it.
+
+    Sizes come first and by position: channels in and out in 2-D, features and heads in 1-D. Options that no layer in use
+    takes have no effect, and a warning names them.
     """
 
     target: str  # "module:Class"
-    # Names of options, argument=option where the constructor calls it otherwise, and of what the model knows: `neighbors`, a
-    # NeighborConfig; `layout`, what the tokens are; `image_size`, the sides of the map; `biases`, whether the projections have
-    # any; `stride` and `bias`, as a host of convolutions wants.
-    takes: str
-    fixed: tuple[tuple[str, object], ...] = ()  # arguments that are not options
-    branches: tuple[str, ...] = ()  # of two layers side by side: what is built at branch_ratio 1, and at 0
+    takes: tuple[str, ...]  # arguments that are called like the option that fills them, or like a key of `READS`
+    renamed: tuple[tuple[str, str], ...] = ()  # (argument, option), where their names differ
+    fixed: tuple[tuple[str, object], ...] = ()  # (argument, value)
+    branches: tuple[str, ...] = ()  # of two layers side by side: the layers built at branch_ratio 1 and at 0
 
     @property
     def arguments(self) -> dict[str, str]:
         """The option behind each argument of the constructor."""
-        pairs = (word.partition("=") for word in self.takes.split())
-        return {argument: option or argument for argument, _, option in pairs}
+        return {name: name for name in self.takes} | dict(self.renamed)
 
     @property
     def options(self) -> set[str]:
         """Names of the options that the layer reads."""
-        names = set(self.arguments.values())
-        several = {"neighbors": NEIGHBOR_OPTIONS, "biases": BIASES}
-        own = names - several.keys() - {*NO_FLAGS}
-        return own | {option for name in names & several.keys() for option in several[name]}
+        return set().union(*(READS.get(name, {name}) for name in self.arguments.values()))
 
 
-BY_PLACE = "mixers.local"
-PAIRS = "attention_dropout bias=biases"  # of layers that weigh pairs of tokens
-CONVNN = f"neighbors layout convolution_type softmax_topk_val score_temperature topk {PAIRS}"
-REGIONS = f"layout region_size top_regions {PAIRS}"
-CONV1D = "kernel_size layout convolution_type bias=biases"
-BIASES = {"attention_bias", "qkv_bias", "proj_bias"}
-SHUFFLES = "shuffle_pattern shuffle_scale"
+PAIRS = ("attention_dropout", "bias")  # of layers that weight pairs of tokens
+CONVNN = ("neighbors", "layout", "convolution_type", "softmax_topk_val", "score_temperature", "topk", *PAIRS)
+CONV1D = ("kernel_size", "layout", "convolution_type", "bias")
+REGIONS = ("layout", "region_size", "top_regions", *PAIRS)
+SHUFFLES = ("shuffle_pattern", "shuffle_scale")
+GRAPH = (("aggregation", "graph_aggregation"),)
+PERFORMER = (("num_features", "performer_features"), ("kernel", "performer_kernel"))
 
 
 LAYERS2D_ROWS = {
-    "Conv2d": Row("layers2d:make_conv2d", "kernel_size aggregation_type stride bias"),
-    "ConvNN": Row("layers2d:ConvNN2d", f"neighbors padding image_size bias {SHUFFLES}"),
+    "Conv2d": Row("layers2d:make_conv2d", ("kernel_size", "aggregation_type", "stride", "bias")),
+    "ConvNN": Row("layers2d:ConvNN2d", ("neighbors", "padding", "image_size", "bias", *SHUFFLES)),
     "ConvNN_Attn": Row(
         "layers2d:ConvNNAttention2d",
-        f"neighbors score_temperature topk convolution_type attention_dropout image_size {SHUFFLES}",
+        ("neighbors", "score_temperature", "topk", "convolution_type", "attention_dropout", "image_size", *SHUFFLES),
     ),
-    "Attention": Row("layers2d:Attention2d", f"num_heads attention_dropout {SHUFFLES}"),
-    "ViG": Row("mixers.graph:GraphConv2d", f"num_heads neighbors aggregation=graph_aggregation image_size {SHUFFLES}"),
+    "Attention": Row("layers2d:Attention2d", ("num_heads", "attention_dropout", *SHUFFLES)),
+    "ViG": Row("mixers.graph:GraphConv2d", ("num_heads", "neighbors", "image_size", *SHUFFLES), renamed=GRAPH),
 }
 
 
@@ -74,35 +79,40 @@ LAYERS1D_ROWS = {
     "ConvNNAttention": Row("layers1d:MultiHeadConvNNAttention", CONVNN),
     "Conv1d": Row("layers1d:MultiHeadConv1d", CONV1D),
     "Conv1dAttention": Row("layers1d:MultiHeadConv1dAttention", CONV1D),
-    "KvtAttention": Row("layers1d:MultiHeadKvtAttention", f"K score_temperature topk {PAIRS}"),
-    "LocalAttention": Row(f"{BY_PLACE}:MultiHeadLocalAttention", f"layout window_size {PAIRS}"),
+    "KvtAttention": Row("layers1d:MultiHeadKvtAttention", ("K", "score_temperature", "topk", *PAIRS)),
+    "LocalAttention": Row("mixers.local:MultiHeadLocalAttention", ("layout", "window_size", *PAIRS)),
     "SparseAttention": Row(
-        f"{BY_PLACE}:MultiHeadSparseAttention", f"layout mode=sparse_mode context=sparse_context_window {PAIRS}"
+        "mixers.local:MultiHeadSparseAttention",
+        ("layout", *PAIRS),
+        renamed=(("mode", "sparse_mode"), ("context", "sparse_context_window")),
     ),
-    "MaskedAttention": Row(f"{BY_PLACE}:MultiHeadMaskedAttention", f"layout mask_type expansion_step {PAIRS}"),
-    "NeighborhoodAttention": Row(f"{BY_PLACE}:NeighborhoodAttention", f"layout kernel_size dilation {PAIRS}"),
-    "Linformer": Row("mixers.linear:LinformerAttention", f"layout k=linformer_k {PAIRS}"),
-    "Performer": Row("mixers.linear:PerformerAttention", f"num_features=performer_features kernel=performer_kernel {PAIRS}"),
+    "MaskedAttention": Row("mixers.local:MultiHeadMaskedAttention", ("layout", "mask_type", "expansion_step", *PAIRS)),
+    "NeighborhoodAttention": Row("mixers.local:NeighborhoodAttention", ("layout", "kernel_size", "dilation", *PAIRS)),
+    "Linformer": Row("mixers.linear:LinformerAttention", ("layout", *PAIRS), renamed=(("k", "linformer_k"),)),
+    "Performer": Row("mixers.linear:PerformerAttention", PAIRS, renamed=PERFORMER),
     "Nystromformer": Row(
         "mixers.linear:NystromformerAttention",
-        f"layout num_landmarks=nystrom_landmarks conv_kernel=nystrom_conv_kernel {PAIRS}",
+        ("layout", *PAIRS),
+        renamed=(("num_landmarks", "nystrom_landmarks"), ("conv_kernel", "nystrom_conv_kernel")),
     ),
     "Hybrid": Row(
         "mixers.linear:HybridAttention",
-        "layout window=hybrid_window dilations=hybrid_dilations num_features=performer_features kernel=performer_kernel "
-        f"{PAIRS}",
+        ("layout", *PAIRS),
+        renamed=(("window", "hybrid_window"), ("dilations", "hybrid_dilations"), *PERFORMER),
     ),
-    "GPSA": Row(f"{BY_PLACE}:GatedPositionalSelfAttention", f"layout locality_strength {PAIRS}"),
+    "GPSA": Row("mixers.local:GatedPositionalSelfAttention", ("layout", "locality_strength", *PAIRS)),
     "BranchConv": Row(
-        "layers1d:BranchingConv", f"branch_ratio kernel_size {CONVNN}", branches=("ConvNNAttention", "Conv1dAttention")
+        "layers1d:BranchingConv",
+        ("branch_ratio", "kernel_size", *CONVNN),
+        branches=("ConvNNAttention", "Conv1dAttention"),
     ),
-    "BranchAttention": Row("layers1d:BranchingAttention", f"branch_ratio {CONVNN}", branches=("ConvNNAttention", "Attention")),
-    "ViG": Row("mixers.graph:GraphMixer", "neighbors layout aggregation=graph_aggregation dilation bias=biases"),
-    "GreedyViG": Row("mixers.graph:AxialGraphMixer", "layout dilation bias=biases"),
-    "BiFormer": Row("mixers.region:BiLevelRoutingAttention", f"{REGIONS} value_convolution"),
+    "BranchAttention": Row("layers1d:BranchingAttention", ("branch_ratio", *CONVNN), branches=("ConvNNAttention", "Attention")),
+    "ViG": Row("mixers.graph:GraphMixer", ("neighbors", "layout", "dilation", "bias"), renamed=GRAPH),
+    "GreedyViG": Row("mixers.graph:AxialGraphMixer", ("layout", "dilation", "bias")),
+    "BiFormer": Row("mixers.region:BiLevelRoutingAttention", (*REGIONS, "value_convolution")),
     "BlockTopK": Row("mixers.region:BlockTopKAttention", REGIONS),
-    "PaCa": Row("mixers.region:PatchToClusterAttention", f"num_clusters {PAIRS}"),
-    "ContextCluster": Row("mixers.region:ContextClusterMixer", "layout region_size bias=biases"),
+    "PaCa": Row("mixers.region:PatchToClusterAttention", ("num_clusters", *PAIRS)),
+    "ContextCluster": Row("mixers.region:ContextClusterMixer", ("layout", "region_size", "bias")),
 }
 
 
@@ -111,16 +121,22 @@ LAYERS1D_NAMES = tuple(LAYERS1D_ROWS)
 
 
 def layers_of(layer: str) -> list[str]:
-    """The layers of A/B, or the one there is: names, and addresses of classes of one's own."""
-    return split_layers(layer, {*LAYERS1D_NAMES, *LAYERS2D_NAMES})
+    """Split A/B into its layers; each is a name, or the address of a custom mixer, whose path has slashes as well.
+
+    A name before the first slash is a layer; a folder of this name is written ./Conv2d/file.py:Class.
+    """
+    if not is_address(layer):
+        return layer.split("/")
+    first, slash, rest = layer.partition("/")
+    if slash and (first in LAYERS1D_ROWS or first in LAYERS2D_ROWS):
+        return [first, *layers_of(rest)]
+    found = re.fullmatch(r"(.+?:[^/:]*)/(.*)", layer, flags=re.S)  # a class ends an address
+    return [found[1], *layers_of(found[2])] if found else [layer]
 
 
 def layer_label(layer: str) -> str:
-    """A layer as folders and figures call it: an address by its class."""
-    return label_of(layer, {*LAYERS1D_NAMES, *LAYERS2D_NAMES})
-
-
-NEIGHBOR_OPTIONS = {*specs(NeighborConfig), "coordinate_encoding"}
+    """Return a layer as folders and figures name it: a custom mixer by its class."""
+    return "/".join(part.rpartition(":")[2] for part in layers_of(layer))
 
 
 # (option, other option, values of the other under which the first has no effect)
@@ -137,6 +153,6 @@ WITHOUT_EFFECT = (
 
 
 def layer_row(rows: dict[str, Row], layer: str, branch_ratio: float) -> Row:
-    """The row of a layer; at a branch_ratio of 0 or 1 that of the branch which has all features."""
+    """Return the row of a layer; at a branch_ratio of 0 or 1, the row of its only branch."""
     branches = rows[layer].branches
     return rows[branches[int(branch_ratio == 0)]] if branches and branch_ratio in (0, 1) else rows[layer]

@@ -6,21 +6,21 @@ import functools
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from options.custom_mixer import OwnMixer, flag_of, is_address, lines_of_help, load, settle
-from options.fields import SIDE, WIDTH, as_words, check_value, option, shown, specs
+from options.custom_mixer import CustomMixer, help_of, is_address, load, settle
+from options.fields import SIDE, WIDTH, as_words, check_value, option, specs
 from options.layers import WITHOUT_EFFECT, Row, layer_label, layer_row, layers_of
 from options.neighbors import NeighborConfig
 
-OWN_LAYER = "; FILE.py:Class or package.module:Class is one of your own"
-MIXER_OPTION = "an option of a layer of your own, repeatable; --help beside --layer FILE.py:Class lists them"
-LAYER_SHA256 = "of the file of a layer of your own, as a run notes it"
+CUSTOM_LAYER = "; FILE.py:Class or package.module:Class is a custom mixer"
+MIXER_OPTION = "an option of a custom mixer, repeatable; --help beside --layer FILE.py:Class lists them"
+LAYER_SHA256 = "of the file of a custom mixer, as a run records it"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(NeighborConfig):
-    """What both models have: neighbors, layers that stand in `rows`, and the three fields that the data set decides.
+    """Options of both models: neighbors, the layer, and three fields that the data set decides.
 
-    The `rows` of a config whose layer is a class of one's own have that as well, under its address.
+    `rows` describes the layers; a config with a custom mixer adds a row under its address.
     """
 
     heading = "model and layer"
@@ -43,24 +43,25 @@ class ModelConfig(NeighborConfig):
         size = self.image_size
         sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
         if len(sides) != 2:
-            raise ValueError(f"image_size={shown(size)} is neither a side nor height and width")
+            raise ValueError(f"image_size={size!r} is neither a side nor height and width")
         object.__setattr__(self, "image_size", tuple(check_value("image_size", side, int, 1, SIDE) for side in sides))
         for name in ("in_channels", "num_classes"):
             object.__setattr__(self, name, check_value(name, getattr(self, name), int, 1, WIDTH))
-        self._take_own_mixers()
+        self._take_custom_mixers()
 
     @classmethod
-    def own_mixers(cls, layer: str) -> list[OwnMixer]:
-        """The classes that a layer names by address, imported. Raises ValueError for one that cannot be a mixer."""
-        # Words that a row may take: the options of the layers, by their own names, and what the model makes of its options.
-        words = {name: name for row in cls.rows.values() for name in row.arguments.values()}
-        words |= {name: name for name in specs(NeighborConfig)}
-        words |= {"bias": "biases"} if "biases" in words else {}
-        return [load(name, cls.sizes, words) for name in layers_of(layer) if is_address(name)]
+    def custom_mixers(cls, layer: str) -> list[CustomMixer]:
+        """Import the classes that a layer names by address. Raises ValueError for one that cannot be a mixer."""
+        options = specs(cls)
+        names = {name for row in cls.rows.values() for name in row.arguments.values()} | specs(NeighborConfig).keys()
+        sources = {name: f"--{name}" if name in options else "the model" for name in names}
+        if "attention_bias" in options:
+            sources["bias"] = "--attention_bias"
+        return [load(name, cls.sizes, sources) for name in layers_of(layer) if is_address(name)]
 
-    def _take_own_mixers(self) -> None:
-        """Import the classes that `layer` names by address; then the config holds their rows, whole addresses and hashes."""
-        mixers = self.own_mixers(self.layer)
+    def _take_custom_mixers(self) -> None:
+        """Import the classes that `layer` names by address, and hold their rows, absolute addresses and hashes."""
+        mixers = self.custom_mixers(self.layer)
         if not mixers:
             for name in ("mixer_option", "layer_sha256"):
                 if getattr(self, name) is not None:
@@ -74,13 +75,13 @@ class ModelConfig(NeighborConfig):
         sha256 = "/".join(mixer.sha256 for mixer in mixers)
         if self.layer_sha256 not in (None, sha256):
             raise ValueError(
-                f"layer={layer} has changed: its SHA-256 was {self.layer_sha256} and is now {sha256}; give its file the former "
-                "content back, or take it as it is now: by the flag --layer for a new run, by --override under --test_only"
+                f"layer={layer} has changed: its SHA-256 was {self.layer_sha256} and is now {sha256}; restore its former "
+                "content, or accept the change: with --layer in a new run, with --override under --test_only"
             )
         values, settled = settle(mixers, self.mixer_option or ())
         rows = {
-            mixer.address: Row(mixer.target, " ".join(f"{a}={o}" for a, o in mixer.takes.items()), fixed=tuple(own.items()))
-            for mixer, own in zip(mixers, values, strict=True)
+            mixer.address: Row(mixer.target, tuple(mixer.takes), fixed=tuple(fixed.items()))
+            for mixer, fixed in zip(mixers, values, strict=True)
         }
         found = {"layer": layer, "layer_sha256": sha256, "mixer_option": settled or None, "rows": self.rows | rows}
         for name, value in found.items():
@@ -88,16 +89,10 @@ class ModelConfig(NeighborConfig):
 
     @classmethod
     def more_help(cls, given: dict) -> list[tuple[str, str, dict[str, str]]]:
-        """What --help lists of the classes that --layer names by address: title, text, and a line for each option."""
+        """Return what --help prints of the classes that --layer names: title, text, and a line per option."""
         layers = given.get("layer") or []
-        mixers = [mixer for layer in ([layers] if isinstance(layers, str) else layers) for mixer in cls.own_mixers(layer)]
-        result = []
-        for mixer in mixers:
-            sources = {argument: flag_of(name) for argument, name in mixer.takes.items()}
-            flags = [flag + f" (as {a})" * (flag != f"--{a}") if flag else a for a, flag in sources.items()]
-            text = mixer.about + f" Of the model it gets {', '.join(flags)}." * bool(flags)
-            result.append((f"options of {mixer.address}", text, lines_of_help(mixer)))
-        return result
+        layers = [layers] if isinstance(layers, str) else layers
+        return [help_of(mixer) for layer in layers for mixer in cls.custom_mixers(layer)]
 
     @property
     def neighbors(self) -> NeighborConfig:

@@ -1,6 +1,6 @@
-"""Command lines and YAML files from dataclasses whose fields are options: a parser whose errors are one line.
+"""Command lines and YAML files from dataclasses whose fields are options; errors are one line.
 
-Knows no particular option and needs no torch: the table of options is `options/`, what a field accepts `options/fields.py`.
+Knows no particular option and needs no torch: what a field accepts stands in `options/fields.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from options.fields import KINDS, WRITTEN, Spec, as_number, as_words, convert, did_you_mean, shown, specs
+from options.fields import KINDS, WRITTEN, Spec, as_number, as_words, convert, did_you_mean, specs
 from options.reading import read_text, what_is_wrong_with
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -22,33 +22,10 @@ from options.reading import read_text, what_is_wrong_with
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors and warnings are one line each; `given` names the options that the command line itself gave."""
+    """A parser whose errors and warnings are one line each."""
 
-    LONGEST = 2000  # characters of a message, whatever it quotes
-    given: frozenset[str] = frozenset()
-    stated: dict = {}  # noqa: RUF012  what the command line and its file give, by name, once it is known
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.repeated: dict[str, tuple] = {}  # flags given several times: the first of their values, and the last
-        self._seen: dict[str, object] = {}
-        for name, action in ((None, _Store), ("store", _Store), ("store_const", _StoreConst)):
-            self.register("action", name, action)
-
-    def see(self, name: str, value) -> None:
-        """Note the value of a flag of the command line."""
-        first = self._seen.setdefault(name, value)
-        if first is not value and first != value:  # NaN is not equal to itself
-            self.repeated[name] = (first, value)
-
-    def note_repeated(self) -> None:
-        """A line on stdout for every flag that was given several times: the last one counts, as everywhere with argparse.
-
-        Not a warning on stderr: scripts put their flags behind those of others on purpose.
-        """
-        for name, (first, last) in self.repeated.items():
-            line = self._line("note", f"--{name} is given more than once: {as_words(last)} counts, not {as_words(first)}")
-            self._print_message(line, sys.stdout)
+    given: frozenset[str] = frozenset()  # options on the command line
+    stated: dict = {}  # noqa: RUF012  values from the command line and its file, by name
 
     def error(self, message: str):
         """Print the message in one line and exit with status 2."""
@@ -57,34 +34,18 @@ class OneLineParser(argparse.ArgumentParser):
     def warn(self, message: str) -> None:
         self._print_message(self._line("warning", message), sys.stderr)
 
-    def _line(self, what: str, message: str) -> str:
-        message = " ".join(message.split())
-        if len(message) > self.LONGEST:
-            message = f"{message[: self.LONGEST // 2]} ... {message[-self.LONGEST // 2 :]}"
-        # Of the processes that torchrun starts on a machine, which all read the same options, one speaks.
+    def _line(self, kind: str, message: str) -> str:
+        # The processes that torchrun starts on a machine all read the same options: only the first one prints.
         silent = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0"
-        return "" if silent else f"{self.prog}: {what}: {message}\n"
-
-
-class _Store(argparse._StoreAction):
-    def __call__(self, parser, namespace, values, option_string=None):
-        if option_string is not None:
-            parser.see(self.dest, values)
-        super().__call__(parser, namespace, values, option_string)
-
-
-class _StoreConst(argparse._StoreConstAction):
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.see(self.dest, self.const)
-        super().__call__(parser, namespace, values, option_string)
+        return "" if silent else f"{self.prog}: {kind}: {' '.join(message.split())}\n"
 
 
 def _add_option(group, name: str, spec: Spec, default) -> None:
-    """Values are collected as text; `convert` and the dataclasses give the same errors for flags, YAML and Python."""
-    shown = "" if default is None else f" (default: {as_words(default)})".replace("%", "%%")
+    """Add a flag whose value stays text: `convert` and the configs give the same errors for flags, YAML and Python."""
+    suffix = "" if default is None else f" (default: {as_words(default)})".replace("%", "%%")
     metavar = spec.metavar or ("{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper())
     flags = [f"--{name}", *(f"--{alias}" for alias in spec.aliases)]
-    kwargs = {"dest": name, "default": argparse.SUPPRESS, "help": spec.help + shown, "metavar": metavar}
+    kwargs = {"dest": name, "default": argparse.SUPPRESS, "help": spec.help + suffix, "metavar": metavar}
     if spec.kind is bool:
         group.add_argument(*flags, **kwargs | {"nargs": "?", "const": "True", "metavar": "True|False"})
         no = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
@@ -93,22 +54,17 @@ def _add_option(group, name: str, spec: Spec, default) -> None:
         group.add_argument(*flags, **kwargs, nargs="+" if spec.many else None, action="extend" if spec.repeat else None)
 
 
-def _add_lines(group, lines: dict[str, str]) -> None:
-    """Lines of --help that look like flags; none of them is one, since the parser ends when it has shown them."""
-    for line, help in lines.items():
-        group.add_argument(f"--{line}", action="store_true", default=argparse.SUPPRESS, help=help.replace("%", "%%"))
-
-
 def make_parser(
     model_type: type, others: tuple[type, ...], description: str, defaults: dict, prog: str | None
 ) -> OneLineParser:
-    """Flags of a model and of other configs; where both have one of the same name it is that of the others.
+    """Make a parser of a model's options and those of other configs, which win where both have one of the same name.
 
-    The heading of an option in --help is its `group`, or else the `heading` of its config.
+    --help lists an option under its `group`, or else under the `heading` of its config.
     """
     parser = OneLineParser(prog=prog, description=description, usage="%(prog)s [options]", allow_abbrev=False)
     parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.I)  # -1e-3 is a value as well, not a flag
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags on the command line win")
+    config_help = "YAML file of options; flags on the command line win"
+    parser.add_argument("--config", metavar="FILE", action="append", default=[], help=config_help)
     elsewhere = {name for config in others for name in specs(config)}
     groups = {}
     for config in (model_type, *others):
@@ -123,14 +79,14 @@ def make_parser(
 
 
 def some_path(text: str) -> Path:
-    """A type for `argparse`: a path that is not empty, which would be the working directory."""
+    """`argparse` type: a path that is not empty (an empty one would be the working directory)."""
     if not text:
         raise argparse.ArgumentTypeError("'' is empty")
     return Path(text)
 
 
 def new_path(text: str) -> Path:
-    """A type for `argparse`: a path that can be written to, as far as its name tells."""
+    """`argparse` type: a path that can be written to, as far as its name shows."""
     wrong = "is empty" if not text else what_is_wrong_with(text)
     if wrong:
         raise argparse.ArgumentTypeError(f"{text!r}: {wrong}")
@@ -138,7 +94,7 @@ def new_path(text: str) -> Path:
 
 
 def number_type(kind: type, low: float | None = None, high: float | None = None):
-    """A type for `argparse`: a number, of at least `low` and at most `high`, in plain decimal digits."""
+    """Make an `argparse` type: a number from `low` to `high` in plain decimal digits."""
 
     def read(text: str):
         try:
@@ -159,15 +115,14 @@ def number_type(kind: type, low: float | None = None, high: float | None = None)
 # ---------------------------------------------------------------------------------------------------------------
 
 
-MOST_BYTES = 100_000  # of a YAML file: fifty times config.yaml, and what is read within seconds
+MOST_BYTES = 100_000  # of a YAML file: fifty times config.yaml, and parsed within seconds
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error instead of the last one winning, and in which nothing is an alias
-    or has a tag.
+    """YAML without duplicate keys, aliases and tags.
 
-    Aliases of aliases make a few hundred bytes stand for billions of values. As in YAML 1.2, a plain word is a truth value if
-    it is true or false, and a number if it is in decimal digits: `no` and `1:30`, to YAML 1.1 False and 90, are texts.
+    Aliases of aliases make a few hundred bytes stand for billions of values. As in YAML 1.2, only true and false are truth
+    values and only decimal digits are numbers: `no` and `1:30`, in YAML 1.1 False and 90, are texts.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
@@ -188,9 +143,9 @@ class _PlainLoader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue  # a list or mapping as a key: the constructor says what is wrong with it
+                continue  # a list or mapping as a key: the constructor rejects it
             if key.value in seen:
-                raise ValueError(f"the key {shown(key.value)} is given twice")
+                raise ValueError(f"the key {key.value!r} is given twice")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -208,12 +163,12 @@ for kind, pattern, first in (
 
 
 def parse_yaml(text: str):
-    """The value that a YAML text says. Raises yaml.YAMLError, ValueError and RecursionError."""
+    """Parse YAML. Raises yaml.YAMLError, ValueError and RecursionError."""
     return yaml.load(text, Loader=_PlainLoader)
 
 
 def read_yaml(path: str) -> dict:
-    """The mapping in a YAML file; ValueError in one line for whatever is wrong with it."""
+    """Read the mapping in a YAML file. Raises ValueError in one line for anything else."""
     try:
         values = parse_yaml(read_text(path, MOST_BYTES))
     except OSError as error:
@@ -228,7 +183,7 @@ def read_yaml(path: str) -> dict:
 
 
 def _read_options(path: str, known: dict[str, Spec]) -> dict:
-    """What a YAML file gives, aliases replaced by the names they stand for. Raises ValueError for a name that is not known."""
+    """Read options from a YAML file, by their names without aliases. Raises ValueError for an unknown name."""
     values = read_yaml(path)
     aliases = {alias: name for name, spec in known.items() for alias in spec.aliases}
     for alias in aliases.keys() & values.keys():
@@ -237,12 +192,12 @@ def _read_options(path: str, known: dict[str, Spec]) -> dict:
         values[aliases[alias]] = values.pop(alias)
     for name in values:
         if name not in known:
-            raise ValueError(f"{path!r}: unknown key {shown(name)}{did_you_mean(name, known)}")
+            raise ValueError(f"{path!r}: unknown key {name!r}{did_you_mean(name, known)}")
     return values
 
 
 def over(values: dict, given: dict, known: dict[str, Spec]) -> dict:
-    """The values with the given ones over them; of an option that may be repeated, those that are given come after."""
+    """Put the given values over others; repeatable options keep both, the given ones last."""
     both = [
         name for name, spec in known.items() if spec.repeat and isinstance(values.get(name), (list, tuple)) and given.get(name)
     ]
@@ -250,7 +205,7 @@ def over(values: dict, given: dict, known: dict[str, Spec]) -> dict:
 
 
 def _did_you_mean_flag(word: str, flags: list[str]) -> str:
-    """A suggestion of a flag; for one letter (`-b`) those that begin with it, as there are no short flags but -h."""
+    """Suggest a flag; for one letter (`-b`) all flags that start with it, as -h is the only short flag."""
     if re.fullmatch(r"-\w", word):
         close = sorted({flag for flag in flags if flag.startswith(f"-{word}") and not flag.startswith("--no-")})
         one_of = "one of " if len(close) > 1 else ""
@@ -266,10 +221,10 @@ def read_values(
     defaults: dict,
     prog: str | None = None,
 ) -> tuple[dict, OneLineParser]:
-    """What flags and, under them, a YAML file give, by name and converted, and the parser, whose `error` ends in one line.
+    """Read flags over a YAML file: converted values by name, and the parser, whose `error` ends the program in one line.
 
-    `model_type.values_that_hold(values, given)` says which values of the file still hold beside those of the command line, and
-    `model_type.more_help(given)` what --help lists besides: (title, text, {line: help}).
+    `model_type.values_that_hold(values, given)` drops values of the file that flags make void, and
+    `model_type.more_help(given)` adds groups to --help: (title, text, {line: help}).
     """
     parser = make_parser(model_type, others, description, defaults, prog)
     known = {name: spec for config in (model_type, *others) for name, spec in specs(config).items()}
@@ -278,7 +233,9 @@ def read_values(
         given = vars(parser.parse_known_args([word for word in argv if word not in asked])[0])
         try:
             for title, text, lines in model_type.more_help(given):
-                _add_lines(parser.add_argument_group(title, text), lines)
+                group = parser.add_argument_group(title, text)
+                for line, help in lines.items():  # they look like flags, but are never parsed
+                    group.add_argument(f"--{line}", action="store_true", help=help.replace("%", "%%"))
         except ValueError as error:
             parser.error(str(error))
     given, rest = parser.parse_known_args(argv)
@@ -287,16 +244,18 @@ def read_values(
         flags = [flag for action in parser._actions for flag in action.option_strings]
         what = f"unknown option {rest[0]}" if rest[0].startswith("-") else f"a value without an option: {rest[0]!r}"
         parser.error(f"{what}{_did_you_mean_flag(rest[0].split('=')[0], flags)}")
-    path = given.pop("config")
-    if "config" in parser.repeated:
-        parser.error(f"--config is given more than once ({', '.join(parser.repeated['config'])}); a run takes one file")
+    paths = set(given.pop("config"))
+    if len(paths) > 1:
+        parser.error(f"--config is given more than once ({', '.join(sorted(paths))}); a run takes one file")
     parser.given = frozenset(given)
+    values = {}
     try:
-        values = {} if path is None else _read_options(path, known)
+        for path in paths:
+            values = _read_options(path, known)
     except ValueError as error:
         parser.error(f"--config {error}")
     try:
-        values = model_type.values_that_hold(values, given)
-        return {name: convert(name, value, known[name]) for name, value in over(values, given, known).items()}, parser
+        values = over(model_type.values_that_hold(values, given), given, known)
+        return {name: convert(name, value, known[name]) for name, value in values.items()}, parser
     except ValueError as error:
         parser.error(str(error))

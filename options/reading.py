@@ -42,19 +42,6 @@ def read_text(path: str | os.PathLike, most: int) -> str:
     return raw.decode("utf-8")
 
 
-def as_path(text: str) -> str:
-    """A text of a file or the command line as the locale's paths are written. Raises UnicodeError if it is not UTF-8.
-
-    The same where the locale is UTF-8; in another one, as LC_ALL=C, Python has other letters for bytes beyond ASCII.
-    """
-    return os.fsdecode(as_text(text).encode("utf-8"))
-
-
-def as_text(path: str) -> str:
-    """The other way round: a path as it is written to files, which are UTF-8 in any locale. Raises UnicodeError."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8")
-
-
 def what_is_wrong_with(path: str) -> str | None:
     """Why nothing can be read from or written to this path, whatever it is to be; None if it is there or can be made."""
     try:

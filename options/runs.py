@@ -1,8 +1,7 @@
-"""Options of a run: from flags and YAML to checked configs, and from a checkpoint to the options it was trained with."""
+"""Options of a run: from flags and YAML to checked configs, and from a checkpoint to the options of its evaluation."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -11,22 +10,22 @@ from typing import NamedTuple
 from options.allconvnet import AllConvNetConfig
 from options.backbones import BACKBONES
 from options.data import DATASETS, DataConfig, sides_of
-from options.fields import as_words, build, check_option, shown, specs
+from options.fields import as_words, build, check_option, specs
 from options.layers import layer_label
 from options.machine import cpu_cores
 from options.models import ModelConfig
 from options.neighbors import as_sides, canonical_metric
 from options.parser import OneLineParser, over, read_values
-from options.reading import as_text, what_is_wrong_with
+from options.reading import what_is_wrong_with
 from options.training import KERNELS_IN_ENVIRONMENT, KERNELS_VARIABLE, TrainConfig
 from options.vit import CONVITS, ViTConfig
 
 
 def check_environment() -> None:
-    """Raise ValueError for a variable that would end the import of the kernels."""
+    """Raise ValueError for a value of CONVNN_KERNELS that the import of the kernels would reject."""
     kernels = os.environ.get(KERNELS_VARIABLE, "auto")
     if kernels not in KERNELS_IN_ENVIRONMENT:
-        raise ValueError(f"{KERNELS_VARIABLE}={shown(kernels)} is not one of {', '.join(KERNELS_IN_ENVIRONMENT)}")
+        raise ValueError(f"{KERNELS_VARIABLE}={kernels!r} is not one of {', '.join(KERNELS_IN_ENVIRONMENT)}")
 
 
 class Options(NamedTuple):
@@ -37,22 +36,9 @@ class Options(NamedTuple):
     train: TrainConfig
 
     def as_dict(self) -> dict:
-        """Every option by name, as plain values that YAML and a checkpoint can hold."""
-        values = {}
-        for config in self:
-            for name in specs(type(config)):
-                value = getattr(config, name)
-                value = list(value) if isinstance(value, tuple) else value
-                values[name] = as_text(value) if isinstance(value, str) else value
-        return values
-
-
-def _check_paths(data: DataConfig, train: TrainConfig) -> None:
-    """Raise ValueError for a path that can neither be read nor made; permissions and free space show when it is used."""
-    for name, path in (("data_path", data.data_path), ("output_dir", train.output_dir), ("export", train.export)):
-        wrong = path and what_is_wrong_with(path)
-        if wrong:
-            raise ValueError(f"{name}={path!r}: {wrong}")
+        """Return every option by name, as plain values that YAML and a checkpoint can hold."""
+        values = {name: getattr(config, name) for config in self for name in specs(type(config))}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _count_classes(data_path: str) -> int:
@@ -69,10 +55,9 @@ def _count_classes(data_path: str) -> int:
 
 
 def resolve(model_type: type, family: str, values: dict) -> Options:
-    """Options from plain values by name; what the data set decides is filled in. Raises ValueError."""
-
+    """Build options from plain values by name, and fill in what the data set decides. Raises ValueError."""
     data, train = build(DataConfig, values), build(TrainConfig, values)
-    if train.override:  # the file of a layer may be another than the one that was trained
+    if train.override:  # accepts another content of a custom mixer
         values = {name: value for name, value in values.items() if name != "layer_sha256"}
     info = DATASETS[data.dataset]
     data = dataclasses.replace(
@@ -86,12 +71,15 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
         name, preset = layer_label(model.layer).replace("/", "-"), getattr(model, "model", None)
         folder = f"{preset}/{name}" if preset in BACKBONES else f"{family}/{preset if preset in CONVITS else name}"
         train = dataclasses.replace(train, output_dir=f"./Output/{folder}")
-    _check_paths(data, train)
+    for name, path in (("data_path", data.data_path), ("output_dir", train.output_dir), ("export", train.export)):
+        wrong = path and what_is_wrong_with(path)
+        if wrong:
+            raise ValueError(f"{name}={path!r}: {wrong}")
     return Options(model, data, train)
 
 
 class Program(NamedTuple):
-    """A command line that trains: its model, the name of its output folder, and its own defaults."""
+    """A command line that trains: its model, the name of its output folder, and its defaults."""
 
     model: type
     family: str
@@ -107,33 +95,47 @@ PROGRAMS = {
 def parse_options(
     program: Program, description: str, argv: list[str] | None = None, prog: str | None = None
 ) -> tuple[Options, OneLineParser]:
-    """Flags over YAML over defaults -> checked options of a run, and the parser, whose `error` ends it in one line."""
+    """Resolve flags over YAML over defaults. Returns the options of a run, and the parser, whose `error` ends the program."""
     values, parser = read_values(program.model, (DataConfig, TrainConfig), description, argv, program.defaults, prog)
-    parser.stated, wrong = values, None
+    parser.stated = values
     try:
         check_environment()
-        return resolve(program.model, program.family, program.defaults | values), parser
+        try:
+            return resolve(program.model, program.family, program.defaults | values), parser
+        except ValueError:
+            if not values.get("test_only"):
+                raise
+            options = _without_model(program, values)
+            if options is None:
+                raise
+            return options, parser
     except ValueError as error:
-        wrong = error
-    if values.get("test_only"):
-        # Options of a model go with the others that a checkpoint names, and the size with its model: `as_trained` judges them.
-        of_folder = {"model", "layer", "mixer_option"} if "layer" in values else {"model"}  # which is called after them
-        left = (specs(program.model).keys() - of_folder) | {"resize"}
-        with contextlib.suppress(ValueError):
-            for name in values.keys() & specs(program.model).keys():
-                check_option(name, values[name], specs(program.model)[name])
-            others = {name: value for name, value in values.items() if name not in left}
-            options = resolve(program.model, program.family, program.defaults | others)
-            size = {"resize": values["resize"]} if "resize" in values else {}
-            return options._replace(data=build(DataConfig, options.as_dict() | size)), parser
-    parser.error(str(wrong))
+        parser.error(str(error))
+
+
+def _without_model(program: Program, values: dict) -> Options | None:
+    """Resolve the options of a test but for those of its model, which its checkpoint completes; None if others are wrong too.
+
+    `as_trained` then checks the options of the model against each other.
+    """
+    model = specs(program.model)
+    folder = {"model", "layer", "mixer_option"} if "layer" in values else {"model"}  # they name the output folder
+    kept = {name: value for name, value in values.items() if name in folder or name not in model}
+    resize = kept.pop("resize", None)  # of an image that the default model may not fit
+    try:
+        for name in values.keys() & model.keys():
+            check_option(name, values[name], model[name])
+        options = resolve(program.model, program.family, program.defaults | kept)
+        return options if resize is None else options._replace(data=dataclasses.replace(options.data, resize=resize))
+    except ValueError:
+        return None
 
 
 # Options of a model that change neither its weights nor what it computes when it is evaluated.
 ONLY_IN_TRAINING = {"dropout", "attention_dropout", "drop_path", "initializer_range", "topk"}
 
 
-# Those that the shapes of its weights show; `model` stands for others.
+# Options of a model that the shapes of its weights show; `model` stands for others.
 SHOWN_BY_SHAPES = set(
     "model num_layers channels patch_size d_model d_mlp kernel_size attention_bias qkv_bias proj_bias patch_norm final_norm "
     "pos_embedding pool linformer_k convolution_type branch_ratio shuffle_pattern shuffle_scale replace stem classifier_width "
@@ -142,54 +144,58 @@ SHOWN_BY_SHAPES = set(
 
 
 def program_of(options: dict) -> str | None:
-    """The program whose run wrote these options, if they are those of one of ours."""
+    """Return the name of our program whose run wrote these options, if there is one."""
     found = [name for name, program in PROGRAMS.items() if specs(program.model).keys() <= options.keys()]
     return found[0] if len(found) == 1 else None
 
 
 def evaluation_options(options: Options) -> dict:
-    """What decides the result of an evaluation, by name, as plain values."""
+    """Return the options that decide the result of an evaluation, as plain values."""
     names = "dataset data_path resize noise test_limit criterion use_amp amp_dtype seed".split()
     values = options.as_dict()
     return {name: values[name] for name in (*specs(type(options.model)), *names)}
 
 
 class AsTrained(NamedTuple):
-    """How to evaluate a checkpoint of ours."""
+    """The evaluation of a checkpoint of ours."""
 
-    options: Options  # the model's as it was trained, but for those that were stated
-    changes: dict[str, tuple]  # stated options of the model that were others in training: (trained, stated)
+    options: Options  # of the model as it was trained, except for the stated ones
+    changes: dict[str, tuple]  # stated options of the model that differ from training: (trained, stated)
 
 
 def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
-    """From the options that the command line and its file state, and those in the checkpoint, if any. Raises ValueError."""
+    """Combine the options that the command line and its file state with those of a checkpoint (empty if unknown).
+
+    Raises ValueError if they do not go together, or if another program trained the checkpoint.
+    """
     other = program_of(trained)
     if other and program in PROGRAMS.values() and PROGRAMS[other] is not program:
-        raise ValueError(f"it was trained by {other}; evaluate it with that")
+        raise ValueError(f"it was trained by {other}; evaluate it with that program")
     model = [name for name in specs(program.model) if name in trained]
-    own = {name: trained[name] for name in (*model, "dataset", "data_path", "resize", "criterion") if name in trained}
+    recorded = {name: trained[name] for name in (*model, "dataset", "data_path", "resize", "criterion") if name in trained}
     if "dataset" in stated:
-        own.pop("data_path", None)
-    # Other images are for the model as it was trained.
-    model_options = {name: value for name, value in stated.items() if name not in ("dataset", "resize")}
-    held = program.defaults | program.model.values_that_hold(own, model_options)
-    values = over(held, stated, specs(program.model))
-    options = resolve(program.model, program.family, values)
-    now, unused = options.as_dict(), options.model.without_effect().keys() | ONLY_IN_TRAINING
-    if "resize" in own and isinstance(options.model, AllConvNetConfig):
+        recorded.pop("data_path", None)
+    # Another data set or size of images leaves the model as it was trained.
+    of_model = {name: value for name, value in stated.items() if name not in ("dataset", "resize")}
+    values = program.defaults | program.model.values_that_hold(recorded, of_model)
+    options = resolve(program.model, program.family, over(values, stated, specs(program.model)))
+    now = options.as_dict()
+    unused = options.model.without_effect().keys() | ONLY_IN_TRAINING
+    compared = [name for name in (*model, "resize") if name in recorded and name not in unused]
+    changes = {name: (recorded[name], now[name]) for name in compared if not same_value(name, recorded[name], now[name])}
+    if "resize" in recorded and isinstance(options.model, AllConvNetConfig):
         # Its layers run on maps of any size; in a backbone made for this size they would have another K, and other weights.
-        options = options._replace(model=dataclasses.replace(options.model, image_size=own["resize"]))
-    both = {name: (own[name], now[name]) for name in (*model, "resize") if name in own and name not in unused}
-    return AsTrained(options, {name: pair for name, pair in both.items() if not same_value(name, *pair)})
+        options = options._replace(model=dataclasses.replace(options.model, image_size=recorded["resize"]))
+    return AsTrained(options, changes)
 
 
 def same_value(name: str, first, second) -> bool:
-    """Whether two values of an option mean the same; a layer by address is the same wherever its file lies."""
+    """Return True if two values of an option mean the same; a custom mixer is the same wherever its file lies."""
     return _plain(name, first) == _plain(name, second)
 
 
 def _plain(name: str, value):
-    """A value in the one form, of several, that means the same."""
+    """Return the canonical form of a value."""
     if name == "layer":
         return layer_label(str(value))
     if name == "resize":
@@ -202,7 +208,7 @@ def _plain(name: str, value):
 
 
 def grid_of(trained: dict | None) -> tuple[int, int] | None:
-    """Rows and columns of patches in the model that had these options, if they say so."""
+    """Return the rows and columns of patches of a model with these options, None if they do not show it."""
     if not isinstance(trained, dict):
         return None
     size, patch = trained.get("resize"), trained.get("patch_size")
@@ -213,7 +219,7 @@ def grid_of(trained: dict | None) -> tuple[int, int] | None:
 
 
 def assumed_options(model: ModelConfig) -> dict:
-    """Options that decide what a model computes and that the shapes of its weights do not show, by name."""
+    """Return the options that change what a model computes but not the shapes of its weights, by name."""
     names = specs(type(model)).keys() - SHOWN_BY_SHAPES - ONLY_IN_TRAINING - model.without_effect().keys()
     values = {name: getattr(model, name) for name in specs(type(model)) if name in names}
     return {name: value for name, value in values.items() if value is not None}

@@ -31,7 +31,7 @@ from options.layers import (
     layer_row,
     layers_of,
 )
-from options.models import LAYER_SHA256, MIXER_OPTION, OWN_LAYER, ModelConfig, of_model
+from options.models import CUSTOM_LAYER, LAYER_SHA256, MIXER_OPTION, ModelConfig, of_model
 from options.neighbors import NeighborConfig, as_sides
 
 CONVIT_SIZES = {"Ti": (192, 4), "Ti_plus": (256, 4), "S": (432, 9), "S_plus": (576, 9), "B": (768, 16), "B_plus": (1024, 16)}
@@ -73,7 +73,7 @@ class ViTConfig(ModelConfig):
     unscored: ClassVar[frozenset[str]] = frozenset({"ViG"})
 
     model: str = option("vit", "ViT, or the flags of a ConViT; others given beside it win", choices=tuple(VIT_MODELS))
-    layer: str = of_model("Attention", f"token mixer of the blocks{OWN_LAYER}", choices=LAYERS1D_NAMES, address=True)
+    layer: str = of_model("Attention", f"token mixer of the blocks{CUSTOM_LAYER}", choices=LAYERS1D_NAMES, address=True)
     mixer_option: tuple[str, ...] | None = option(None, MIXER_OPTION, kind=str, many=True, metavar="NAME=VALUE", repeat=True)
     layer_sha256: str | None = option(None, LAYER_SHA256, kind=str, flag=False)
     patch_size: int = option(16, "side of a patch in pixels", low=1, high=SIDE)
@@ -210,8 +210,8 @@ class ViTConfig(ModelConfig):
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
-    def biases(self) -> bool | tuple[bool, bool]:
-        """Of all projections in a mixer, or of those before mixing and of the one after it where they differ."""
+    def bias(self) -> bool | tuple[bool, bool]:
+        """Bias of all projections in a mixer, or of (q, k, v) and of the output projection where they differ."""
         pair = tuple(self.attention_bias if one is None else one for one in (self.qkv_bias, self.proj_bias))
         return pair[0] if pair[0] == pair[1] else pair
 

@@ -134,7 +134,7 @@ def test_with_a_row_in_a_copy(tmp_path):
     assert re.findall(r"^ended with (\d)", done.stdout, flags=re.M) == ["0", "0", "2", "2"], done.stdout + done.stderr
     assert int(re.search(r"(\d+) passed", tests)[1]) >= 10
     said = " ".join(flags.split())
-    assert "BranchAttention,CosineAttention," in said
+    assert "GPSA,CosineAttention," in said
     assert "--cosine_temperature FLOAT CosineAttention: what cosines are divided by (default: 0.1)" in said
     assert "CosineAttention 0.2\nPerformer 0.2\n" in done.stdout
     assert done.stderr.count("warning") == 1 and "--cosine_temperature 0.2 is not used by --layer Performer" in done.stderr

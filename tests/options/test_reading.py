@@ -2,16 +2,11 @@
 
 import ast
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
 
-import allconvnet_main
-from options.reading import as_path, as_text, open_regular, read_at_most, read_text, what_is_wrong_with
+from options.reading import open_regular, read_at_most, read_text, what_is_wrong_with
 from options.runs import PROGRAMS, oversized_default, parse_options
 
 ROOT = Path(__file__).parent.parent.parent
@@ -109,34 +104,3 @@ def test_the_default_network_warns_of_images_that_it_is_too_large_for(capsys, tm
         "--dataset digits --channels 32 64 128 256 512",
     ):
         assert warned(line) == ""
-
-
-@pytest.mark.parametrize("text", ["plain", "Süß ✓", "日本"])
-def test_paths_in_a_locale_that_has_other_letters(text, monkeypatch):
-    raw = text.encode()
-    for there in (text, raw.decode("ascii", "surrogateescape")):
-        assert as_text(there) == text
-    assert as_path(text) == text
-    monkeypatch.setattr(os, "fsdecode", lambda name: name.decode("ascii", "surrogateescape"))  # as under LC_ALL=C
-    path = raw.decode("ascii", "surrogateescape")
-    assert as_path(text) == path == as_path(path) and as_text(path) == text
-    for bad in ("caf\udce9", "\ud800"):
-        with pytest.raises(UnicodeError):
-            as_path(bad)
-
-
-def test_a_run_under_lc_all_c_writes_utf_8(tmp_path):
-    """And one in another locale goes on with it."""
-    folder = tmp_path / "Ausgabe-ü ✓"
-    line = "--dataset digits --layer Conv2d --channels 4 --train_limit 32 --test_limit 20 --device cpu"
-    done = subprocess.run(
-        [sys.executable, "allconvnet_main.py", *line.split(), "--num_epochs", "1", "--output_dir", str(folder)],
-        cwd=Path(__file__).parent.parent.parent,
-        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"},
-        capture_output=True,
-    )
-    assert done.returncode == 0 and done.stderr == b"" and f"results are in {folder}\n".encode() in done.stdout
-    for name in ("config.yaml", "args.txt"):
-        assert yaml.safe_load((folder / name).read_text(encoding="utf-8"))["output_dir"] == str(folder)
-    assert torch.load(folder / "last.pt", weights_only=True)["config"]["output_dir"] == str(folder)
-    assert allconvnet_main.main(["--config", str(folder / "config.yaml"), "--num_epochs", "2", "--resume"]) == 0

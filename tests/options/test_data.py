@@ -1,0 +1,32 @@
+"""Options of the data set."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.options.reference import assert_says, error_of, parse
+
+pytestmark = pytest.mark.usefixtures("folder")
+
+
+def test_sizes_follow_the_data_set():
+    sizes = {"cifar10": 32, "cifar100": 32, "mnist": 28, "fashion_mnist": 28, "digits": 8}
+    sizes |= dict.fromkeys(["imagenet", "imagenet100", "imagenette"], 224)
+    classes = {"cifar100": 100, "imagenet": 1000, "imagenet100": 100}
+    for name, size in sizes.items():
+        model, data, _ = parse(f"--dataset {name}")
+        assert data.resize == size and model.image_size == (size, size)
+        assert model.in_channels == (1 if size in (28, 8) else 3)
+        assert model.num_classes == classes.get(name, 10)
+        assert parse(f"--dataset {name} --resize 48").model.image_size == (48, 48)
+
+
+def test_classes_of_a_folder_are_counted(capsys):
+    assert_says(error_of(parse, "--dataset folder --data_path pets", capsys=capsys), "data_path='pets'; train/; val/")
+    Path("pets/train/cat").mkdir(parents=True)
+    assert_says(error_of(parse, "--dataset folder --data_path pets", capsys=capsys), "data_path='pets'; train/; val/")
+    Path("pets/val").mkdir()
+    assert_says(error_of(parse, "--dataset folder --data_path pets", capsys=capsys), "data_path='pets'; 1; at least 2")
+    Path("pets/train/notes.txt").touch()
+    Path("pets/train/dog").mkdir()
+    assert parse("--dataset folder --data_path pets").model.num_classes == 2
