@@ -20,7 +20,7 @@ from experiments.points import readable
 from experiments.trained import read_config
 from options.data import DATASETS
 from options.parser import OneLineParser, new_path, number_type
-from runs import RunError, Stopped
+from runs import DataError, RunError, Stopped
 from runs.files import as_csv, as_png, write_atomically
 from runs.streams import run_program
 
@@ -240,13 +240,11 @@ def main(argv: list[str] | None = None) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, figure.encode() if isinstance(figure, str) else as_png(figure))
     except Exception as error:
-        from readers.images import DataError
-        from runs.checkpoints import NonFiniteWeights
         from runs.memory import is_out_of_memory
 
         if is_out_of_memory(error):
             parser.error(f"out of memory while drawing {args.figure}; smaller or fewer images need less")
-        if not isinstance(error, (ValueError, OSError, DataError, NonFiniteWeights, RunError, Stopped)):
+        if not isinstance(error, (ValueError, OSError, DataError, RunError, Stopped)):
             raise
         parser.error(" ".join(str(error).split()))
     print(output)
