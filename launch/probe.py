@@ -16,7 +16,7 @@ from mixers.base import TokenLayout
 from mixers.build import build_layer
 from options.allconvnet import AllConvNetConfig
 from options.backbones import VGG, WIDTHS
-from options.custom_mixer import is_address, what_failed
+from options.custom_mixer import describe_error, is_address
 from options.layers import Row, layer_label
 from options.models import ModelConfig
 from options.vit import ViTConfig
@@ -43,7 +43,7 @@ class Trial(NamedTuple):
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise self.error(f"{what}: {what_failed(error, self.file)}") from None
+            raise self.error(f"{what}: {describe_error(error, self.file)}") from None
 
     def check(self, out: object, call: str) -> None:
         """Raise ValueError for an output that cannot be trained on."""

@@ -11,7 +11,7 @@ from options.training import KERNELS, KERNELS_HELP
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What `benchmark.py` measures, and how."""
+    """Layers, sizes and conditions of the measurements."""
 
     heading = "benchmark"
 
@@ -20,23 +20,23 @@ class BenchmarkConfig:
         None, "sides of the grid of tokens (default: 16 32)", kind=int, many=True, low=1, high=SIDE
     )
     tokens: tuple[int, ...] | None = option(
-        None, "the same by the number of tokens: squares", kind=int, many=True, low=1, high=SIDE**2
+        None, "number of tokens instead of --resolution; squares", kind=int, many=True, low=1, high=SIDE**2
     )
-    batch_size: int = option(8, "images at once, for everything but latency", low=1, high=BATCH)
+    batch_size: int = option(8, "images per batch, except for latency", low=1, high=BATCH)
     precision: tuple[str, ...] = option(("fp32",), "fp32, or autocast to one of the others", choices=("fp32", "bf16", "fp16"))
-    execution: tuple[str, ...] = option(("eager",), "as it is, or by torch.compile", choices=("eager", "compiled"))
+    execution: tuple[str, ...] = option(("eager",), "eager, or with torch.compile", choices=("eager", "compiled"))
     against: str | None = option(
         None,
-        "measure the naive form of each layer beside it, if it has one, and the ratios to it",
+        "also measure the naive form of each layer that has one, and the ratios",
         kind=str,
         choices=("naive",),
     )
     baseline: bool = option(
         False,
-        "also what it is compared with: Attention of vit with three projections instead of a merged one, torchvision's "
-        "network beside a host (--model) of Conv2d",
+        "also measure the reference: Attention of vit with three projections instead of a merged one, torchvision's "
+        "network beside a backbone (--model) of Conv2d",
     )
-    repeats: int = option(7, "measurements of each row, in turns; medians count", low=1, high=10**6)
+    repeats: int = option(7, "measurements per row, interleaved; medians are reported", low=1, high=10**6)
     device: str = option("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cpu", "cuda", "mps"))
     kernels: str = option("auto", KERNELS_HELP, choices=KERNELS)
     seed: int = option(0, "of weights and inputs", low=0, below=2**31)
@@ -45,14 +45,12 @@ class BenchmarkConfig:
     def __post_init__(self):
         check_fields(self)
         if self.resolution and self.tokens:
-            raise ValueError(f"tokens={as_words(self.tokens)} is another way to say resolution; drop one of them")
+            raise ValueError(f"tokens={as_words(self.tokens)} replaces resolution; drop one of them")
         if not self.tokens:
             object.__setattr__(self, "resolution", self.resolution or (16, 32))
             return
         for tokens in self.tokens:
             side = math.isqrt(tokens)
             if side**2 != tokens:
-                raise ValueError(
-                    f"tokens={tokens} is not a square number, as square grids have; {side**2} and {(side + 1) ** 2} are"
-                )
+                raise ValueError(f"tokens={tokens} is not a square number; {side**2} and {(side + 1) ** 2} are")
         object.__setattr__(self, "resolution", tuple(math.isqrt(tokens) for tokens in self.tokens))
