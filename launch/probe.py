@@ -15,7 +15,7 @@ from mixers.base import TokenLayout
 from mixers.build import build_layer
 from models.backbones import plan
 from options.allconvnet import AllConvNetConfig
-from options.custom_mixer import is_address, what_failed
+from options.custom_mixer import describe_error, is_address
 from options.layers import Row, layer_label
 from options.models import ModelConfig
 from options.vit import ViTConfig
@@ -43,7 +43,7 @@ class Trial(NamedTuple):
             if is_out_of_memory(error):
                 raise
             file = sys.modules[self.row.target.partition(":")[0]].__file__
-            raise self.error(f"{what}: {what_failed(error, file)}") from None
+            raise self.error(f"{what}: {describe_error(error, file)}") from None
 
     def check(self, out: object, call: str, wanted: tuple[int, ...]) -> None:
         """Raise ValueError for an output of another shape or type, or with numbers that are not finite."""

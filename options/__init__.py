@@ -1,1 +1,1 @@
-"""Every option, layer and model as data, without torch; the parser and YAML; checks; the machine."""
+"""Options, layers and models as data, without torch; parser, YAML and checks."""

@@ -10,13 +10,13 @@ from options.neighbors import NeighborConfig, as_sides
 
 
 def shuffle_factors(pattern: str, scale: int, axes: int) -> tuple[int, int]:
-    """Factors by which a shuffle pattern multiplies the input and output channels a mixer works on."""
+    """Return the factors by which a shuffle pattern multiplies the input and output channels of a mixer."""
     factor = scale**axes
     return (factor if pattern in ("B", "BA") else 1), (factor if pattern in ("A", "BA") else 1)
 
 
 def sequence_grid(grid: tuple[int, int]) -> tuple[int, ...]:
-    """Sides of a grid of tokens; a single row or column of them is a sequence, which has one side."""
+    """Return the sides of a grid of tokens: one for a single row or column, which is a sequence."""
     return tuple(side for side in grid if side > 1) or (1,)
 
 
@@ -31,7 +31,7 @@ def check_dropout(attention_dropout: float) -> None:
 
 
 def check_slots(convolution_type: str, aggregation_type: str) -> None:
-    """Raise ValueError for an unknown convolution over the slots, or one that the values do not fit."""
+    """Raise ValueError for an unknown convolution over the slots, or one that does not fit the values."""
     if convolution_type not in CONVOLUTION_TYPES:
         raise ValueError(f"convolution_type={convolution_type!r} is not one of {', '.join(CONVOLUTION_TYPES)}")
     if aggregation_type == "Loc_Col" and convolution_type == "depthwise":
@@ -47,14 +47,14 @@ def check_temperature(score_temperature: float) -> None:
 
 
 def check_topk(topk: str, similarity_type: str = "Col", softmax_topk_val: bool = True) -> None:
-    """Raise ValueError for an unknown choice of neighbors, or for one that these options leave nothing to learn."""
+    """Raise ValueError for an unknown top-k, or a learned one that gets no gradient under these options."""
     if topk not in TOPKS:
         raise ValueError(f"topk={topk!r} is not one of {', '.join(TOPKS)}")
     if topk == "hard":
         return
     if similarity_type == "Loc":
         raise ValueError(
-            f"topk={topk} learns a choice by content, and similarity_type=Loc chooses by location; "
+            f"topk={topk} learns to select by content, and similarity_type=Loc selects by location; "
             "use Col or Loc_Col, or topk=hard"
         )
     if not softmax_topk_val:
@@ -62,7 +62,7 @@ def check_topk(topk: str, similarity_type: str = "Col", softmax_topk_val: bool =
 
 
 def dilate(neighbors: NeighborConfig, dilation: int) -> NeighborConfig:
-    """The neighbors of which every `dilation`-th is taken. Raises ValueError where there are not K * dilation candidates."""
+    """Return the K * dilation neighbors from which every `dilation`-th is taken. Raises ValueError if there are fewer."""
     if dilation < 1:
         raise ValueError(f"dilation={dilation} must be at least 1")
     try:
@@ -72,7 +72,7 @@ def dilate(neighbors: NeighborConfig, dilation: int) -> NeighborConfig:
 
 
 def region_sides(region_size: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a region of patches: a square, in a single row or column of patches a stretch of it.
+    """Return the height and width of a region of patches: a square, or a stretch of a single row or column.
 
     Raises ValueError if regions do not divide the grid.
     """
@@ -85,7 +85,7 @@ def region_sides(region_size: int, grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def check_value_convolution(kernel_size: int, grid: tuple[int, ...]) -> None:
-    """Raise ValueError if a convolution of this side has no middle, or taps that no two patches of the grid need; 0 is none."""
+    """Raise ValueError for an even kernel, or one with taps beyond the grid in every place; 0 means no convolution."""
     if kernel_size < 0 or (kernel_size and kernel_size % 2 == 0):
         raise ValueError(f"value_convolution={kernel_size} must be odd, or 0 for none")
     most = 2 * min(grid) - 1
@@ -98,7 +98,7 @@ def check_value_convolution(kernel_size: int, grid: tuple[int, ...]) -> None:
 def check_window(
     kernel_size: int, dilation: int, grid: tuple[int, ...], names: tuple[str, str] = ("kernel_size", "dilation")
 ) -> None:
-    """Raise ValueError, by the names of the two options, if a neighborhood of this size does not lie within the grid."""
+    """Raise ValueError, with the names of the two options, if the grid does not hold a neighborhood of this size."""
     window, step = names
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"{window}={kernel_size} must be odd for a neighborhood")
@@ -112,7 +112,7 @@ def check_window(
 
 
 def branch_widths(d_model: int, num_heads: int, branch_ratio: float) -> tuple[int, int]:
-    """Features of the ConvNN branch and of the other one. Raises ValueError if their heads do not divide them."""
+    """Return the features of the ConvNN branch and of the other. Raises ValueError if the heads do not divide them."""
     width = math.floor(d_model * branch_ratio + 0.5)  # a half goes to the first branch
     if not 0 < width < d_model or width % num_heads or d_model % num_heads:
         raise ValueError(

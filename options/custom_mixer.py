@@ -48,14 +48,14 @@ def is_address(layer: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def what_failed(error: BaseException, file: str = "") -> str:
+def describe_error(error: BaseException, file: str = "") -> str:
     """Describe an error of a custom mixer in one line, with the line of its file where it was raised."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     text = str(error)
     if isinstance(error, SyntaxError) and error.filename == file:
         lines, text = [error.lineno], error.msg
-    said = f"{type(error).__name__}: {' '.join(text.split())}" if text else type(error).__name__
-    return said + (f" ({os.path.basename(file)}, line {lines[-1]})" if lines else "")
+    place = f" ({os.path.basename(file)}, line {lines[-1]})" if lines else ""
+    return f"{type(error).__name__}: {' '.join(text.split())}{place}"
 
 
 def _sha256(file: str) -> str:
@@ -98,7 +98,7 @@ def _import_file(path: str) -> types.ModuleType:
     try:
         return _run_file(path, source)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{path} cannot be imported: {what_failed(error, path)}") from None
+        raise ValueError(f"{path} cannot be imported: {describe_error(error, path)}") from None
 
 
 def _import_module(name: str) -> types.ModuleType:
@@ -110,20 +110,18 @@ def _import_module(name: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{name} cannot be imported: {what_failed(error)}") from None
+        raise ValueError(f"{name} cannot be imported: {describe_error(error)}") from None
 
 
 def _find_class(module: types.ModuleType, name: str, where: str) -> type:
     from torch import nn
 
-    mixers = [key for key, one in vars(module).items() if isinstance(one, type) and issubclass(one, nn.Module)]
-    if not hasattr(module, name):
-        defined = [key for key in mixers if getattr(module, key).__module__ == module.__name__]
-        there = f"; it has {', '.join(defined)}" if defined else ""
-        raise ValueError(f"there is no class {name!r} in {where}{did_you_mean(name, defined) or there}")
+    mixers = {key: one for key, one in vars(module).items() if isinstance(one, type) and issubclass(one, nn.Module)}
     if name not in mixers:
-        raise ValueError(f"{name} in {where} is not a subclass of torch.nn.Module")
-    return getattr(module, name)
+        defined = [key for key, one in mixers.items() if one.__module__ == module.__name__]
+        there = f"; it has {', '.join(defined)}" if defined else ""
+        raise ValueError(f"there is no torch.nn.Module {name!r} in {where}{did_you_mean(name, defined) or there}")
+    return mixers[name]
 
 
 def load(address: str, sizes: tuple[str, str], sources: dict[str, str]) -> CustomMixer:

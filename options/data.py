@@ -9,12 +9,12 @@ from options.fields import IMAGES, SIDE, as_words, check_fields, option
 
 
 class DatasetInfo(NamedTuple):
-    """What validation needs to know of a data set before it is read."""
+    """Facts about a data set that are needed before it is read."""
 
-    size: int  # side of the image a model sees unless --resize says otherwise
+    size: int  # side of the images without --resize
     channels: int
     classes: int | None  # None: as many as the training folder has
-    streamed: bool  # read from files as training goes, instead of held on the device
+    streamed: bool  # read from files during training, not held on the device
     images: tuple[int, int] | None  # for training and for testing; None: as many as there are in the folder
 
 
@@ -33,7 +33,7 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What images a run sees."""
+    """Images of a run: data set, size, augmentation and limits."""
 
     heading = "data"
 
@@ -43,9 +43,9 @@ class DataConfig:
         None, "side the images are resized to, or height and width", kind=int, many=True, low=1, high=SIDE
     )
     val_fraction: float = option(
-        0.0, "share of the training set held out; the best epoch then goes by it, not by the test set", low=0, below=1
+        0.0, "share of the training set held out; the best epoch is then chosen by it, not by the test set", low=0, below=1
     )
-    augment: bool = option(False, "random crop, and horizontal flip where the class survives it")
+    augment: bool = option(False, "random crop, and horizontal flip where it keeps the class")
     auto_augment: str = option(
         "none",
         "after --augment, torchvision's RandAugment (two operations of magnitude 9) or TrivialAugmentWide (one operation)",
@@ -76,5 +76,5 @@ class DataConfig:
 
 
 def sides_of(resize: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width: one number is a square."""
+    """Return height and width; one number is a square."""
     return (resize, resize) if isinstance(resize, int) else tuple(resize)

@@ -38,14 +38,7 @@ class Spec(NamedTuple):
     address: bool = False  # also accept FILE.py:Class and package.module:Class
 
 
-class NotGiven:
-    """Stand-in for the default of an option that its config decides (`option(decided=True)`)."""
-
-    def __repr__(self) -> str:
-        return "NOT_GIVEN"
-
-
-NOT_GIVEN = NotGiven()
+NOT_GIVEN = object()  # stands for the default of an option that its config decides (`option(decided=True)`)
 
 
 def option(default, help: str, *, kind: type | None = None, many: bool = False, decided: bool = False, **accepts) -> Field:
@@ -174,14 +167,12 @@ def build(config: type, values: dict, **more):
 
 def convert(name: str, value, spec: Spec):
     """Convert text from the command line (or `1e-3`, a text in YAML) to the option's type."""
-    if isinstance(value, list) and spec.many:
-        if spec.optional and [str(item).lower() for item in value] == ["none"]:
-            return None
-        return tuple(convert(name, item, spec._replace(many=False)) for item in value)
-    if not isinstance(value, str) or spec.kind is str or spec.many:
-        return None if spec.optional and value in ("none", "None") else value
-    if spec.optional and value.lower() == "none":
+    if spec.optional and as_words(value).lower() == "none":
         return None
+    if isinstance(value, list) and spec.many:
+        return tuple(convert(name, item, spec._replace(many=False, optional=False)) for item in value)
+    if not isinstance(value, str) or spec.kind is str or spec.many:
+        return value
     if spec.kind is bool:
         booleans = {"true": True, "false": False}
         if value.lower() not in booleans:

@@ -1,4 +1,4 @@
-"""Every layer as data: the class that a name stands for, and the options that it takes."""
+"""Layers as data: the class behind each name, and the options that it takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ModelConfig`: options that the models of both programs share."""
+"""`ModelConfig`: options that both programs share."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ModelConfig(NeighborConfig):
 
     heading = "model and layer"
     rows: ClassVar[dict[str, Row]] = {}
-    sizes: ClassVar[tuple[str, str]]  # what a layer gets by position
-    unscored: ClassVar[frozenset[str]]  # layers that look for neighbors and have no use for their scores
+    sizes: ClassVar[tuple[str, str]]  # positional arguments of a layer
+    unscored: ClassVar[frozenset[str]]  # layers that search neighbors without weighting by their scores
 
     drop_path: float = option(
         0.0,
@@ -100,51 +100,49 @@ class ModelConfig(NeighborConfig):
 
     @property
     def title(self) -> str:
-        """What a run is of, in its first line."""
+        """Name of the model in the first line of a run."""
         return layer_label(self.layer)
 
     def layers_in_use(self) -> list[str]:
-        """Names of the layers that the model is made of."""
+        """Return the names of the layers that the model is made of."""
         raise NotImplementedError
 
     def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
-        """Options that this model does not read, each with the option that makes it so.
+        """Return the options that this model does not read, each with the option that causes it.
 
-        An option at its default says nothing else than the other one, as in --sampling_type all --num_samples -1: it is left
-        out here unless `defaults`.
+        An option that another one switches off is listed at its default value only with `defaults`.
         """
         in_use = self.layers_in_use()
         if not self.rows.keys() >= set(in_use):
-            return {}  # a layer of another library: what it reads is not known here
-        read = {name for layer in in_use for name in self._options_of(layer)}
+            return {}  # a layer of another library: nothing is known of its options
+        options = specs(type(self))
+        rows = {layer: layer_row(self.rows, layer, self.branch_ratio) for layer in in_use}
+        read = {name for row in rows.values() for name in row.options}
+        if any(self.rows[layer].branches for layer in in_use):
+            read.add("branch_ratio")
         of_layers = {name for row in self.rows.values() for name in row.options}
-        own = specs(type(self))
-        found = {name: "layer" for name in own if name in of_layers - read}
+        found = {name: "layer" for name in options if name in of_layers - read}
         if self.mixer_option and not any(map(is_address, in_use)):
             found["mixer_option"] = "layer"
         for name, other, values in WITHOUT_EFFECT:
-            if name not in own or name in found or other not in own or other in found:
+            if name not in options or name in found or other not in options or other in found:
                 continue
-            if getattr(self, other) in values and (defaults or getattr(self, name) != own[name].default):
+            if getattr(self, other) in values and (defaults or getattr(self, name) != options[name].default):
                 found[name] = other
-        readers = {layer for layer in in_use if "magnitude_type" in self._options_of(layer)}
-        if self.similarity_type == "Loc" and readers <= self.unscored:  # which rank by distance then
+        searching = {layer for layer, row in rows.items() if "magnitude_type" in row.options}
+        if self.similarity_type == "Loc" and searching <= self.unscored:  # they rank by distance then
             found.setdefault("magnitude_type", "similarity_type")
-        with_heads = {layer for layer in in_use if "num_heads" in self.sizes or "num_heads" in self._options_of(layer)}
+        with_heads = {layer for layer, row in rows.items() if "num_heads" in self.sizes or "num_heads" in row.options}
         if with_heads == {"ViG"} and self.graph_aggregation == "edge":  # one linear for all features
             found["num_heads"] = "graph_aggregation"
         return found
 
-    def _options_of(self, layer: str) -> set[str]:
-        row = layer_row(self.rows, layer, self.branch_ratio)
-        return row.options | ({"branch_ratio"} if self.rows[layer].branches else set())
-
     @staticmethod
     def values_that_hold(values: dict, given: dict) -> dict:
-        """Of the values in a YAML file those that still hold beside the ones that the command line gives.
+        """Drop the values of a YAML file that the command line makes void.
 
-        A layer that is given is another one than the file's, or the same in another place. Beside the config.yaml of a run
-        that trained, a test is of its result, not of the weights that it started from, and exports nothing.
+        Another layer has other options; the same layer may lie in another file. A test beside the config.yaml of a training
+        evaluates its result, not the weights that it started from, and exports nothing.
         """
         dropped = set()
         if "layer" in given:

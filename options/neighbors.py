@@ -1,4 +1,4 @@
-"""`NeighborConfig`: which K tokens each token is mixed with."""
+"""`NeighborConfig`: the selection of the K neighbors of each token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METRICS = METRIC_ALIASES  # its former name
 
 
 def canonical_metric(name: str) -> str:
-    """cosine, euclidean or matmul, from any of their names. Raises ValueError for another name."""
+    """Return cosine, euclidean or matmul for any of their names. Raises ValueError for another name."""
     if name not in METRIC_ALIASES:
         raise ValueError(f"metric={name!r} is not one of {', '.join(METRIC_ALIASES)}")
     return METRIC_ALIASES[name]
@@ -31,9 +31,9 @@ NEIGHBORS = {"group": "neighbors"}
 
 @dataclass(frozen=True)
 class NeighborConfig:
-    """Which K tokens a token is mixed with, and what is compared to find them."""
+    """The K neighbors of each token: the candidates, and the measure that ranks them."""
 
-    K: int = option(9, "neighbors per token, counting itself where it is always one of them", low=1, high=TOKENS, **NEIGHBORS)
+    K: int = option(9, "neighbors per token, itself included where it is always one of them", low=1, high=TOKENS, **NEIGHBORS)
     sampling_type: str = option(
         "all",
         "candidates: all tokens, a random set drawn anew each step, or a spatial grid",
@@ -83,9 +83,9 @@ class NeighborConfig:
         return "all" if self.num_samples == -1 else self.sampling_type
 
     def check_candidates(self, grid: tuple[int, ...] | None, *, axes: int = 2, class_tokens: int = 0) -> None:
-        """Raise ValueError if a token of this grid of sides cannot have K neighbors.
+        """Raise ValueError if a token of this grid cannot have K neighbors.
 
-        With `grid=None` (size not known yet) only what `axes` sides of any length allow is checked.
+        With `grid=None` (size not known yet), check only what holds for `axes` sides of any length.
         """
         s, pad = self.num_samples, self.sample_padding
         tokens = math.prod(grid) if grid else math.inf
@@ -101,9 +101,10 @@ class NeighborConfig:
             self._too_few(candidates)
 
     def _too_few(self, candidates: int, more: str = ""):
-        how = "tokens there are" if self.sampling == "all" else f"candidates of sampling_type={self.sampling_type} with "
-        how += "" if self.sampling == "all" else f"num_samples={self.num_samples}"
-        raise ValueError(f"K={self.K} is more than the {candidates} {how}; K can be 1 to {candidates}{more}")
+        kind = f"candidates of sampling_type={self.sampling_type} with num_samples={self.num_samples}"
+        if self.sampling == "all":
+            kind = "tokens there are"
+        raise ValueError(f"K={self.K} is more than the {candidates} {kind}; K can be 1 to {candidates}{more}")
 
 
 def as_sides(grid: tuple[int, ...]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from options.fields import KINDS, WRITTEN, Spec, as_number, as_words, convert, did_you_mean, specs
-from options.reading import read_text, what_is_wrong_with
+from options.reading import path_problem, read_text
 
 # ---------------------------------------------------------------------------------------------------------------
 # The parser
@@ -87,7 +87,7 @@ def some_path(text: str) -> Path:
 
 def new_path(text: str) -> Path:
     """`argparse` type: a path that can be written to, as far as its name shows."""
-    wrong = "is empty" if not text else what_is_wrong_with(text)
+    wrong = "is empty" if not text else path_problem(text)
     if wrong:
         raise argparse.ArgumentTypeError(f"{text!r}: {wrong}")
     return Path(text)
@@ -131,10 +131,9 @@ class _PlainLoader(yaml.SafeLoader):
     }
 
     def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise ValueError(f"line {event.start_mark.line + 1}: an alias (*{event.anchor}); write the value out")
         event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"line {event.start_mark.line + 1}: an alias (*{event.anchor}); write the value out")
         if event.tag is not None:  # which makes 90 of 1:30, a set, a date or an object
             raise ValueError(f"line {event.start_mark.line + 1}: a tag ({event.tag}); write the value without it")
         return super().compose_node(parent, index)
@@ -204,15 +203,6 @@ def over(values: dict, given: dict, known: dict[str, Spec]) -> dict:
     return values | given | {name: [*values[name], *given[name]] for name in both}
 
 
-def _did_you_mean_flag(word: str, flags: list[str]) -> str:
-    """Suggest a flag; for one letter (`-b`) all flags that start with it, as -h is the only short flag."""
-    if re.fullmatch(r"-\w", word):
-        close = sorted({flag for flag in flags if flag.startswith(f"-{word}") and not flag.startswith("--no-")})
-        one_of = "one of " if len(close) > 1 else ""
-        return f"; did you mean {one_of}{', '.join(close)}?" if close else ""
-    return did_you_mean(word, [flag for flag in flags if flag.startswith("--")])
-
-
 def read_values(
     model_type: type,
     others: tuple[type, ...],
@@ -241,9 +231,9 @@ def read_values(
     given, rest = parser.parse_known_args(argv)
     given = vars(given)
     if rest:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
+        flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
         what = f"unknown option {rest[0]}" if rest[0].startswith("-") else f"a value without an option: {rest[0]!r}"
-        parser.error(f"{what}{_did_you_mean_flag(rest[0].split('=')[0], flags)}")
+        parser.error(f"{what}{did_you_mean(rest[0].split('=')[0], flags)}")
     paths = set(given.pop("config"))
     if len(paths) > 1:
         parser.error(f"--config is given more than once ({', '.join(sorted(paths))}); a run takes one file")

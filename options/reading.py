@@ -1,4 +1,4 @@
-"""The one door for files that others wrote: only regular files, never more than is wanted, and what is wrong with a path."""
+"""Read files that others wrote: regular files only, with a limit on their size; and describe the problem of a path."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import BinaryIO
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """A file open for reading, in bytes. Raises OSError, with a `strerror`, also for a pipe, a device or a folder.
+    """Open a file for reading bytes. Raises OSError, with a `strerror`, also for a pipe, a device or a folder.
 
-    A pipe would be waited on for ever, and a device can have no end.
+    Reading a pipe may never return, and a device may have no end.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-    except ValueError:  # what Python says of a path with a NUL byte
+    except ValueError:  # a NUL byte in the path
         raise OSError(0, "the path holds a NUL byte") from None
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
@@ -25,7 +25,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
 
 def read_at_most(file: BinaryIO, most: int) -> bytes:
-    """What there is, up to `most` bytes: memory is taken as they come, not by what a header claims."""
+    """Read up to `most` bytes; memory grows with the bytes that arrive, not with the claim of a header."""
     parts = []
     while most > 0 and (part := file.read(min(most, 2**24))):
         parts.append(part)
@@ -34,7 +34,7 @@ def read_at_most(file: BinaryIO, most: int) -> bytes:
 
 
 def read_text(path: str | os.PathLike, most: int) -> str:
-    """The text of a small UTF-8 file. Raises OSError, also for more than `most` bytes, and UnicodeDecodeError."""
+    """Read a small UTF-8 file. Raises OSError, also for more than `most` bytes, and UnicodeDecodeError."""
     with open_regular(path) as file:
         raw = file.read(most + 1)
     if len(raw) > most:
@@ -42,20 +42,20 @@ def read_text(path: str | os.PathLike, most: int) -> str:
     return raw.decode("utf-8")
 
 
-def what_is_wrong_with(path: str) -> str | None:
-    """Why nothing can be read from or written to this path, whatever it is to be; None if it is there or can be made."""
+def path_problem(path: str) -> str | None:
+    """Describe why nothing can be read from or written to a path; None if it exists or can be made."""
     try:
         os.stat(path)
         return None
     except FileNotFoundError:
-        # Of the way there, what is not there yet can be made; a link to nothing is there already.
+        # Missing folders can be made, but a dangling link is in the way.
         broken = next((place for place in (Path(path), *Path(path).parents) if place.is_symlink() and not place.exists()), None)
         return broken and f"{broken} is a link to {os.readlink(broken)}, which does not exist"
     except PermissionError:
-        return None  # said where it is used, with what is missing
+        return None  # reported on use, with the permission that is missing
     except NotADirectoryError:
         return "a part of it is a file, not a folder"
     except OSError as error:  # a loop of links, a name that is too long
         return error.strerror
-    except ValueError as error:  # a NUL byte, or letters that the locale does not have
+    except ValueError as error:  # a NUL byte, or characters that cannot be encoded
         return str(error)

@@ -16,7 +16,7 @@ from options.machine import cpu_cores
 from options.models import ModelConfig
 from options.neighbors import as_sides, canonical_metric
 from options.parser import OneLineParser, over, read_values
-from options.reading import what_is_wrong_with
+from options.reading import path_problem
 from options.training import KERNELS_IN_ENVIRONMENT, KERNELS_VARIABLE, TrainConfig
 from options.vit import CONVITS, ViTConfig
 
@@ -72,7 +72,7 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
         folder = f"{preset}/{name}" if preset in BACKBONES else f"{family}/{preset if preset in CONVITS else name}"
         train = dataclasses.replace(train, output_dir=f"./Output/{folder}")
     for name, path in (("data_path", data.data_path), ("output_dir", train.output_dir), ("export", train.export)):
-        wrong = path and what_is_wrong_with(path)
+        wrong = path and path_problem(path)
         if wrong:
             raise ValueError(f"{name}={path!r}: {wrong}")
     return Options(model, data, train)
@@ -209,13 +209,11 @@ def _plain(name: str, value):
 
 def grid_of(trained: dict | None) -> tuple[int, int] | None:
     """Return the rows and columns of patches of a model with these options, None if they do not show it."""
-    if not isinstance(trained, dict):
+    try:
+        height, width = sides_of(trained["resize"])
+        return height // trained["patch_size"], width // trained["patch_size"]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):  # of another program, or edited
         return None
-    size, patch = trained.get("resize"), trained.get("patch_size")
-    sides = (size, size) if isinstance(size, int) else size
-    numbers = (*sides, patch) if isinstance(sides, (list, tuple)) else ()
-    is_known = len(numbers) == 3 and all(type(one) is int and one > 0 for one in numbers)
-    return (sides[0] // patch, sides[1] // patch) if is_known else None
 
 
 def assumed_options(model: ModelConfig) -> dict:

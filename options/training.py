@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from options.fields import BATCH, EPOCHS, LARGEST, check_fields, option
 
 KERNELS = ("auto", "chunked", "triton")
-KERNELS_HELP = "what searches and aggregates: the fastest for the device, PyTorch in chunks, or Triton (CUDA)"
+KERNELS_HELP = "kernels of search and aggregation: the fastest for the device, PyTorch in chunks, or Triton (CUDA)"
 
 
-# What the environment variable may say instead of --kernels; the last one is for tests.
+# Values of the environment variable that replaces --kernels; the last one is for tests.
 KERNELS_VARIABLE, KERNELS_IN_ENVIRONMENT = "CONVNN_KERNELS", (*KERNELS, "reference")
 
 
 SYSTEM = {"group": "system and output"}
 
 
-# What may differ when a run is resumed: how long and where it runs, and what it writes; device and compilation change
-# its numbers by rounding only. All else would make it another run.
+# Options that may differ when a run is resumed: length, place and output; device and compilation change numbers by rounding
+# only. Any other change would make it another run.
 RESUME_MAY_CHANGE = set(
     "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
     "tensorboard wandb early_stopping use_compiled compile_mode kernels overwrite override strict".split()
@@ -28,7 +28,7 @@ RESUME_MAY_CHANGE = set(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a run trains, where, and what it leaves behind."""
+    """Training, the system that it runs on, and its output."""
 
     heading = "training"
 
@@ -51,7 +51,7 @@ class TrainConfig:
     weight_decay: float = option(1e-6, "weight decay", low=0, high=1e6)
     decay_norms: bool = option(True, "weight decay of norms, biases, positions and the class token too")
     layer_decay: float = option(
-        1.0, "each block learns at this times the learning rate of the one after it; embeddings slowest", low=0.01, high=1
+        1.0, "learning rate of each block relative to the next one; embeddings get the smallest", low=0.01, high=1
     )
     freeze: str | None = option(None, "backbone: train the classifier only", kind=str, choices=("backbone",))
     momentum: float = option(0.9, "sgd: momentum", low=0, below=1)
@@ -68,7 +68,7 @@ class TrainConfig:
         0.0, "alpha of mixup; 0: off. With cutmix, each batch takes one of them", low=0, high=1000, least=1e-3
     )
     cutmix: float = option(0.0, "alpha of cutmix; 0: off", low=0, high=1000, least=1e-3)
-    ema_decay: float = option(0.0, "decay of the averaged weights that are then evaluated; 0: off", low=0, below=1)
+    ema_decay: float = option(0.0, "decay of the averaged weights, which are then evaluated; 0: off", low=0, below=1)
     early_stopping: int = option(
         0, "stop after n epochs without a better test (or validation) loss; 0: never", low=0, high=EPOCHS
     )
@@ -87,9 +87,7 @@ class TrainConfig:
     checkpoint: str | None = option(
         None, "weights to start from, or to evaluate with --test_only: FILE.pt or FILE.safetensors", kind=str, **SYSTEM
     )
-    strict: bool = option(
-        False, "checkpoint: refuse one that does not hold every weight of this model in its shape, and no others", **SYSTEM
-    )
+    strict: bool = option(False, "checkpoint: require exactly the weights of this model, in their shapes", **SYSTEM)
     save_minutes: float = option(
         10.0, "write last.pt this often within an epoch too; 0: only at its end", low=0, high=10**7, **SYSTEM
     )
@@ -99,13 +97,11 @@ class TrainConfig:
     )
     test_only: bool = option(
         False,
-        "evaluate --checkpoint, else best.pt in the output directory, as the model it was trained as, and write "
+        "evaluate --checkpoint, or best.pt in the output directory, built as in its training, and write "
         "test_results.json (test_results-2.json and so on beside a result of other options)",
         **SYSTEM,
     )
-    override: bool = option(
-        False, "test_only: model options that are given win over those that the checkpoint was trained with", **SYSTEM
-    )
+    override: bool = option(False, "test_only: given model options win over those of the checkpoint", **SYSTEM)
     tensorboard: bool = option(False, "write event files for TensorBoard too", **SYSTEM)
     wandb: bool = option(False, "log to Weights & Biases too; WANDB_MODE=offline keeps that in the output directory", **SYSTEM)
 
@@ -118,10 +114,10 @@ class TrainConfig:
         if self.export and not self.export.endswith((".safetensors", ".onnx")):
             raise ValueError(f"export={self.export!r} must end in .safetensors or .onnx")
         if self.override and not self.test_only:
-            raise ValueError("override=True is of test_only=True: training takes all options as they are given")
+            raise ValueError("override=True needs test_only=True: training takes all options as they are given")
         if self.freeze and self.layer_decay != 1:
             raise ValueError(
-                f"layer_decay={self.layer_decay} is of a backbone that learns, and freeze={self.freeze} keeps it as it is; "
+                f"layer_decay={self.layer_decay} is for a backbone that is trained, and freeze={self.freeze} keeps it fixed; "
                 "drop one of them"
             )
         if self.export and self.test_only:

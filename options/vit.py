@@ -37,7 +37,7 @@ from options.neighbors import NeighborConfig, as_sides
 CONVIT_SIZES = {"Ti": (192, 4), "Ti_plus": (256, 4), "S": (432, 9), "S_plus": (576, 9), "B": (768, 16), "B_plus": (1024, 16)}
 
 
-# What `model` stands for (ConViT: d'Ascoli et al., arXiv 2103.10697).
+# Options that a `model` stands for (ConViT: d'Ascoli et al., arXiv 2103.10697).
 VIT_MODELS = {"vit": {}} | {
     f"convit_{size.lower()}": {
         "layer": "GPSA",
@@ -65,14 +65,14 @@ CONVITS = VIT_MODELS.keys() - {"vit"}
 class ViTConfig(ModelConfig):
     """A vision transformer: patches, then blocks of a mixer and an MLP, then a linear classifier.
 
-    What is not given comes from `VIT_MODELS[model]`, and else from the defaults; `dataclasses.replace` gives all that there is.
+    Options that are not given come from `VIT_MODELS[model]`, else from the defaults; `dataclasses.replace` gives all of them.
     """
 
     rows: ClassVar[dict[str, Row]] = LAYERS1D_ROWS
     sizes: ClassVar[tuple[str, str]] = ("d_model", "num_heads")
     unscored: ClassVar[frozenset[str]] = frozenset({"ViG"})
 
-    model: str = option("vit", "ViT, or the flags of a ConViT; others given beside it win", choices=tuple(VIT_MODELS))
+    model: str = option("vit", "ViT, or the options of a ConViT; flags beside it win", choices=tuple(VIT_MODELS))
     layer: str = of_model("Attention", f"token mixer of the blocks{CUSTOM_LAYER}", choices=LAYERS1D_NAMES, address=True)
     mixer_option: tuple[str, ...] | None = option(None, MIXER_OPTION, kind=str, many=True, metavar="NAME=VALUE", repeat=True)
     layer_sha256: str | None = option(None, LAYER_SHA256, kind=str, flag=False)
@@ -81,7 +81,7 @@ class ViTConfig(ModelConfig):
     num_heads: int = of_model(8, "heads; 1 gives ConvNN attention without head splitting", low=1, high=WIDTH)
     d_model: int = of_model(512, "features per token", low=1, high=WIDTH, aliases=("d_hidden",))
     d_mlp: int = of_model(2048, "hidden features of the MLP", low=1, high=WIDTH)
-    dropout: float = of_model(0.1, "probability of dropping what a mixer or MLP adds", low=0, below=1)
+    dropout: float = of_model(0.1, "probability of dropping an output feature of a mixer or MLP", low=0, below=1)
     attention_dropout: float = of_model(0.1, "probability of dropping a weight of a pair of tokens", low=0, below=1)
     attention_bias: bool = of_model(True, "biases of the q, k, v and output projections")
     qkv_bias: bool | None = option(None, "biases of the q, k, v projections; none: --attention_bias", kind=bool)
@@ -104,16 +104,16 @@ class ViTConfig(ModelConfig):
         choices=CONVOLUTION_TYPES,
     )
     softmax_topk_val: bool = option(
-        True, "ConvNN layers: weigh values by the softmax of the K scores; False: by the raw scores"
+        True, "ConvNN layers: weight values by the softmax of the K scores; False: by the raw scores"
     )
-    graph_aggregation: str = option("max", "ViG: what a token takes from its neighbors", choices=GRAPH_AGGREGATIONS)
+    graph_aggregation: str = option("max", "ViG: aggregation over the neighbors", choices=GRAPH_AGGREGATIONS)
     score_temperature: float = option(
-        1.0, "ConvNN layers, KvtAttention: what scores are divided by before the softmax", low=1e-6, high=1e6
+        1.0, "ConvNN layers, KvtAttention: divisor of the scores before the softmax", low=1e-6, high=1e6
     )
     topk: str = option(
         "hard",
-        "ConvNN layers, KvtAttention: the choice of neighbors in training, hard, or learned by a gradient for all candidates, "
-        "of the nearest (straight_through) or of K drawn by their scores (gumbel)",
+        "ConvNN layers, KvtAttention: selection in training: hard, or learned, with a gradient for all candidates: the K "
+        "nearest (straight_through) or K drawn by their scores (gumbel)",
         choices=TOPKS,
     )
     coordinate_encoding: bool = option(False, "short for --similarity_type Loc_Col")
@@ -121,23 +121,23 @@ class ViTConfig(ModelConfig):
         9, "Conv1d, Conv1dAttention, BranchConv: tokens; NeighborhoodAttention: side of the window, odd", low=1, high=SIDE
     )
     window_size: int = option(16, "LocalAttention: |i - j| <= window_size", low=0, high=TOKENS)
-    sparse_mode: str = option("strided", "SparseAttention: which tokens attend to which", choices=("all", "local", "strided"))
+    sparse_mode: str = option("strided", "SparseAttention: pairs of tokens that attend", choices=("all", "local", "strided"))
     sparse_context_window: int = option(14, "SparseAttention: stride, and twice the reach to either side", low=1, high=TOKENS)
     dilation: int = option(
         1,
-        "NeighborhoodAttention, GreedyViG: step between patches; ViG: takes every n-th of the K * n nearest",
+        "NeighborhoodAttention, GreedyViG: step between patches; ViG: every n-th of the K * n nearest",
         low=1,
         high=SIDE,
     )
     region_size: int = option(2, "BiFormer, BlockTopK, ContextCluster: side of a region in patches", low=1, high=SIDE)
-    top_regions: int = option(4, "BiFormer, BlockTopK: regions that are attended to", low=1, high=TOKENS)
+    top_regions: int = option(4, "BiFormer, BlockTopK: attended regions", low=1, high=TOKENS)
     value_convolution: int = option(
-        0, "BiFormer: side of the depthwise convolution of the values that is added, odd; 0: off", low=0, high=SIDE
+        0, "BiFormer: side of the depthwise convolution of the values, odd; 0: off", low=0, high=SIDE
     )
-    num_clusters: int = option(16, "PaCa: clusters that are attended to", low=1, high=TOKENS)
+    num_clusters: int = option(16, "PaCa: attended clusters", low=1, high=TOKENS)
     branch_ratio: float = option(0.5, "BranchConv, BranchAttention: share of the ConvNN branch", low=0, high=1)
-    mask_type: str = option("2d_all_neighbors", "MaskedAttention: which patches are near", choices=MASK_TYPES)
-    expansion_step: int = option(1, "MaskedAttention: how far near patches are", low=0, high=SIDE)
+    mask_type: str = option("2d_all_neighbors", "MaskedAttention: pattern of the neighbors", choices=MASK_TYPES)
+    expansion_step: int = option(1, "MaskedAttention: steps to the farthest neighbor", low=0, high=SIDE)
     linformer_k: int = option(64, "Linformer: learned mixtures of the keys and of the values", low=1, high=TOKENS)
     performer_features: int = option(64, "Performer, Hybrid: random features", low=1, high=TOKENS)
     performer_kernel: str = option("softmax", "Performer, Hybrid: kernel of the random features", choices=PERFORMER_KERNELS)
@@ -145,9 +145,9 @@ class ViTConfig(ModelConfig):
     nystrom_conv_kernel: int = option(0, "Nystromformer: kernel of the depthwise value convolution; 0: off", low=0, high=TOKENS)
     hybrid_window: int = option(3, "Hybrid: side of the windows, odd", low=1, high=SIDE)
     hybrid_dilations: tuple[int, ...] = option(
-        (1, 2), "Hybrid: step between the patches of a window, one for each", low=1, high=SIDE
+        (1, 2), "Hybrid: steps between the patches of a window, one window each", low=1, high=SIDE
     )
-    locality_strength: float = option(1.0, "GPSA: how sharply heads attend around their offsets at first", low=0, high=1000)
+    locality_strength: float = option(1.0, "GPSA: initial sharpness around the offset of each head", low=0, high=1000)
     magnitude_type: str = redefault(NeighborConfig, "magnitude_type", "matmul")
     image_size: int | tuple[int, int] = 224
 
@@ -155,14 +155,14 @@ class ViTConfig(ModelConfig):
         decide(self, VIT_MODELS.get(str(self.model), {}))
         if is_address(str(self.layer)) and len(layers_of(self.layer)) > 1:
             raise ValueError(
-                f"layer={self.layer!r} must be one layer; two side by side are of allconvnet_main.py, and a folder that is "
-                "called as a layer is written ./Attention/file.py:Class"
+                f"layer={self.layer!r} must be one layer; only allconvnet_main.py takes two in parallel, and a folder with "
+                "the name of a layer is written ./Attention/file.py:Class"
             )
         self._check_ranges()
         if any(side % self.patch_size for side in self.image_size):
             raise ValueError(
                 f"patch_size={self.patch_size} does not divide the {as_sides(self.image_size)} image; "
-                f"use one that does, or another size (resize)"
+                f"use one that does, or another resize"
             )
         check_heads(self.d_model, self.num_heads)
         if self.initializer_range == 0:
@@ -179,10 +179,10 @@ class ViTConfig(ModelConfig):
 
     @staticmethod
     def values_that_hold(values: dict, given: dict) -> dict:
-        """Without what the file's model stands for, beside another model: it says nothing of that one.
+        """Drop also the options that the model of a config.yaml stands for, if another model is given.
 
-        config.yaml names its model; a file that names none says what it says of any. And it holds both coordinate_encoding and
-        the similarity_type that this stands for, of which one may be given.
+        A file without a model holds for any model. A config.yaml holds both coordinate_encoding and the similarity_type that
+        it implies; either can be given.
         """
         values, dropped = ModelConfig.values_that_hold(values, given), set()
         if "model" in values and given.get("model", values["model"]) != values["model"]:
@@ -200,8 +200,8 @@ class ViTConfig(ModelConfig):
     def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
         found = super().without_effect(defaults=defaults)
         if self.num_layers == 1:
-            found["drop_path"] = "num_layers"  # it rises from 0 in the first block
-        no_layer = self.num_local_layers == 0  # which is why the options of `layer` are not read
+            found["drop_path"] = "num_layers"  # it is 0 in the first block
+        no_layer = self.num_local_layers == 0  # and so no options of `layer` are read
         return {name: "num_local_layers" if no_layer and other == "layer" else other for name, other in found.items()}
 
     @property
@@ -217,11 +217,11 @@ class ViTConfig(ModelConfig):
 
     @property
     def class_tokens(self) -> int:
-        """Class tokens in the blocks that use `layer`: under num_local_layers it joins after them."""
+        """Class tokens in the blocks that use `layer`; under num_local_layers the token joins after them."""
         return int(self.pool == "cls" and self.num_local_layers is None)
 
     def _check_layer(self) -> None:
-        """Relations between options that only matter for the layer in use."""
+        """Check the options of the layer in use against each other."""
         if self.layer not in self.rows:
             return
         row = layer_row(self.rows, self.layer, self.branch_ratio)

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from options.reading import what_is_wrong_with
+from options.reading import path_problem
 from runs import RunError, Stopped
 
 
@@ -80,7 +80,7 @@ def as_png(figure, dpi: int = 110) -> bytes:
 
 def check_writable(folder: Path, flag: str) -> None:
     """Raise RunError, which names `flag`, if a folder cannot be created or written to. Leaves nothing behind."""
-    if wrong := what_is_wrong_with(str(folder)):
+    if wrong := path_problem(str(folder)):
         raise RunError(f"{flag} {folder}: {wrong}")
     existing = folder
     while not existing.exists() and existing != existing.parent:

@@ -215,8 +215,8 @@ def test_flags_that_the_class_does_not_read_are_named(capsys):
 
 # A class, options beside it, and what the line must say.
 SIGNATURES = [
-    ("class M: pass", "", "is not a subclass of torch.nn.Module"),
-    ("M = 3", "", "is not a subclass of torch.nn.Module"),
+    ("class M: pass", "", "there is no torch.nn.Module 'M' in"),
+    ("M = 3", "", "there is no torch.nn.Module 'M' in"),
     (
         "class M(nn.Module):\n def __init__(self, d_model, *, heads=3): pass",
         "",
@@ -239,7 +239,7 @@ SIGNATURES = [
     ("x = 1\ny = 1 / 0", "", "cannot be imported: ZeroDivisionError: division by zero (m.py, line 8)"),
     ("import no_such_module", "", "ModuleNotFoundError: No module named 'no_such_module' (m.py, line 7)"),
     ("import sys; sys.exit(3)", "", "cannot be imported: SystemExit: 3 (m.py, line 7)"),
-    ("class N(nn.Module): pass", "", "there is no class 'M' in"),
+    ("class N(nn.Module): pass", "", "there is no torch.nn.Module 'M' in"),
 ]
 OPTIONS = [
     ("vit_main.py", "mine.py:Kinds", "stepz=1", "--mixer_option 'stepz=1': Kinds has no option stepz; did you mean steps?"),
@@ -256,14 +256,14 @@ OPTIONS = [
     ("allconvnet_main.py", "Conv2d/ConvNN", "steps=1", "mixer_option steps=1 is for a custom mixer"),
     ("vit_main.py", "min.py:Kinds", "", "there is no file"),
     ("vit_main.py", "min.py:Kinds", "", "did you mean mine?"),
-    ("vit_main.py", "mine.py:Kind", "", "there is no class 'Kind' in"),
+    ("vit_main.py", "mine.py:Kind", "", "there is no torch.nn.Module 'Kind' in"),
     ("vit_main.py", "mine.py", "", "name its class as well: mine.py:Class"),
     ("allconvnet_main.py", "./mine.py", "", "name its class as well: ./mine.py:Class"),
     ("vit_main.py", "Mine", "", "a custom mixer is FILE.py:Class"),
     ("vit_main.py", "no.such:Kinds", "", "no.such cannot be imported: ModuleNotFoundError: No module named 'no'"),
     ("vit_main.py", "no such:Kinds", "", "an address is FILE.py:Class or package.module:Class"),
     ("vit_main.py", ":Kinds", "", "an address is FILE.py:Class or package.module:Class"),
-    ("vit_main.py", "mine.py:", "", "there is no class ''"),
+    ("vit_main.py", "mine.py:", "", "there is no torch.nn.Module ''"),
     ("vit_main.py", "Attention/mine.py:Kinds", "", "must be one layer"),
     ("allconvnet_main.py", "mine.py:Scaled/mine.py:Scaled", "", "A/B of two different ones"),
     ("allconvnet_main.py", "Conv2d/mine.py:Kinds", "", "is a mixer for vit_main.py"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from options.reading import open_regular, read_at_most, read_text, what_is_wrong_with
+from options.reading import open_regular, path_problem, read_at_most, read_text
 from options.runs import PROGRAMS, oversized_default, parse_options
 
 ROOT = Path(__file__).parent.parent.parent
@@ -62,7 +62,7 @@ def test_what_is_wrong_with_a_path(tmp_path):
     (tmp_path / "dangling").symlink_to("gone")
     (tmp_path / "link").symlink_to("file")
     for good in ("", "new", "new/deeper", "file", "link"):
-        assert what_is_wrong_with(str(tmp_path / good)) is None
+        assert path_problem(str(tmp_path / good)) is None
     for bad, says in [
         ("loop", "symbolic links"),
         ("loop/below", "symbolic links"),
@@ -71,7 +71,7 @@ def test_what_is_wrong_with_a_path(tmp_path):
         ("file/below", "a file"),
         ("x" * 300, "too long"),
     ]:
-        assert says in what_is_wrong_with(str(tmp_path / bad)), bad
+        assert says in path_problem(str(tmp_path / bad)), bad
 
 
 @pytest.mark.parametrize("flag", ["--output_dir", "--data_path", "--export"])
