@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +78,7 @@ class Evaluation(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def begin_training(job: Job, warnings: list[str]) -> tuple[Training, Data, dict]:
+def begin_training(job: Job, warnings: Sequence[str]) -> tuple[Training, Data, dict]:
     """Make the model and load the data; start from the beginning, from --checkpoint's weights, or where --resume finds the run.
 
     warnings: lines about the options, printed once nothing can be wrong any more. Returns the training, the data, and facts

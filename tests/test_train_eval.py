@@ -360,7 +360,8 @@ def test_a_state_that_is_loaded_goes_on_bit_for_bit(stop, monkeypatch):
     def run(training):
         while training.epoch < 2:
             metrics = train_one_epoch(training, make_batches(batch_size=4), loss_function, mix)
-            training.history.append(list(metrics))
+            training.history.append({"epoch": training.epoch + 1, "metrics": list(metrics)})
+            training.best = training.history[0]
             training.epoch, training.step, training.meter = training.epoch + 1, 0, Meter(CPU)
 
     torch.manual_seed(0)
@@ -385,7 +386,9 @@ def test_a_state_that_is_loaded_goes_on_bit_for_bit(stop, monkeypatch):
         monkeypatch.undo()
         state = states[stop]
     else:
-        interrupted.history.append(list(train_one_epoch(interrupted, make_batches(batch_size=4), loss_function, mix)))
+        metrics = train_one_epoch(interrupted, make_batches(batch_size=4), loss_function, mix)
+        interrupted.history.append({"epoch": 1, "metrics": list(metrics)})
+        interrupted.best = interrupted.history[0]
         interrupted.epoch, interrupted.step, interrupted.meter = 1, 0, Meter(CPU)
         state = torch_copy(interrupted.state_dict({}))
 
