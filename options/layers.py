@@ -27,7 +27,7 @@ class Row(NamedTuple):
     target: str  # "module:Class"
     # Names of options, argument=option where the constructor calls it otherwise, and of what the model knows: `neighbors`, a
     # NeighborConfig; `layout`, what the tokens are; `image_size`, the sides of the map; `biases`, whether the projections have
-    # any; `stride` and `bias`, as a host of convolutions wants.
+    # any; `stride` and `bias`, as a backbone wants.
     takes: str
     fixed: tuple[tuple[str, object], ...] = ()  # arguments that are not options
     branches: tuple[str, ...] = ()  # of two layers side by side: what is built at branch_ratio 1, and at 0
