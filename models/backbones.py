@@ -94,7 +94,7 @@ def adapt(network: nn.Module, config: AllConvNetConfig) -> None:
 
 
 def find_convolutions(network: nn.Module) -> list[tuple[str, nn.Conv2d, int]]:
-    """Name, module and stage of the 3 x 3 convolutions in their order; a stem belongs to stage 1."""
+    """Return name, module and stage of the 3 x 3 convolutions in their order; a stem belongs to stage 1."""
     found, stage = [], 1
     for name, module in network.named_modules():
         if re.fullmatch(r"layer\d|features\.denseblock\d", name):

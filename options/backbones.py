@@ -23,12 +23,9 @@ def default_stem(image_size: tuple[int, int]) -> str:
 
 def check_image_size(model: str, stem: str, image_size: tuple[int, int]) -> None:
     """Raise ValueError for an image that the poolings of a network use up."""
-    if model in VGG:
-        least, times = 32, "five"
-    elif model in DENSENET:
+    least, times = (32, "five") if model in VGG else (1, "no")  # a ResNet rounds up
+    if model in DENSENET:
         least, times = (8, "three") if stem == "small" else (29, "five")
-    else:
-        return
     if min(image_size) < least:
         raise ValueError(
             f"model={model} halves the map {times} times and needs images of at least {least} x {least}, not "
