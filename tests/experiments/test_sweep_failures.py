@@ -175,7 +175,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_anything_runs(sweep, 
     assert "--output_dir Output/sweeps/sweep: Permission denied" in refused("sweep.yaml", capsys=capsys)
     assert not notes()
     line = refused("sweep.yaml", "--output_dir", "sweep.yaml/a", capsys=capsys)
-    assert "--output_dir 'sweep.yaml/a/Attention_seed-0': a part of it is a file, not a folder" in line
+    assert "output_dir='sweep.yaml/a/Attention_seed-0': a part of it is a file, not a folder" in line
 
 
 def test_the_folder_of_a_point_that_is_a_file(sweep, capsys):
