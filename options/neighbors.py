@@ -16,9 +16,6 @@ METRIC_ALIASES = {
 }
 
 
-METRICS = METRIC_ALIASES  # its former name
-
-
 def canonical_metric(name: str) -> str:
     """Return cosine, euclidean or matmul for any of their names. Raises ValueError for another name."""
     if name not in METRIC_ALIASES:

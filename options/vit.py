@@ -72,7 +72,7 @@ class ViTConfig(ModelConfig):
     sizes: ClassVar[tuple[str, str]] = ("d_model", "num_heads")
     unscored: ClassVar[frozenset[str]] = frozenset({"ViG"})
 
-    model: str = option("vit", "ViT, or the options of a ConViT; flags beside it win", choices=tuple(VIT_MODELS))
+    model: str = option("vit", "ViT, or a ConViT of this size; flags beside it win", choices=tuple(VIT_MODELS))
     layer: str = of_model("Attention", f"token mixer of the blocks{CUSTOM_LAYER}", choices=LAYERS1D_NAMES, address=True)
     mixer_option: tuple[str, ...] | None = option(None, MIXER_OPTION, kind=str, many=True, metavar="NAME=VALUE", repeat=True)
     layer_sha256: str | None = option(None, LAYER_SHA256, kind=str, flag=False)

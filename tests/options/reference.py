@@ -121,7 +121,7 @@ DEFAULTS = {
 
 CHOICES = {
     "branch_join": ("relu", "conv1x1"),
-    "model": ("allconvnet", "vgg11", "vgg13", "vgg16", "vgg19", "resnet18", "resnet34"),
+    "model": ("allconvnet", "vgg11", "vgg13", "vgg16", "vgg19", "resnet18", "resnet34", "resnet50", "densenet121"),
     "stem": ("small", "imagenet"),
     "topk": ("hard", "straight_through", "gumbel"),
     "convolution_type": ("standard", "depthwise", "depthwise-separable"),

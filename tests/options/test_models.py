@@ -3,9 +3,7 @@
 import pytest
 
 from options.allconvnet import AllConvNetConfig
-from options.layers import LAYERS2D_NAMES
 from options.vit import ViTConfig
-from tests.options.reference import LAYERS
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -30,10 +28,3 @@ def test_what_the_data_set_decides_is_checked_too(model, bad):
     (name,) = bad
     with pytest.raises(ValueError, match=rf"^{name}="):
         model(**bad)
-
-
-def test_modules_that_use_options_offer_the_same_classes():
-    """The layer names, stated without torch, are those of the registry."""
-    import allconvnet
-
-    assert tuple(allconvnet.LAYERS2D) == LAYERS2D_NAMES == LAYERS
