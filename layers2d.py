@@ -202,7 +202,7 @@ class CoordConv2d(nn.Module):
     """Convolution of the channels and the two coordinates of each pixel (CoordConv; Liu et al., arXiv 1807.03247):
     (B, C_in, H, W) -> (B, C_out, H / stride, W / stride).
 
-    Coordinates run from -1 to 1 along each side, row first; the ring of zeros around the map has none. Arguments are those of
+    Coordinates run from -1 to 1 along each side, row first; the ring of zeros around the map has none. Arguments as in
     `nn.Conv2d`.
     """
 

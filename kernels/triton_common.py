@@ -1,8 +1,8 @@
-"""What the Triton kernels share: how rows are read, and how a kernel is launched.
+"""Helpers of the Triton kernels: loading rows and launching.
 
 In the kernels, a row is a query, numbered through all groups (images x heads) of N; a pair is one of its K slots, numbered
 likewise; an offset is where a row of a tensor begins, from its strides of group and row. A tile has BN rows, BM keys or BP
-pairs, and BC channels or BD output channels; what lies beyond the end is read as 0 and not written.
+pairs, and BC channels or BD output channels; elements beyond the end are read as 0 and not written.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def launch(kernel, grid: tuple[int, ...], *arguments, device: torch.device, **op
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """A tensor (groups, rows, channels) whose channels lie side by side, and its strides of group and row."""
+    """Return the tensor (groups, rows, channels) with contiguous channels, and its strides of group and row."""
     x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
     return x, x.stride()[:2]
 

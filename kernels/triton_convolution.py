@@ -1,5 +1,5 @@
-"""The convolution over slots: an implicit matrix product, (rows, K * C) x (K * C, D), whose left operand is loaded by index and
-never laid out."""
+"""The convolution over slots: an implicit matrix product, (rows, K * C) x (K * C, D), with a left operand that is loaded by
+index and never materialized."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kernels import triton_common as common
 from kernels.triton_common import block, chosen_offset, load_rows, parts_of, row_offset, rows_of
 from kernels.triton_sums import spread
 
-ORDERED_ELEMENTS = 2**24  # what the deterministic gradient of the values writes at a time
+ORDERED_ELEMENTS = 2**24  # written at a time by the deterministic gradient of the values
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _convolution_kernel(
     BC: tl.constexpr,
 ):
     """BN rows x BD output channels: the sum over slots and blocks of channels of a product of tiles."""
-    blocks = tl.cdiv(D, BD)  # those of the same rows run side by side, as they load the same neighbors
+    blocks = tl.cdiv(D, BD)  # blocks of the same rows run side by side, as they load the same neighbors
     row = (tl.program_id(0) // blocks) * BN + tl.arange(0, BN)
     there = row < count
     out = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
@@ -128,8 +128,8 @@ def _rows_grad_kernel(
     BD: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """What reaches the neighbors in one slot of BN rows, grad x weight of the slot: times the neighbors it is the gradient of
-    their scores, times the scores that of the neighbors."""
+    """Gradient of one slot of BN rows, grad x weight of the slot: times the neighbors it is the gradient of their scores, times
+    the scores the gradient of the neighbors."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     there = row < count
     k = tl.program_id(1)
@@ -168,8 +168,8 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _tiles(dtype: torch.dtype, C: int, D: int, wide: tuple[int, int, int], narrow: tuple[int, int, int]) -> dict[str, int]:
-    """BN, BD, BC: `narrow` for 16 bits, `wide` for float32, whose products do without tensor cores, so that operands share the
-    registers with sums; no larger than what there is."""
+    """Choose BN, BD, BC, no larger than the tensor: `narrow` for 16 bits, `wide` for float32, which multiplies without tensor
+    cores, so that operands share the registers with sums."""
     BN, BD, BC = wide if dtype == torch.float32 else narrow
     return {"BN": BN, "BD": block(D, BD), "BC": block(C, BC), "num_warps": 8}
 
@@ -219,7 +219,7 @@ def convolution_rows_grad(
     grad_values = values.new_empty(0)
     grad_scores = values.new_empty(0 if scores is None else (G, N, K), dtype=torch.float32)
     if need_values and torch.are_deterministic_algorithms_enabled():
-        # What pairs pass back is written for some groups at a time, then added up by token.
+        # Gradients of pairs are written for some groups at a time, then added up by token.
         grad_values = torch.empty_like(values, memory_format=torch.contiguous_format)
         step = max(1, ORDERED_ELEMENTS // (N * K * C))
         for start in range(0, G, step):

@@ -35,8 +35,8 @@ def _load_centered(x, offset, there, channels, center, C: tl.constexpr):
 
 @triton.jit
 def _key_terms_kernel(key, strides, center, terms, rows, M, C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
-    """One number per key: what its products are multiplied by, 1 / |key|, or with a center, of each group, what is added to
-    them, -|key - center|^2 / 2."""
+    """Compute one number per key: a factor of its products, 1 / |key|, or with a center, of each group, a summand,
+    -|key - center|^2 / 2."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     there = row < rows
     total = tl.zeros((BN,), tl.float32)
@@ -79,7 +79,7 @@ def _search_kernel(
     scores and, of equal ones, prefers the smaller column. Columns come in rising order, so a later key must be better than the
     worst that is kept, not as good: a tile in which no row has a better score costs its product and one maximum.
     """
-    blocks = tl.cdiv(N, BN)  # those of one group run side by side, as its keys stay in the cache then
+    blocks = tl.cdiv(N, BN)  # blocks of one group run side by side, so that its keys stay in the cache
     group = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
     there = row < N
@@ -94,7 +94,7 @@ def _search_kernel(
     FORCED: tl.constexpr = 0 if self_index is None else 1
     EMPTY: tl.constexpr = -(2**31)  # below the form of every score
     UNBEATEN: tl.constexpr = 2**63 - 1
-    SPARE: tl.constexpr = KP - (K - FORCED)  # so many slots hold what nothing beats: exactly the others change
+    SPARE: tl.constexpr = KP - (K - FORCED)  # slots that hold an unbeaten value; exactly the others change
     slot = tl.arange(0, KP)
     empty = (tl.full((KP,), EMPTY, tl.int64) << 32) | slot
     best = tl.where((slot >= SPARE)[None, :] & there[:, None], empty[None, :], UNBEATEN)

@@ -1,6 +1,6 @@
-"""Sums over channels, over neighbors, and over those who chose a token, and the largest neighbor: gathers, bound by memory.
+"""Sums over channels, over neighbors, and over the pairs that chose a token, and the largest neighbor: bound by memory.
 
-The last are atomic additions in any order, or, under `torch.use_deterministic_algorithms`, run through the pairs sorted by
+Sums over the pairs that chose a token are atomic additions in any order, or, under `torch.use_deterministic_algorithms`, run through the pairs sorted by
 token.
 """
 
@@ -128,7 +128,7 @@ def _gather_max_kernel(
 def _passed_back(
     rows, rows_strides, x, x_strides, index, index_strides, scale, weight, pair, there, channels, N, K, C: tl.constexpr
 ):
-    """What pairs add to the tokens they chose: row x scale of the pair x weight of the slot; with x, of 2 (neighbor - row)."""
+    """Terms that pairs add to the tokens they chose: row x scale of the pair x weight of the slot; with x, of 2 (neighbor - row)."""
     row, slot = pair // K, pair % K
     part = load_rows(rows, row_offset(row, N, rows_strides), there, channels, C).to(tl.float32)
     if x is not None:
@@ -160,7 +160,7 @@ def _spread_atomic_kernel(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Adds what each pair passes back to the row of output (groups, M, C), float32, of the token that it chose."""
+    """Add the term of each pair to the row of output (groups, M, C), float32, of the token that it chose."""
     pair = tl.program_id(0) * BP + tl.arange(0, BP)
     there = pair < pairs
     channels = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -190,7 +190,7 @@ def _spread_sorted_kernel(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """For one token the sum of what the pairs that chose it pass back, always in the same order."""
+    """Sum, for one token, the terms of the pairs that chose it, always in the same order."""
     token = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BC + tl.arange(0, BC)
     first, end = tl.load(starts + token), tl.load(starts + token + 1)
@@ -242,7 +242,7 @@ def _depthwise_weight_grad_kernel(
 
 
 def _incoming(index: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Who chose each token: the numbers of the pairs, one token's after the other's, and where each token's begin."""
+    """Sort the pairs by the token they chose: their numbers, and the first of each token."""
     groups = len(index)
     offset = torch.arange(groups, dtype=torch.int32, device=index.device).mul_(tokens).view(-1, 1, 1)
     chosen, pairs = (index.int() + offset).flatten().sort(stable=True)

@@ -1,4 +1,4 @@
-"""Attention whose cost grows linearly with the number of tokens N, on (B, N, d_model).
+"""Attention with a cost linear in the number of tokens N, on (B, N, d_model).
 
 Linformer compresses keys and values, Performer replaces the softmax by random features, Nystromformer goes through
 landmarks, Hybrid adds up neighborhoods and a Performer. None holds an (N, N) matrix, except to return the mixing matrix: the

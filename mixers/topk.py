@@ -1,6 +1,6 @@
 """Learned top-k: a forward pass with K neighbors, and a gradient for all candidates.
 
-Under `--topk hard` only the scores of the K neighbors get a gradient, and with K = 1 not even those. Here, in training, the
+Under `--topk hard` only the scores of the K neighbors get a gradient, and with K = 1 not even they. Here, in training, the
 scores get the gradient of shares P = softmax(scores / temperature) over all candidates, as if the slots were
 
     slot k < K:  P[i, j_k] x_{j_k}
@@ -28,11 +28,11 @@ from neighbors import all_pair_scores, find_scored_neighbors, neighbor_weights
 
 
 class LearnedNeighbors(NamedTuple):
-    """K neighbors of each token, and what their scores learn from."""
+    """K neighbors of each token, and the shares that their scores learn from."""
 
     index: Tensor  # (B, N, K)
     weights: Tensor  # (B, N, K) of the values of the slots, with the gradient of the shares
-    shares: Tensor  # (B, N, M) of all keys, 0 for those that are no candidates; they carry the gradient
+    shares: Tensor  # (B, N, M) of all keys, 0 unless a candidate; they carry the gradient
 
 
 def find_learned_neighbors(
@@ -89,7 +89,7 @@ def learn_from_unchosen(
 
     Args:
         values: (B, M, C), constants here.
-        last_slot: mixes values (B, N, C) as the layer mixes those of the last slot, with constant parameters: (B, N, D).
+        last_slot: the layer's mixing of the last slot, with constant parameters: (B, N, C) -> (B, N, D).
     """
     if shares is None:
         return out
