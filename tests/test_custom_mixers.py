@@ -68,7 +68,8 @@ def test_by_path_from_an_empty_folder(tmp_path, monkeypatch, capsys):
     first, flags, training, resumed, tested, swept, costs, drawn = (" ".join(out.split()) for out, _ in said)
     assert "--mixer_option temperature=FLOAT what cosines are divided by (default: 0.1)" in flags
     assert "--attention_dropout, --attention_bias (as bias)" in flags
-    assert first.startswith("MeanMixer on digits") and training.startswith("CosineAttention on digits") and "1 epochs and" in resumed and "top-1" in tested
+    assert first.startswith("MeanMixer on digits")
+    assert training.startswith("CosineAttention on digits") and "1 epochs and" in resumed and "top-1" in tested
 
     run = Path("Output/ViT/CosineAttention")
     options = yaml.safe_load((run / "config.yaml").read_text())
