@@ -13,6 +13,7 @@ number of classes a row in `options/data.py`.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -294,6 +295,8 @@ def load_data(
         source = ROWS[config.dataset].read(config, parts)
     except OSError as error:
         raise DataError(f"--data_path {config.data_path}: {error}") from None
+    for warning in source.warnings if rank == 0 else ():
+        print(f"warning: {warning}", file=sys.stderr)
     streamed = DATASETS[config.dataset].streamed
     rows = {}
     for part in parts:

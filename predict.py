@@ -5,11 +5,17 @@ python predict.py --run Output/ViT/Attention some.png folder_of_images
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # before other imports: no traceback of an interrupt
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import json
 import sys
 from pathlib import Path
 
 from options.parser import OneLineParser, number_type
+from options.reading import is_hidden
 from runs.streams import run_program
 
 SHEET = 64  # most images on the contact sheet
@@ -32,13 +38,17 @@ def list_images(paths: list[Path]) -> list[Path]:
     """List the files among the paths, and the image files in folders and below. Raises ValueError for a path without any."""
     from readers.folders import IMAGE_SUFFIXES
 
-    found = []
+    found, skipped = [], 0
     for path in paths:
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        visible = [file for file in files if not any(map(is_hidden, file.relative_to(path).parts))]
+        skipped, files = skipped + len(files) - len(visible), visible
         images = [path] if path.is_file() else files
         if not images:
             raise ValueError(f"{path}: " + ("no image files in this folder" if path.exists() else "there is no such file"))
         found += images
+    if skipped:
+        print(f"warning: {skipped} images in hidden or system entries are skipped", file=sys.stderr)
     return found
 
 

@@ -7,6 +7,15 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+# Folders and files of operating systems and network drives, in lower case.
+SYSTEM_ENTRIES = set("__macosx thumbs.db ehthumbs.db desktop.ini @eadir #recycle #snapshot $recycle.bin lost+found".split())
+SYSTEM_ENTRIES.add("system volume information")
+
+
+def is_hidden(name: str) -> bool:
+    """Return True for the name of a hidden or system entry of a folder, such as .ipynb_checkpoints or __MACOSX."""
+    return name.startswith(".") or name.lower() in SYSTEM_ENTRIES
+
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """Open a file for reading bytes. Raises OSError, with a `strerror`, also for a pipe, a device or a folder.

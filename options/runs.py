@@ -16,7 +16,7 @@ from options.machine import cpu_cores
 from options.models import ModelConfig
 from options.neighbors import as_sides, canonical_metric
 from options.parser import OneLineParser, over, read_values
-from options.reading import path_problem
+from options.reading import is_hidden, path_problem
 from options.training import KERNELS_IN_ENVIRONMENT, KERNELS_VARIABLE, TrainConfig
 from options.vit import CONVITS, ViTConfig
 
@@ -46,7 +46,7 @@ def _count_classes(data_path: str) -> int:
     if not all(os.path.isdir(os.path.join(data_path, part)) for part in ("train", "val")):
         raise ValueError(f"data_path={data_path!r} must hold train/ and val/ with one folder per class for dataset=folder")
     try:
-        classes = sum(entry.is_dir() for entry in train.iterdir())
+        classes = sum(entry.is_dir() and not is_hidden(entry.name) for entry in train.iterdir())
     except OSError as error:
         raise ValueError(f"data_path={data_path!r}: {error.filename} cannot be read ({error.strerror})") from None
     if classes < 2:

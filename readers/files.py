@@ -15,7 +15,9 @@ import socket
 import sys
 import tempfile
 from array import array
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +51,8 @@ class Source(NamedTuple):
 
     parts: dict[str, Images]  # train and test, or test only
     class_names: list[str]
+    warnings: tuple[str, ...] = ()  # for the user, one line each
+    hashes: Mapping[str, str] = MappingProxyType({})  # of the list of files of each part, where images are files
 
 
 # ---------------------------------------------------------------------------------------------------------------

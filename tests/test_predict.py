@@ -163,3 +163,12 @@ def test_a_class_without_images_has_no_accuracy():
         "b": {"images": 3, "top1": pytest.approx(200 / 3)},
         "c": {"images": 0, "top1": None},
     }
+
+
+def test_hidden_files_are_not_predicted(tmp_path, capsys):
+    for name in ("a.png", "._a.png", "b/c.png", ".thumbnails/a.png", "b/__MACOSX/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [file.name for file in predict.list_images([tmp_path])] == ["a.png", "c.png"]
+    assert capsys.readouterr().err == "warning: 3 images in hidden or system entries are skipped\n"
+    assert len(predict.list_images([tmp_path / "._a.png"])) == 1  # named by the user

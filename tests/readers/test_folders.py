@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from options.data import DataConfig
+from options.runs import PROGRAMS, parse_options
 from readers.folders import read_folders
 from runs import DataError
 from tests.helpers.data import everything, fails, load, pixels, random_images, write_folder
@@ -147,3 +148,66 @@ def fails_to_load(path) -> str:
     with pytest.raises(DataError) as caught:
         load("folder", path)
     return str(caught.value)
+
+
+HIDDEN = (".ipynb_checkpoints", "__MACOSX", ".thumbnails", "@eaDir", "$RECYCLE.BIN")
+
+
+def test_hidden_and_system_entries_are_skipped_at_every_depth(tmp_path, capsys):
+    write_folder(tmp_path, classes=("a", "b"))
+    data = load("folder", tmp_path, resize=8)
+    assert capsys.readouterr().err == ""
+    for place in (tmp_path / "train", tmp_path / "train" / "a", tmp_path / "val" / "b"):
+        for name in HIDDEN:
+            shutil.copytree(tmp_path / "val" / "a", place / name)
+    for name in ("._0.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tmp_path / "train" / "b" / name).write_bytes(b"no image")
+    again = load("folder", tmp_path, resize=8)
+    assert again.class_names == ["a", "b"] and again.train.num_samples == 10 and again.test.num_samples == 4
+    assert everything(again.test)[0].equal(everything(data.test)[0])
+    lines = capsys.readouterr().err.replace(f"warning: {tmp_path}", "").splitlines()
+    assert [line.partition("hidden")[0] for line in lines] == ["/train: 14 ", "/val: 5 "]
+    words = f"--dataset folder --data_path {tmp_path}".split()
+    assert parse_options(PROGRAMS["vit_main.py"], "", words)[0].model.num_classes == 2
+
+
+def warnings_of(path, capsys) -> list[str]:
+    load("folder", path, resize=8)
+    return capsys.readouterr().err.replace(str(path), "").splitlines()
+
+
+def test_images_that_are_left_out_and_classes_that_are_not_tested_are_named(tmp_path, capsys):
+    write_folder(tmp_path, classes=("a", "b", "c"))
+    shutil.rmtree(tmp_path / "val" / "b")
+    for name in ("a/1.heic", "a/2.HEIC", "c/deep/3.avif", "notes.txt", "4.png"):
+        (tmp_path / "train" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / name).write_bytes(b"")
+    assert warnings_of(tmp_path, capsys) == [
+        "warning: /train: left out, in no class folder: 1 image",
+        "warning: /train: images in formats that are not read are left out: 1 of .avif, 2 of .heic",
+        "warning: /val: 1 of 3 classes have no images and are not tested: b",
+    ]
+
+
+def test_training_images_in_val_are_named(tmp_path, capsys):
+    write_folder(tmp_path / "0", classes=("a", "b"))
+    assert warnings_of(tmp_path / "0", capsys) == []
+    for number in "1234":
+        shutil.copytree(tmp_path / "0" / "train", tmp_path / number / "train")
+    (tmp_path / "1" / "val").symlink_to("train")
+    (tmp_path / "2" / "val").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "2" / "val" / name).symlink_to(tmp_path / "2" / "train" / name)
+    linked = "warning: /val: 10 of 10 images are files of /train too: tests are on training images"
+    for number in "12":
+        assert warnings_of(tmp_path / number, capsys) == [linked]
+    shutil.copytree(tmp_path / "0" / "val", tmp_path / "3" / "val")
+    (tmp_path / "3" / "val" / "b" / "more.png").hardlink_to(tmp_path / "3" / "train" / "a" / "3.png")
+    assert warnings_of(tmp_path / "3", capsys) == [linked.replace("10 of 10", "1 of 5")]
+    shutil.copytree(tmp_path / "4" / "train", tmp_path / "4" / "val")
+    assert "/val/a/0.png: is a copy of /train/a/0.png" in warnings_of(tmp_path / "4", capsys)[0]
+
+
+def test_other_images_of_equal_names_and_sizes_are_no_copies(tmp_path, capsys):
+    write_folder(tmp_path, train=3, val=3, suffix="bmp")
+    assert warnings_of(tmp_path, capsys) == []

@@ -151,7 +151,7 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("program", ["allconvnet_main.py", "vit_main.py"])
+@pytest.mark.parametrize("program", ["allconvnet_main.py", "vit_main.py", "predict.py"])
 def test_an_interrupt_while_modules_are_imported_leaves_no_traceback(program):
     """The first import after Python's own is where it comes."""
     code = (
