@@ -43,7 +43,7 @@ class AllConvNet(nn.Module):
     is for a compiled model: eagerly, BatchNorm would count every batch twice.
     """
 
-    replaceable = r"classifier\.|layers\.\d+\.0\."  # weights that a checkpoint need not have (`runs.checkpoints.Leeway`)
+    replaceable = r"classifier\.|layers\.\d+\.0\."  # weights that a checkpoint need not have (`runs.checkpoints.LoadPolicy`)
 
     def __init__(self, config: AllConvNetConfig):
         super().__init__()

@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from launch.probe import probe
     from runs.devices import choose_kernels, pick_device
-    from runs.memory import making
+    from runs.memory import stop_if_out_of_memory
 
     folder = Path(bench.output_dir)
     try:
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
                 config = dataclasses.replace(
                     config, in_channels=config.channels[0], channels=config.channels[1:], num_layers=None
                 )
-            with contextlib.suppress(Stopped), making("a trial of it"):  # its row will say so
+            with contextlib.suppress(Stopped), stop_if_out_of_memory("a trial of it"):  # its row will say so
                 probe(config, device)
     except (RunError, ValueError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with tqdm(total=0, unit=" measurements", disable=None) as progress:
             for start, side in zip(range(0, len(configs), layers), bench.resolution, strict=True):
-                with making(f"the layers at --resolution {side}", "smaller sizes, or fewer layers, need less"):
+                with stop_if_out_of_memory(f"the layers at --resolution {side}", "smaller sizes, or fewer layers, need less"):
                     rows += measure(bench, configs[start : start + layers], device, progress)
                 write(rows, folder, command, machine)  # what there is, in case a larger size does not end well
     except Stopped as error:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from kernels import backend, operators, reference
 from kernels.reference import accumulator
 from options.neighbors import canonical_metric
-from utils import mix
+from utils import hash_int32
 
 DISTANCES = 2**20  # between positions, computed at a time
 
@@ -258,7 +258,7 @@ def random_candidates(tokens: int, num_samples: int, class_tokens: int = 0, devi
     generator, fixed ones are ordered by a hash of the token's number.
     """
     if fixed:
-        hashes = mix(torch.arange(1, tokens + 1, dtype=torch.int32, device=device))
+        hashes = hash_int32(torch.arange(1, tokens + 1, dtype=torch.int32, device=device))
         order = (hashes.long() & 0xFFFFFFFF).argsort()  # as unsigned numbers
     else:
         order = torch.randperm(tokens, device=device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,16 +19,16 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from dataset import Data
-from launch.prepare import Evaluation, Job, begin_test, begin_training
+from launch.prepare import Evaluation, Request, begin_test, begin_training
 from options.models import ModelConfig
 from options.runs import Options, Program, evaluation_options
 from runs import DataError, RunError, Stopped
-from runs.checkpoints import Leeway, Loaded, load_state
+from runs.checkpoints import Loaded, LoadPolicy, load_state
 from runs.endings import exit_status
 from runs.export import export
 from runs.folder import RunFolder, costs_of, summarize
 from runs.measure import count_parameters
-from runs.memory import making
+from runs.memory import stop_if_out_of_memory
 from runs.metrics import Confusion, Meter, Metrics, history_row
 from runs.optimization import autocast_for, compile_for, make_loss, make_mix
 from runs.parameters import start_training
@@ -63,23 +63,25 @@ def train_step(training: Training, images: Tensor, targets: Tensor, loss_functio
     optimizer.zero_grad(set_to_none=True)
     if config.use_compiled and training.device.type == "cuda":  # CUDA graphs reuse the memory of the previous step
         torch.compiler.cudagraph_mark_step_begin()
-    # A last batch may have fewer images than processes: those without any compute zeros, to join in the all-reduce.
+    # A last batch may have fewer images than processes: those without any compute zeros, to join in the all-reduce. Two, as
+    # BatchNorm needs two values per channel. Their loss has weight 0, and BatchNorm's statistics that are kept are those of the
+    # first process, which always has images.
     idle = len(images) == 0
     if idle:
         images, targets = images.new_zeros(2, *images.shape[1:]), targets.new_zeros(2, *targets.shape[1:])
     total = total or len(images)
     size = math.ceil(len(images) / config.accumulate_steps)
-    parts = list(zip(images.split(size), targets.split(size), strict=True))
-    for number, (part, part_targets) in enumerate(parts, start=1):
+    micro_batches = list(zip(images.split(size), targets.split(size), strict=True))
+    for number, (part, part_targets) in enumerate(micro_batches, start=1):
         # DDP all-reduces the gradients in the backward pass of the last micro-batch only.
-        with model.no_sync() if world > 1 and number < len(parts) else nullcontext():
+        with model.no_sync() if world > 1 and number < len(micro_batches) else nullcontext():
             with training.autocast():
                 logits = model(part)
             logits = logits.float()
             loss = loss_function(logits, part_targets)
             # DDP averages over processes: so weighted, means over unequal shares add up to the mean over the batch.
             weight = 0.0 if idle else world * len(part) / total
-            scaler.scale(loss * (finite.factor(loss) * weight)).backward()
+            scaler.scale(loss * (finite.one_or_nan(loss) * weight)).backward()
         if not idle:
             training.meter.add(loss, logits, part_targets)
             finite.watch(loss)
@@ -89,7 +91,7 @@ def train_step(training: Training, images: Tensor, targets: Tensor, loss_functio
         clip_grads_with_norm_(training.parameters, config.clip_grad_norm, norm)
     if not scaler.is_enabled():  # float16's gradients overflow now and then; the scaler skips those steps
         finite.watch(norm)
-    finite.end_step(training.step, training.schedule.now)
+    finite.end_step(training.step, training.schedule.lr)
     if not scaler.is_enabled():
         optimizer.found_inf = finite.found  # where it is 1, a fused optimizer changes nothing
     scaler.step(optimizer)
@@ -107,10 +109,10 @@ def train_one_epoch(
     mix: Callable | None = None,
     save: Callable[[], None] | None = None,
 ) -> Metrics:
-    """Train on the batches of the present epoch that are left, from `training.step` on.
+    """Train on the batches of the current epoch that are left, from `training.step` on.
 
     Args:
-        batches: `dataset.DeviceBatches` or alike.
+        batches: `dataset.DeviceBatches` or similar.
         mix: images, labels -> images, shares of the classes.
         save: called every `save_minutes`, at the end of a step.
 
@@ -124,30 +126,34 @@ def train_one_epoch(
     start_training(training.model)
     config, processes = training.config, training.processes
     if training.step == 0:
-        training.lr = training.schedule.now
+        training.epoch_lr = training.schedule.lr
     started, earlier = time.perf_counter(), training.seconds
-    saved = looked = time.monotonic()
+    saved = synced = time.monotonic()
     done = training.step * config.batch_size
     title = f"epoch {training.epoch + 1}/{config.num_epochs}"
     try:
         with Progress(title, batches.num_samples, done, quiet=not processes.first) as progress:
-            training.agree()  # before the first step: a signal may have come between two epochs
+            training.poll()  # raises Interrupted for a signal that has come between two epochs
             for images, targets in batches.epoch(training.epoch, start=training.step):
                 if mix is not None and len(images):
                     images, targets = mix(images, targets)
                 total = batches.images_in(training.step)
                 train_step(training, images, targets, loss_function, total)
                 progress.advance(total)
-                # Saving and checking are collective, but clocks differ: processes agree at which step they are due.
+                # Synchronizing and saving are collective, but clocks differ: the first process's decides for all.
                 now = time.monotonic()
-                want_look, want_save = now - looked > READ_SECONDS, now - saved > 60 * config.save_minutes > 0
-                looked, saved = now if want_look else looked, now if want_save else saved
-                look, due = training.agree(want_look, want_save)
-                if look or training.step % READ_EVERY == 0:
+                sync_due = processes.first and now - synced > READ_SECONDS
+                save_due = processes.first and now - saved > 60 * config.save_minutes > 0
+                if sync_due:
+                    synced = now
+                if save_due:
+                    saved = now
+                sync_now, save_now = training.poll(sync=sync_due, save=save_due)  # raises Interrupted after a signal
+                if sync_now or training.step % READ_EVERY == 0:
                     training.check_finite()
                     if progress.due:
                         progress.show(*training.meter.read()[:2])
-                if due and save is not None:
+                if save_now and save is not None:
                     training.seconds = earlier + time.perf_counter() - started
                     save()
     finally:  # of an interrupted epoch too: a resumed run adds to it
@@ -246,14 +252,14 @@ def fit(
     try:
         with training.signals.deferred():  # from here on there is something to save: a signal waits for the end of a step
             while not ended():
-                with making(f"a step of --batch_size {config.batch_size} images", MEMORY_ADVICE):
+                with stop_if_out_of_memory(f"a step of --batch_size {config.batch_size} images", MEMORY_ADVICE):
                     metrics = {"train": train_one_epoch(training, data.train, loss_function, mix, save)}
                 trained = time.monotonic()
-                with making(f"an evaluation of --batch_size {config.batch_size} images", MEMORY_ADVICE):
+                with stop_if_out_of_memory(f"an evaluation of --batch_size {config.batch_size} images", MEMORY_ADVICE):
                     metrics |= _evaluate_splits(training, data, plain_loss)
-                images = data.train.num_samples
-                training.epoch_done(history_row(training.epoch + 1, training.lr, metrics, images, training.seconds), split)
-                row, epoch = training.history[-1], training.epoch
+                epoch = training.epoch + 1
+                row = history_row(epoch, training.epoch_lr, metrics, data.train.num_samples, training.seconds)
+                training.epoch_done(row, split)
                 kept = [folder.best] * (training.best == row)
                 kept += [folder.path / f"epoch_{epoch}.pt"] * bool(config.save_every and epoch % config.save_every == 0)
                 # Checkpoints before results: a run killed in between publishes again when it is resumed.
@@ -289,7 +295,7 @@ def _evaluate_splits(training: Training, data: Data, loss_function: Callable) ->
             autocast=training.autocast,
             title=name,
             processes=training.processes,
-            check=training.agree,
+            check=training.poll,  # raises Interrupted after a signal
         )
         for name, batches in (("val", data.val), ("test", data.test))
         if batches is not None
@@ -317,33 +323,33 @@ def _stalled(history: list[dict], split: str, patience: int) -> bool:
 def run(
     options: Options,
     make_model: Callable[[ModelConfig], nn.Module],
-    load: Callable[[nn.Module, dict, Leeway], Loaded] = load_state,
+    load: Callable[[nn.Module, dict, LoadPolicy], Loaded] = load_state,
     *,
     program: Program,
     stated: dict,
-    warnings: Sequence[str] = (),
+    warnings: list[str],
 ) -> int:
-    """Train, or evaluate a checkpoint under --test_only; return the exit status. Mistakes of the user raise SystemExit(2).
+    """Train, or evaluate a checkpoint under --test_only; return the exit status. User errors raise SystemExit(2).
 
     Args:
         load: puts the state dict of a --checkpoint into the model; by default only one of exactly this architecture.
         program: the command line that is running.
-        stated: options that it and its file state, by name; --test_only takes the others from the checkpoint.
+        stated: options set on the command line or in --config, by name; --test_only takes the others from the checkpoint.
         warnings: lines about the options, printed once nothing can be wrong any more.
     """
     processes, begun = Processes(), False
     try:
         processes = Processes.from_environment()
-        with Signals() as signals, processes, making("what this run needs", MEMORY_ADVICE):
-            job = Job(options, make_model, load, processes, signals)
+        with Signals() as signals, processes, stop_if_out_of_memory("what this run needs", MEMORY_ADVICE):
+            request = Request(options, make_model, load, processes, signals)
             if options.train.test_only:
-                evaluation = begin_test(job, program, stated)
+                evaluation = begin_test(request, program, stated)
                 begun = True
                 _test(evaluation, processes)
             else:
                 folder = RunFolder(options.train.output_dir)
                 with folder.claimed(options.train) if processes.first else nullcontext():
-                    training, data, facts = begin_training(job, warnings)
+                    training, data, facts = begin_training(request, warnings)
                     begun = True
                     _train(training, data, folder, options, facts)
     except (KeyboardInterrupt, RunError, DataError, Stopped, RuntimeError, OSError) as error:
@@ -368,7 +374,7 @@ def _test(evaluation: Evaluation, processes: Processes) -> None:
     options, model, data, device, path, facts = evaluation
     train = options.train
     confusion = Confusion(options.model.num_classes, device)
-    with making(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE):
+    with stop_if_out_of_memory(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE):
         metrics = evaluate(
             model,
             data.test,

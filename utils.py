@@ -22,7 +22,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
-def mix(x: Tensor) -> Tensor:
+def hash_int32(x: Tensor) -> Tensor:
     """Apply the finalizer of MurmurHash3 in place to int32: a bijection after which every bit depends on every bit."""
     # Shifts of int32 are arithmetic: the masks clear the copies of the sign. Products wrap around, as the hash needs. Its
     # factors are unsigned, hence less 2^32 here.
@@ -39,7 +39,7 @@ def keys(seed: int, epoch: int, index: Tensor, stream: int, salt: int = 0) -> Te
     x = index.to(torch.int32, copy=True)
     for word in (stream, epoch, seed):
         word = (word * 0x9E3779B9 + salt + 1) % 2**32
-        x = mix(x.add_(word - 2**32 if word >= 2**31 else word))
+        x = hash_int32(x.add_(word - 2**32 if word >= 2**31 else word))
     return x
 
 
@@ -53,8 +53,8 @@ def uniform(seed: int, epoch: int, index: Tensor, n: int, stream: int = 0) -> Te
     # Images have different strides: otherwise two of them could share a stretch of their sequences.
     stride = keys(seed, epoch, index, stream, salt=1)[:, None] | 1
     # Counters are hashed first: multiples of one stride differ by a constant, which shows through a single hash.
-    columns = mix(torch.arange(1, n + 1, dtype=torch.int32, device=index.device))
-    x = mix(stride * columns + start)
+    columns = hash_int32(torch.arange(1, n + 1, dtype=torch.int32, device=index.device))
+    x = hash_int32(stride * columns + start)
     # The upper 24 bits, as many as float32 holds exactly: every value is below 1.
     return ((x >> 8) & 0xFFFFFF).float().mul_(2**-24)
 

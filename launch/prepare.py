@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,14 +24,13 @@ from options.runs import Options, Program, grid_of
 from options.training import TrainConfig
 from readers.files import import_torchvision
 from runs import RunError
-from runs.checkpoints import Leeway, Loaded, load_checkpoint, load_weights
+from runs.checkpoints import Loaded, LoadPolicy, load_checkpoint, load_weights
 from runs.devices import choose_kernels, pick_device
 from runs.export import check_export
 from runs.files import check_writable
 from runs.folder import RunFolder
 from runs.measure import count_flops, count_parameters, device_name
-from runs.memory import making
-from runs.optimization import autocast_for
+from runs.memory import stop_if_out_of_memory
 from runs.parameters import freeze, layer_scales, start_training
 from runs.processes import Processes, Signals, seed_process
 from runs.provenance import (
@@ -49,15 +48,15 @@ from runs.training import Training
 from utils import seed_everything
 
 
-class Job(NamedTuple):
-    """A run that the command line asks for.
+class Request(NamedTuple):
+    """The run that the command line asks for, and the processes that take part in it.
 
     make_model: config -> model; load: puts a state dict into the model.
     """
 
     options: Options
     make_model: Callable[[ModelConfig], nn.Module]
-    load: Callable[[nn.Module, dict, Leeway], Loaded]
+    load: Callable[[nn.Module, dict, LoadPolicy], Loaded]
     processes: Processes
     signals: Signals
 
@@ -78,29 +77,30 @@ class Evaluation(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def begin_training(job: Job, warnings: Sequence[str]) -> tuple[Training, Data, dict]:
+def begin_training(request: Request, warnings: list[str]) -> tuple[Training, Data, dict]:
     """Make the model and load the data; start from the beginning, from --checkpoint's weights, or where --resume finds the run.
 
     warnings: lines about the options, printed once nothing can be wrong any more. Returns the training, the data, and facts
     about both for summary.json. Raises RunError, DataError and Stopped.
     """
-    options, processes = job.options, job.processes
+    options, processes = request.options, request.processes
     train, plain, folder = options.train, options.as_dict(), RunFolder(options.train.output_dir)
-    model, device, unreached = prepare(job)
+    device = check(request)
+    model, unreached = build(request, device)
     found = resumable_state(folder, plain, quiet=not processes.first) if train.resume else None
     if train.export and found is not None and found[0]["best"] and not folder.best.exists():
         raise RunError(f"--export: {folder.best} of epoch {found[0]['best']['epoch']} is gone; leave --export out")
-    notes = load_start(job, model, None if found is None else found[1])
+    notes = load_start(request, model, None if found is None else found[1])
     processes.connect(device)
     check_same_state(processes, folder, found)
-    data = read_data(job, device)
+    data = read_data(request, device)
     model.to(device)
-    training = Training(model, train, device, len(data.train), processes, job.signals)
+    training = Training(model, train, device, len(data.train), processes, request.signals)
     if found is None:
         seed_process(train.seed, processes.rank)  # dropout and mixes differ between processes, unlike the weights
     else:
         resume(training, folder, *found)
-    facts = facts_of(job, model, data, device)
+    facts = facts_of(request, model, data, device)
     check_short_batches(model, train, facts["train_images"], facts["image_shape"], processes.world)
     if processes.first:
         for warning in warnings + fitted_options(options.model):
@@ -119,17 +119,16 @@ def begin_training(job: Job, warnings: Sequence[str]) -> tuple[Training, Data, d
     return training, data, facts
 
 
-def prepare(job: Job) -> tuple[nn.Module, torch.device, list[str]]:
-    """Check everything that can be known without data; return the model, its device, and warnings of a custom mixer."""
-    train, data, processes = job.options.train, job.options.data, job.processes
+def check(request: Request) -> torch.device:
+    """Check everything that can be known without model and data; return the device. Raises RunError."""
+    train, data, processes = request.options.train, request.options.data, request.processes
     if train.batch_size < processes.world * train.accumulate_steps:
-        what = f"{processes.world} processes" + f" of {train.accumulate_steps} micro-batches each" * (
-            train.accumulate_steps > 1
-        )
-        raise RunError(f"--batch_size {train.batch_size} is the total, and fewer images than {what}")
+        each = f" of {train.accumulate_steps} micro-batches each" * (train.accumulate_steps > 1)
+        raise RunError(f"--batch_size {train.batch_size} is the total, and fewer images than {processes.world} processes{each}")
     device = pick_device(train.device, processes)
     choose_kernels(train.kernels, device)
-    autocast_for(train, device)  # raises for a dtype that the device does not have
+    if train.use_amp and train.amp_dtype == "float16" and device.type != "cuda":
+        raise RunError(f"--amp_dtype float16 needs CUDA, the device is {device.type}; use --amp_dtype bfloat16")
     if train.export:
         check_export(train)
     if train.mixup or train.cutmix or data.auto_augment != "none" or data.random_erasing:
@@ -138,32 +137,38 @@ def prepare(job: Job) -> tuple[nn.Module, torch.device, list[str]]:
         raise RunError("--tensorboard needs the package tensorboard: pip install tensorboard")
     if train.wandb and not is_installed():
         raise RunError("--wandb needs the package wandb: pip install wandb")
+    return device
+
+
+def build(request: Request, device: torch.device) -> tuple[nn.Module, list[str]]:
+    """Seed torch and build the model, on the CPU; return it, and warnings of a custom mixer. Raises RunError and Stopped."""
+    train, processes = request.options.train, request.processes
     seed_everything(train.seed, train.deterministic)  # before the model: all processes initialize the same weights
-    with making(f"the model of --layer {job.options.model.layer}"):
+    with stop_if_out_of_memory(f"the model of --layer {request.options.model.layer}"):
         try:
-            warnings = probe(job.options.model, device)
+            warnings = probe(request.options.model, device)
         except ValueError as error:
             raise RunError(str(error)) from None
         if warnings and processes.world > 1:
             raise RunError(
                 f"{warnings[0]}; with several processes each parameter needs one: use it, or set its requires_grad to False"
             )
-        model = job.make_model(job.options.model)
+        model = request.make_model(request.options.model)
     if not train.test_only:
         freeze(model, train.freeze)
         layer_scales(model, train.layer_decay)  # raises for a model without numbered blocks
-    return model, device, warnings
+    return model, warnings
 
 
-def load_start(job: Job, model: nn.Module, resumed_from: Path | None) -> str:
+def load_start(request: Request, model: nn.Module, resumed_from: Path | None) -> str:
     """Load the weights of --checkpoint, if there is one, into a model that is about to be trained; return a note for model.txt.
 
     resumed_from: the checkpoint that the run continues from, whose weights come instead. Raises RunError and Stopped.
     """
-    train, first = job.options.train, job.processes.first
+    train, first = request.options.train, request.processes.first
     ignored = ""
     if resumed_from is not None and train.checkpoint:
-        ignored = f"--checkpoint {train.checkpoint} is not read: --resume goes on from {resumed_from}"
+        ignored = f"--checkpoint {train.checkpoint} is not read: --resume continues from {resumed_from}"
     elif resumed_from is None and not train.checkpoint and (train.freeze or train.strict):
         unread = f"--freeze {train.freeze}" if train.freeze else "--strict"
         ignored = f"{unread} goes with the weights of a --checkpoint, and none is given"
@@ -173,24 +178,24 @@ def load_start(job: Job, model: nn.Module, resumed_from: Path | None) -> str:
         return ""
     path = Path(train.checkpoint)
     if not path.is_file():
-        raise RunError(f"--checkpoint {path} is no file, and --resume finds nothing in {train.output_dir} to go on from")
+        raise RunError(f"--checkpoint {path} is no file, and --resume finds nothing in {train.output_dir} to resume from")
     state = load_checkpoint(path)
     if isinstance(state.get("config"), dict):
-        check_same_class(job.options.as_dict(), state["config"], path, "--checkpoint")
-    leeway = Leeway(partial=not train.strict, resample=not train.strict, grid=grid_of(state.get("config")))
-    loaded = load_weights(model, path, job.load, state=state, leeway=leeway)
+        check_same_class(request.options.as_dict(), state["config"], path, "--checkpoint")
+    policy = LoadPolicy(partial=not train.strict, resample=not train.strict, grid=grid_of(state.get("config")))
+    loaded = load_weights(model, path, request.load, state=state, policy=policy)
     if first:
-        say_what_differs(job.options.model, state, path)
+        say_what_differs(request.options.model, state, path)
         say_what_was_loaded(loaded, path, model)
     return list_of_loaded(loaded, path)
 
 
-def read_data(job: Job, device: torch.device) -> Data:
+def read_data(request: Request, device: torch.device) -> Data:
     """Load the data set; on each machine one process goes first, as it may download it. Raises DataError and Stopped."""
-    options, processes = job.options, job.processes
+    options, processes = request.options, request.processes
     with (
         processes.first_of_machine_first(),
-        making("the data set", "--train_limit and --test_limit take less"),
+        stop_if_out_of_memory("the data set", "--train_limit and --test_limit take less"),
     ):
         return load_data(
             options.data,
@@ -229,19 +234,19 @@ def check_short_batches(model: nn.Module, train: TrainConfig, images: int, shape
             ) from None
 
 
-def facts_of(job: Job, model: nn.Module, data: Data, device: torch.device) -> dict:
+def facts_of(request: Request, model: nn.Module, data: Data, device: torch.device) -> dict:
     """Return the part of summary.json that model and data decide."""
-    shape = (job.options.model.in_channels, *job.options.model.image_size)
+    shape = (request.options.model.in_channels, *request.options.model.image_size)
     return {
         "parameters": count_parameters(model),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "flops_per_image": count_flops(model, torch.zeros(1, *shape, device=device)),
         "image_shape": shape,
-        "num_classes": job.options.model.num_classes,
+        "num_classes": request.options.model.num_classes,
         "train_images": data.train.num_samples,
         "test_images": data.test.num_samples,
         "class_names": data.class_names,
-        "processes": job.processes.world,
+        "processes": request.processes.world,
         "kernels": backend.running_on(device),
     }
 
@@ -251,24 +256,25 @@ def facts_of(job: Job, model: nn.Module, data: Data, device: torch.device) -> di
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def begin_test(job: Job, program: Program, stated: dict) -> Evaluation:
+def begin_test(request: Request, program: Program, stated: dict) -> Evaluation:
     """Load --checkpoint, else best.pt of the output folder, as the model that it was trained as, and the test images.
 
     program, stated: the options that the command line states, and its program. Raises RunError, DataError and Stopped.
     """
-    options, processes = job.options, job.processes
+    options, processes = request.options, request.processes
     path = Path(options.train.checkpoint) if options.train.checkpoint else RunFolder(options.train.output_dir).best
     if not path.exists():
         raise RunError(f"--test_only: there is no {path}; train first, or name the weights with --checkpoint FILE")
     state = load_checkpoint(path)
     options, changes = options_as_trained(options, program, stated, state, path)
-    job, train = job._replace(options=options), options.train
+    request, train = request._replace(options=options), options.train
     check_writable(Path(train.output_dir), "--output_dir")
-    model, device, _ = prepare(job)
+    device = check(request)
+    model, _ = build(request, device)
     # Images of another size need no --override: the model computes the same function of an image at that size.
     free = train.override or "resize" in changes or "config" not in state
-    leeway = Leeway(resample=not train.strict and free, grid=grid_of(state.get("config")))
-    loaded = load_weights(model, path, job.load, "--checkpoint" if train.checkpoint else "--test_only", state, leeway)
+    policy = LoadPolicy(resample=not train.strict and free, grid=grid_of(state.get("config")))
+    loaded = load_weights(model, path, request.load, "--checkpoint" if train.checkpoint else "--test_only", state, policy)
     refused = {} if train.override else {name: change for name, change in changes.items() if name != "resize"}
     if refused:  # the weights fit, but another model than the trained one would be evaluated
         check_same_class(options.as_dict(), state["config"], path, "--test_only")
@@ -286,7 +292,7 @@ def begin_test(job: Job, program: Program, stated: dict) -> Evaluation:
         say_what_is_assumed(options, state, path, changes)
         say_what_was_loaded(loaded, path, model)
     processes.connect(device)
-    data = read_data(job, device)
+    data = read_data(request, device)
     override = {name: {"trained": before, "here": after} for name, (before, after) in changes.items()}
     facts = {"image_shape": shape, "flops_per_image": flops, "override": override}
     return Evaluation(options, model.to(device), data, device, path, facts)

@@ -177,7 +177,7 @@ def build_backbone(config: AllConvNetConfig) -> nn.Module:
     (B, in_channels, H, W) -> logits (B, num_classes). Parts have torchvision's names, so that with `--layer Conv2d` and the
     stem `imagenet` it is torchvision's network, whose weights it takes. A 3 x 3 stem is replaced with stage 1.
 
-    It has the attributes `config`; `head`, the prefix of its classifier; `replaceable` (see `runs.checkpoints.Leeway`); and
+    It has the attributes `config`; `head`, the prefix of its classifier; `replaceable` (see `runs.checkpoints.LoadPolicy`); and
     `recompute`, to keep only the inputs of blocks, or of stages in a VGG, for the backward pass.
     Raises ValueError as `plan` does.
     """

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from allconvnet import AllConvNet
 from models.backbones import build_backbone, needed_flags
 from options.allconvnet import AllConvNetConfig
-from runs.checkpoints import Leeway, Loaded, load_state
+from runs.checkpoints import Loaded, LoadPolicy, load_state
 
 
 def build_network(config: AllConvNetConfig) -> nn.Module:
@@ -15,14 +15,14 @@ def build_network(config: AllConvNetConfig) -> nn.Module:
     return build_backbone(config) if config.is_backbone else AllConvNet(config)
 
 
-def load_network_weights(network: nn.Module, state_dict: dict[str, Tensor], leeway: Leeway = Leeway()) -> Loaded:  # noqa: B008
+def load_network_weights(network: nn.Module, state_dict: dict[str, Tensor], policy: LoadPolicy = LoadPolicy()) -> Loaded:  # noqa: B008
     """Load a state dict of this network; for a backbone with Conv2d also one of torchvision.
 
-    leeway: accepted differences; by default none. Raises ValueError with the first difference, and the flags of the backbone
+    policy: accepted differences; by default none. Raises ValueError with the first difference, and the flags of the backbone
     that the weights belong to.
     """
     try:
-        return load_state(network, state_dict, leeway)
+        return load_state(network, state_dict, policy)
     except ValueError as error:
         flags = needed_flags(network.config, state_dict)
         raise ValueError(f"{error}{'; these weights need ' * bool(flags)}{flags}") from None

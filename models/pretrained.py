@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from runs.checkpoints import Leeway, Loaded, load_state
+from runs.checkpoints import Loaded, LoadPolicy, load_state
 from vit import resample_positions
 
 # Names in the state dicts of torchvision and timm, and ours.
@@ -77,13 +77,13 @@ def joined_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
-def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], leeway: Leeway = Leeway()) -> Loaded:  # noqa: B008  it is immutable
+def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], policy: LoadPolicy = LoadPolicy()) -> Loaded:  # noqa: B008  it is immutable
     """Load a state dict of this model, or of the same architecture by torchvision or timm (`vit_b_16`, `vit_base_patch16_224`).
 
     Both need patch_norm=False, final_norm=True, pos_embedding="learned" and the same number of classes; timm's ConViT
     (`convit_tiny`) is `model="convit_ti"` with proj_bias=True. Models of timm with `fc_norm` are of another architecture.
 
-    leeway: accepted differences; by default none. Raises ValueError that names the first difference.
+    policy: accepted differences; by default none. Raises ValueError that names the first difference.
     """
     stem = next((name for name in FOREIGN if name in state_dict), None)
     weights = {}
@@ -94,9 +94,9 @@ def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], leeway: Le
     weights, resampled = joined_projections(weights), ""
     try:
         table = weights.get("pos_embedding")
-        if leeway.resample and table is not None and table.ndim == 3 and model.config.pos_embedding == "learned":
-            weights["pos_embedding"], resampled = fit_positions(model, table, leeway.grid)
-        return load_state(model, weights, leeway)._replace(resampled=resampled)
+        if policy.resample and table is not None and table.ndim == 3 and model.config.pos_embedding == "learned":
+            weights["pos_embedding"], resampled = fit_positions(model, table, policy.grid)
+        return load_state(model, weights, policy)._replace(resampled=resampled)
     except ValueError as error:
         config, advice = model.config, ""
         fits = {"--no-patch_norm": not config.patch_norm, "--final_norm": config.final_norm}
@@ -106,8 +106,8 @@ def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], leeway: Le
             advice += f"; those of torchvision and timm need {needed}"
         if "blocks.0.attn.gating_param" in state_dict and config.bias != (False, True):
             advice += "; those of timm's ConViT need --no-attention_bias --proj_bias"
-        new, old = config.grid, leeway.grid
-        if leeway.resample and old not in (None, new) and ".mixer." in str(error):
+        new, old = config.grid, policy.grid
+        if policy.resample and old not in (None, new) and ".mixer." in str(error):
             advice += (
                 f"; --layer {config.layer} has parameters for every token, so it runs on the {old[0]} x {old[1]} patches "
                 "that it was made for"

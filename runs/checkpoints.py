@@ -109,7 +109,7 @@ def check_finite_weights(weights: dict, source: Path) -> None:
         raise Stopped(f"{source} holds numbers that are not finite (NaN or infinity) in {names[0]}{more}")
 
 
-class Leeway(NamedTuple):
+class LoadPolicy(NamedTuple):
     """Mismatches to accept when weights are loaded into a model."""
 
     partial: bool = False  # names that match the model's `replaceable` may be missing or of another shape
@@ -126,14 +126,14 @@ class Loaded(NamedTuple):
     resampled: str = ""  # of positions: the grids of the file and of the model
 
 
-def load_state(model: nn.Module, weights: dict, leeway: Leeway = Leeway()) -> Loaded:  # noqa: B008  it is immutable
+def load_state(model: nn.Module, weights: dict, policy: LoadPolicy = LoadPolicy()) -> Loaded:  # noqa: B008  it is immutable
     """Load a state dict, by default of exactly this architecture. Raises ValueError that names the first difference.
 
-    leeway.partial: names that the regular expression `model.replaceable` matches, if there is one, are loaded where the shape
+    policy.partial: names that the regular expression `model.replaceable` matches, if there is one, are loaded where the shape
     is the same.
     """
     own = model.state_dict()
-    replaceable = getattr(model, "replaceable", None) if leeway.partial else None
+    replaceable = getattr(model, "replaceable", None) if policy.partial else None
 
     def check(name: str, why: str) -> None:
         if replaceable is None or not re.match(replaceable, name):
@@ -162,10 +162,10 @@ def load_state(model: nn.Module, weights: dict, leeway: Leeway = Leeway()) -> Lo
 def load_weights(
     model: nn.Module,
     source: Path,
-    load: Callable[[nn.Module, dict, Leeway], Loaded] = load_state,
+    load: Callable[[nn.Module, dict, LoadPolicy], Loaded] = load_state,
     flag: str = "--checkpoint",
     state: dict | None = None,
-    leeway: Leeway = Leeway(),  # noqa: B008  it is immutable
+    policy: LoadPolicy = LoadPolicy(),  # noqa: B008  it is immutable
 ) -> Loaded:
     """Load the weights of the checkpoint that `flag` names; `load` puts a state dict into the model or raises ValueError.
 
@@ -174,7 +174,7 @@ def load_weights(
     """
     weights = weights_in(load_checkpoint(source) if state is None else state, source)
     try:
-        loaded = load(model, weights, leeway)
+        loaded = load(model, weights, policy)
     except ValueError as error:
         raise RunError(f"{flag}: {source} is {error}") from None
     check_finite_weights(weights, source)

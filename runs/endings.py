@@ -21,9 +21,12 @@ def exit_status(error: BaseException, options: Options, processes: Processes, be
     none of a run's.
     """
     last = RunFolder(options.train.output_dir).last
+    text = " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text:  # from torch's signal handler, at any line
+        error = DataError(f"a process that reads images died ({text[:150]}); try --num_workers 0")
     if isinstance(error, KeyboardInterrupt):
         number = getattr(error, "number", signal.SIGINT)
-        hint = f"; --resume goes on from {last}" if getattr(error, "is_saved", False) else ""
+        hint = f"; --resume continues from {last}" if getattr(error, "is_saved", False) else ""
         return _say(f"stopped by {signal.Signals(number).name}{hint}", 128 + number, processes.first)
     if isinstance(error, DataError) and not begun and processes.local_rank:
         print(error, file=sys.stderr)  # which the first process of this machine need not have met
@@ -31,15 +34,12 @@ def exit_status(error: BaseException, options: Options, processes: Processes, be
         _refuse(str(error), processes)
     if isinstance(error, (OSError, Stopped, DataError)):
         is_kept = isinstance(error, DataError) or getattr(error, "resumable", False)
-        hint = f"; --resume goes on from {last}" if is_kept and not options.train.test_only and last.exists() else ""
+        hint = f"; --resume continues from {last}" if is_kept and not options.train.test_only and last.exists() else ""
         return _say(f"stopped: {error}{hint}", 1, processes.first or isinstance(error, DataError))
-    # torch raises a plain RuntimeError for the three that follow: only its text tells them apart.
-    text = " ".join(str(error).split())
+    # torch raises a plain RuntimeError for the two that follow: only its text tells them apart.
     if options.train.deterministic and "deterministic" in text:
         layer = options.model.layer
         _refuse(f"--deterministic: --layer {layer} has a step without a deterministic form here ({text[:150]})", processes)
-    if "DataLoader worker" in text:  # raised by torch's signal handler, wherever the run was
-        _refuse(f"a process that reads images died ({text[:150]}); try --num_workers 0", processes)
     if processes.world == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in text):
         raise error
     return _say(f"stopped: process 0 has lost another one of {processes.world}", 1, processes.first)

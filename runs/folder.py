@@ -78,7 +78,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.last, self.best = self.path / "last.pt", self.path / "best.pt"
-        self.previous = self.path / "previous.pt"  # the last.pt before the present one, until the run is finished
+        self.previous = self.path / "previous.pt"  # the last.pt before the current one, until the run is finished
         self._drawn = 0.0
 
     def save(self, state: dict, *others: Path) -> None:

@@ -34,8 +34,8 @@ def _amount(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def making(what: str, advice: str = "") -> Iterator[None]:
-    """Turn errors that say that memory is short into Stopped. what: being made in this context; advice: on using less."""
+def stop_if_out_of_memory(what: str, advice: str = "") -> Iterator[None]:
+    """Turn out-of-memory errors into Stopped. what: the thing being made in this context; advice: on using less memory."""
     try:
         yield
     except Exception as error:

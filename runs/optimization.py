@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from options.training import TrainConfig
-from runs import RunError, Stopped
+from runs import Stopped
 from runs.parameters import parameter_groups
 from runs.processes import Processes
 
@@ -93,7 +93,7 @@ class LearningRate:
             self.plateau.step(loss)
 
     @property
-    def now(self) -> float:
+    def lr(self) -> float:
         """Learning rate of the first group of parameters, which is the one without layer decay."""
         return self.optimizer.param_groups[0]["lr"]
 
@@ -128,14 +128,9 @@ class Average:
 
 
 def autocast_for(config: TrainConfig, device: torch.device):
-    """Return a factory of contexts for mixed precision, which do nothing without --use_amp.
-
-    Raises RunError for float16 without CUDA.
-    """
+    """Return a factory of contexts for mixed precision, which do nothing without --use_amp."""
     if not config.use_amp:
         return nullcontext
-    if config.amp_dtype == "float16" and device.type != "cuda":
-        raise RunError(f"--amp_dtype float16 needs CUDA, the device is {device.type}; use --amp_dtype bfloat16")
     return lambda: torch.autocast(device.type, dtype=getattr(torch, config.amp_dtype))
 
 
@@ -164,21 +159,22 @@ class FiniteCheck:
         self.found = torch.zeros((), device=device)
         self.step = torch.full((), -1, device=device, dtype=torch.long)  # of `found`, in its epoch
         self.lr = torch.zeros((), device=device)  # in that step
-        self._finite = torch.ones((), device=device, dtype=torch.bool)  # so far in the present step
+        self._finite = torch.ones((), device=device, dtype=torch.bool)  # so far in the current step
 
-    def factor(self, loss: Tensor) -> Tensor:
-        """Return the factor of this loss before backward: 1, or NaN after a step that was not finite.
+    def one_or_nan(self, loss: Tensor) -> Tensor:
+        """Return the factor of this loss before backward: 1, or NaN if the loss or an earlier step was not finite.
 
-        Gradients that are NaN spread to all processes when they are summed, and make float16's scaler skip the step.
+        The loss is made NaN on purpose, so that all processes skip the step: NaN gradients spread to all of them in the
+        all-reduce, and make float16's scaler skip its step.
         """
         return torch.where(loss.detach().isfinite() & (self.found == 0), 1.0, math.nan)
 
     def watch(self, value: Tensor) -> None:
-        """Take a loss or the norm of the gradients into account for the present step."""
+        """Take a loss or the norm of the gradients into account for the current step."""
         self._finite &= value.detach().isfinite()
 
     def end_step(self, step: int, lr: float) -> None:
-        """Conclude the present step on all processes, before the optimizer makes it."""
+        """Conclude the current step on all processes, before the optimizer makes it."""
         found = self.processes.maximum_(torch.maximum(self.found, (~self._finite).float()))
         is_first = found > self.found
         self.step, self.lr = torch.where(is_first, step, self.step), torch.where(is_first, lr, self.lr)

@@ -217,7 +217,7 @@ class Processes:
 
     def finish(self) -> None:
         """Leave together: torchrun terminates the remaining processes as soon as one has exited."""
-        self.agree()
+        self.agree()  # completes the reduction that the last call has started
         self.wait()
 
     @contextlib.contextmanager

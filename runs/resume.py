@@ -34,11 +34,11 @@ def resumable_state(folder: RunFolder, options: dict, quiet: bool = False) -> tu
             continue
         _check_options(options, state["config"], path)
         if problems and not quiet:
-            print(f"warning: {'; '.join(problems)}; going on from {path}", file=sys.stderr)
+            print(f"warning: {'; '.join(problems)}; resuming from {path}", file=sys.stderr)
         return state, path
     if candidates:
         raise RunError(
-            f"--resume: {'; '.join(problems)}; there is nothing to go on from, --overwrite instead of --resume starts anew"
+            f"--resume: {'; '.join(problems)}; there is nothing to resume from, --overwrite instead of --resume starts anew"
         )
     return None
 

@@ -46,7 +46,7 @@ class Training:
         self.finite = FiniteCheck(device, self.processes)
         self.meter = Meter(device)  # of this epoch
         self.seconds = 0.0  # of training in this epoch, before it was interrupted
-        self.lr = config.lr  # at the start of this epoch
+        self.epoch_lr = config.lr  # at the start of this epoch
         self.epoch = 0  # epochs done
         self.step = 0  # steps done in the epoch after those
         self.best: dict = {}  # row of the history
@@ -59,15 +59,15 @@ class Training:
         advice += ", --amp_dtype bfloat16" if self.scaler.is_enabled() else ""
         self.finite.check(self.epoch, advice)
 
-    def agree(self, look: bool = False, save: bool = False) -> tuple[bool, bool]:
-        """Return whether any process wants to read numbers from the device, and to save.
+    def poll(self, *, sync: bool = False, save: bool = False) -> tuple[bool, bool]:
+        """Return whether any process asks to synchronize with the device, and to save; see `Processes.agree`.
 
-        Raises Interrupted if one received a signal.
+        Raises Interrupted on all processes if one received a signal.
         """
-        number, look, save = self.processes.agree(self.signals.received, look, save)
+        number, sync, save = self.processes.agree(self.signals.received, sync, save)
         if number:
             raise Interrupted(number)
-        return bool(look), bool(save)
+        return bool(sync), bool(save)
 
     def total(self) -> Metrics:
         """Return the means over the images of all processes in this epoch so far. Synchronizes with the device."""
@@ -105,7 +105,7 @@ class Training:
             "scheduler": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": self.average.model.state_dict() if self.average else None,
-            "sampler": {"seed": self.config.seed, "sums": sums, "seconds": self.seconds, "lr": self.lr},
+            "sampler": {"seed": self.config.seed, "sums": sums, "seconds": self.seconds, "lr": self.epoch_lr},
             "rng": [rng for rng, _ in own],
             "epoch": self.epoch,
             "step": self.step,
@@ -130,7 +130,7 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         if self.average:
             self.average.model.load_state_dict(state["ema"])
-        self.seconds, self.lr = float(state["sampler"]["seconds"]), float(state["sampler"]["lr"])
+        self.seconds, self.epoch_lr = float(state["sampler"]["seconds"]), float(state["sampler"]["lr"])
         self.epoch, self.step, self.best, self.history = epoch, step, state["best"], history
         rank, sums, rng = self.processes.rank, state["sampler"]["sums"], state["rng"]
         if len(sums) != len(rng) or any(value.shape != (4,) for value in sums):

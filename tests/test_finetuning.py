@@ -23,7 +23,7 @@ from options.allconvnet import AllConvNetConfig
 from options.training import TrainConfig
 from options.vit import ViTConfig
 from runs import RunError
-from runs.checkpoints import Leeway, load_state
+from runs.checkpoints import LoadPolicy, load_state
 from runs.optimization import LearningRate, make_optimizer
 from runs.parameters import freeze, layer_scales, parameter_groups, start_training
 from vit import Block, DropPath, ViT, drop_path_rates, resample_positions
@@ -85,7 +85,7 @@ def test_weights_of_another_image_size(pool, size):
     from timm.layers import resample_abs_pos_embed
 
     source, model = make(pool=pool), make(pool=pool, image_size=size)
-    loaded = load_vit_weights(model, source.state_dict(), Leeway(resample=True))
+    loaded = load_vit_weights(model, source.state_dict(), LoadPolicy(resample=True))
     grid, prefix = model.config.grid, int(pool == "cls")
     expected = resample_abs_pos_embed(source.pos_embedding, list(grid), num_prefix_tokens=prefix)
     torch.testing.assert_close(model.pos_embedding, expected, atol=1e-6, rtol=0)
@@ -97,17 +97,17 @@ def test_weights_of_another_image_size(pool, size):
 
 def test_the_grid_is_told_by_the_options_or_square():
     source, model = make(image_size=(4, 16)), make(image_size=8)  # 2 x 8 and 4 x 4 patches: as many
-    load_vit_weights(model, source.state_dict(), Leeway(resample=True, grid=(2, 8)))
+    load_vit_weights(model, source.state_dict(), LoadPolicy(resample=True, grid=(2, 8)))
     expected = resample_positions(source.pos_embedding, (2, 8), (4, 4), 1)
     assert torch.equal(model.pos_embedding, expected) and not torch.equal(model.pos_embedding, source.pos_embedding)
     with pytest.raises(ValueError, match="of an unknown grid: its 11 positions are not of a square"):
-        load_vit_weights(make(), make(image_size=(4, 10)).state_dict(), Leeway(resample=True))
+        load_vit_weights(make(), make(image_size=(4, 10)).state_dict(), LoadPolicy(resample=True))
 
 
 def test_a_class_token_that_joins_late_has_no_position():
     early, late = make(), make(num_local_layers=1)
     for source, model in ((early, make(num_local_layers=1)), (late, make())):
-        load_vit_weights(model, source.state_dict(), Leeway(resample=True, partial=True))
+        load_vit_weights(model, source.state_dict(), LoadPolicy(resample=True, partial=True))
         assert torch.equal(model.pos_embedding[:, -16:], source.pos_embedding[:, -16:])
     assert not model.pos_embedding[:, 0].any()
 
@@ -119,7 +119,7 @@ MIXERS = ["ConvNNAttention", "KvtAttention", "LocalAttention", "NeighborhoodAtte
 def test_another_mixer_takes_what_has_the_same_name_and_shape(layer):
     source, model = make(), make(layer=layer, kernel_size=3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    loaded = load_vit_weights(model, source.state_dict(), Leeway(partial=True))
+    loaded = load_vit_weights(model, source.state_dict(), LoadPolicy(partial=True))
     theirs, ours = source.state_dict(), model.state_dict()
     same = {name for name in ours if name in theirs and ours[name].shape == theirs[name].shape}
     assert set(loaded.loaded) == same and set(loaded.new) == ours.keys() - same
@@ -139,7 +139,7 @@ def test_another_mixer_takes_what_has_the_same_name_and_shape(layer):
 )
 def test_what_is_no_mixer_and_no_head_must_fit(change):
     with pytest.raises(ValueError, match="of another architecture"):
-        load_vit_weights(make(**change), make().state_dict(), Leeway(partial=True, resample=True))
+        load_vit_weights(make(**change), make().state_dict(), LoadPolicy(partial=True, resample=True))
 
 
 def test_a_convolutional_network_keeps_norms_and_head():
@@ -148,13 +148,13 @@ def test_a_convolutional_network_keeps_norms_and_head():
 
     source, model = network("Conv2d"), network("ConvNN")
     nn.init.normal_(source.layers[1][1].running_mean)
-    loaded = load_state(model, source.state_dict(), Leeway(partial=True))
+    loaded = load_state(model, source.state_dict(), LoadPolicy(partial=True))
     assert list(loaded.new) == [f"layers.{n}.0.conv.{part}" for n in (0, 1) for part in ("weight", "bias")]
     assert loaded.unused == [f"layers.{n}.0.{part}" for n in (0, 1) for part in ("weight", "bias")]
     assert torch.equal(model.layers[1][1].running_mean, source.layers[1][1].running_mean)
     with pytest.raises(ValueError, match=r"it has no layers\.1\.1\.weight"):
         weights = {name: value for name, value in source.state_dict().items() if name != "layers.1.1.weight"}
-        load_state(network("Conv2d"), weights, Leeway(partial=True))
+        load_state(network("Conv2d"), weights, LoadPolicy(partial=True))
 
 
 def test_a_new_head_is_said_and_listed(attention, tmp_path, capsys):
@@ -402,14 +402,14 @@ def test_schedules_keep_the_ratios_of_layer_decay(scheduler):
     plain = LearningRate(make_optimizer(make(), TrainConfig(**vars(config) | {"layer_decay": 1.0})), config, steps_per_epoch=2)
     for step in range(10):
         rates = [group["lr"] for group in schedule.optimizer.param_groups]
-        assert schedule.now == plain.now == rates[0]
-        assert rates == pytest.approx([schedule.now * 0.5**depth for depth in range(len(rates))], rel=1e-12, abs=0)
+        assert schedule.lr == plain.lr == rates[0]
+        assert rates == pytest.approx([schedule.lr * 0.5**depth for depth in range(len(rates))], rel=1e-12, abs=0)
         for one in (schedule, plain):
             one.optimizer.step()
             one.step()
             if step % 2:
                 one.epoch_done(1.0)
-    assert len(rates) == 4 and (schedule.now < 0.1) == (scheduler != "none")
+    assert len(rates) == 4 and (schedule.lr < 0.1) == (scheduler != "none")
 
 
 # --- stochastic depth -----------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from options.allconvnet import AllConvNetConfig
 from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES
 from options.training import TrainConfig
 from options.vit import ViTConfig
-from runs import RunError, Stopped
+from runs import Stopped
 from runs.metrics import Meter
-from runs.optimization import Average, LearningRate, autocast_for, make_loss, make_mix, make_optimizer
+from runs.optimization import Average, LearningRate, make_loss, make_mix, make_optimizer
+from runs.processes import Processes
 from runs.training import Training
 from tests.helpers.side_by_side import SideBySide, in_groups
 from train_eval import evaluate, train_one_epoch, train_step
@@ -108,7 +109,7 @@ def rates(steps, losses=None, **options):
     schedule = LearningRate(optimizer, config, steps)
     result = []
     for epoch in range(12):
-        result.append(schedule.now)
+        result.append(schedule.lr)
         for _ in range(steps):
             optimizer.step()
             schedule.step()
@@ -147,7 +148,7 @@ def test_warmup_rises_linearly_step_by_step(scheduler):
     schedule = LearningRate(optimizer, config, 5)
     seen = []
     for _ in range(11):
-        seen.append(schedule.now)
+        seen.append(schedule.lr)
         optimizer.step()
         schedule.step()
     assert seen[:10] == pytest.approx([0.5 * (i + 1) / 10 for i in range(10)])
@@ -228,11 +229,6 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(fault, name):
     assert torch.equal(weights(training.model), before)
     with pytest.raises(Stopped, match=r"epoch 1, step 2, learning rate 0.01; .*--lr"):
         training.check_finite()
-
-
-def test_float16_needs_cuda():
-    with pytest.raises(RunError, match="bfloat16"):
-        autocast_for(TrainConfig(use_amp=True, amp_dtype="float16"), CPU)
 
 
 def in_float16(monkeypatch, scale, **options):
@@ -351,6 +347,13 @@ def test_saving_within_an_epoch():
         assert saved == expected
 
 
+def test_the_clock_of_the_first_process_decides_when_all_save():
+    training, saved = make_training(save_minutes=1e-9, steps=25), []
+    training.processes = Processes(rank=1)
+    train_one_epoch(training, make_batches(n=100, batch_size=4), make_loss("CrossEntropy"), save=lambda: saved.append(1))
+    assert not saved
+
+
 @pytest.mark.parametrize("stop", [0, 5, 13])
 def test_a_state_that_is_loaded_goes_on_bit_for_bit(stop, monkeypatch):
     options = {"ema_decay": 0.9, "scheduler": "cosine", "warmup_epochs": 1, "accumulate_steps": 2, "batch_size": 4, "steps": 13}
@@ -398,7 +401,7 @@ def test_a_state_that_is_loaded_goes_on_bit_for_bit(stop, monkeypatch):
     run(resumed)
     assert torch.equal(weights(resumed.model), weights(whole.model))
     assert torch.equal(weights(resumed.average.model), weights(whole.average.model))
-    assert resumed.history == whole.history and resumed.schedule.now == whole.schedule.now
+    assert resumed.history == whole.history and resumed.schedule.lr == whole.schedule.lr
 
 
 def torch_copy(state):

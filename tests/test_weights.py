@@ -170,7 +170,7 @@ def test_training_from_another_model_is_said_and_resuming_reads_no_checkpoint(tr
     assert run(f"{line} --K 2 --num_heads 4", tmp_path) == 0
     assert "was trained with --K 3, here 2; --num_heads 2, here 4\n" in capsys.readouterr().err
     assert run(f"{line} --K 2 --num_heads 4 --resume", tmp_path) == 0
-    assert f"--checkpoint {trained} is not read: --resume goes on from" in capsys.readouterr().err
+    assert f"--checkpoint {trained} is not read: --resume continues from" in capsys.readouterr().err
 
 
 # --- what a file may hold -------------------------------------------------------------------------------------------

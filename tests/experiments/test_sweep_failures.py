@@ -212,7 +212,7 @@ def test_failed_points_are_told_apart_from_those_that_have_not_run(sweep, capsys
 
 def test_the_advice_to_leave_out_resume_is_put_as_a_sweep_can_follow_it(sweep, capsys):
     program = sweep / "vit_main.py"
-    program.write_text(program.read_text().replace("lr is too high", "there is nothing to go on from, leave --resume out"))
+    program.write_text(program.read_text().replace("lr is too high", "there is nothing to resume from, leave --resume out"))
     assert run_experiments.main(["sweep.yaml", "--set", "lr=0.5", "--set", "layer=ConvNN", "--set", "seed=0"]) == 1
     folder = FOLDER / "ConvNN_lr-0.5_seed-0"
     assert f"leave --resume out; to start it anew, remove {folder} (see {folder}/log.txt)" in capsys.readouterr().out

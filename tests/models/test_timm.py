@@ -11,7 +11,7 @@ from models.pretrained import load_vit_weights
 from models.timm import timm_mixer
 from options.layers import LAYERS1D_NAMES
 from options.vit import ViTConfig
-from runs.checkpoints import Leeway
+from runs.checkpoints import LoadPolicy
 from runs.measure import count_parameters
 from vit import ViT
 
@@ -99,7 +99,7 @@ def test_weights_of_timm_at_another_image_size_are_as_timm_resamples_them():
     reference = random_weights(vit())
     same_as_timm = {"pos_embedding": "learned", "patch_norm": False, "final_norm": True, "num_heads": 4}
     model = ViT(ViTConfig(**OURS | same_as_timm | {"image_size": 12, "num_classes": 3})).double()
-    loaded = load_vit_weights(model, reference.state_dict(), Leeway(partial=True, resample=True))
+    loaded = load_vit_weights(model, reference.state_dict(), LoadPolicy(partial=True, resample=True))
     assert loaded.resampled == "4 x 4 to 6 x 6 patches" and list(loaded.new) == ["classifier.weight", "classifier.bias"]
     expected = resample_abs_pos_embed(reference.pos_embed, [6, 6])
     torch.testing.assert_close(model.pos_embedding, expected, atol=1e-6, rtol=0)

@@ -157,7 +157,7 @@ def test_an_image_that_turns_out_damaged_on_the_way_ends_the_run_with_status_1(p
     assert allconvnet_main.main([*line, "--num_epochs", "2", "--resume"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("stopped: ") and str(path) in error
-    assert f"--resume goes on from {tmp_path / 'run' / 'last.pt'}" in error
+    assert f"--resume continues from {tmp_path / 'run' / 'last.pt'}" in error
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1
     if part == "val":
         assert allconvnet_main.main([*line, "--test_only"]) == 1

@@ -15,7 +15,7 @@ import allconvnet_main
 import train_eval
 from options.runs import PROGRAMS, parse_options
 from runs import Stopped, processes, streams
-from runs.memory import is_out_of_memory, making
+from runs.memory import is_out_of_memory, stop_if_out_of_memory
 from runs.processes import Signals
 from tests.helpers.forked import Forked
 
@@ -44,7 +44,10 @@ SHORT = [
 
 @pytest.mark.parametrize(("error", "words"), SHORT)
 def test_short_memory_is_one_line(error, words):
-    with pytest.raises(Stopped, match=r"out of memory .*making x.*use less") as caught, making("x", "use less"):
+    with (
+        pytest.raises(Stopped, match=r"out of memory .*making x.*use less") as caught,
+        stop_if_out_of_memory("x", "use less"),
+    ):
         raise error
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
@@ -52,12 +55,12 @@ def test_short_memory_is_one_line(error, words):
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("out of memory"), OSError(28, "No space left")])
 def test_other_errors_are_not_about_memory(error):
     assert not is_out_of_memory(error)
-    with pytest.raises(type(error)), making("x"):
+    with pytest.raises(type(error)), stop_if_out_of_memory("x"):
         raise error
 
 
 def test_what_cannot_be_had_is_asked_for_really():
-    with pytest.raises(Stopped, match="GiB more could not be had"), making("x"):
+    with pytest.raises(Stopped, match="GiB more could not be had"), stop_if_out_of_memory("x"):
         torch.empty(2**60, dtype=torch.uint8)
 
 
@@ -83,7 +86,7 @@ def test_a_run_out_of_memory_keeps_its_state_and_says_what_helps(exhaust, where,
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"{where} making a step of --batch_size 16 images" in error
     assert all(f in error for f in ("--batch_size", "--accumulate_steps", "--compile_mode reduce-memory", "--use_amp"))
-    assert f"--resume goes on from {tmp_path / 'run' / 'last.pt'}" in error
+    assert f"--resume continues from {tmp_path / 'run' / 'last.pt'}" in error
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1
     monkeypatch.undo()
     assert run("--resume", tmp_path / "run", epochs=2) == 0

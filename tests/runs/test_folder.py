@@ -203,7 +203,7 @@ def test_resume_goes_on_from_the_best_where_the_last_is_gone(tmp_path, capsys):
     run("", tmp_path)
     (tmp_path / "last.pt").unlink()
     assert run("--resume", tmp_path, epochs=2) == 0
-    assert "last.pt is gone; going on from" in capsys.readouterr().err
+    assert "last.pt is gone; resuming from" in capsys.readouterr().err
     assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 2
 
 

@@ -359,7 +359,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_they_resume_exactly(t
     here = [*TRAIN[1:], "--output_dir", str(tmp_path / "run")]
     (first, _, message), (second, _, silent) = finish(start_both("-c", STOPPED, "1", "5", "itself", *here))
     assert (first, second) == (143, 143) and silent == ""
-    assert re.fullmatch(r"stopped by SIGTERM; --resume goes on from .*last.pt\n", message)
+    assert re.fullmatch(r"stopped by SIGTERM; --resume continues from .*last.pt\n", message)
     state = state_of(tmp_path / "run")
     assert (state["epoch"], state["step"]) == (0, 6)  # one step later it is known to all
     assert len(state["rng"]) == 2 and not torch.equal(state["rng"][0]["cpu"], state["rng"][1]["cpu"])
@@ -457,6 +457,6 @@ def test_the_script_for_a_cluster_trains_on_two_nodes_and_is_queued_again(tmp_pa
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
     ((status, out, error),) = finish([job])
-    assert status == 143 and f"requeued {os.getpid()}" in out and "stopped by SIGTERM; --resume goes on from" in error
+    assert status == 143 and f"requeued {os.getpid()}" in out and "stopped by SIGTERM; --resume continues from" in error
     state = state_of(tmp_path / "run")
     assert (state["epoch"], state["step"]) > (0, 0)

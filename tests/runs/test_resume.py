@@ -152,7 +152,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(program, line, where, images, tm
     kill_at(monkeypatch, owner, name, call, after=name in ("train_step", "epoch_done"))
     assert run(line, tmp_path / "run", program=program) == 143
     monkeypatch.undo()
-    assert "stopped by SIGTERM; --resume goes on from" in capsys.readouterr().err
+    assert "stopped by SIGTERM; --resume continues from" in capsys.readouterr().err
     stopped = state_of(tmp_path / "run")
     steps = 4 if "folder" in line else 5 if "val_fraction" in line else 7
     evaluated = 0 if "val_fraction" in line else 1  # the second evaluation is of the test images, or of the second epoch
@@ -254,7 +254,7 @@ def test_results_that_were_not_written_are_written_by_resuming(whole, tmp_path, 
 def test_each_signal_has_its_status(number, tmp_path, monkeypatch, capsys):
     kill_at(monkeypatch, train_eval, "train_step", 2, number)
     assert run(CONVNET, tmp_path / "run") == 128 + number
-    assert capsys.readouterr().err.startswith(f"stopped by {signal.Signals(number).name}; --resume goes on from")
+    assert capsys.readouterr().err.startswith(f"stopped by {signal.Signals(number).name}; --resume continues from")
     assert state_of(tmp_path / "run")["step"] == 2
 
 
@@ -501,11 +501,11 @@ def test_resume_falls_back_on_the_best_and_else_says_so(whole, tmp_path, capsys)
     run(CONVNET, tmp_path / "run", epochs=1)
     damage(tmp_path / "run" / "last.pt", "truncated")
     assert run(f"{CONVNET} --resume", tmp_path / "run", epochs=2) == 0
-    assert "going on from" in capsys.readouterr().err
+    assert "resuming from" in capsys.readouterr().err
     assert same(state_of(tmp_path / "run"), state_of(whole(CONVNET)))
     for name in ("last.pt", "best.pt"):
         damage(tmp_path / "run" / name, "empty")
-    with pytest.raises(RunError, match=r"--resume: .*last.pt .*best.pt .*nothing to go on from"):
+    with pytest.raises(RunError, match=r"--resume: .*last.pt .*best.pt .*nothing to resume from"):
         resumable_state(RunFolder(tmp_path / "run"), {})
 
 
@@ -537,16 +537,28 @@ def test_a_state_that_would_run_code_is_stepped_over(tmp_path, capsys):
 
 
 def test_a_reader_killed_while_the_run_is_elsewhere_is_one_line(tmp_path, monkeypatch, capsys):
-    """torch raises it from its handler of signals, wherever the run is."""
+    """torch raises it from its handler of signals, wherever the run is: a checkpoint that is there is named."""
 
-    def train_step(*args):
+    def die(*args, **kwargs):
         raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
 
-    monkeypatch.setattr(train_eval, "train_step", train_step)
-    with pytest.raises(SystemExit) as end:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(prepare, "load_data", die)
         run(CONVNET, tmp_path / "run")
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1 and "--num_workers 0" in error
+
+    steps, train_step = [], train_eval.train_step
+
+    def step_or_die(*args):
+        steps.append(1)
+        (train_step if len(steps) <= 6 else die)(*args)
+
+    monkeypatch.setattr(train_eval, "train_step", step_or_die)
+    assert run(CONVNET, tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--num_workers 0" in error
+    assert error.endswith(f"; --resume continues from {tmp_path / 'run' / 'last.pt'}\n")
 
 
 def test_other_outputs_that_cannot_be_written_are_one_line(tmp_path, capsys):
