@@ -1,7 +1,7 @@
 """Sums over channels, over neighbors, and over the pairs that chose a token, and the largest neighbor: bound by memory.
 
-Sums over the pairs that chose a token are atomic additions in any order, or, under `torch.use_deterministic_algorithms`, run through the pairs sorted by
-token.
+Sums over the pairs that chose a token are atomic additions in any order, or, under `torch.use_deterministic_algorithms`, run
+through the pairs sorted by token.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _gather_max_kernel(
 def _passed_back(
     rows, rows_strides, x, x_strides, index, index_strides, scale, weight, pair, there, channels, N, K, C: tl.constexpr
 ):
-    """Terms that pairs add to the tokens they chose: row x scale of the pair x weight of the slot; with x, of 2 (neighbor - row)."""
+    """Terms that pairs add to the tokens they chose: row x scale x weight of the slot; with x, 2 (neighbor - row) for row."""
     row, slot = pair // K, pair % K
     part = load_rows(rows, row_offset(row, N, rows_strides), there, channels, C).to(tl.float32)
     if x is not None:
