@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from dataset import Data
-from launch.prepare import Evaluation, Request, begin_test, begin_training
+from launch.prepare import Request, begin_test, begin_training
 from options.models import ModelConfig
 from options.runs import Options, Program, evaluation_options
 from runs import DataError, RunError, Stopped
@@ -33,7 +33,7 @@ from runs.metrics import Confusion, Meter, Metrics, history_row
 from runs.optimization import autocast_for, compile_for, make_loss, make_mix
 from runs.parameters import start_training
 from runs.processes import Interrupted, Processes, Signals
-from runs.progress import Progress, epoch_line
+from runs.progress import Progress, Timer, epoch_line
 from runs.tracking import Tracker
 from runs.training import Training
 
@@ -76,8 +76,7 @@ def train_step(training: Training, images: Tensor, targets: Tensor, loss_functio
         # DDP all-reduces the gradients in the backward pass of the last micro-batch only.
         with model.no_sync() if world > 1 and number < len(micro_batches) else nullcontext():
             with training.autocast():
-                logits = model(part)
-            logits = logits.float()
+                logits = model(part).float()
             loss = loss_function(logits, part_targets)
             # DDP averages over processes: so weighted, means over unequal shares add up to the mean over the batch.
             weight = 0.0 if idle else world * len(part) / total
@@ -128,9 +127,9 @@ def train_one_epoch(
     if training.step == 0:
         training.epoch_lr = training.schedule.lr
     started, earlier = time.perf_counter(), training.seconds
-    saved = synced = time.monotonic()
-    done = training.step * config.batch_size
-    title = f"epoch {training.epoch + 1}/{config.num_epochs}"
+    # Synchronizing and saving are collective, but clocks differ: the first process's decides for all.
+    sync_timer, save_timer = Timer(READ_SECONDS * processes.first), Timer(60 * config.save_minutes * processes.first)
+    title, done = f"epoch {training.epoch + 1}/{config.num_epochs}", training.step * config.batch_size
     try:
         with Progress(title, batches.num_samples, done, quiet=not processes.first) as progress:
             training.poll()  # raises Interrupted for a signal that has come between two epochs
@@ -140,26 +139,18 @@ def train_one_epoch(
                 total = batches.images_in(training.step)
                 train_step(training, images, targets, loss_function, total)
                 progress.advance(total)
-                # Synchronizing and saving are collective, but clocks differ: the first process's decides for all.
-                now = time.monotonic()
-                sync_due = processes.first and now - synced > READ_SECONDS
-                save_due = processes.first and now - saved > 60 * config.save_minutes > 0
-                if sync_due:
-                    synced = now
-                if save_due:
-                    saved = now
-                sync_now, save_now = training.poll(sync=sync_due, save=save_due)  # raises Interrupted after a signal
-                if sync_now or training.step % READ_EVERY == 0:
+                sync, is_save_due = training.poll(sync=sync_timer.is_due(), save=save_timer.is_due())  # may raise Interrupted
+                if sync or training.step % READ_EVERY == 0:
                     training.check_finite()
                     if progress.due:
                         progress.show(*training.meter.read()[:2])
-                if save_now and save is not None:
+                if is_save_due and save is not None:
                     training.seconds = earlier + time.perf_counter() - started
                     save()
     finally:  # of an interrupted epoch too: a resumed run adds to it
         training.seconds = earlier + time.perf_counter() - started
     training.check_finite()
-    return training.total()
+    return training.meter.read(processes.sum_(training.meter.sums.clone()))
 
 
 @torch.no_grad()
@@ -278,7 +269,7 @@ def fit(
     except Interrupted as interrupted:  # by all processes at the same step
         save()
         processes.finish()
-        interrupted.is_saved = True
+        interrupted.resumable = True
         raise
     return training.best
 
@@ -345,7 +336,7 @@ def run(
             if options.train.test_only:
                 evaluation = begin_test(request, program, stated)
                 begun = True
-                _test(evaluation, processes)
+                _test(*evaluation)
             else:
                 folder = RunFolder(options.train.output_dir)
                 with folder.claimed(options.train) if processes.first else nullcontext():
@@ -369,9 +360,9 @@ def _train(training: Training, data: Data, folder: RunFolder, options: Options, 
         print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
 
 
-def _test(evaluation: Evaluation, processes: Processes) -> None:
+def _test(request: Request, model: nn.Module, data: Data, path: Path, facts: dict) -> None:
     """Evaluate a checkpoint on the test images; print and write test_results.json, nothing else."""
-    options, model, data, device, path, facts = evaluation
+    options, processes, device = request.options, request.processes, next(model.parameters()).device
     train = options.train
     confusion = Confusion(options.model.num_classes, device)
     with stop_if_out_of_memory(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE):
@@ -391,13 +382,18 @@ def _test(evaluation: Evaluation, processes: Processes) -> None:
     if not math.isfinite(metrics.loss):
         raise Stopped(f"the test loss of {path} is not finite: its weights overflow in this model")
     print(f"test top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  ({path})")
-    results = {**metrics._asdict(), "images": data.test.num_samples, "checkpoint": str(path)}
-    results |= {"parameters": count_parameters(model), "flops_per_image": facts["flops_per_image"]}
-    results |= costs_of(model, facts["image_shape"], device)
-    results["classes"] = confusion.by_class(data.class_names)
-    if len(data.class_names) <= MOST_CONFUSED:
-        results["confusion"] = confusion.counts.tolist()
-    results |= {"options": evaluation_options(options), "override": facts["override"]}
+    results = {
+        **metrics._asdict(),
+        "images": data.test.num_samples,
+        "checkpoint": str(path),
+        "parameters": count_parameters(model),
+        "flops_per_image": facts["flops_per_image"],
+        **costs_of(model, facts["image_shape"], device),
+        "classes": confusion.by_class(data.class_names),
+        **({"confusion": confusion.counts.tolist()} if len(data.class_names) <= MOST_CONFUSED else {}),
+        "options": evaluation_options(options),
+        "override": facts["override"],
+    }
     written = RunFolder(train.output_dir).write_test_results(results)
     if written.name != "test_results.json":
         print(f"results are in {written}: test_results.json is of other options")

@@ -61,17 +61,6 @@ class Request(NamedTuple):
     signals: Signals
 
 
-class Evaluation(NamedTuple):
-    """A checkpoint that is about to be evaluated."""
-
-    options: Options  # as it was trained
-    model: nn.Module
-    data: Data
-    device: torch.device
-    path: Path
-    facts: dict  # for test_results.json
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------
@@ -166,15 +155,15 @@ def load_start(request: Request, model: nn.Module, resumed_from: Path | None) ->
     resumed_from: the checkpoint that the run continues from, whose weights come instead. Raises RunError and Stopped.
     """
     train, first = request.options.train, request.processes.first
-    ignored = ""
-    if resumed_from is not None and train.checkpoint:
-        ignored = f"--checkpoint {train.checkpoint} is not read: --resume continues from {resumed_from}"
-    elif resumed_from is None and not train.checkpoint and (train.freeze or train.strict):
-        unread = f"--freeze {train.freeze}" if train.freeze else "--strict"
-        ignored = f"{unread} goes with the weights of a --checkpoint, and none is given"
-    if ignored and first:
-        print(f"warning: {ignored}", file=sys.stderr)
-    if resumed_from is not None or not train.checkpoint:
+    if resumed_from is not None:
+        if train.checkpoint and first:
+            line = f"warning: --checkpoint {train.checkpoint} is not read: --resume continues from {resumed_from}"
+            print(line, file=sys.stderr)
+        return ""
+    if not train.checkpoint:
+        if (train.freeze or train.strict) and first:
+            unread = f"--freeze {train.freeze}" if train.freeze else "--strict"
+            print(f"warning: {unread} goes with the weights of a --checkpoint, and none is given", file=sys.stderr)
         return ""
     path = Path(train.checkpoint)
     if not path.is_file():
@@ -235,7 +224,7 @@ def check_short_batches(model: nn.Module, train: TrainConfig, images: int, shape
 
 
 def facts_of(request: Request, model: nn.Module, data: Data, device: torch.device) -> dict:
-    """Return the part of summary.json that model and data decide."""
+    """Return the facts about model and data that summary.json holds."""
     shape = (request.options.model.in_channels, *request.options.model.image_size)
     return {
         "parameters": count_parameters(model),
@@ -256,10 +245,11 @@ def facts_of(request: Request, model: nn.Module, data: Data, device: torch.devic
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def begin_test(request: Request, program: Program, stated: dict) -> Evaluation:
+def begin_test(request: Request, program: Program, stated: dict) -> tuple[Request, nn.Module, Data, Path, dict]:
     """Load --checkpoint, else best.pt of the output folder, as the model that it was trained as, and the test images.
 
-    program, stated: the options that the command line states, and its program. Raises RunError, DataError and Stopped.
+    stated: options set on the command line or in --config. Returns the request with the options that the checkpoint was trained
+    with, the model, the data, the file, and facts for test_results.json. Raises RunError, DataError and Stopped.
     """
     options, processes = request.options, request.processes
     path = Path(options.train.checkpoint) if options.train.checkpoint else RunFolder(options.train.output_dir).best
@@ -292,7 +282,6 @@ def begin_test(request: Request, program: Program, stated: dict) -> Evaluation:
         say_what_is_assumed(options, state, path, changes)
         say_what_was_loaded(loaded, path, model)
     processes.connect(device)
-    data = read_data(request, device)
     override = {name: {"trained": before, "here": after} for name, (before, after) in changes.items()}
     facts = {"image_shape": shape, "flops_per_image": flops, "override": override}
-    return Evaluation(options, model.to(device), data, device, path, facts)
+    return request, model.to(device), read_data(request, device), path, facts

@@ -18,7 +18,7 @@ class DataError(Exception):
 class Stopped(Exception):
     """A failure on the way: no memory, a full disk, a loss that is not finite. Exit status 1.
 
-    resumable: the line that is printed names the checkpoint that `--resume` continues from.
+    resumable: the printed line names the checkpoint that `--resume` continues from.
     """
 
     def __init__(self, message: str, resumable: bool = False):

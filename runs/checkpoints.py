@@ -22,7 +22,7 @@ STATE = tuple("model optimizer scheduler scaler ema sampler rng epoch step best 
 
 # Other projects' files hold the weights under these names, and put these prefixes before the names of tensors.
 WRAPPERS = ("model", "state_dict", "model_state_dict")
-PREFIXES = ("module.", "_orig_mod.")
+PREFIXES = re.compile(r"(?:module\.|_orig_mod\.)*")  # of DistributedDataParallel and torch.compile
 
 
 class DamagedError(RunError):
@@ -71,13 +71,11 @@ def load_run_state(path: Path) -> dict:
     return state
 
 
-def evaluated_weights(source: Path) -> dict:
-    """Return the weights that a checkpoint's metrics belong to: the averaged ones if there are any. Raises RunError."""
-    return weights_in(load_checkpoint(source), source)
-
-
 def weights_in(state: dict, source: Path) -> dict:
-    """Return the evaluated weights of a state that was read from this file. Raises RunError."""
+    """Return the weights that the metrics of a checkpoint, read from this file, belong to: averaged ones if there are any.
+
+    Raises RunError.
+    """
     average = state.get("ema")
     weights = state["model"] if average is None else average
     are_tensors = isinstance(weights, dict) and all(
@@ -91,14 +89,7 @@ def weights_in(state: dict, source: Path) -> dict:
         for kind, holds in kinds.items():
             if holds:
                 raise RunError(f"{source} cannot be used: {name} is {kind}; save it as a dense tensor of real numbers")
-    return {_plain_name(name): value for name, value in weights.items()}
-
-
-def _plain_name(name: str) -> str:
-    """Remove the prefixes that DistributedDataParallel and torch.compile add in files of other projects, in any order."""
-    while name.startswith(PREFIXES):
-        name = name.split(".", 1)[1]
-    return name
+    return {name[PREFIXES.match(name).end() :]: value for name, value in weights.items()}
 
 
 def check_finite_weights(weights: dict, source: Path) -> None:
@@ -189,17 +180,13 @@ def load_weights(
 def random_state(device: torch.device) -> dict:
     """Return the states of the generators a run draws from; data order and augmentation are functions of the seed instead."""
     state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state()  # of the current device, which is this one
     return state
 
 
 def set_random_state(state: dict, device: torch.device) -> None:
     """Restore the result of `random_state`; a device that the checkpoint's run did not use keeps its state."""
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    elif device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])
+    if device.type != "cpu" and device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type])

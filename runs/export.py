@@ -12,7 +12,7 @@ from torch import nn
 
 from options.training import TrainConfig
 from runs import RunError
-from runs.checkpoints import evaluated_weights, load_state
+from runs.checkpoints import load_checkpoint, load_state, weights_in
 from runs.files import check_writable, remove_temporaries, write_atomically
 
 
@@ -29,7 +29,7 @@ def check_export(train: TrainConfig) -> None:
 
 def export(path: Path, model: nn.Module, best: Path, image_shape: tuple[int, ...]) -> None:
     """Write the weights of the checkpoint `best` in the format that the file's suffix names. Raises Stopped."""
-    weights = evaluated_weights(best)
+    weights = weights_in(load_checkpoint(best), best)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_temporaries(path.parent, path.name)
     if path.suffix == ".onnx":

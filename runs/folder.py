@@ -85,15 +85,10 @@ class RunFolder:
         """Write last.pt, after `others`, which a run that is killed in between writes once more when it is resumed."""
         for path in others:
             save_checkpoint(state, path)
-        self._link(self.last, self.previous)
+        self.link(self.last, self.previous)
         save_checkpoint(state, self.last)
 
-    def restore(self, path: Path) -> None:
-        """Make the checkpoint that a run resumes from the last.pt, in place of a damaged one."""
-        if path != self.last:
-            self._link(path, self.last)
-
-    def _link(self, path: Path, name: Path) -> None:
+    def link(self, path: Path, name: Path) -> None:
         """Give a file a second name. Without hard links, or without the file, there is none: best.pt is the fallback."""
         with contextlib.suppress(OSError):
             # Linked under a temporary name and renamed: os.link does not replace, and `name` must never be missing.
@@ -104,7 +99,9 @@ class RunFolder:
 
     def look(self) -> Found:
         """Return the outputs that are there, without changing anything."""
-        options, summary = self._options(), self._read("summary.json", json.loads)
+        options, summary = self._read("config.yaml", yaml.safe_load), self._read("summary.json", json.loads)
+        if not options.keys() >= ALWAYS:
+            options = None
         checkpoints, texts = ([path for name in names if (path := self.path / name).exists()] for names in (CHECKPOINTS, TEXTS))
         if options is not None:
             texts += self._matching(self.path, r"test_results(-\d+)?\.json")
@@ -123,11 +120,6 @@ class RunFolder:
         except (OSError, ValueError, RecursionError, yaml.YAMLError):
             return {}
         return values if isinstance(values, dict) else {}
-
-    def _options(self) -> dict | None:
-        """Return the options of the run that is there, from its config.yaml."""
-        options = self._read("config.yaml", yaml.safe_load)
-        return options if options.keys() >= ALWAYS else None
 
     @contextlib.contextmanager
     def claimed(self, train: TrainConfig) -> Iterator[None]:
@@ -159,8 +151,11 @@ class RunFolder:
             return
         if overwrite or not (found.weights or found.finished):
             return
-        epochs = f"{found.epochs} of {found.options['num_epochs']} epochs"
-        what = f"a finished run ({found.epochs} epochs)" if found.finished else f"an unfinished run ({epochs})"
+        what = (
+            f"a finished run ({found.epochs} epochs)"
+            if found.finished
+            else f"an unfinished run ({found.epochs} of {found.options['num_epochs']} epochs)"
+        )
         if resume:
             raise RunError(
                 f"{where} holds {what} without a checkpoint to resume from; use another --output_dir, or --overwrite to "
@@ -179,11 +174,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         remove_temporaries(self.path)  # left by a process that was killed while it wrote
         shown = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in options.items()}
-        self._write("args.txt", "".join(f"{name}: {value}\n" for name, value in shown.items()))
+        write_atomically(self.path / "args.txt", "".join(f"{name}: {value}\n" for name, value in shown.items()))
         # Running this file again must not write over a run.
-        self._write("config.yaml", yaml.safe_dump(options | {"overwrite": False}, sort_keys=False))
+        write_atomically(self.path / "config.yaml", yaml.safe_dump(options | {"overwrite": False}, sort_keys=False))
         if not resumed or not (self.path / "model.txt").exists():
-            self._write("model.txt", describe_model(model) + notes)
+            write_atomically(self.path / "model.txt", describe_model(model) + notes)
 
     def _clear(self) -> None:
         """Remove the outputs of the run that is there, and nothing else."""
@@ -203,21 +198,21 @@ class RunFolder:
 
     def is_behind(self, epochs: int, ended: bool) -> bool:
         """Return whether the results lack some of so many epochs, or do not say that the run has ended though it has."""
-        summary = self._read("summary.json", json.loads)
-        return summary.get("epochs", 0) < epochs or (ended and summary.get("finished") is not True)
+        found = self.look()
+        return found.epochs < epochs or (ended and not found.finished)
 
     def epoch_done(self, history: list[dict], best: dict, summary: dict, last: bool) -> None:
         """Write the results so far; best: row of the best epoch; last: no epoch follows."""
-        self._write("train_eval_results.txt", results_text(history, best))
-        extra = [name for name in best if name not in COLUMNS]
-        self._write("metrics.csv", as_csv(history, COLUMNS + extra))
+        write_atomically(self.path / "train_eval_results.txt", results_text(history, best))
+        columns = COLUMNS + [name for name in best if name not in COLUMNS]
+        write_atomically(self.path / "metrics.csv", as_csv(history, columns))
         if last or time.monotonic() - self._drawn > self.CURVES_EVERY:
             draw_curves(history, self.path / "curves.png")
             self._drawn = time.monotonic()
         if last:
             self.previous.unlink(missing_ok=True)
         # summary.json comes last: once it says that the run has ended, nothing else remains to be written.
-        self._write("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
     def write_test_results(self, results: dict) -> Path:
         """Write test_results.json; beside results of other options or another checkpoint test_results-2.json, and so on."""
@@ -240,9 +235,6 @@ class RunFolder:
 
         return SummaryWriter(self.path / "tensorboard", purge_step=epochs + 1)
 
-    def _write(self, name: str, text: str) -> None:
-        write_atomically(self.path / name, text)
-
 
 def costs_of(model: nn.Module, image_shape: tuple[int, ...], device: torch.device) -> dict:
     """Measure the latency of one image, for a second, and the peak memory of this process so far."""
@@ -252,22 +244,19 @@ def costs_of(model: nn.Module, image_shape: tuple[int, ...], device: torch.devic
 
 def summarize(training: Training, selection_split: str, facts: dict, ended: bool) -> dict:
     """Return the contents of summary.json; facts: of model and data."""
-    chosen = {"val": "validation set", "test": "test set"}[selection_split]
     note = "The best epoch was chosen on the test set; --val_fraction chooses it on held-out images."
-    seconds = [row["seconds"] for row in training.history]
-    device = training.device
-    costs = costs_of(training.model, facts["image_shape"], device) if ended else process_peak_memory(device)
+    history, device = training.history, training.device
     return {
         "finished": ended,
-        "epochs": len(training.history),
-        "best_epoch_chosen_on": chosen,
+        "epochs": len(history),
+        "best_epoch_chosen_on": {"val": "validation set", "test": "test set"}[selection_split],
         "note": "" if selection_split == "val" else note,
-        "final": training.history[-1],
+        "final": history[-1],
         "best": training.best,
-        "average_epoch_seconds": sum(seconds) / len(seconds),
+        "average_epoch_seconds": sum(row["seconds"] for row in history) / len(history),
         **facts,
         "latency_ms_per_image": None,
-        **costs,
+        **(costs_of(training.model, facts["image_shape"], device) if ended else process_peak_memory(device)),
         "device": device_name(device),
         "versions": versions(),
     }
@@ -275,12 +264,13 @@ def summarize(training: Training, selection_split: str, facts: dict, ended: bool
 
 def results_text(history: list[dict], best: dict) -> str:
     """Return the text of train_eval_results.txt: a line for each epoch, average epoch time, the best epoch."""
-    average = statistics.fmean(row["seconds"] for row in history)
     split = "val" if "val_top1" in best else "test"
-    text = "".join(epoch_line(row) + "\n" for row in history)
-    text += f"\naverage epoch time {average:.2f} s\n"
-    text += f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}"
-    return text + (f", where test top-1 is {best['test_top1']:.2f} %\n" if split == "val" else ", chosen on the test set\n")
+    note = f"where test top-1 is {best['test_top1']:.2f} %" if split == "val" else "chosen on the test set"
+    return (
+        "".join(epoch_line(row) + "\n" for row in history)
+        + f"\naverage epoch time {statistics.fmean(row['seconds'] for row in history):.2f} s\n"
+        + f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}, {note}\n"
+    )
 
 
 def draw_curves(history: list[dict], path: Path) -> None:
@@ -292,8 +282,8 @@ def draw_curves(history: list[dict], path: Path) -> None:
     for axis, key, label in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1 accuracy (%)"), strict=True):
         for name in ("train", "val", "test"):
             if f"{name}_{key}" in history[0]:
-                values = [row[f"{name}_{key}"] for row in history]
-                axis.plot(epochs, values, label=name, marker="." if len(epochs) < 30 else None)
+                marker = "." if len(epochs) < 30 else None
+                axis.plot(epochs, [row[f"{name}_{key}"] for row in history], label=name, marker=marker)
         axis.set_xlabel("epoch")
         axis.set_ylabel(label)
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -22,7 +22,7 @@ NAME = ".lock"
 VARIABLE = "CONVNN_LOCK"  # device:inode of a lock that the parent of this process, a sweep, holds for it
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
-_held: dict[int, str] = {}  # descriptors of this process, with the `identity` of their files
+_held: set[int] = set()  # descriptors of this process
 
 
 class LockedError(RunError):
@@ -31,10 +31,8 @@ class LockedError(RunError):
 
 def _forget() -> None:
     """Close what a fork has copied: a process that reads images must not hold the lock of a run that was killed."""
-    for descriptor, file in _held.items():
-        with contextlib.suppress(OSError):
-            if identity(descriptor) == file:
-                os.close(descriptor)
+    for descriptor in _held:
+        os.close(descriptor)
     _held.clear()
 
 
@@ -86,8 +84,7 @@ def _has_ended(holder: tuple[int, str]) -> bool:
 
 
 def _warn_of_takeover(path: Path, holder: tuple[int, str]) -> None:
-    line = f"warning: {path} was left by process {holder[0]} on {holder[1]}, which has ended; it is taken over"
-    print(line, file=sys.stderr)
+    print(f"warning: {path} was left by process {holder[0]} on {holder[1]}, which has ended; it is taken over", file=sys.stderr)
 
 
 def _locked(path: Path, holder: tuple[int, str] | None, more: str = "") -> LockedError:
@@ -118,7 +115,7 @@ def take(folder: Path) -> int | None:
             if not is_ours:
                 os.close(descriptor)
         if is_ours:
-            _held[descriptor] = identity(descriptor)
+            _held.add(descriptor)
             return descriptor
         if is_ours is None:
             return None
@@ -180,7 +177,7 @@ def release(folder: Path, descriptor: int) -> None:
     if _is_file(descriptor, folder / NAME):
         with contextlib.suppress(OSError):
             (folder / NAME).unlink()
-    _held.pop(descriptor, None)
+    _held.discard(descriptor)
     os.close(descriptor)
 
 

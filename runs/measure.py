@@ -158,8 +158,7 @@ def process_peak_memory(device: torch.device) -> dict:
         return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device), "peak_memory_of": "CUDA allocator"}
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"peak_memory_bytes": peak, "peak_memory_of": "process (resident)"}
 
 
@@ -180,7 +179,6 @@ class Case:
         self.mixer = mixer
         self.device = x.device
         self.x = x.requires_grad_()
-        self.image = x[:1].detach()
         self.call = torch.compile(mixer, dynamic=False) if compiled else mixer
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.autocast = lambda: torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
@@ -188,16 +186,10 @@ class Case:
         self.is_too_large = False  # for the memory of the device
         self.times: dict[str, list[float]] = {"latency": [], "forward": [], "training": []}
 
-    def latency(self) -> None:
-        """Forward of one image."""
+    def infer(self, x: Tensor) -> None:
         self.mixer.eval()
         with self.no_grad(), self.autocast():
-            self.call(self.image)
-
-    def forward(self) -> None:
-        self.mixer.eval()
-        with self.no_grad(), self.autocast():
-            self.call(self.x)
+            self.call(x)
 
     def training(self) -> None:
         """Forward and backward, gradients of the input and of all parameters."""
@@ -210,8 +202,10 @@ class Case:
 
     def measure(self) -> None:
         """Measure each once more."""
-        for name, times in self.times.items():
-            times.append(seconds_of(getattr(self, name), self.device))
+        image = self.x[:1].detach()
+        functions = {"latency": lambda: self.infer(image), "forward": lambda: self.infer(self.x), "training": self.training}
+        for name, function in functions.items():
+            self.times[name].append(seconds_of(function, self.device))
 
     def row(self) -> dict:
         """Return the results, by the names in MEASURED."""

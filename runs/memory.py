@@ -23,14 +23,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _amount(error: BaseException) -> str:
     """Return the amount that was asked for, in the error's units or GiB; "" if the error does not say."""
-    text = " ".join(str(error).split())
-    found = re.search(r"(?:allocate|allocated) ([\d.,]+) ?([KMGT]?i?B|bytes)", text)
+    found = re.search(r"(?:allocate|allocated)\s([\d.,]+)\s?([KMGT]?i?B|bytes)", str(error))
     if not found:
         return ""
     if found[2] != "bytes":
         return f"{found[1]} {found[2]}"
-    size = int(found[1].replace(",", "").rstrip("."))
-    return f"{size / 2**30:,.2f} GiB"
+    return f"{int(found[1].replace(',', '').rstrip('.')) / 2**30:,.2f} GiB"
 
 
 @contextlib.contextmanager

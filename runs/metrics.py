@@ -48,8 +48,7 @@ class Confusion:
         self.counts = torch.zeros(classes, classes, device=device, dtype=torch.int64)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        predicted = logits.argmax(dim=1)
-        self.counts.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+        self.counts.index_put_((labels, logits.argmax(dim=1)), torch.ones_like(labels), accumulate=True)
 
     def by_class(self, names: list[str]) -> dict[str, dict]:
         """Return images and top-1 (percent, None without images) of every class, by name."""
@@ -62,10 +61,13 @@ class Confusion:
 
 def history_row(epoch: int, lr: float, metrics: dict[str, Metrics], images: int, seconds: float) -> dict:
     """Return the row of an epoch from the metrics of "train", "test" and perhaps "val"; `seconds` of training on `images`."""
-    row = {"epoch": epoch, "lr": lr}
-    for name in ("train", "test"):
-        row |= {f"{name}_{key}": value for key, value in metrics[name]._asdict().items()}
-    row |= {"seconds": seconds, "images_per_s": images / max(seconds, 1e-9)}
-    if "val" in metrics:  # last, as its columns are in metrics.csv
-        row |= {f"val_{key}": value for key, value in metrics["val"]._asdict().items()}
-    return row
+    part = {name: {f"{name}_{key}": value for key, value in means._asdict().items()} for name, means in metrics.items()}
+    return {
+        "epoch": epoch,
+        "lr": lr,
+        **part["train"],
+        **part["test"],
+        "seconds": seconds,
+        "images_per_s": images / max(seconds, 1e-9),
+        **part.get("val", {}),  # last, as its columns are in metrics.csv
+    }

@@ -30,7 +30,7 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
-        self.is_saved = False  # whether last.pt holds the state
+        self.resumable = False  # whether last.pt holds the state
 
 
 class Signals:
@@ -57,9 +57,9 @@ class Signals:
             os.set_blocking(write, False)
             self._before_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False), write
             threading.Thread(target=self._watch, args=(pipe,), daemon=True).start()
-            nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            handled = [number for number in self.NUMBERS if number != signal.SIGHUP or not nohup]
-            self._before = {number: signal.signal(number, self._handle) for number in handled}
+            for number in self.NUMBERS:
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_exception) -> None:
@@ -135,22 +135,6 @@ def _ranks() -> list[int]:
     return list(map(int, values))
 
 
-def _check_tasks() -> None:
-    """Raise RunError where a scheduler has started several tasks that know nothing of each other.
-
-    The run of a sweep is one task, whatever the job of the sweep was given.
-    """
-    if "WORLD_SIZE" in os.environ or VARIABLE in os.environ:
-        return
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        value = os.environ.get(name, "")
-        if value.isdecimal() and int(value) > 1:
-            raise RunError(
-                f"{name}={value} tasks without torchrun would each train the whole run; start them with torchrun "
-                "(scripts/slurm_train.sh does), or start one task"
-            )
-
-
 class Processes:
     """Context of the `world` processes that train one model; this one has number `rank`. With one, nothing is sent.
 
@@ -160,19 +144,27 @@ class Processes:
 
     def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0, local_world: int = 1):
         self.rank, self.world, self.local_rank, self.local_world = rank, world, local_rank, local_world
+        self.first = rank == 0  # this one prints and writes
         self._control = None  # a gloo group on the CPU beside the default one, which sums gradients
         self._asked: tuple[dist.Work, Tensor] | None = None
 
     @classmethod
     def from_environment(cls) -> Processes:
-        """Read torchrun's variables; without them there is one process. Raises RunError if they are missing or wrong."""
-        _check_tasks()
-        return cls(*_ranks()) if os.environ.get("WORLD_SIZE", "1") != "1" else cls()
+        """Read torchrun's variables; without them there is one process.
 
-    @property
-    def first(self) -> bool:
-        """True for the process that prints and writes."""
-        return self.rank == 0
+        Raises RunError if they are missing or wrong, or if a scheduler has started several tasks without them.
+        """
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            return cls(*_ranks())
+        for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            value = os.environ.get(name, "")
+            # torchrun's single process and the run of a sweep are one task, whatever their job was given.
+            if value.isdecimal() and int(value) > 1 and not os.environ.keys() & {"WORLD_SIZE", VARIABLE}:
+                raise RunError(
+                    f"{name}={value} tasks without torchrun would each train the whole run; start them with torchrun "
+                    "(scripts/slurm_train.sh does), or start one task"
+                )
+        return cls()
 
     def connect(self, device: torch.device) -> None:
         """Join the other processes: nccl sums gradients on CUDA, gloo everything else. Raises RunError."""
@@ -206,9 +198,9 @@ class Processes:
         # The gradient of the class token of a single image is a view; DDP copies it, which is cheap, and warns.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         parallel = nn.parallel.DistributedDataParallel
-        names = inspect.signature(parallel).parameters
-        every_step = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        return parallel(model, gradient_as_bucket_view=True, **{every_step: False})
+        known = inspect.signature(parallel).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return parallel(model, gradient_as_bucket_view=True, **{option: False})
 
     def wait(self) -> None:
         """Wait until all processes have called this."""

@@ -52,6 +52,20 @@ class Progress:
             self.bar.close()
 
 
+class Timer:
+    """Clock that is due every `seconds`; 0: never."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def is_due(self) -> bool:
+        """Return whether the time is over, and if so start again."""
+        is_over = time.monotonic() - self.last > self.seconds > 0
+        if is_over:
+            self.last = time.monotonic()
+        return is_over
+
+
 def epoch_line(row: dict) -> str:
     """Return a row of the history as text: losses per image, accuracies in percent."""
     line = f"epoch {row['epoch']:3d}  time {row['seconds']:7.2f} s"

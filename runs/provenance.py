@@ -50,8 +50,7 @@ def say_what_is_assumed(options: Options, state: dict, path: Path, changes: dict
         print(f"assumed of {path}, which does not say: {words}")
     elif changes:
         words = ", ".join(f"--{name} {as_words(before)}, here {as_words(after)}" for name, (before, after) in changes.items())
-        how = "--override: " * options.train.override
-        print(f"warning: {how}{path} was trained with {words}", file=sys.stderr)
+        print(f"warning: {'--override: ' * options.train.override}{path} was trained with {words}", file=sys.stderr)
 
 
 def say_what_differs(model: ModelConfig, state: dict, path: Path) -> None:

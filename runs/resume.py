@@ -88,6 +88,7 @@ def resume(training: Training, folder: RunFolder, state: dict, path: Path) -> No
         lines.append(f"warning: {folder.best} of epoch {training.best['epoch']} is gone")
     processes.wait()  # before the first one replaces files that others still read
     if processes.first:
-        folder.restore(path)
+        if path != folder.last:
+            folder.link(path, folder.last)  # in place of a damaged one
         for line in lines:
             print(line, file=sys.stderr if line.startswith("warning") else sys.stdout)

@@ -37,8 +37,8 @@ class Stream:
         os.close(nowhere)
 
 
-def keep_streams() -> None:
-    """Make writing to the standard streams unable to fail.
+def run_program(main: Callable[[], int]) -> int:
+    """Return the exit status of `main`, which runs with standard streams that writing cannot fail on.
 
     A closed stream (`2>&-`) is opened to the null device first. Otherwise the next file that is opened takes its number, and
     what libraries print goes into that file.
@@ -53,11 +53,6 @@ def keep_streams() -> None:
         if stream is None:
             stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  as long as the program lasts
         setattr(sys, name, Stream(stream))
-
-
-def run_program(main: Callable[[], int]) -> int:
-    """Return the exit status of `main`, which runs with streams that cannot fail."""
-    keep_streams()
     try:
         return main()
     finally:

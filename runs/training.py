@@ -10,7 +10,7 @@ from torch import nn
 from options.training import TrainConfig
 from runs import Stopped
 from runs.checkpoints import random_state, set_random_state
-from runs.metrics import Meter, Metrics
+from runs.metrics import Meter
 from runs.optimization import Average, FiniteCheck, LearningRate, autocast_for, compile_for, make_optimizer
 from runs.processes import Interrupted, Processes, Signals, seed_process
 
@@ -54,10 +54,9 @@ class Training:
 
     def check_finite(self) -> None:
         """Raise Stopped if a step was not finite. Synchronizes with the device."""
-        advice = "a lower --lr, --warmup_epochs"
-        advice += "" if self.config.clip_grad_norm else ", --clip_grad_norm 1"
-        advice += ", --amp_dtype bfloat16" if self.scaler.is_enabled() else ""
-        self.finite.check(self.epoch, advice)
+        clip = "" if self.config.clip_grad_norm else ", --clip_grad_norm 1"
+        dtype = ", --amp_dtype bfloat16" if self.scaler.is_enabled() else ""
+        self.finite.check(self.epoch, f"a lower --lr, --warmup_epochs{clip}{dtype}")
 
     def poll(self, *, sync: bool = False, save: bool = False) -> tuple[bool, bool]:
         """Return whether any process asks to synchronize with the device, and to save; see `Processes.agree`.
@@ -68,10 +67,6 @@ class Training:
         if number:
             raise Interrupted(number)
         return bool(sync), bool(save)
-
-    def total(self) -> Metrics:
-        """Return the means over the images of all processes in this epoch so far. Synchronizes with the device."""
-        return self.meter.read(self.processes.sum_(self.meter.sums.clone()))
 
     def epoch_done(self, row: dict, selection_split: str) -> None:
         """Add the row of a trained and evaluated epoch to the history; `selection_split` chooses the best one.

@@ -22,7 +22,7 @@ from launch.prepare import check_short_batches
 from options.allconvnet import AllConvNetConfig
 from options.training import TrainConfig
 from runs import RunError
-from runs.checkpoints import evaluated_weights
+from runs.checkpoints import load_checkpoint, weights_in
 from runs.export import export_weights
 from runs.files import check_writable
 from tests.helpers.forked import Forked
@@ -195,7 +195,7 @@ def test_save_every_and_export_and_checkpoint(tmp_path):
     assert {path.name for path in (tmp_path / "run").glob("epoch_*.pt")} == {"epoch_2.pt", "epoch_4.pt"}
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
     for path in (exported, tmp_path / "run" / "best.pt"):
-        weights = evaluated_weights(path)
+        weights = weights_in(load_checkpoint(path), path)
         assert all(torch.equal(weights[name], value) for name, value in best.items())
         run(f"--checkpoint '{path}' --lr 0 --weight_decay 0 --overwrite", tmp_path / "from", epochs=1)
         started = torch.load(tmp_path / "from" / "last.pt", weights_only=True)["model"]

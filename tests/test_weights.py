@@ -19,9 +19,9 @@ from runs import RunError, Stopped
 from runs.checkpoints import (
     DamagedError,
     check_finite_weights,
-    evaluated_weights,
     load_checkpoint,
     load_state,
+    weights_in,
 )
 from runs.folder import RunFolder
 
@@ -95,7 +95,7 @@ def test_what_is_stated_is_judged_with_the_options_of_the_checkpoint(tmp_path, c
     assert f"with the options of {tmp_path / 'vit' / 'best.pt'}, num_heads=5 does not divide d_model=12" in refused(
         f"{test} --num_heads 5", capsys
     )
-    torch.save(evaluated_weights(tmp_path / "vit" / "best.pt"), tmp_path / "w.pt")
+    torch.save(weights_in(load_checkpoint(tmp_path / "vit" / "best.pt"), tmp_path / "vit" / "best.pt"), tmp_path / "w.pt")
     error = refused(f"{test} --checkpoint {tmp_path / 'w.pt'} --num_heads 3", capsys)
     assert "--test_only: num_heads=3 does not divide d_model=512" in error
     assert "num_heads=0 must be at least 1" in refused(f"{test} --num_heads 0", capsys)
@@ -157,7 +157,7 @@ def test_a_checkpoint_of_the_other_program_is_called_that(trained, tmp_path, cap
 
 
 def test_what_foreign_weights_do_not_say_is_printed(trained, tmp_path, capsys):
-    torch.save(evaluated_weights(trained), tmp_path / "w.pt")
+    torch.save(weights_in(load_checkpoint(trained), trained), tmp_path / "w.pt")
     line = f"{VIT} --layer KvtAttention --K 3 --test_only --checkpoint {tmp_path / 'w.pt'}"
     assert run(line, tmp_path) == 0
     out = capsys.readouterr().out
@@ -182,7 +182,7 @@ def test_weights_are_unwrapped(wrapper, prefix, tmp_path):
     weights = {f"{prefix}weight": torch.ones(2, 3), f"{prefix}bias": torch.zeros(2)}
     torch.save(weights if wrapper is None else {wrapper: weights, "epoch": 3}, tmp_path / "x.pt")
     model = torch.nn.Linear(3, 2)
-    load_state(model, evaluated_weights(tmp_path / "x.pt"))
+    load_state(model, weights_in(load_checkpoint(tmp_path / "x.pt"), tmp_path / "x.pt"))
     assert torch.equal(model.weight, torch.ones(2, 3))
 
 
@@ -205,7 +205,7 @@ ODD = [
 def test_odd_tensors_are_one_line(content, words, tmp_path):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(RunError, match=words) as caught:
-        evaluated_weights(tmp_path / "x.pt")
+        weights_in(load_checkpoint(tmp_path / "x.pt"), tmp_path / "x.pt")
     assert "\n" not in str(caught.value) and str(tmp_path / "x.pt") in str(caught.value)
 
 
@@ -213,7 +213,7 @@ def test_odd_tensors_are_one_line(content, words, tmp_path):
 def test_quantized_tensors_are_refused(tmp_path):
     torch.save({"w": torch.quantize_per_tensor(ONES, 0.1, 0, torch.qint8)}, tmp_path / "x.pt")
     with pytest.raises(RunError, match=r"w is quantized|cannot be read"):
-        evaluated_weights(tmp_path / "x.pt")
+        weights_in(load_checkpoint(tmp_path / "x.pt"), tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64])

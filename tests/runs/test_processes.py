@@ -200,7 +200,7 @@ losses = []
 
 def recorded(training, *args):
     train_step(training, *args)
-    losses.append(training.total().loss)
+    losses.append(training.meter.read(training.processes.sum_(training.meter.sums.clone())).loss)
 
 with Signals(), Processes.from_environment() as processes:
     processes.connect(CPU)
