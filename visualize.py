@@ -12,9 +12,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from experiments import figures
+from experiments import analysis, figures
+from experiments.explorer import LARGEST, explorer_page
 from experiments.pictures import draw_attention, draw_masks, draw_neighbors, draw_samples
 from experiments.points import readable
 from experiments.trained import read_config
@@ -22,10 +22,8 @@ from options.data import DATASETS
 from options.parser import OneLineParser, new_path, number_type
 from runs import DataError, RunError, Stopped
 from runs.files import as_csv, as_png, write_atomically
+from runs.memory import is_out_of_memory
 from runs.streams import run_program
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # takes most of a second to import
 
 NOT_COMPARED = ("seed", "output_dir", "device", "resume", "num_workers")  # options in which runs of one kind may differ
 MOST_WITH_TRAINING = 12  # lines of a panel beside which training curves can still be told apart
@@ -36,7 +34,7 @@ MOST_WITH_TRAINING = 12  # lines of a panel beside which training curves can sti
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def draw_curves(args: argparse.Namespace) -> Figure:
+def draw_curves(args: argparse.Namespace):
     """Plot loss and top-1 by epoch; runs that differ in their seed only are one line, their mean, in a band of their range."""
     groups: dict[str, list[tuple[Path, list[dict]]]] = {}
     for folder in folders_of_runs(args.runs):
@@ -44,8 +42,9 @@ def draw_curves(args: argparse.Namespace) -> Figure:
         compared = {name: value for name, value in read_config(folder).items() if name not in NOT_COMPARED}
         values = {part: text for name, value in compared.items() for part, text in readable(name, value).items()}
         groups.setdefault(json.dumps(values), []).append((folder, rows))
-    folders = [[folder for folder, _ in group] for group in groups.values()]
-    labels = figures.label_groups([json.loads(key) for key in groups], folders)
+    labels = figures.label_groups(
+        [json.loads(kind) for kind in groups], [[folder for folder, _ in group] for group in groups.values()]
+    )
 
     # Many lines leave no room for training curves; the styles then tell lines of one color apart.
     parts = {"train": (":", 0.08), "test": ("-", 0.2)} if len(groups) <= MOST_WITH_TRAINING else {"test": (None, 0.2)}
@@ -80,7 +79,7 @@ def folders_of_runs(paths: list[Path]) -> list[Path]:
     return [path for path in folders if path not in begun]
 
 
-def draw_confusion(args: argparse.Namespace) -> Figure:
+def draw_confusion(args: argparse.Namespace):
     path = args.run / "test_results.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -93,18 +92,14 @@ def draw_confusion(args: argparse.Namespace) -> Figure:
 
 def write_explorer(args: argparse.Namespace) -> str:
     """Return the page on which a token shows its neighbors, for one or several runs side by side."""
-    from experiments.explorer import LARGEST, explorer_page
-
     page = explorer_page(args.runs, args.images, args.pairs, args.data_path)
     if len(page) > LARGEST:
         print(f"the page has {len(page) / 1e6:.1f} MB; fewer --images or --pairs make it smaller", file=sys.stderr)
     return page
 
 
-def draw_analysis(args: argparse.Namespace) -> Figure:
+def draw_analysis(args: argparse.Namespace):
     """Draw distances, hubs, mass and overlaps of the neighbors by layer; write the numbers as a table beside the figure."""
-    from experiments import analysis
-
     rows = analysis.analyze_runs(args.runs, args.images, args.pairs, args.noise, args.data_path)
     table = (args.output or default_output(args)).with_suffix(".csv")
     table.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +145,7 @@ def make_parser() -> OneLineParser:
 
     def add(name: str, help: str, run: str | None = None, images: int | None = None, count=at_least_one):
         one = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        one.add_argument("--output", type=new_path, metavar=f"FILE{suffix_of(name)}", help="file to write")
+        one.add_argument("--output", type=new_path, metavar=f"FILE{Path(file_name(name)).suffix}", help="file to write")
         if run:
             one.add_argument(run, nargs="+" if run == "runs" else None, type=Path, metavar="DIR", help="output folder of a run")
         if images:
@@ -216,12 +211,12 @@ def make_parser() -> OneLineParser:
     return parser
 
 
-def suffix_of(figure: str) -> str:
-    return ".html" if figure == "explore" else ".png"
+def file_name(figure: str) -> str:
+    return {"explore": "explorer.html", "analyze": "analysis.png"}.get(figure, f"{figure}.png")
 
 
 def default_output(args: argparse.Namespace) -> Path:
-    name = {"explore": "explorer.html", "analyze": "analysis.png"}.get(args.figure, f"{args.figure}.png")
+    name = file_name(args.figure)
     if "runs" in args:
         return (args.runs[0] if len(args.runs) == 1 else args.runs[0].parent) / name
     if "run" in args:
@@ -233,15 +228,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     output = args.output or default_output(args)
-    if output.suffix.lower() != (suffix := suffix_of(args.figure)):
+    suffix = Path(file_name(args.figure)).suffix
+    if output.suffix.lower() != suffix:
         parser.error(f"--output {output} is not a {suffix} file")
     try:
         figure = DRAW[args.figure](args)
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, figure.encode() if isinstance(figure, str) else as_png(figure))
     except Exception as error:
-        from runs.memory import is_out_of_memory
-
         if is_out_of_memory(error):
             parser.error(f"out of memory while drawing {args.figure}; smaller or fewer images need less")
         if not isinstance(error, (ValueError, OSError, DataError, RunError, Stopped)):

@@ -11,14 +11,12 @@ import io
 import json
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
+from experiments.mixing import Mixing, record_run
 from experiments.trained import Run, as_picture, load_runs
-
-if TYPE_CHECKING:
-    from experiments.mixing import Mixing
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 LARGEST = 5e6  # bytes; larger pages are hard to pass on
@@ -47,8 +45,6 @@ def explorer_page(folders: list[Path], images: int, pairs: int | None, data_path
 
 
 def _as_json(run: Run, pairs: int) -> dict:
-    from experiments.mixing import record_run
-
     logits, found = record_run(run, pairs)
     path = run.folder / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -63,8 +59,6 @@ def _as_json(run: Run, pairs: int) -> dict:
 
 
 def _as_url(picture: np.ndarray) -> str:
-    from PIL import Image
-
     file, kind = io.BytesIO(), "png" if max(picture.shape) <= LARGEST_PNG else "jpeg"
     Image.fromarray((picture * 255).round().astype(np.uint8)).save(file, kind, quality=90, optimize=True)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -13,6 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from options.vit import ViTConfig
+from vit import ViT
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("Output/gpu")
 LAYERS = ("Attention", "ConvNNAttention", "KvtAttention")
@@ -61,11 +66,6 @@ def run_epochs() -> str:
 
 
 def run_profiles() -> str:
-    import torch
-
-    from options.vit import ViTConfig
-    from vit import ViT
-
     texts = []
     for layer in LAYERS[:2]:
         model = ViT(ViTConfig(layer=layer, num_layers=12, num_heads=3, d_model=192, d_mlp=768)).cuda()
@@ -91,8 +91,6 @@ PARTS = {"tests on the device": run_tests, "targets": run_targets, "epochs of Vi
 
 
 def main() -> int:
-    import torch
-
     if not torch.cuda.is_available():
         print(f"no CUDA device here; skipped: {', '.join(PARTS)}")
         return 0

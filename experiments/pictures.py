@@ -6,17 +6,17 @@ Each function draws the figure that the arguments of `visualize.py` ask for.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
+import torch
+
+from dataset import load_data
 from experiments.figures import make_panels
+from experiments.mixing import Mixing, record_mixing
 from experiments.trained import as_picture, load_run
+from mixers.local import local_mask
 from options.data import DATASETS, DataConfig
+from options.layers import MASK_TYPES
 from options.vit import ViTConfig
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # takes most of a second to import
-
-    from experiments.mixing import Mixing
 
 QUERIES = ((0.3, 0.3), (0.3, 0.7), (0.6, 0.5))  # places of tokens: down and right, from 0 to 1
 
@@ -32,10 +32,8 @@ def title_of(axis, truth: str, prediction: str) -> None:
     axis.set_title(truth if right else f"{prediction}\n(is {truth})", color="tab:green" if right else "tab:red", fontsize=8)
 
 
-def draw_attention(args: argparse.Namespace) -> Figure:
+def draw_attention(args: argparse.Namespace):
     """Draw the attention of the class token (or, without one, of the mean patch), block by block and averaged over heads."""
-    import torch
-
     run = load_run(args.run, args.images, args.data_path)
     if not isinstance(run.options.model, ViTConfig):
         raise ValueError(f"{args.run} is a run of allconvnet_main.py; attention maps are of the patches of vit_main.py")
@@ -65,10 +63,8 @@ def draw_attention(args: argparse.Namespace) -> Figure:
     return figure
 
 
-def draw_neighbors(args: argparse.Namespace) -> Figure:
+def draw_neighbors(args: argparse.Namespace):
     """Draw the neighbors of some tokens in every layer on the image: joined to the token, the nearest boldest."""
-    from experiments.mixing import record_mixing
-
     run = load_run(args.run, args.images, args.data_path)
     logits, layers = record_mixing(run.model, run.images, run.options.model.K)
     layers = [layer for layer in layers if layer.is_search]
@@ -113,11 +109,8 @@ def draw_lines(axis, layer: Mixing, index, place: tuple[float, float], color: st
     axis.plot(x, y, "*", color=color, ms=10, mec="white", mew=0.8)
 
 
-def draw_masks(args: argparse.Namespace) -> Figure:
+def draw_masks(args: argparse.Namespace):
     """Draw the local masks by type and expansion step, and beside each the patches that the middle one sees."""
-    from mixers.local import local_mask
-    from options.layers import MASK_TYPES
-
     height, width = args.grid
     row, column = height // 2, width // 2
     steps = args.expansion_step
@@ -143,11 +136,7 @@ def draw_masks(args: argparse.Namespace) -> Figure:
     return figure
 
 
-def draw_samples(args: argparse.Namespace) -> Figure:
-    import torch
-
-    from dataset import load_data
-
+def draw_samples(args: argparse.Namespace):
     values = {name: getattr(args, name) for name in ("dataset", "augment", "auto_augment", "random_erasing", "noise")}
     size = args.resize or DATASETS[args.dataset].size
     config = DataConfig(**values, data_path=args.data_path or "./Data", resize=size, num_workers=0, download=False)

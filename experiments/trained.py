@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dataset import channel_stats, load_data
+from models.build import build_network
 from options.parser import read_yaml
 from options.runs import PROGRAMS, Options, resolve
 from options.vit import ViTConfig
 from runs.checkpoints import load_checkpoint, load_weights
-
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor, nn
+from runs.provenance import check_same_class
+from vit import ViT
 
 
 class Run(NamedTuple):
@@ -43,10 +47,6 @@ def read_options(folder: Path, data_path: str | None = None) -> Options:
 
 def load_model(folder: Path, options: Options, weights: str = "best.pt") -> nn.Module:
     """Return the model of a run in eval mode on the CPU, with the weights in one of its files. Raises ValueError without it."""
-    from models.build import build_network
-    from runs.provenance import check_same_class
-    from vit import ViT
-
     path = folder / weights
     if not path.exists():
         raise ValueError(f"{folder} holds no {weights}; its run has not ended its first epoch")
@@ -59,10 +59,6 @@ def load_model(folder: Path, options: Options, weights: str = "best.pt") -> nn.M
 
 def load_run(folder: Path, images: int, data_path: str | None) -> Run:
     """Load a run with its best weights and a number of test images (n, C, H, W), all on the CPU."""
-    import torch
-
-    from dataset import load_data
-
     options = read_options(folder, data_path)
     model = load_model(folder, options)
     config = dataclasses.replace(options.data, test_limit=images, num_workers=0, download=False)
@@ -91,8 +87,6 @@ def load_runs(folders: list[Path], images: int, data_path: str | None) -> list[R
 
 def as_picture(image: Tensor, dataset: str) -> np.ndarray:
     """Return a normalized image (C, H, W) as matplotlib shows it: (H, W) gray or (H, W, 3), from 0 to 1."""
-    from dataset import channel_stats
-
     mean, std = channel_stats(dataset)
     pixels = (image * std + mean).clamp(0, 1)
     return pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
