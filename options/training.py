@@ -22,7 +22,7 @@ SYSTEM = {"group": "system and output"}
 # its numbers by rounding only. All else would make it another run.
 RESUME_MAY_CHANGE = set(
     "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
-    "tensorboard wandb early_stopping use_compiled compile_mode kernels overwrite override strict".split()
+    "tensorboard wandb early_stopping use_compiled compile_mode kernels overwrite override strict trust_code".split()
 )
 
 
@@ -105,6 +105,9 @@ class TrainConfig:
     )
     override: bool = option(
         False, "test_only: model options that are given win over those that the checkpoint was trained with", **SYSTEM
+    )
+    trust_code: bool = option(
+        False, "test_only: run the file of the custom mixer that the checkpoint names, whoever wrote it", **SYSTEM
     )
     tensorboard: bool = option(False, "write event files for TensorBoard too", **SYSTEM)
     wandb: bool = option(False, "log to Weights & Biases too; WANDB_MODE=offline keeps that in the output directory", **SYSTEM)
