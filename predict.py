@@ -16,6 +16,7 @@ from pathlib import Path
 
 from options.parser import OneLineParser, number_type
 from options.reading import is_hidden
+from options.trust import trusting
 from runs.streams import run_program
 
 SHEET = 64  # most images on the contact sheet
@@ -30,6 +31,7 @@ def make_parser() -> OneLineParser:
     parser.add_argument("--top", type=count, default=5, help="classes per image, the likeliest first (default: 5)")
     parser.add_argument("--batch_size", type=count, default=64, help="images at a time (default: 64)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="device (default: auto)")
+    parser.add_argument("--trust_code", action="store_true", help="run the custom mixer's file, whoever wrote it")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing table")
     return parser
 
@@ -133,7 +135,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--output {path} exists; use another name, or --overwrite")
         files = list_images(args.images)
         check_writable(table.parent, "--output")
-        rows, pictures = predict(args.run, files, args.device, args.batch_size, args.top)
+        with trusting(args.trust_code):
+            rows, pictures = predict(args.run, files, args.device, args.batch_size, args.top)
         table.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(table, as_csv(rows))
         write_atomically(sheet, as_png(draw_sheet(rows, pictures)))

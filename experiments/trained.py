@@ -14,6 +14,7 @@ from dataset import channel_stats, load_data
 from models.build import build_network
 from options.parser import read_yaml
 from options.runs import PROGRAMS, Options, resolve
+from options.trust import check_trusted
 from options.vit import ViTConfig
 from runs.checkpoints import load_checkpoint, load_weights
 from runs.provenance import check_same_class
@@ -39,8 +40,15 @@ def read_config(folder: Path) -> dict:
 
 
 def read_options(folder: Path, data_path: str | None = None) -> Options:
-    """Resolve the options of the run in a folder, with another `data_path` if given. Raises ValueError without a run."""
+    """Resolve the options of the run in a folder, with another `data_path` if given.
+
+    Raises ValueError without a run, and for a custom mixer in a file that this user has not trained with.
+    """
     values = read_config(folder) | ({"data_path": data_path} if data_path else {})
+    try:
+        check_trusted(str(values.get("layer", "")), values.get("layer_sha256"))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     program = PROGRAMS["vit_main.py" if "patch_size" in values else "allconvnet_main.py"]
     return resolve(program.model, program.family, values)
 

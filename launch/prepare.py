@@ -22,6 +22,7 @@ from options.fields import as_words
 from options.models import ModelConfig
 from options.runs import Options, Program, grid_of
 from options.training import TrainConfig
+from options.trust import remember
 from readers.files import import_torchvision
 from runs import RunError
 from runs.checkpoints import Loaded, LoadPolicy, load_checkpoint, load_weights
@@ -96,6 +97,7 @@ def begin_training(request: Request, warnings: list[str]) -> tuple[Training, Dat
             announce("warning", warning)
         for warning in unreached:
             print(f"warning: {warning}", file=sys.stderr)
+        remember(options.model.layer)
         folder.start(plain, model, resumed=found is not None, notes=notes)
         trained = f" ({facts['trained_parameters']:,} of them trained)" if train.freeze else ""
         print(

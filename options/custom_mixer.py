@@ -43,6 +43,15 @@ def is_address(layer: str) -> bool:
     return ":" in layer
 
 
+def check_unchanged(layer: str, then: str | None, now: str) -> None:
+    """Raise ValueError if the files of a layer had another hash when they were noted."""
+    if then not in (None, now):
+        raise ValueError(
+            f"layer={layer} has changed: its SHA-256 was {then} and is now {now}; restore its former content, or accept the "
+            "change: with --layer in a new run, with --override under --test_only"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Importing
 # ---------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from options.custom_mixer import CustomMixer, help_of, is_address, load, settle
+from options.custom_mixer import CustomMixer, check_unchanged, help_of, is_address, load, settle
 from options.fields import SIDE, WIDTH, as_words, check_value, option, specs
 from options.layers import WITHOUT_EFFECT, Row, layer_label, layer_row, layers_of
 from options.neighbors import NeighborConfig
@@ -73,11 +73,7 @@ class ModelConfig(NeighborConfig):
         addresses = iter([mixer.address for mixer in mixers])
         layer = "/".join(next(addresses) if is_address(name) else name for name in layers_of(self.layer))
         sha256 = "/".join(mixer.sha256 for mixer in mixers)
-        if self.layer_sha256 not in (None, sha256):
-            raise ValueError(
-                f"layer={layer} has changed: its SHA-256 was {self.layer_sha256} and is now {sha256}; restore its former "
-                "content, or accept the change: with --layer in a new run, with --override under --test_only"
-            )
+        check_unchanged(layer, self.layer_sha256, sha256)
         values, settled = settle(mixers, self.mixer_option or ())
         rows = {
             mixer.address: Row(mixer.target, tuple(mixer.takes), fixed=tuple(fixed.items()))

@@ -18,6 +18,7 @@ from options.neighbors import as_sides, canonical_metric
 from options.parser import OneLineParser, over, read_values
 from options.reading import is_hidden, path_problem
 from options.training import KERNELS_IN_ENVIRONMENT, KERNELS_VARIABLE, TrainConfig
+from options.trust import check_trusted, trusting
 from options.vit import CONVITS, ViTConfig
 
 
@@ -175,6 +176,9 @@ def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
     recorded = {name: trained[name] for name in (*model, "dataset", "data_path", "resize", "criterion") if name in trained}
     if "dataset" in stated:
         recorded.pop("data_path", None)
+    with trusting(bool(stated.get("trust_code"))):
+        noted = {} if "layer" in stated else trained
+        check_trusted(str(noted.get("layer", "")), None if stated.get("override") else noted.get("layer_sha256"))
     # Another data set or size of images leaves the model as it was trained.
     of_model = {name: value for name, value in stated.items() if name not in ("dataset", "resize")}
     values = program.defaults | program.model.values_that_hold(recorded, of_model)

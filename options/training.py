@@ -22,7 +22,7 @@ SYSTEM = {"group": "system and output"}
 # only. Any other change would make it another run.
 RESUME_MAY_CHANGE = set(
     "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
-    "tensorboard wandb early_stopping use_compiled compile_mode kernels overwrite override strict".split()
+    "tensorboard wandb early_stopping use_compiled compile_mode kernels overwrite override strict trust_code".split()
 )
 
 
@@ -102,6 +102,9 @@ class TrainConfig:
         **SYSTEM,
     )
     override: bool = option(False, "test_only: given model options win over those of the checkpoint", **SYSTEM)
+    trust_code: bool = option(
+        False, "test_only: run the file of the custom mixer that the checkpoint names, whoever wrote it", **SYSTEM
+    )
     tensorboard: bool = option(False, "write event files for TensorBoard too", **SYSTEM)
     wandb: bool = option(False, "log to Weights & Biases too; WANDB_MODE=offline keeps that in the output directory", **SYSTEM)
 

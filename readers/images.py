@@ -7,15 +7,14 @@ import hashlib
 import io
 import itertools
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from options.machine import cache_folder
 from options.reading import open_regular
 from runs import DataError, Stopped
 from runs.files import write_atomically
@@ -131,7 +130,7 @@ def check_images(files: np.ndarray, *, threads: int, quiet: bool, rank: int = 0,
     Image.init()  # imports the decoders: once, not in every thread
     by_folder = [list(group) for _, group in itertools.groupby(files.tolist(), os.path.dirname)]
     chunks = [group[start : start + CHUNK] for group in by_folder for start in range(0, len(group), CHUNK)][rank::world]
-    cache, root = _cache_folder(), os.path.abspath(os.path.dirname(os.path.dirname(files[0])))
+    cache, root = cache_folder(), os.path.abspath(os.path.dirname(os.path.dirname(files[0])))
     name = f"images-{hashlib.blake2b(root, digest_size=8).hexdigest()}"
     known = set()
     for path in cache.glob(f"{name}-*.txt"):
@@ -169,11 +168,3 @@ def _key(files: list[bytes]) -> bytes:
             status = os.stat(file)
             digest.update(b"%d\0%d\0" % (status.st_mtime_ns, status.st_size))
     return digest.hexdigest().encode()
-
-
-def _cache_folder() -> Path:
-    """Return $CONVNN_CACHE, or `convnn` in the user's cache folder; without a home, in the folder for temporary files."""
-    if own := os.environ.get("CONVNN_CACHE"):
-        return Path(own)
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(caches if os.path.isabs(caches) else tempfile.gettempdir()) / "convnn"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "resume", "test_only", "tensorboard")
 
 
-BOOLEANS += ("overwrite", "override", "strict", "decay_norms", "batch_norm", "wandb")
+BOOLEANS += ("overwrite", "override", "trust_code", "strict", "decay_norms", "batch_norm", "wandb")
 
 
 LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention", "ViG")
@@ -110,6 +110,7 @@ DEFAULTS = {
     "kernels": "auto",
     "overwrite": False,
     "override": False,
+    "trust_code": False,
     # fine-tuning and regularization
     "strict": False,
     "freeze": None,

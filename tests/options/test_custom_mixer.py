@@ -392,7 +392,9 @@ def test_a_checkpoint_goes_with_the_content_of_the_file(folder, monkeypatch, cap
         assert noted["layer_sha256"] in said and "former content" in said, said
     said = line_of(visualize.main, ["attention", "Output/ViT/Kvt"], capsys)
     assert noted["layer_sha256"] in said
-    assert vit_main.main(["--test_only", "--override", "--checkpoint", best, "--output_dir", "new"]) == 0
+    override = ["--test_only", "--override", "--checkpoint", best, "--output_dir", "new"]
+    assert "--trust_code" in line_of(vit_main.main, override, capsys)
+    assert vit_main.main([*override, "--trust_code"]) == 0
     out, err = capsys.readouterr()
     assert "test top-1" in out and err.count("\n") == 1 and noted["layer_sha256"] in err and "warning: --override" in err
     assert vit_main.main(["--layer", "mine.py:Kvt", *config, "--output_dir", "new", "--overwrite"]) == 0  # a new run

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import allconvnet_main
+from options.machine import cache_folder
 from readers import images as image_files
 from readers.images import check_image, check_images, decode_image
 from runs import DataError
@@ -139,7 +140,7 @@ def write_folder(root, classes="ab", train=4, val=2):
         for name in classes:
             (root / part / name).mkdir(parents=True)
             for i in range(n):
-                (root / part / name / f"{i}.jpg").write_bytes(photo(size=(24, 20), seed=i))
+                (root / part / name / f"{i}.jpg").write_bytes(photo(size=(24, 20), seed=i + 100 * (part == "val")))
 
 
 RUN = "--layer Conv2d --channels 4 --dataset folder --resize 8 --batch_size 4 --num_workers 0 --device cpu".split()
@@ -266,4 +267,4 @@ def test_where_checks_are_remembered(variables, folder, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert image_files._cache_folder() == Path(folder)
+    assert cache_folder() == Path(folder)
