@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layers2d import Attention2d, ConvNN2d, ConvNNAttention2d, make_convolution, make_slot_convolution, slot_convolution
-from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, both_biases, check_at_least, mixing_matrix
+from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, both_biases, check_at_least, layout_argument, mixing_matrix
 from mixers.selection import NeighborSelection
 from mixers.topk import find_learned_neighbors, learn_from_unchosen
 from neighbors import find_scored_neighbors, neighbor_weights, weighted_sum
@@ -90,6 +90,8 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
     top-k by location or without the softmax.
     """
 
+    takes_layout = True
+
     def __init__(
         self,
         d_model: int,
@@ -120,8 +122,10 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
             bound = math.sqrt(6 / (self.conv.in_channels + self.head_dim))
             nn.init.uniform_(self.conv.weight, -bound, bound)
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
-        heads, grid = query.shape[:2], self.layout.grid
+    def mix(
+        self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        heads, grid = query.shape[:2], layout.grid
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B * H, N, d)
         query, key = (self.select.search_features(part, grid) for part in (query, key))
         values = self.select.append_coordinates(value, grid)
@@ -145,11 +149,13 @@ class MultiHeadConvNN(MultiHeadConvNNAttention):
     Heads split the features. Arguments and errors as in `MultiHeadConvNNAttention`.
     """
 
+    per_token = "qkv.weight"
+
     def make_projection(self, d_model: int, bias: bool) -> None:
         N = self.layout.num_tokens
         self.qkv = nn.Linear(N, 3 * N, bias=bias)
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, ...]:
         parts = self.qkv(x.transpose(1, 2)).chunk(3, dim=2)  # (B, d_model, N) each
         return tuple(self.split_heads(part.transpose(1, 2)) for part in parts)
 
@@ -206,6 +212,8 @@ class MultiHeadConv1dAttention(MultiHeadMixer):
     Raises ValueError if the heads, the kernel or the convolution type do not fit.
     """
 
+    takes_layout = True
+
     def __init__(
         self,
         d_model: int,
@@ -225,10 +233,10 @@ class MultiHeadConv1dAttention(MultiHeadMixer):
     def make_projection(self, d_model: int, bias: bool) -> None:
         self.value = nn.Linear(d_model, d_model, bias=bias)
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, ...]:
         return (self.split_heads(self.value(x)),)
 
-    def mix(self, value: Tensor, output_matrix: bool) -> tuple[Tensor, None]:
+    def mix(self, value: Tensor, output_matrix: bool, layout: TokenLayout | None = None) -> tuple[Tensor, None]:
         heads = value.shape[:2]
         out = self.conv(F.pad(value.flatten(0, 1).transpose(1, 2), self.reach))  # (B * H, d, N)
         return out.transpose(1, 2).unflatten(0, heads), None
@@ -237,11 +245,13 @@ class MultiHeadConv1dAttention(MultiHeadMixer):
 class MultiHeadConv1d(MultiHeadConv1dAttention):
     """`MultiHeadConv1dAttention` with the values projected along the sequence, N -> N, instead of along the features."""
 
+    per_token = "value.weight"
+
     def make_projection(self, d_model: int, bias: bool) -> None:
         N = self.layout.num_tokens
         self.value = nn.Linear(N, N, bias=bias)
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, ...]:
         return (self.split_heads(self.value(x.transpose(1, 2)).transpose(1, 2)),)
 
 
@@ -259,11 +269,15 @@ class Branching1d(nn.Module):
         self.widths = widths
         self.proj = nn.Linear(sum(widths), sum(widths), bias=both_biases(bias)[1])
 
-    def forward(self, x: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, output_attentions: bool = False, layout: TokenLayout | None = None
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Arguments as in `MultiHeadMixer`."""
+        given = [layout_argument(mixer, layout) for mixer in (self.first, self.second)]
         parts = x.split(self.widths, dim=2)
         if not output_attentions:
-            return self.proj(torch.cat([self.first(parts[0]), self.second(parts[1])], dim=2))
-        (one, matrix), (two, other) = self.first(parts[0], True), self.second(parts[1], True)
+            return self.proj(torch.cat([self.first(parts[0], **given[0]), self.second(parts[1], **given[1])], dim=2))
+        (one, matrix), (two, other) = self.first(parts[0], True, **given[0]), self.second(parts[1], True, **given[1])
         if other is not None:
             share = self.widths[0] / sum(self.widths)
             matrix = share * matrix + (1 - share) * other

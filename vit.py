@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import operator
 from functools import partial
 
 import torch
@@ -10,20 +10,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mixers.base import MultiHeadMixer, TokenLayout
-from mixers.build import build_layer
-from mixers.selection import ConstantTables
+from mixers.base import MultiHeadMixer, TokenLayout, accepts_layout, layout_argument
+from mixers.build import build_layer, layer_class
+from mixers.tables import GridTables, PerGrid
+from options.checks import check_patches
 from options.layers import layer_row
 from options.vit import ViTConfig
 
 
-class ViT(ConstantTables):
+class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al., arXiv 2010.11929) with any mixer: (B, channels, H, W) -> logits (B, classes).
 
     Patches, in raster order, after the class token if `pool="cls"`. Under `num_local_layers` the first blocks mix
     patches only, and the class token joins after them (d'Ascoli et al., arXiv 2103.10697). `recompute` keeps only the
-    inputs of the blocks for the backward pass. Images of another size than `config.image_size` go through `resized`, with the
-    same weights.
+    inputs of the blocks for the backward pass.
+
+    Images may have another size than `config.image_size`: learned positions are resampled by `resample_positions`, sinusoidal
+    ones computed, and blocks and mixers that accept a `layout` get that of the patches. Raises ValueError where a mixer has
+    parameters for every token, accepts no layout though its constructor asks for one, or does not fit the grid.
     """
 
     replaceable = r"classifier\.|blocks\.\d+\.mixer\."  # parameters that a loaded checkpoint may lack
@@ -38,11 +42,12 @@ class ViT(ConstantTables):
         local = TokenLayout(height, width, config.class_tokens)
         if config.pos_embedding == "learned":
             self.pos_embedding = nn.Parameter(torch.empty(1, local.num_tokens, d))
-        else:
-            has_table = config.pos_embedding == "sinusoidal"
-            self.set_tables(lambda: {"pos_embedding": sinusoidal_positions(local.num_tokens, d)[None] if has_table else None})
+        elif config.pos_embedding == "sinusoidal":
+            self.sinusoids = PerGrid(partial(GridTables, partial(sinusoidal_positions, d)), (local.num_tokens,))
         self.num_local_layers = config.num_layers if config.num_local_layers is None else config.num_local_layers
         mixers = [make_layer1d(config, local, block) for block in range(config.num_layers)]
+        row = config.rows.get(config.layer)
+        self.asks_layout = layer_class(row) if row and "layout" in row.arguments.values() else ()  # for isinstance
         rates = drop_path_rates(config.drop_path, config.num_layers)
         self.blocks = nn.ModuleList(
             Block(d, config.d_mlp, mixer, config.dropout, rate) for mixer, rate in zip(mixers, rates, strict=True)
@@ -50,64 +55,67 @@ class ViT(ConstantTables):
         self.norm = nn.LayerNorm(d, eps=1e-6) if config.final_norm else nn.Identity()
         self.classifier = nn.Linear(d, config.num_classes)
         self.recompute = False
-        self._resized: dict[tuple[int, int], ViT] = {}  # no submodules: they share this one's parameters
         # Positions and class token start at the scale of the tokens they are added to: 1 after a LayerNorm.
         init_vit_weights(self, config.initializer_range, token_std=1.0 if config.patch_norm else 0.02)
 
-    def resized(self, image_size: tuple[int, int]) -> ViT:
-        """Return this network for images of another size: the same parameters, tables of the other grid.
-
-        Learned positions are resampled by `resample_positions`, sinusoidal ones computed. Raises ValueError where a mixer has
-        parameters for every token, or does not fit the grid.
-        """
-        new = self._resized.get(image_size)
-        if new is None:
-            with torch.device("meta"):  # its parameters are set below; tables are made on the CPU all the same
-                new = ViT(dataclasses.replace(self.config, image_size=image_size))
-            self._resized[image_size] = new
-        new.recompute = self.recompute
-        for name, module in self.named_modules():
-            other = new.get_submodule(name)
-            other.training = module.training
-            for own, shared in ((module._parameters, other._parameters), (module._buffers, other._buffers)):
-                for key, value in own.items():
-                    if value is None or key in module._non_persistent_buffers_set:
-                        continue  # a table
-                    if key == "pos_embedding":
-                        value = resample_positions(value, self.config.grid, new.config.grid, self.config.class_tokens)
-                    elif value.shape != shared[key].shape:
-                        here, there = (f"{one.config.grid[0]} x {one.config.grid[1]}" for one in (self, new))
-                        raise ValueError(
-                            f"layer={self.config.layer} has parameters for every token ({name}.{key}), so it runs on the "
-                            f"{here} patches that it was made for, not on {there}"
-                        )
-                    shared[key] = value
-            for key, table in getattr(other, "_constants", {}).items():
-                weight = self.classifier.weight
-                other._buffers[key] = table.to(weight.device, weight.dtype if table.is_floating_point() else table.dtype)
-        return new
-
     def forward(self, images: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, list[Tensor | None]]:
         """images (B, channels, H, W) -> logits; with output_attentions also a mixing matrix (B, heads, N, N) per block."""
-        if tuple(images.shape[2:]) != self.config.image_size:
-            return self.resized(tuple(images.shape[2:]))(images, output_attentions)
+        layout = self.find_layout(images)
         x = self.patch_norm(self.patch_embedding(images).flatten(2).transpose(1, 2))  # (B, N, d)
         if self.config.class_tokens:
             x = prepend(self.class_token, x)
-        if self.pos_embedding is not None:
-            x = x + self.pos_embedding
+        x = self.add_positions(x, layout)
         matrices: list[Tensor | None] = []
         for number, block in enumerate(self.blocks):
             if number == self.num_local_layers and self.class_token is not None:
                 x = prepend(self.class_token, x)
+                layout = layout and TokenLayout(layout.height, layout.width, 1)
+            given = layout_argument(block, layout)
             if output_attentions:
-                x, matrix = block(x, True)
+                x, matrix = block(x, True, **given)
                 matrices.append(matrix)
+            elif self.recompute and self.training:
+                x = checkpoint(block, x, use_reentrant=False, **given)
             else:
-                x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
+                x = block(x, **given)
         x = self.norm(x)
         logits = self.classifier(x[:, 0] if self.class_token is not None else x.mean(dim=1))
         return (logits, matrices) if output_attentions else logits
+
+    def find_layout(self, images: Tensor) -> TokenLayout | None:
+        """Return the layout of the tokens of the first block; None for images of the size of the config."""
+        config = self.config
+        if tuple(images.shape[2:]) == config.image_size:
+            return None
+        size = tuple(operator.index(side) for side in images.shape[2:])  # a compiler may hold symbols
+        check_patches(config.patch_size, size)
+        layout = TokenLayout(size[0] // config.patch_size, size[1] // config.patch_size, config.class_tokens)
+        for number, block in enumerate(self.blocks):
+            reason = self.why_fixed(getattr(block, "mixer", None), f"blocks.{number}.mixer")
+            if reason:
+                raise ValueError(
+                    f"layer={config.layer} {reason}, so it runs on the {config.grid[0]} x {config.grid[1]} patches that it was "
+                    f"made for, not on {layout.height} x {layout.width}"
+                )
+        return layout
+
+    def why_fixed(self, mixer: nn.Module | None, name: str) -> str:
+        """Return the reason why a mixer runs on the grid of the config only, or an empty text."""
+        if isinstance(mixer, MultiHeadMixer):
+            if mixer.per_token:
+                return f"has parameters for every token ({name}.{mixer.per_token})"
+            return "" if mixer.runs_on_any_layout else "does not set takes_layout"
+        return "has no argument layout in forward" if isinstance(mixer, self.asks_layout) and not accepts_layout(mixer) else ""
+
+    def add_positions(self, x: Tensor, layout: TokenLayout | None) -> Tensor:
+        """Add positions to the tokens (B, N, d)."""
+        config = self.config
+        if config.pos_embedding == "learned":
+            grid = config.grid if layout is None else (layout.height, layout.width)
+            return x + resample_positions(self.pos_embedding, config.grid, grid, config.class_tokens)
+        if config.pos_embedding == "sinusoidal":
+            return x + self.sinusoids.at((x.shape[1],), x.device).positions
+        return x
 
 
 class Block(nn.Module):
@@ -127,9 +135,18 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
-        """x (B, N, d_model) -> the same; with output_attentions also the mixing matrix of the mixer."""
-        mixed, matrix = self.mixer(self.norm1(x), True) if output_attentions else (self.mixer(self.norm1(x)), None)
+    def forward(
+        self, x: Tensor, output_attentions: bool = False, layout: TokenLayout | None = None
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """x (B, N, d_model) -> the same; with output_attentions also the mixing matrix of the mixer.
+
+        layout: layout of the tokens, if it is not that of the construction.
+        """
+        given, mixed, matrix = layout_argument(self.mixer, layout), self.norm1(x), None
+        if output_attentions:
+            mixed, matrix = self.mixer(mixed, True, **given)
+        else:
+            mixed = self.mixer(mixed, **given)
         x = x + self.drop_path(self.dropout(mixed))
         x = x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
         return (x, matrix) if output_attentions else x
@@ -148,11 +165,14 @@ def prepend(token: Tensor, x: Tensor) -> Tensor:
     return torch.cat([token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
 
 
-def sinusoidal_positions(tokens: int, d_model: int) -> Tensor:
-    """(tokens, d_model), sines and cosines in turn, of wavelengths from 2 pi to 20000 pi (arXiv 1706.03762, 3.5)."""
+def sinusoidal_positions(d_model: int, tokens: int) -> dict[str, Tensor]:
+    """Make `positions` (1, tokens, d_model): sines and cosines in turn, of wavelengths from 2 pi to 20000 pi.
+
+    Vaswani et al., arXiv 1706.03762, section 3.5.
+    """
     half = torch.arange((d_model + 1) // 2, dtype=torch.float64)
     angles = torch.arange(tokens, dtype=torch.float64)[:, None] * 10000 ** (-2 * half / d_model)
-    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :d_model].float()
+    return {"positions": torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[None, :, :d_model].float()}
 
 
 @torch.no_grad()

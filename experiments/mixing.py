@@ -105,7 +105,7 @@ def _of_sequence(mixer: MultiHeadMixer, x: Tensor, matrix: Tensor | None, grid: 
     """Record a mixer on tokens x (B, N, d_model), by its kind or else from its mixing matrix (B, H, N, N)."""
     where = {"name": "", "grid": grid, "padding": 0, "class_tokens": x.shape[1] - grid[0] * grid[1]}
     if isinstance(mixer, MultiHeadConvNNAttention):
-        query, key, _ = mixer.project(x)
+        query, key, _ = mixer.project(x, mixer.layout)
         query, key = (mixer.select.search_features(part.flatten(0, 1), mixer.layout.grid) for part in (query, key))
         return _of_attention(mixer, mixer.select(query, key, mixer.layout.grid), query, key, mixer.num_heads, where)
     if isinstance(mixer, MultiHeadKvtAttention):
@@ -114,7 +114,7 @@ def _of_sequence(mixer: MultiHeadMixer, x: Tensor, matrix: Tensor | None, grid: 
         rule = f"the {mixer.K} largest q · k of a token, weighed by their softmax"
         return _scored(index, query, key, "matmul", mixer.score_temperature, mixer.num_heads, rule=rule, **where)
     if isinstance(mixer, GraphMixer):
-        (x,) = mixer.project(x)
+        (x,) = mixer.project(x, mixer.layout)
         features = mixer.select.search_features(x, mixer.layout.grid)
         index = mixer.select(features, features, mixer.layout.grid)[:, where["class_tokens"] :, :: mixer.dilation]
         return _joined(mixer.graph, x, index, _rule_of(mixer.select.neighbors, "features", index.shape[2]), where)
@@ -189,7 +189,7 @@ def _joined(graph: GraphAggregation, x: Tensor, index: Tensor, rule: str, where:
 
 def _of_axes(mixer: AxialGraphMixer, x: Tensor, pairs: int, where: dict) -> Mixing:
     """Record GreedyViG, whose tokens have unlike numbers of neighbors, by the features that come from each token."""
-    index = mixer.near_candidates(x)  # of the patches; class tokens see everyone
+    index = mixer.near_candidates(x, mixer.layout)  # of the patches; class tokens see everyone
     everyone = torch.arange(x.shape[1]).expand(x.shape[0], where["class_tokens"], -1)
     matrix = torch.cat(
         [

@@ -5,14 +5,15 @@ A mixer on (B, N, d_model) is a `MultiHeadMixer` with a `mix` of the values of i
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixers.selection import ConstantTables
 from options.checks import check_dropout, check_heads, sequence_grid, shuffle_factors
 from options.layers import SHUFFLE_PATTERNS
 
@@ -53,9 +54,26 @@ class TokenLayout:
         return self.class_tokens + self.num_patches
 
     @property
+    def sides(self) -> tuple[int, int, int]:
+        """Height, width and class tokens."""
+        return self.height, self.width, self.class_tokens
+
+    @property
     def grid(self) -> tuple[int, ...]:
         """Sides of the grid: (height, width), or (length,) for a sequence."""
         return sequence_grid((self.height, self.width))
+
+
+@torch.compiler.assume_constant_result
+def accepts_layout(module: nn.Module) -> bool:
+    """Return True if the forward pass of a block or mixer has an argument `layout`, or takes any by name."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(parameter.name == "layout" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def layout_argument(module: nn.Module, layout: TokenLayout | None) -> dict[str, TokenLayout]:
+    """Collect the keyword arguments that tell a block or mixer the layout of its tokens; None: it knows."""
+    return {} if layout is None or not accepts_layout(module) else {"layout": layout}
 
 
 def attend(
@@ -78,19 +96,24 @@ def both_biases(bias: Bias) -> tuple[bool, bool]:
     return bias if isinstance(bias, tuple) else (bias, bias)
 
 
-class MultiHeadMixer(ConstantTables):
+class MultiHeadMixer(nn.Module):
     """Base of mixers of tokens, (B, N, d_model) -> (B, N, d_model): projections, heads, and the mixing matrix.
 
-    A mixer overrides `mix`, and, for other projections, `make_projection` and `project`.
+    A mixer overrides `mix`, and, for other projections, `make_projection` and `project`. With `takes_layout`, both get the
+    layout of the tokens as their last argument, and the mixer runs on every grid, unless `per_token` names a parameter with
+    as many rows or columns as there are tokens.
 
     Args:
         num_heads: heads of d_model / num_heads features each.
-        layout: layout of the tokens, for mixers that need it.
+        layout: layout of the tokens, for mixers that need it; `forward` takes another.
         attention_dropout: probability of dropping a weight of a pair of tokens.
         bias: of all projections, or (of the ones before mixing, of the one after).
 
     Raises ValueError if num_heads does not divide d_model, or attention_dropout is not in [0, 1).
     """
+
+    takes_layout = False
+    per_token = ""
 
     def __init__(
         self,
@@ -112,13 +135,26 @@ class MultiHeadMixer(ConstantTables):
         self.make_projection(d_model, before)
         self.proj = nn.Linear(d_model, d_model, bias=after)
 
-    def forward(self, x: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
-        """x (B, N, d_model) -> the same; with output_attentions also the mixing matrix (B, H, N, N), None for convolutions."""
-        if self.layout is not None and x.shape[1] != self.layout.num_tokens:
-            raise ValueError(f"{x.shape[1]} tokens were given, and the layer was made for {self.layout}")
-        out, matrix = self.mix(*self.project(x), output_attentions)  # (B, H, N, d)
+    def forward(
+        self, x: Tensor, output_attentions: bool = False, layout: TokenLayout | None = None
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """x (B, N, d_model) -> the same; with output_attentions also the mixing matrix (B, H, N, N), None for convolutions.
+
+        layout: layout of the N tokens; None: as at construction. Raises ValueError if it does not fit.
+        """
+        layout = layout or self.layout
+        if self.layout is not None and layout != self.layout and not self.runs_on_any_layout:
+            raise ValueError(f"tokens of {layout} were given, and the layer was made for {self.layout}")
+        if self.layout is not None and x.shape[1] != layout.num_tokens:
+            raise ValueError(f"{x.shape[1]} tokens were given, and the layer was made for {layout}")
+        given = (layout,) if self.takes_layout else ()
+        out, matrix = self.mix(*self.project(x, *given), output_attentions, *given)  # (B, H, N, d)
         out = self.proj(out.transpose(1, 2).flatten(2))
         return (out, matrix) if output_attentions else out
+
+    @property
+    def runs_on_any_layout(self) -> bool:
+        return self.layout is None or (self.takes_layout and not self.per_token)
 
     def make_projection(self, d_model: int, bias: bool) -> None:
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)
@@ -126,7 +162,7 @@ class MultiHeadMixer(ConstantTables):
     def init_weights(self) -> None:
         """Initialize parameters in the mixer's own way, after the model has initialized its linears."""
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, ...]:
         """(B, N, d_model) -> inputs of `mix`, here query, key and value of every head: (B, H, N, d) each."""
         return tuple(self.split_heads(part) for part in self.qkv(x).chunk(3, dim=2))
 

@@ -9,12 +9,15 @@ A maximum is not a weighted sum of values, so these layers have no mixing matrix
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixers.base import Bias, ImageMixer, MultiHeadMixer, TokenLayout, both_biases, check_at_least, check_one_of
 from mixers.selection import NeighborSelection
+from mixers.tables import GridTables, PerGrid
 from neighbors import max_neighbors, neighbor_scores, weighted_sum
 from options.checks import dilate
 from options.layers import GRAPH_AGGREGATIONS
@@ -83,6 +86,8 @@ class GraphMixer(MultiHeadMixer):
     Raises ValueError if K * dilation, the samples or the heads do not fit.
     """
 
+    takes_layout = True
+
     def __init__(
         self,
         d_model: int,
@@ -108,13 +113,12 @@ class GraphMixer(MultiHeadMixer):
     def make_projection(self, d_model: int, bias: bool) -> None:
         """Leave `input` to the constructor: its width depends on the grid."""
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (self.input(self.select.append_coordinates(x, self.layout.grid)),)
+    def project(self, x: Tensor, layout: TokenLayout) -> tuple[Tensor, ...]:
+        return (self.input(self.select.append_coordinates(x, layout.grid)),)
 
-    def mix(self, x: Tensor, output_matrix: bool) -> tuple[Tensor, None]:
-        grid = self.layout.grid
-        features = self.select.search_features(x.detach(), grid)
-        index = self.select(features, features, grid)[:, self.layout.class_tokens :, :: self.dilation]
+    def mix(self, x: Tensor, output_matrix: bool, layout: TokenLayout) -> tuple[Tensor, None]:
+        features = self.select.search_features(x.detach(), layout.grid)
+        index = self.select(features, features, layout.grid)[:, layout.class_tokens :, :: self.dilation]
         return self.split_heads(F.gelu(self.graph(x, index))), None
 
 
@@ -129,27 +133,30 @@ class AxialGraphMixer(MultiHeadMixer):
     Raises ValueError for a dilation below 1, or heads that do not divide d_model.
     """
 
+    takes_layout = True
+
     def __init__(self, d_model: int, num_heads: int, *, layout: TokenLayout, dilation: int = 1, bias: Bias = True):
         super().__init__(d_model, num_heads, layout=layout, bias=bias)
         check_at_least(1, dilation=dilation)
         self.graph = GraphAggregation(d_model, d_model, num_heads, "max", both_biases(bias)[0])
-        self.set_tables(lambda: axial_candidates(layout, dilation))
+        self.tables = PerGrid(partial(GridTables, partial(axial_candidates, dilation)), layout.sides)
 
     def make_projection(self, d_model: int, bias: bool) -> None:
         self.input = nn.Linear(d_model, d_model, bias=bias)
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, ...]:
         return (self.input(x),)
 
-    def mix(self, x: Tensor, output_matrix: bool) -> tuple[Tensor, None]:
-        return self.split_heads(F.gelu(self.graph(x, self.near_candidates(x.detach())))), None
+    def mix(self, x: Tensor, output_matrix: bool, layout: TokenLayout) -> tuple[Tensor, None]:
+        return self.split_heads(F.gelu(self.graph(x, self.near_candidates(x.detach(), layout)))), None
 
-    def near_candidates(self, x: Tensor) -> Tensor:
+    def near_candidates(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """(B, P, A), the candidates of every patch, with the patch itself in place of candidates that are too far."""
-        own = self.candidates[:, :1]  # (P, 1)
-        index = self.candidates.expand(x.shape[0], -1, -1)
+        candidates = self.tables.at(layout.sides, x.device).candidates
+        own = candidates[:, :1]  # (P, 1)
+        index = candidates.expand(x.shape[0], -1, -1)
         distance = self.distances(x, index)
-        others = (self.candidates != own).to(distance.dtype)  # (P, A)
+        others = (candidates != own).to(distance.dtype)  # (P, A)
         count = others.sum().clamp(min=1)
         mean = (distance * others).sum(dim=(1, 2), keepdim=True) / count
         deviation = (((distance - mean) ** 2 * others).sum(dim=(1, 2), keepdim=True) / count).sqrt()
@@ -157,18 +164,18 @@ class AxialGraphMixer(MultiHeadMixer):
 
     def distances(self, x: Tensor, index: Tensor) -> Tensor:
         """(B, P, A), distances of the patches to their candidates, by products: a fraction of the time of differences."""
-        products = neighbor_scores(x[:, self.layout.class_tokens :], x, index, "matmul") * x.shape[2] ** 0.5
+        products = neighbor_scores(x[:, -index.shape[1] :], x, index, "matmul") * x.shape[2] ** 0.5
         lengths = x.to(products.dtype).square().sum(dim=2)  # (B, N)
         others = lengths.gather(1, index.flatten(1)).view(index.shape)
-        return (lengths[:, self.layout.class_tokens :, None] + others - 2 * products).clamp(min=0).sqrt()
+        return (lengths[:, -index.shape[1] :, None] + others - 2 * products).clamp(min=0).sqrt()
 
 
-def axial_candidates(layout: TokenLayout, dilation: int) -> dict[str, Tensor]:
-    """(P, A): every patch, the class tokens, then the patches a multiple of `dilation` away along its row or column.
+def axial_candidates(dilation: int, *sides: int) -> dict[str, Tensor]:
+    """Make `candidates` (P, A): the patch, the class tokens, then patches a multiple of `dilation` away in its row or column.
 
     Short rows are padded with the patch itself.
     """
-    rows = []
+    layout, rows = TokenLayout(*sides), []
     for i in range(layout.num_patches):
         y, x = divmod(i, layout.width)
         row = [y * layout.width + other for other in range(x % dilation, layout.width, dilation) if other != x]

@@ -9,28 +9,31 @@ features, of the landmarks.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, check_one_of
-from mixers.local import SparsityPattern
-from mixers.tilings import neighborhood_tiling
-from options.checks import check_window
+from mixers.local import make_pattern
+from mixers.tables import GridTables, PerGrid
+from mixers.tilings import neighborhood_tilings
 from options.layers import PERFORMER_KERNELS
 
 
 class LinearMixer(MultiHeadMixer):
     """Base of mixers that are linear in their values; they override `weigh`."""
 
-    def weigh(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    def weigh(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, *layout: TokenLayout) -> Tensor:
         """query and key (B, H, N, d), value (B, H, N, e) -> mixed values (B, H, N, e)."""
         raise NotImplementedError
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
-        out = self.weigh(query, key, value, self.dropout)
-        return out, self.weigh(query, key, identity_values(value), 0.0) if output_matrix else None
+    def mix(
+        self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool, *layout: TokenLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        out = self.weigh(query, key, value, self.dropout, *layout)
+        return out, self.weigh(query, key, identity_values(value), 0.0, *layout) if output_matrix else None
 
 
 def identity_values(value: Tensor) -> Tensor:
@@ -46,6 +49,8 @@ class LinformerAttention(LinearMixer):
 
     Raises ValueError for a k below 1.
     """
+
+    per_token = "key_projection"
 
     def __init__(
         self,
@@ -164,6 +169,8 @@ class NystromformerAttention(LinearMixer):
     Raises ValueError for fewer than one landmark or a negative conv_kernel.
     """
 
+    takes_layout = True
+
     def __init__(
         self,
         d_model: int,
@@ -178,19 +185,19 @@ class NystromformerAttention(LinearMixer):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
         check_at_least(1, num_landmarks=num_landmarks)
         check_at_least(0, conv_kernel=conv_kernel)
-        N = layout.num_tokens
-        self.set_tables(lambda: {"segments": segment_members(num_landmarks, N) if num_landmarks < N else None})
+        self.tables = PerGrid(partial(GridTables, partial(segment_tables, num_landmarks)), layout.sides)
         self.reach = (conv_kernel - 1) // 2, conv_kernel // 2  # tokens before and after
         self.conv = None
         if conv_kernel:
             self.conv = nn.Conv2d(num_heads, num_heads, (conv_kernel, 1), groups=num_heads, bias=False)
 
-    def weigh(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-        if self.segments is None:
+    def weigh(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, layout: TokenLayout) -> Tensor:
+        segments = self.tables.at(layout.sides, query.device).segments
+        if segments is None:
             out, _ = attend(query, key, value, dropout=dropout)
         else:
-            lengths = self.segments.sum(dim=1, keepdim=True)
-            query_landmarks, key_landmarks = (self.segments.to(x.dtype) @ x / lengths for x in (query, key))  # (B, H, m, d)
+            lengths = segments.sum(dim=1, keepdim=True)
+            query_landmarks, key_landmarks = (segments.to(x.dtype) @ x / lengths for x in (query, key))  # (B, H, m, d)
             values, _ = attend(query_landmarks, key, value)  # (B, H, m, e)
             with torch.autocast(query.device.type, enabled=False):
                 dtype = torch.promote_types(query.dtype, torch.float32)
@@ -200,10 +207,13 @@ class NystromformerAttention(LinearMixer):
         return out if self.conv is None else out + self.conv(F.pad(value, (0, 0, *self.reach)))
 
 
-def segment_members(segments: int, tokens: int) -> Tensor:
-    """(m, N), ones for the tokens of each of m runs of nearly equal length, else zeros."""
-    segment = torch.arange(tokens) * segments // tokens
-    return (segment == torch.arange(segments)[:, None]).float()
+def segment_tables(num_landmarks: int, *sides: int) -> dict[str, Tensor | None]:
+    """Make `segments` (m, N): ones for the tokens of each of m runs of nearly equal length, else zeros; None if m >= N."""
+    tokens = TokenLayout(*sides).num_tokens
+    if num_landmarks >= tokens:
+        return {"segments": None}
+    segment = torch.arange(tokens) * num_landmarks // tokens
+    return {"segments": (segment == torch.arange(num_landmarks)[:, None]).float()}
 
 
 def pseudo_inverse(matrix: Tensor, iterations: int = 6) -> Tensor:
@@ -234,6 +244,8 @@ class HybridAttention(MultiHeadMixer):
     Raises ValueError if the window is even, or times a dilation more than a side of the grid.
     """
 
+    takes_layout = True
+
     def __init__(
         self,
         d_model: int,
@@ -248,24 +260,23 @@ class HybridAttention(MultiHeadMixer):
         bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
-        for dilation in dilations:
-            check_window(window, dilation, layout.grid, names=("window", "dilations"))
-        tilings = [neighborhood_tiling(layout.height, layout.width, window, dilation) for dilation in dilations]
-        self.regional = nn.ModuleList(SparsityPattern([tiling], layout) for tiling in tilings)
+        tilings = [partial(neighborhood_tilings, window, step, names=("window", "dilations")) for step in dilations]
+        self.regional = nn.ModuleList(PerGrid(partial(make_pattern, each), layout.sides) for each in tilings)
         self.context = RandomFeatures(self.head_dim, num_features, kernel)
         self.gate = nn.Linear(d_model, len(dilations) + 1, bias=bias)
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, ...]:
         """Return query, key and value of every head, and the share of every branch (B, 1, N, branches)."""
         return *super().project(x), self.gate(x).softmax(dim=-1)[:, None]
 
     def mix(
-        self, query: Tensor, key: Tensor, value: Tensor, shares: Tensor, output_matrix: bool
+        self, query: Tensor, key: Tensor, value: Tensor, shares: Tensor, output_matrix: bool, layout: TokenLayout
     ) -> tuple[Tensor, Tensor | None]:
         *regional, last = shares.to(value.dtype).split(1, dim=-1)
         out = last * self.context(query, key, value, self.dropout)
         matrix = last * self.context(query, key, identity_values(value), 0.0) if output_matrix else None
-        for share, pattern in zip(regional, self.regional, strict=True):
+        for share, patterns in zip(regional, self.regional, strict=True):
+            pattern = patterns.at(layout.sides, query.device)
             mixed, weights = pattern(query, key, value, dropout=self.dropout, output_matrix=output_matrix)
             out = out + share * mixed
             if output_matrix:

@@ -8,6 +8,7 @@ dense attention under one mask runs instead, with equal results. Class tokens at
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,16 +18,8 @@ from torch.nn import functional as F
 from kernels import backend
 from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, check_one_of
 from mixers.block_masks import BLOCK, BlockSparsePattern
-from mixers.selection import ConstantTables
-from mixers.tilings import (
-    NONE,
-    Tiling,
-    mask_tilings,
-    neighborhood_tiling,
-    strided_tiling,
-    window_tiling,
-)
-from options.checks import check_window
+from mixers.tables import ConstantTables, GridTables, PerGrid
+from mixers.tilings import NONE, Tiling, mask_tilings, neighborhood_tilings, sparse_tilings, window_tilings
 from options.layers import MASK_TYPES
 
 TILES_PAY = 6  # gathering for tiles pays off with so many times fewer scores than a dense attention (measured on a CPU)
@@ -149,24 +142,34 @@ class SparsityPattern(ConstantTables):
         return out
 
 
+def make_pattern(tilings: Callable[[int, int], list[Tiling]], height: int, width: int, class_tokens: int) -> SparsityPattern:
+    """Make the pattern of a grid; `tilings` makes the tilings from its height and width."""
+    return SparsityPattern(tilings(height, width), TokenLayout(height, width, class_tokens))
+
+
 class PatternAttention(MultiHeadMixer):
-    """Attention under a `SparsityPattern` of tilings."""
+    """Attention under a `SparsityPattern` of tilings, for every grid."""
+
+    takes_layout = True
 
     def __init__(
         self,
         d_model: int,
         num_heads: int,
-        tilings: list[Tiling],
+        tilings: Callable[[int, int], list[Tiling]],
         *,
         layout: TokenLayout,
         attention_dropout: float = 0.0,
         bias: Bias = True,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
-        self.pattern = SparsityPattern(tilings, layout)
+        self.patterns = PerGrid(partial(make_pattern, tilings), layout.sides)
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
-        return self.pattern(query, key, value, dropout=self.dropout, output_matrix=output_matrix)
+    def mix(
+        self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        pattern = self.patterns.at(layout.sides, query.device)
+        return pattern(query, key, value, dropout=self.dropout, output_matrix=output_matrix)
 
 
 class MultiHeadLocalAttention(PatternAttention):
@@ -189,13 +192,13 @@ class MultiHeadLocalAttention(PatternAttention):
         bias: Bias = True,
     ):
         check_at_least(0, window_size=window_size)
-        tiling = window_tiling(layout.num_patches, window_size)
-        super().__init__(d_model, num_heads, [tiling], layout=layout, attention_dropout=attention_dropout, bias=bias)
-        self.set_tables(lambda: {"positions": torch.arange(layout.num_tokens)})
+        tilings = partial(window_tilings, window_size)
+        super().__init__(d_model, num_heads, tilings, layout=layout, attention_dropout=attention_dropout, bias=bias)
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, ...]:
         query, key, value = super().project(x)
-        return rotate(query, self.positions), rotate(key, self.positions), value
+        positions = torch.arange(x.shape[1], device=x.device)
+        return rotate(query, positions), rotate(key, positions), value
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
@@ -233,9 +236,7 @@ class MultiHeadSparseAttention(PatternAttention):
     ):
         check_one_of(("all", "local", "strided"), mode=mode)
         check_at_least(1, context=context)
-        P = layout.num_patches
-        local = window_tiling(P, context // 2)
-        tilings = {"all": [], "local": [local], "strided": [local, strided_tiling(P, context)]}[mode]
+        tilings = partial(sparse_tilings, mode, context)
         super().__init__(d_model, num_heads, tilings, layout=layout, attention_dropout=attention_dropout, bias=bias)
 
 
@@ -262,7 +263,7 @@ class MultiHeadMaskedAttention(PatternAttention):
     ):
         check_one_of(MASK_TYPES, mask_type=mask_type)
         check_at_least(0, expansion_step=expansion_step)
-        tilings = mask_tilings(mask_type, expansion_step, layout.height, layout.width)
+        tilings = partial(mask_tilings, mask_type, expansion_step)
         super().__init__(d_model, num_heads, tilings, layout=layout, attention_dropout=attention_dropout, bias=bias)
 
 
@@ -293,9 +294,8 @@ class NeighborhoodAttention(PatternAttention):
         attention_dropout: float = 0.0,
         bias: Bias = True,
     ):
-        check_window(kernel_size, dilation, layout.grid)
-        tiling = neighborhood_tiling(layout.height, layout.width, kernel_size, dilation)
-        super().__init__(d_model, num_heads, [tiling], layout=layout, attention_dropout=attention_dropout, bias=bias)
+        tilings = partial(neighborhood_tilings, kernel_size, dilation)
+        super().__init__(d_model, num_heads, tilings, layout=layout, attention_dropout=attention_dropout, bias=bias)
 
 
 class GatedPositionalSelfAttention(MultiHeadMixer):
@@ -313,6 +313,8 @@ class GatedPositionalSelfAttention(MultiHeadMixer):
         locality_strength: sharpness of the initial attention around the offsets (alpha in the paper).
     """
 
+    takes_layout = True
+
     def __init__(
         self,
         d_model: int,
@@ -327,7 +329,7 @@ class GatedPositionalSelfAttention(MultiHeadMixer):
         self.locality_strength = locality_strength
         self.pos_proj = nn.Linear(3, num_heads)
         self.gate = nn.Parameter(torch.empty(num_heads))
-        self.set_tables(partial(relative_positions, layout.height, layout.width))
+        self.tables = PerGrid(partial(GridTables, relative_positions), (layout.height, layout.width))
         self.init_weights()
 
     @torch.no_grad()
@@ -344,15 +346,18 @@ class GatedPositionalSelfAttention(MultiHeadMixer):
         nn.init.zeros_(self.pos_proj.bias)
         nn.init.ones_(self.gate)
 
-    def positions(self) -> tuple[Tensor, Tensor]:
+    def positions(self, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """The positional softmax along y, (H, h, h), and along x, (H, w, w)."""
+        tables = self.tables.at((layout.height, layout.width), self.gate.device)
         with torch.autocast(self.gate.device.type, enabled=False):  # squares of distances are too long for half precision
-            scores = [self.pos_proj(along.to(self.gate.dtype)) for along in (self.along_y, self.along_x)]
+            scores = [self.pos_proj(along.to(self.gate.dtype)) for along in (tables.along_y, tables.along_x)]
         return tuple(score.softmax(dim=1).permute(2, 0, 1) for score in scores)
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
-        c, grid = self.layout.class_tokens, (self.layout.height, self.layout.width)
-        rows, columns = self.positions()
+    def mix(
+        self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        c, grid = layout.class_tokens, (layout.height, layout.width)
+        rows, columns = self.positions(layout)
         gate = self.gate.sigmoid()[:, None, None]
         if output_matrix or self.dropout:  # both need the weights of pairs
             content = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(dim=-1)

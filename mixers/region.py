@@ -13,18 +13,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, mixing_matrix
+from mixers.tables import GridTables, PerGrid
 from neighbors import find_neighbors, neighbor_scores, neighbor_weights, weighted_sum
 from options.checks import check_value_convolution, region_sides
 
 
-def region_tables(layout: TokenLayout, region_size: int) -> dict[str, Tensor]:
+def region_tables(
+    height: int, width: int, class_tokens: int, *, region_size: int, top_regions: int = 1, value_convolution: int = 0
+) -> dict[str, Tensor]:
     """Make `regions` (R, s), the patches of each region; `order` (P,), the place of each patch in them; `region_of` (P,).
 
-    Raises ValueError if regions of this side do not divide the grid.
+    Raises ValueError if regions of this side do not divide the grid, there are fewer than top_regions, or a convolution of
+    this side does not fit the grid.
     """
+    layout = TokenLayout(height, width, class_tokens)
+    check_value_convolution(value_convolution, layout.grid)
     height, width = region_sides(region_size, (layout.height, layout.width))
     patches = torch.arange(layout.num_patches).view(layout.height // height, height, layout.width // width, width)
     regions = patches.transpose(1, 2).reshape(-1, height * width)
+    if not 1 <= top_regions <= len(regions):
+        raise ValueError(f"top_regions={top_regions} must be 1 to {len(regions)}, the number of regions")
     order = regions.flatten().argsort()
     return {"regions": regions, "order": order, "region_of": order // regions.shape[1]}
 
@@ -40,6 +48,8 @@ class RegionMixer(MultiHeadMixer):
     Raises ValueError if regions do not divide the grid, or there are fewer than top_regions.
     """
 
+    takes_layout = True
+
     def __init__(
         self,
         d_model: int,
@@ -50,11 +60,11 @@ class RegionMixer(MultiHeadMixer):
         top_regions: int,
         attention_dropout: float = 0.0,
         bias: Bias = True,
+        **checked: int,
     ):
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
-        self.set_tables(partial(region_tables, layout, region_size))
-        if not 1 <= top_regions <= len(self.regions):
-            raise ValueError(f"top_regions={top_regions} must be 1 to {len(self.regions)}, the number of regions")
+        tables = partial(region_tables, region_size=region_size, top_regions=top_regions, **checked)
+        self.tables = PerGrid(partial(GridTables, tables), layout.sides)
         self.top_regions = top_regions
 
 
@@ -92,35 +102,41 @@ class BiLevelRoutingAttention(RegionMixer):
             top_regions=top_regions,
             attention_dropout=attention_dropout,
             bias=bias,
+            value_convolution=value_convolution,
         )
-        check_value_convolution(value_convolution, layout.grid)
         self.conv = None
         if value_convolution:
             kernel = [value_convolution if side > 1 else 1 for side in (layout.height, layout.width)]
             self.conv = nn.Conv2d(d_model, d_model, kernel, padding="same", groups=d_model, bias=False)
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
-        out, matrix = self.mix_regions(query, key, value, output_matrix)
-        return (out if self.conv is None else out + self.convolve(value)), matrix
+    def mix(
+        self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        out, matrix = self.mix_regions(query, key, value, output_matrix, layout)
+        return (out if self.conv is None else out + self.convolve(value, layout)), matrix
 
-    def convolve(self, value: Tensor) -> Tensor:
+    def convolve(self, value: Tensor, layout: TokenLayout) -> Tensor:
         """Convolve the values of the patches, with zeros for class tokens: (B, H, N, d) -> the same."""
-        c, layout = self.layout.class_tokens, self.layout
+        c = layout.class_tokens
         image = value[:, :, c:].mT.flatten(1, 2).unflatten(2, (layout.height, layout.width))  # (B, H * d, h, w)
         return F.pad(self.conv(image).flatten(2).unflatten(1, (self.num_heads, -1)).mT, (0, 0, c, 0))
 
-    def mix_regions(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
-        c = self.layout.class_tokens
-        queries, keys, values = (by_region(part, self.regions, c) for part in (query, key, value))  # (B, H, R, s, d)
+    def mix_regions(
+        self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        c, tables = layout.class_tokens, self.tables.at(layout.sides, query.device)
+        queries, keys, values = (by_region(part, tables.regions, c) for part in (query, key, value))  # (B, H, R, s, d)
         means = [part.detach().mean(dim=3).transpose(1, 2).flatten(2) for part in (queries, keys)]  # (B, R, H * d)
         routes = find_neighbors(*means, self.top_regions, "matmul")  # (B, R, k)
         if output_matrix:
-            return attend(query, key, value, mask=self.mask_of(routes), dropout=self.dropout, output_matrix=True)
+            return attend(
+                query, key, value, mask=mask_of(routes, tables.region_of, c), dropout=self.dropout, output_matrix=True
+            )
         keys, values = (
             self.routed(part, whole[:, :, :c], routes) for part, whole in ((keys, key), (values, value))
         )  # (B, H, R, c + k * s, d)
         out = attend(*(part.flatten(1, 2) for part in (queries, keys, values)), dropout=self.dropout)[0]  # (B, H * R, s, d)
-        out = out.unflatten(1, (self.num_heads, -1)).flatten(2, 3).index_select(2, self.order)
+        out = out.unflatten(1, (self.num_heads, -1)).flatten(2, 3).index_select(2, tables.order)
         if c:
             out = torch.cat([attend(query[:, :, :c], key, value, dropout=self.dropout)[0], out], dim=2)
         return out, None
@@ -132,13 +148,13 @@ class BiLevelRoutingAttention(RegionMixer):
         found = regions.flatten(3).gather(2, chosen).view(B, H, R, -1, d)
         return torch.cat([classes[:, :, None].expand(-1, -1, R, -1, -1), found], dim=3)
 
-    def mask_of(self, routes: Tensor) -> Tensor:
-        """(B, 1, N, N), True where the row attends to the column."""
-        B, R, _ = routes.shape
-        allowed = torch.zeros(B, R, R, dtype=torch.bool, device=routes.device).scatter(2, routes, True)
-        allowed = allowed.index_select(1, self.region_of).index_select(2, self.region_of)
-        c = self.layout.class_tokens
-        return F.pad(allowed, (c, 0, c, 0), value=True)[:, None]
+
+def mask_of(routes: Tensor, region_of: Tensor, class_tokens: int) -> Tensor:
+    """Routes of each region (B, R, k), region of each patch (P,) -> (B, 1, N, N), True where the row attends to the column."""
+    B, R, _ = routes.shape
+    allowed = torch.zeros(B, R, R, dtype=torch.bool, device=routes.device).scatter(2, routes, True)
+    allowed = allowed.index_select(1, region_of).index_select(2, region_of)
+    return F.pad(allowed, (class_tokens, 0, class_tokens, 0), value=True)[:, None]
 
 
 class BlockTopKAttention(RegionMixer):
@@ -149,12 +165,15 @@ class BlockTopKAttention(RegionMixer):
     compressed blocks and a sliding window, by gates; here they are separate mixers.
     """
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
-        c, heads = self.layout.class_tokens, query.shape[:2]
-        blocks = by_region(key.detach(), self.regions, c).mean(dim=3).flatten(0, 1)  # (B * H, R, d)
+    def mix(
+        self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        c, heads = layout.class_tokens, query.shape[:2]
+        regions = self.tables.at(layout.sides, query.device).regions
+        blocks = by_region(key.detach(), regions, c).mean(dim=3).flatten(0, 1)  # (B * H, R, d)
         query, key, value = (part.flatten(0, 1) for part in (query, key, value))
         chosen = find_neighbors(query[:, c:], blocks, self.top_regions, "matmul")  # (B * H, P, k)
-        index = self.regions[chosen].flatten(2) + c  # (B * H, P, k * s)
+        index = regions[chosen].flatten(2) + c  # (B * H, P, k * s)
         classes = torch.arange(c, device=index.device).expand(*index.shape[:2], -1)
         index = torch.cat([classes, index], dim=2)
         weights = neighbor_weights(neighbor_scores(query[:, c:], key, index, "matmul"), "matmul")
@@ -215,20 +234,28 @@ class ContextClusterMixer(MultiHeadMixer):
     Raises ValueError if regions of this side do not divide the grid.
     """
 
+    takes_layout = True
+
     def __init__(self, d_model: int, num_heads: int, *, layout: TokenLayout, region_size: int, bias: Bias = True):
         super().__init__(d_model, num_heads, layout=layout, bias=bias)
-        self.set_tables(partial(region_tables, layout, region_size))
+        self.tables = PerGrid(partial(GridTables, partial(region_tables, region_size=region_size)), layout.sides)
         self.scale = nn.Parameter(torch.ones(()))
         self.shift = nn.Parameter(torch.zeros(()))
 
     def make_projection(self, d_model: int, bias: bool) -> None:
         self.features_values = nn.Linear(d_model, 2 * d_model, bias=bias)
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, ...]:
         return tuple(self.split_heads(part) for part in self.features_values(x).chunk(2, dim=2))
 
-    def mix(self, features: Tensor, values: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
-        centers, center_values = (self.centers(part) for part in (features, values))  # (B, H, R, d)
+    def mix(self, features: Tensor, values: Tensor, output_matrix: bool, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
+        regions = self.tables.at(layout.sides, features.device).regions
+
+        def average(x: Tensor) -> Tensor:
+            """Average over the regions: (B, H, N, d) of all tokens -> (B, H, R, d)."""
+            return by_region(x, regions, layout.class_tokens).mean(dim=3)
+
+        centers, center_values = average(features), average(values)  # (B, H, R, d)
         cosines = F.normalize(centers, dim=3, eps=1e-6) @ F.normalize(features, dim=3, eps=1e-6).mT  # (B, H, R, N)
         nearest = torch.zeros_like(cosines).scatter(2, cosines.argmax(dim=2, keepdim=True), 1.0)
         weights = (self.scale * cosines + self.shift).sigmoid() * nearest
@@ -237,9 +264,5 @@ class ContextClusterMixer(MultiHeadMixer):
         out = weights.mT @ ((center_values + weights @ values) * share.to(values.dtype))
         if not output_matrix:
             return out, None
-        means = self.centers(torch.eye(values.shape[2], device=values.device, dtype=weights.dtype)[None, None])
+        means = average(torch.eye(values.shape[2], device=values.device, dtype=weights.dtype)[None, None])
         return out, weights.mT @ ((means + weights) * share)
-
-    def centers(self, x: Tensor) -> Tensor:
-        """Average over the regions: (B, H, N, d) of all tokens -> (B, H, R, d)."""
-        return by_region(x, self.regions, self.layout.class_tokens).mean(dim=3)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixers.tables import GridTables, PerGrid
 from neighbors import (
     coordinates,
     find_neighbors,
@@ -22,39 +23,11 @@ from neighbors import (
 from options.neighbors import NeighborConfig
 
 
-class ConstantTables(nn.Module):
-    """Base of modules with constant tensors: buffers that follow the module to its device and are in no checkpoint.
-
-    They are made on the CPU whatever the default device, and set again by every `_apply`: so they survive `to_empty` and a
-    model built on the meta device (as for FSDP), which leave other buffers without values.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self._constants: dict[str, Tensor] = {}
-
-    def set_tables(self, make: Callable[[], dict[str, Tensor | None]], device=None) -> None:
-        """Make tables and register them by their names; None stands for a table that this module does not need."""
-        # Made in a pass under inference_mode, they must still serve a backward pass.
-        with torch.device("cpu"), torch.inference_mode(False):
-            for name, table in make().items():
-                if table is not None:
-                    self._constants[name] = table
-                self.register_buffer(name, None if table is None else table.to(device), persistent=False)
-
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        for name, table in self._constants.items():
-            now = self._buffers[name]
-            self._buffers[name] = table.to(now.device, now.dtype)
-        return self
-
-
-class NeighborSelection(ConstantTables):
+class NeighborSelection(nn.Module):
     """Select K neighbors of each token by the rules of a `NeighborConfig`, on grids of tokens.
 
-    Tables that depend on the shape of a grid only are made once per shape: in the constructor where the grid is known, else
-    in the first forward pass (a compiled one makes them every time).
+    Tables that depend on the shape of a grid only are made in the constructor where the grid is known, else in the first
+    forward pass on it.
 
     Args:
         neighbors: the rules.
@@ -81,8 +54,8 @@ class NeighborSelection(ConstantTables):
         self.self_first = self_first
         self.padding = padding
         self.class_tokens = class_tokens
-        if grid is not None:
-            self._tables(grid, device=None)
+        tables = partial(selection_tables, neighbors, padding, class_tokens)
+        self.tables = PerGrid(partial(GridTables, tables), grid)
 
     def extra_repr(self) -> str:
         return f"{self.neighbors}, padding={self.padding}"
@@ -97,20 +70,20 @@ class NeighborSelection(ConstantTables):
     def search_space(self, grid: tuple[int, ...], device) -> dict[str, Tensor | None]:
         """Arguments of a search by content, `candidates` and `self_index`, or, by location, its result `index` (N, K)."""
         cfg = self.neighbors
-        tables = self._tables(grid, device)
-        own, candidates, index = tables["inner"], tables.get("candidates"), tables.get("nearest")
+        tables = self.tables.at(grid, device)
+        own, candidates, index = tables.inner, tables.candidates, tables.nearest
         if cfg.sampling == "random" and self.training:
             candidates = random_candidates(math.prod(grid), cfg.num_samples, self.class_tokens, device)
             index = None
         if cfg.similarity_type == "Loc":
             if index is None:
-                index = location_neighbors(self._centered(tables["locations"], grid), cfg.K, own, candidates)
+                index = location_neighbors(centered(tables.locations, grid, self.class_tokens), cfg.K, own, candidates)
             return {"index": index}
         return {"candidates": candidates, "self_index": own if self.self_first or candidates is not None else None}
 
     def drop_padding(self, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Drop the ring of padding: (B, M, C) -> (B, N, C)."""
-        return tokens.index_select(1, self._tables(grid, tokens.device)["inner"]) if self.padding else tokens
+        return tokens.index_select(1, self.tables.at(grid, tokens.device).inner) if self.padding else tokens
 
     def search_features(self, features: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Features to compare: (B, M, C), under similarity_type Loc_Col joined with coordinates (B, M, C + axes)."""
@@ -125,33 +98,26 @@ class NeighborSelection(ConstantTables):
         return torch.cat([values, self._coordinates(values, grid).expand(values.shape[0], -1, -1)], dim=2)
 
     def _coordinates(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
-        return coordinates(self._tables(grid, x.device)["locations"], grid, x.dtype, self.class_tokens)
+        return coordinates(self.tables.at(grid, x.device).locations, grid, x.dtype, self.class_tokens)
 
-    def _centered(self, locations: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Locations in half pixels from the center of the grid, where class tokens are: integers, so distances are exact."""
-        offsets = [2 * locations[:, axis] - (side - 1) for axis, side in enumerate(grid)]
-        return F.pad(torch.stack(offsets, dim=1), (0, 0, self.class_tokens, 0))
 
-    def _tables(self, grid: tuple[int, ...], device) -> dict[str, Tensor]:
-        """Constant tables of this shape of grid, by name."""
-        suffix = "".join(f"_{side}" for side in grid)
-        if f"locations{suffix}" not in self._buffers:
-            if torch.compiler.is_compiling():  # a graph that changed its module could not be recomputed by checkpointing
-                return {name: table.to(device) for name, table in self._make_tables(grid).items()}
-            self.set_tables(lambda: {name + suffix: table for name, table in self._make_tables(grid).items()}, device)
-        return {name.removesuffix(suffix): table for name, table in self._buffers.items() if name.endswith(suffix)}
+def selection_tables(neighbors: NeighborConfig, padding: int, class_tokens: int, *grid: int) -> dict[str, Tensor | None]:
+    """Make the tables of a `NeighborSelection` on a grid. Raises ValueError if there are too few candidates."""
+    neighbors.check_candidates(grid, axes=len(grid), class_tokens=class_tokens)
+    locations = grid_locations(grid)
+    inner = raster_index(grid, [torch.arange(padding, side - padding) for side in grid]) + class_tokens
+    inner = torch.cat([torch.arange(class_tokens), inner])
+    candidates = nearest = None
+    if neighbors.sampling == "spatial":
+        candidates = spatial_candidates(grid, neighbors.num_samples, neighbors.sample_padding, class_tokens)
+    elif neighbors.sampling == "random":  # for evaluation; training draws others
+        candidates = random_candidates(math.prod(grid), neighbors.num_samples, class_tokens, fixed=True)
+    if neighbors.similarity_type == "Loc":
+        nearest = location_neighbors(centered(locations, grid, class_tokens), neighbors.K, inner, candidates)
+    return {"locations": locations, "inner": inner, "candidates": candidates, "nearest": nearest}
 
-    def _make_tables(self, grid: tuple[int, ...]) -> dict[str, Tensor]:
-        cfg, pad, class_tokens = self.neighbors, self.padding, self.class_tokens
-        cfg.check_candidates(grid, axes=len(grid), class_tokens=class_tokens)
-        locations = grid_locations(grid)
-        inner = raster_index(grid, [torch.arange(pad, side - pad) for side in grid]) + class_tokens
-        tables = {"locations": locations, "inner": torch.cat([torch.arange(class_tokens), inner])}
-        if cfg.sampling == "spatial":
-            tables["candidates"] = spatial_candidates(grid, cfg.num_samples, cfg.sample_padding, class_tokens)
-        elif cfg.sampling == "random":  # for evaluation; training draws others
-            tables["candidates"] = random_candidates(math.prod(grid), cfg.num_samples, class_tokens, fixed=True)
-        if cfg.similarity_type == "Loc":
-            centered = self._centered(locations, grid)
-            tables["nearest"] = location_neighbors(centered, cfg.K, tables["inner"], tables.get("candidates"))
-        return tables
+
+def centered(locations: Tensor, grid: tuple[int, ...], class_tokens: int) -> Tensor:
+    """Locations in half pixels from the center of the grid, where class tokens are: integers, so distances are exact."""
+    offsets = [2 * locations[:, axis] - (side - 1) for axis, side in enumerate(grid)]
+    return F.pad(torch.stack(offsets, dim=1), (0, 0, class_tokens, 0))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mixers.masks import in_column, in_neighborhood, in_row, in_square, is_near, is_strided, window_start
+from options.checks import check_window, sequence_grid
 
 NONE = -1  # pads short tiles
 
@@ -44,6 +45,10 @@ def window_tiling(length: int, reach: int) -> Tiling:
     return Tiling(*windows(length, reach, max(reach, 16)), partial(is_near, reach=reach))
 
 
+def window_tilings(reach: int, height: int, width: int) -> list[Tiling]:
+    return [window_tiling(height * width, reach)]
+
+
 def product(rows: Tensor, columns: Tensor, width: int) -> Tensor:
     """Combine positions along both sides, (Ty, ny) and (Tx, nx), to patches of the grid, (Ty * Tx, ny * nx)."""
     rows, columns = rows[:, None, :, None], columns[None, :, None, :]
@@ -55,6 +60,13 @@ def strided_tiling(length: int, context: int) -> Tiling:
     """Tile a sequence into classes of positions that are a multiple of `context` apart."""
     classes = pad_tiles(range(start, length, context) for start in range(min(context, length)))
     return Tiling(classes, classes, partial(is_strided, context=context))
+
+
+def sparse_tilings(mode: str, context: int, height: int, width: int) -> list[Tiling]:
+    """Tile the pairs of a mode of `MultiHeadSparseAttention`; without a tiling, every patch sees every other."""
+    length = height * width
+    local = [window_tiling(length, context // 2)]
+    return {"all": [], "local": local, "strided": [*local, strided_tiling(length, context)]}[mode]
 
 
 def mask_tilings(mask_type: str, reach: int, height: int, width: int) -> list[Tiling]:
@@ -104,3 +116,11 @@ def neighborhood_tiling(height: int, width: int, kernel_size: int, dilation: int
     queries, keys = (product(*sides, width) for sides in zip(along(height), along(width), strict=True))
     sees = partial(in_neighborhood, grid=(height, width), kernel_size=kernel_size, dilation=dilation)
     return Tiling(queries, keys, sees)
+
+
+def neighborhood_tilings(
+    kernel_size: int, dilation: int, height: int, width: int, names: tuple[str, str] = ("kernel_size", "dilation")
+) -> list[Tiling]:
+    """Tile a grid for neighborhood attention. Raises ValueError if its window does not fit the grid."""
+    check_window(kernel_size, dilation, sequence_grid((height, width)), names=names)
+    return [neighborhood_tiling(height, width, kernel_size, dilation)]

@@ -25,6 +25,14 @@ def check_heads(d_model: int, num_heads: int) -> None:
         raise ValueError(f"num_heads={num_heads} does not divide d_model={d_model}")
 
 
+def check_patches(patch_size: int, image_size: tuple[int, int]) -> None:
+    if any(side % patch_size for side in image_size):
+        raise ValueError(
+            f"patch_size={patch_size} does not divide the {as_sides(image_size)} image; "
+            f"use one that does, or another size (resize)"
+        )
+
+
 def check_dropout(attention_dropout: float) -> None:
     if not 0 <= attention_dropout < 1:
         raise ValueError(f"attention_dropout={attention_dropout} must be at least 0 and below 1")

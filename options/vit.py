@@ -9,6 +9,7 @@ from typing import ClassVar
 from options.checks import (
     branch_widths,
     check_heads,
+    check_patches,
     check_slots,
     check_topk,
     check_value_convolution,
@@ -32,7 +33,7 @@ from options.layers import (
     layers_of,
 )
 from options.models import CUSTOM_LAYER, LAYER_SHA256, MIXER_OPTION, ModelConfig, of_model
-from options.neighbors import NeighborConfig, as_sides
+from options.neighbors import NeighborConfig
 
 CONVIT_SIZES = {"Ti": (192, 4), "Ti_plus": (256, 4), "S": (432, 9), "S_plus": (576, 9), "B": (768, 16), "B_plus": (1024, 16)}
 
@@ -159,11 +160,7 @@ class ViTConfig(ModelConfig):
                 "the name of a layer is written ./Attention/file.py:Class"
             )
         self._check_ranges()
-        if any(side % self.patch_size for side in self.image_size):
-            raise ValueError(
-                f"patch_size={self.patch_size} does not divide the {as_sides(self.image_size)} image; "
-                f"use one that does, or another resize"
-            )
+        check_patches(self.patch_size, self.image_size)
         check_heads(self.d_model, self.num_heads)
         if self.initializer_range == 0:
             raise ValueError("initializer_range=0 makes all projections equal; it must be above 0")

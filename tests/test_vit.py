@@ -155,7 +155,7 @@ def test_layers_are_what_the_name_says_and_follow_the_flags(layer):
     if layer == "ViG":
         assert mixer.dilation == 2 and mixer.select.neighbors.K == 10 and mixer.graph.kind == "mean"
     if layer in ("BiFormer", "BlockTopK"):
-        assert mixer.regions.shape == (12, 1) and mixer.top_regions == 3
+        assert mixer.tables.first.regions.shape == (12, 1) and mixer.top_regions == 3
     if layer == "BiFormer":
         assert mixer.conv.weight.shape == (16, 1, 5, 5)
     if layer == "PaCa":
@@ -165,7 +165,7 @@ def test_layers_are_what_the_name_says_and_follow_the_flags(layer):
     if layer == "Performer":
         assert mixer.random.features.shape == (11, 4) and mixer.random.kernel == "relu"
     if layer == "Nystromformer":
-        assert mixer.segments.shape == (4, 13) and mixer.conv.weight.shape == (4, 1, 5, 1)
+        assert mixer.tables.first.segments.shape == (4, 13) and mixer.conv.weight.shape == (4, 1, 5, 1)
     if layer == "Hybrid":
         assert len(mixer.regional) == 3 and mixer.gate.weight.shape == (4, 16)
         assert mixer.context.features.shape == (11, 4) and mixer.context.kernel == "relu"
@@ -174,7 +174,7 @@ def test_layers_are_what_the_name_says_and_follow_the_flags(layer):
     reaches = {"LocalAttention": 7, "SparseAttention": 3, "MaskedAttention": 4, "NeighborhoodAttention": 0, "Hybrid": 0}
     if layer in reaches:
         reach = reaches[layer]
-        pattern = mixer.regional[0] if layer == "Hybrid" else mixer.pattern
+        pattern = (mixer.regional[0] if layer == "Hybrid" else mixer.patterns).first
         patches = pattern.make_mask(torch.device("cpu"))[1:, 1:]
         far = torch.tensor([[abs(i - j) <= reach for j in range(12)] for i in range(12)])
         assert torch.equal(patches, far)

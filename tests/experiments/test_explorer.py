@@ -170,7 +170,7 @@ def test_neighbors_of_a_graph_are_those_it_takes_features_from(runs, name):
             module.register_forward_hook(lambda module, inputs, output: taken.append((module, *inputs)))
         if name == "axes" and type(module).__name__ == "AxialGraphMixer":
             find = module.near_candidates
-            module.near_candidates = lambda x, find=find: taken.append((None, x, find(x))) or taken[-1][2]
+            module.near_candidates = lambda x, layout, find=find: taken.append((None, x, find(x, layout))) or taken[-1][2]
     with torch.no_grad():
         _, found = record_mixing(model, images, 17)
     assert len(found) == 2

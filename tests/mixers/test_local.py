@@ -58,7 +58,7 @@ def plain_attention(layer, x, mask, turn=lambda t: t):
 def check(layer, mask, turn=lambda t: t):
     """Outputs, gradients and matrix are those of dense attention under the mask."""
     layer = layer.double()
-    assert layer.pattern.is_dense == bool(place_attention.TILES_PAY > 0 or mask.all())
+    assert layer.patterns.first.is_dense == bool(place_attention.TILES_PAY > 0 or mask.all())
     x = torch.randn(2, layer.layout.num_tokens, layer.proj.in_features).double().requires_grad_()
     expected, matrix = plain_attention(layer, x, mask, turn)
     ours = layer(x)
@@ -304,8 +304,8 @@ def test_gpsa_heads_start_at_offsets_around_the_center(heads):
 def test_gpsa_positions_are_exact_under_autocast():
     layer = GatedPositionalSelfAttention(18, 9, layout=TokenLayout(14, 14), locality_strength=1.3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rows, columns = layer.positions()
-    for ours, exact in zip((rows, columns), layer.positions(), strict=True):
+        rows, columns = layer.positions(layer.layout)
+    for ours, exact in zip((rows, columns), layer.positions(layer.layout), strict=True):
         assert torch.equal(ours, exact)
 
 
@@ -341,7 +341,9 @@ def test_memory_grows_with_tokens_times_window(name):
         built = []
         layout = TokenLayout(side, side, 1)
         building = peak_memory(lambda built=built, layout=layout: built.append(MIXERS[name](layout)), CPU)
-        assert side < 64 or (building < layout.num_tokens**2 and not built[0].pattern.is_dense)  # not even a mask of bytes
+        assert side < 64 or (
+            building < layout.num_tokens**2 and not built[0].patterns.first.is_dense
+        )  # not even a mask of bytes
         peaks.append(training_peak(built[0], layout.num_tokens))
     assert peaks[1] < (10 if name == "strided" else 5) * peaks[0]
     assert peaks[1] < 4 * 2 * 4097**2 / (4 if name == "strided" else 8)  # bytes of two heads' scores
@@ -384,14 +386,14 @@ def test_compiled(strategy):
 def test_long_sequences_make_no_dense_mask(mask_type, step):
     layout = TokenLayout(34, 34, 1)
     layer = MultiHeadMaskedAttention(8, 2, layout=layout, mask_type=mask_type, expansion_step=step).double()
-    assert not layer.pattern.is_dense
+    assert not layer.patterns.first.is_dense
     x = torch.randn(1, layout.num_tokens, 8).double()
     torch.testing.assert_close(layer(x), layer(x, output_attentions=True)[0], atol=1e-9, rtol=0)
 
 
 def test_a_long_sequence_that_sees_all_needs_no_mask():
     layer = MultiHeadMaskedAttention(8, 2, layout=TokenLayout(34, 34), mask_type="2d_all_neighbors", expansion_step=33)
-    assert layer.pattern.is_dense and layer.pattern.mask is None
+    assert layer.patterns.first.is_dense and layer.patterns.first.mask is None
     attention = MultiHeadAttention(8, 2)
     attention.load_state_dict(layer.state_dict())
     x = torch.randn(1, 34 * 34, 8)
