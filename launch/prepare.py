@@ -33,17 +33,20 @@ from runs.folder import RunFolder
 from runs.measure import count_flops, count_parameters, device_name
 from runs.memory import making
 from runs.optimization import autocast_for
-from runs.parameters import freeze, layer_scales, start_training
+from runs.parameters import freeze, head_of, layer_scales, start_training
 from runs.processes import Processes, Signals, seed_process
 from runs.provenance import (
     check_same_class,
+    check_same_classes,
+    check_same_number,
     list_of_loaded,
     options_as_trained,
     say_what_differs,
     say_what_is_assumed,
     say_what_was_loaded,
+    say_whose_head,
 )
-from runs.resume import check_same_state, resumable_state, resume
+from runs.resume import check_same_data, check_same_state, resumable_state, resume
 from runs.streams import announce
 from runs.tracking import is_installed
 from runs.training import Training
@@ -91,12 +94,17 @@ def begin_training(job: Job, warnings: list[str]) -> tuple[Training, Data, dict]
     found = resumable_state(folder, plain, quiet=not processes.first) if train.resume else None
     if train.export and found is not None and found[0]["best"] and not folder.best.exists():
         raise RunError(f"--export: {folder.best} of epoch {found[0]['best']['epoch']} is gone; leave --export out")
-    notes = load_start(job, model, None if found is None else found[1])
+    notes, started_from = load_start(job, model, None if found is None else found[1])
     processes.connect(device)
     check_same_state(processes, folder, found)
     data = read_data(job, device)
+    if processes.first and started_from is not None:
+        say_whose_head(started_from, data.class_names, Path(train.checkpoint))
     model.to(device)
+    if found is not None:
+        check_same_data(found[0], data.fingerprint, found[1], train.override, quiet=not processes.first)
     training = Training(model, train, device, len(data.train), processes, job.signals)
+    training.fingerprint = data.fingerprint
     if found is None:
         seed_process(train.seed, processes.rank)  # dropout and mixes differ between processes, unlike the weights
     else:
@@ -157,8 +165,10 @@ def prepare(job: Job) -> tuple[nn.Module, torch.device, list[str]]:
     return model, device, warnings
 
 
-def load_start(job: Job, model: nn.Module, resumed_from: Path | None) -> str:
-    """Load the weights of --checkpoint, if there is one, into a model that is about to be trained; return a note for model.txt.
+def load_start(job: Job, model: nn.Module, resumed_from: Path | None) -> tuple[str, dict | None]:
+    """Load the weights of --checkpoint, if there is one, into a model that is about to be trained.
+
+    Returns a note for model.txt, and the checkpoint if its head was loaded.
 
     resumed_from: the checkpoint that the run continues from, whose weights come instead. Raises RunError and Stopped.
     """
@@ -172,7 +182,7 @@ def load_start(job: Job, model: nn.Module, resumed_from: Path | None) -> str:
     if ignored and first:
         print(f"warning: {ignored}", file=sys.stderr)
     if resumed_from is not None or not train.checkpoint:
-        return ""
+        return "", None
     path = Path(train.checkpoint)
     if not path.is_file():
         raise RunError(f"--checkpoint {path} is no file, and --resume finds nothing in {train.output_dir} to go on from")
@@ -184,7 +194,7 @@ def load_start(job: Job, model: nn.Module, resumed_from: Path | None) -> str:
     if first:
         say_what_differs(job.options.model, state, path)
         say_what_was_loaded(loaded, path, model)
-    return list_of_loaded(loaded, path)
+    return list_of_loaded(loaded, path), None if f"{head_of(model)}weight" in loaded.new else {"data": state.get("data")}
 
 
 def read_data(job: Job, device: torch.device) -> Data:
@@ -243,6 +253,7 @@ def facts_of(job: Job, model: nn.Module, data: Data, device: torch.device) -> di
         "train_images": data.train.num_samples,
         "test_images": data.test.num_samples,
         "class_names": data.class_names,
+        "data": data.fingerprint,
         "processes": job.processes.world,
         "kernels": backend.running_on(device),
     }
@@ -267,6 +278,7 @@ def begin_test(job: Job, program: Program, stated: dict) -> Evaluation:
     job, train = job._replace(options=options), options.train
     check_writable(Path(train.output_dir), "--output_dir")
     model, device, _ = prepare(job)
+    check_same_number(state, options.model.num_classes, path, options.data.data_path)
     # Images of another size need no --override: the model computes the same function of an image at that size.
     free = train.override or "resize" in changes or "config" not in state
     leeway = Leeway(resample=not train.strict and free, grid=grid_of(state.get("config")))
@@ -289,6 +301,7 @@ def begin_test(job: Job, program: Program, stated: dict) -> Evaluation:
         say_what_was_loaded(loaded, path, model)
     processes.connect(device)
     data = read_data(job, device)
+    check_same_classes(state, data.fingerprint, path, options.train.override, quiet=not processes.first)
     override = {name: {"trained": before, "here": after} for name, (before, after) in changes.items()}
     facts = {"image_shape": shape, "flops_per_image": flops, "override": override}
     return Evaluation(options, model.to(device), data, device, path, facts)

@@ -104,7 +104,10 @@ class TrainConfig:
         **SYSTEM,
     )
     override: bool = option(
-        False, "test_only: model options that are given win over those that the checkpoint was trained with", **SYSTEM
+        False,
+        "test_only: model options that are given win over those that the checkpoint was trained with, and classes of other "
+        "names are accepted; resume: another number of images is accepted",
+        **SYSTEM,
     )
     trust_code: bool = option(
         False, "test_only: run the file of the custom mixer that the checkpoint names, whoever wrote it", **SYSTEM
@@ -120,8 +123,8 @@ class TrainConfig:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} is more than num_epochs={self.num_epochs}")
         if self.export and not self.export.endswith((".safetensors", ".onnx")):
             raise ValueError(f"export={self.export!r} must end in .safetensors or .onnx")
-        if self.override and not self.test_only:
-            raise ValueError("override=True is of test_only=True: training takes all options as they are given")
+        if self.override and not (self.test_only or self.resume):
+            raise ValueError("override=True is of test_only=True or resume=True: training takes all options as they are given")
         if self.freeze and self.layer_decay != 1:
             raise ValueError(
                 f"layer_decay={self.layer_decay} is of a backbone that learns, and freeze={self.freeze} keeps it as it is; "
