@@ -41,6 +41,7 @@ from readers.folders import read_folders
 from readers.images import check_images, decode_image
 from readers.stream import ImageStream
 from runs import DataError
+from runs.fingerprint import make_fingerprint
 from utils import gaussian, keys, uniform
 
 
@@ -267,6 +268,7 @@ class Data(NamedTuple):
     val: Batches | None  # None without --val_fraction
     test: Batches
     class_names: list[str]
+    fingerprint: dict  # of all images, before limits and splits; see `runs.fingerprint`
 
 
 def load_data(
@@ -297,6 +299,9 @@ def load_data(
         raise DataError(f"--data_path {config.data_path}: {error}") from None
     for warning in source.warnings if rank == 0 else ():
         print(f"warning: {warning}", file=sys.stderr)
+    classes = len(source.class_names)
+    counts = {part: np.bincount(images.labels, minlength=classes).tolist() for part, images in source.parts.items()}
+    fingerprint = make_fingerprint(source.class_names, counts, source.hashes)
     streamed = DATASETS[config.dataset].streamed
     rows = {}
     for part in parts:
@@ -323,4 +328,4 @@ def load_data(
             raise DataError(f"--val_fraction {config.val_fraction} of {len(index)} training images leaves none {what}")
         rows |= {"train": index[kept], "val": index[held]}
     made = {part: batches(part, index) for part, index in rows.items()}
-    return Data(made.get("train"), made.get("val"), made["test"], source.class_names)
+    return Data(made.get("train"), made.get("val"), made["test"], source.class_names, fingerprint)

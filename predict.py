@@ -55,11 +55,15 @@ def list_images(paths: list[Path]) -> list[Path]:
 
 
 def class_names(run: Path, classes: int) -> list[str]:
-    """Return the names that the run noted, or numbers if it noted none."""
+    """Return the names that the run noted, or numbers if it noted none. Raises ValueError if best.pt has others."""
+    from experiments.trained import check_classes
+
     try:
         names = json.loads((run / "summary.json").read_text(encoding="utf-8"))["class_names"]
     except (OSError, ValueError, KeyError):
         names = []
+    if names:
+        check_classes(run, names)
     return names if len(names) == classes else [f"class {number}" for number in range(classes)]
 
 

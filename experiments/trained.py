@@ -17,6 +17,7 @@ from options.runs import PROGRAMS, Options, resolve
 from options.trust import check_trusted
 from options.vit import ViTConfig
 from runs.checkpoints import load_checkpoint, load_weights
+from runs.fingerprint import describe_classes, noted_classes
 from runs.provenance import check_same_class
 from vit import ViT
 
@@ -53,6 +54,13 @@ def read_options(folder: Path, data_path: str | None = None) -> Options:
     return resolve(program.model, program.family, values)
 
 
+def check_classes(folder: Path, class_names: list[str]) -> None:
+    """Raise ValueError if the best checkpoint of a run was trained on other classes."""
+    noted = noted_classes(load_checkpoint(folder / "best.pt"))
+    if noted is not None and noted != class_names:
+        raise ValueError(f"{folder}: best.pt was trained on {describe_classes(noted, class_names)}; give them the former names")
+
+
 def load_model(folder: Path, options: Options, weights: str = "best.pt") -> nn.Module:
     """Return the model of a run in eval mode on the CPU, with the weights in one of its files. Raises ValueError without it."""
     path = folder / weights
@@ -71,6 +79,7 @@ def load_run(folder: Path, images: int, data_path: str | None) -> Run:
     model = load_model(folder, options)
     config = dataclasses.replace(options.data, test_limit=images, num_workers=0, download=False)
     data = load_data(config, batch_size=images, seed=options.train.seed, device=torch.device("cpu"), test_only=True)
+    check_classes(folder, data.class_names)
     return Run(folder.resolve().name, folder, options, model, *next(iter(data.test.epoch(0))), data.class_names)
 
 

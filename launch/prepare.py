@@ -32,17 +32,20 @@ from runs.files import check_writable
 from runs.folder import RunFolder
 from runs.measure import count_flops, count_parameters, device_name
 from runs.memory import stop_if_out_of_memory
-from runs.parameters import freeze, layer_scales, start_training
+from runs.parameters import freeze, head_of, layer_scales, start_training
 from runs.processes import Processes, Signals, seed_process
 from runs.provenance import (
     check_same_class,
+    check_same_classes,
+    check_same_number,
     list_of_loaded,
     options_as_trained,
     say_what_differs,
     say_what_is_assumed,
     say_what_was_loaded,
+    say_whose_head,
 )
-from runs.resume import check_same_state, resumable_state, resume
+from runs.resume import check_same_data, check_same_state, resumable_state, resume
 from runs.streams import announce
 from runs.tracking import is_installed
 from runs.training import Training
@@ -80,12 +83,17 @@ def begin_training(request: Request, warnings: list[str]) -> tuple[Training, Dat
     found = resumable_state(folder, plain, quiet=not processes.first) if train.resume else None
     if train.export and found is not None and found[0]["best"] and not folder.best.exists():
         raise RunError(f"--export: {folder.best} of epoch {found[0]['best']['epoch']} is gone; leave --export out")
-    notes = load_start(request, model, None if found is None else found[1])
+    notes, started_from = load_start(request, model, None if found is None else found[1])
     processes.connect(device)
     check_same_state(processes, folder, found)
     data = read_data(request, device)
+    if processes.first and started_from is not None:
+        say_whose_head(started_from, data.class_names, Path(train.checkpoint))
     model.to(device)
+    if found is not None:
+        check_same_data(found[0], data.fingerprint, found[1], train.override, quiet=not processes.first)
     training = Training(model, train, device, len(data.train), processes, request.signals)
+    training.fingerprint = data.fingerprint
     if found is None:
         seed_process(train.seed, processes.rank)  # dropout and mixes differ between processes, unlike the weights
     else:
@@ -151,8 +159,10 @@ def build(request: Request, device: torch.device) -> tuple[nn.Module, list[str]]
     return model, warnings
 
 
-def load_start(request: Request, model: nn.Module, resumed_from: Path | None) -> str:
-    """Load the weights of --checkpoint, if there is one, into a model that is about to be trained; return a note for model.txt.
+def load_start(request: Request, model: nn.Module, resumed_from: Path | None) -> tuple[str, dict | None]:
+    """Load the weights of --checkpoint, if there is one, into a model that is about to be trained.
+
+    Returns a note for model.txt, and the checkpoint if its head was loaded.
 
     resumed_from: the checkpoint that the run continues from, whose weights come instead. Raises RunError and Stopped.
     """
@@ -161,12 +171,12 @@ def load_start(request: Request, model: nn.Module, resumed_from: Path | None) ->
         if train.checkpoint and first:
             line = f"warning: --checkpoint {train.checkpoint} is not read: --resume continues from {resumed_from}"
             print(line, file=sys.stderr)
-        return ""
+        return "", None
     if not train.checkpoint:
         if (train.freeze or train.strict) and first:
             unread = f"--freeze {train.freeze}" if train.freeze else "--strict"
             print(f"warning: {unread} goes with the weights of a --checkpoint, and none is given", file=sys.stderr)
-        return ""
+        return "", None
     path = Path(train.checkpoint)
     if not path.is_file():
         raise RunError(f"--checkpoint {path} is no file, and --resume finds nothing in {train.output_dir} to resume from")
@@ -178,7 +188,7 @@ def load_start(request: Request, model: nn.Module, resumed_from: Path | None) ->
     if first:
         say_what_differs(request.options.model, state, path)
         say_what_was_loaded(loaded, path, model)
-    return list_of_loaded(loaded, path)
+    return list_of_loaded(loaded, path), None if f"{head_of(model)}weight" in loaded.new else {"data": state.get("data")}
 
 
 def read_data(request: Request, device: torch.device) -> Data:
@@ -237,6 +247,7 @@ def facts_of(request: Request, model: nn.Module, data: Data, device: torch.devic
         "train_images": data.train.num_samples,
         "test_images": data.test.num_samples,
         "class_names": data.class_names,
+        "data": data.fingerprint,
         "processes": request.processes.world,
         "kernels": backend.running_on(device),
     }
@@ -263,6 +274,7 @@ def begin_test(request: Request, program: Program, stated: dict) -> tuple[Reques
     check_writable(Path(train.output_dir), "--output_dir")
     device = check(request)
     model, _ = build(request, device)
+    check_same_number(state, options.model.num_classes, path, options.data.data_path)
     # Images of another size need no --override: the model computes the same function of an image at that size.
     free = train.override or "resize" in changes or "config" not in state
     policy = LoadPolicy(resample=not train.strict and free, grid=grid_of(state.get("config")))
@@ -284,6 +296,8 @@ def begin_test(request: Request, program: Program, stated: dict) -> tuple[Reques
         say_what_is_assumed(options, state, path, changes)
         say_what_was_loaded(loaded, path, model)
     processes.connect(device)
+    data = read_data(request, device)
+    check_same_classes(state, data.fingerprint, path, train.override, quiet=not processes.first)
     override = {name: {"trained": before, "here": after} for name, (before, after) in changes.items()}
     facts = {"image_shape": shape, "flops_per_image": flops, "override": override}
-    return request, model.to(device), read_data(request, device), path, facts
+    return request, model.to(device), data, path, facts

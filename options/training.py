@@ -101,7 +101,11 @@ class TrainConfig:
         "test_results.json (test_results-2.json and so on beside a result of other options)",
         **SYSTEM,
     )
-    override: bool = option(False, "test_only: given model options win over those of the checkpoint", **SYSTEM)
+    override: bool = option(
+        False,
+        "test_only: given options of the model, and other classes, win over the checkpoint; resume: other images may be given",
+        **SYSTEM,
+    )
     trust_code: bool = option(
         False, "test_only: run the file of the custom mixer that the checkpoint names, whoever wrote it", **SYSTEM
     )
@@ -116,8 +120,8 @@ class TrainConfig:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} is more than num_epochs={self.num_epochs}")
         if self.export and not self.export.endswith((".safetensors", ".onnx")):
             raise ValueError(f"export={self.export!r} must end in .safetensors or .onnx")
-        if self.override and not self.test_only:
-            raise ValueError("override=True needs test_only=True: training takes all options as they are given")
+        if self.override and not (self.test_only or self.resume):
+            raise ValueError("override=True needs test_only=True or resume=True: training takes all options as they are given")
         if self.freeze and self.layer_decay != 1:
             raise ValueError(
                 f"layer_decay={self.layer_decay} is for a backbone that is trained, and freeze={self.freeze} keeps it fixed; "

@@ -13,6 +13,7 @@ from options.models import ModelConfig
 from options.runs import Options, Program, as_trained, assumed_options, same_value
 from runs import RunError
 from runs.checkpoints import Loaded
+from runs.fingerprint import compare, describe_classes, noted_classes
 from runs.parameters import head_of
 
 
@@ -40,6 +41,45 @@ def check_same_class(options: dict, trained: dict, path: Path, flag: str) -> Non
         raise RunError(
             f"{flag}: {path} was trained with another content of --layer {options['layer']}: its SHA-256 was {then} and is now "
             f"{now}; give its file the former content back{override}"
+        )
+
+
+def check_same_number(state: dict, classes: int, path: Path, data_path: str) -> None:
+    """Raise RunError if a checkpoint was trained on another number of classes."""
+    names = noted_classes(state)
+    if names is not None and len(names) != classes:
+        raise RunError(
+            f"--test_only: {path} was trained on {len(names)} classes, and --data_path {data_path} has {classes}; evaluate it "
+            f"on its own classes ({', '.join(names[:5])}{', ...' * (len(names) > 5)})"
+        )
+
+
+def check_same_classes(state: dict, here: dict, path: Path, override: bool, quiet: bool) -> None:
+    """Raise RunError if the classes of a checkpoint that is about to be evaluated are others; print a line for other images."""
+    if not isinstance(state.get("config"), dict):
+        return  # weights of others
+    if noted_classes(state) is None:
+        line = f"{path} does not say which classes it was trained on; they are taken to be those of --data_path"
+    elif not (difference := compare(state["data"], here, ("test",))):
+        return
+    elif difference.of_classes and not override:
+        raise RunError(
+            f"--test_only: {path} was trained on {difference.text}; give the class folders their former names, or evaluate by "
+            "position with --override"
+        )
+    else:
+        line = f"{path} was trained with {difference.text}"
+    if not quiet:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def say_whose_head(state: dict, class_names: list[str], path: Path) -> None:
+    """Warn if a training starts from a head of other classes."""
+    before = noted_classes(state)
+    if before is not None and before != class_names:
+        print(
+            f"warning: {path}: its head is of other classes ({describe_classes(before, class_names)}); training starts from it",
+            file=sys.stderr,
         )
 
 

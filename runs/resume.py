@@ -10,7 +10,8 @@ from options.models import ModelConfig
 from options.runs import program_of, same_value
 from options.training import RESUME_MAY_CHANGE, TrainConfig
 from runs import RunError
-from runs.checkpoints import DamagedError, load_run_state
+from runs.checkpoints import DamagedError, load_run_state, load_state
+from runs.fingerprint import compare, noted_classes
 from runs.folder import RunFolder
 from runs.processes import Processes
 from runs.provenance import check_same_class
@@ -58,6 +59,22 @@ def _check_options(options: dict, trained: dict, path: Path) -> None:
             )
 
 
+def check_same_data(state: dict, here: dict, path: Path, override: bool, quiet: bool) -> None:
+    """Raise RunError if the run in this file trained on other classes, or without `override` on another number of images."""
+    if noted_classes(state) is None:
+        line = f"{path} does not say what it was trained on: the data are taken to be the same"
+    elif not (difference := compare(state["data"], here)):
+        return
+    elif difference.of_classes or (difference.of_numbers and not override):
+        remedy = "give the data back their former content, "
+        remedy += "go on with those that are there by --override, " if difference.of_numbers else ""
+        raise RunError(f"--resume: {path} was trained on {difference.text}; {remedy}or use another --output_dir")
+    else:
+        line = f"{path} was trained on {difference.text}; going on with those that are there"
+    if not quiet:
+        print(f"warning: {line}", file=sys.stderr)
+
+
 def check_same_state(processes: Processes, folder: RunFolder, found: tuple[dict, Path] | None) -> None:
     """Raise RunError if the processes found different states: they would train apart, or wait for each other forever."""
     seen = processes.gather(None if found is None else [found[1].name, found[0]["epoch"], found[0]["step"]])
@@ -68,7 +85,13 @@ def check_same_state(processes: Processes, folder: RunFolder, found: tuple[dict,
 def resume(training: Training, folder: RunFolder, state: dict, path: Path) -> None:
     """Continue from the state in this file of the folder. Raises RunError if it does not fit the training."""
     processes = training.processes
+    if type(state["step"]) is int and state["step"] > training.steps_per_epoch and noted_classes(state):
+        state = state | {"step": training.steps_per_epoch}  # of an epoch that had more images
     try:
+        try:
+            load_state(training.model, state["model"])
+        except ValueError as error:
+            raise RunError(f"--resume: {path} is {error}") from None
         training.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise RunError(f"--resume: {path} is damaged ({type(error).__name__})") from None

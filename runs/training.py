@@ -51,6 +51,7 @@ class Training:
         self.step = 0  # steps done in the epoch after those
         self.best: dict = {}  # row of the history
         self.history: list[dict] = []
+        self.fingerprint: dict | None = None  # of the data
 
     def check_finite(self) -> None:
         """Raise Stopped if a step was not finite. Synchronizes with the device."""
@@ -107,6 +108,7 @@ class Training:
             "best": self.best,
             "history": self.history,
             "config": options,
+            "data": self.fingerprint,
         }
 
     def load_state_dict(self, state: dict) -> None:
