@@ -179,6 +179,7 @@ class Case:
         self.mixer = mixer
         self.device = x.device
         self.x = x.requires_grad_()
+        self.image = x[:1].detach()
         self.call = torch.compile(mixer, dynamic=False) if compiled else mixer
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.autocast = lambda: torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
@@ -186,10 +187,16 @@ class Case:
         self.is_too_large = False  # for the memory of the device
         self.times: dict[str, list[float]] = {"latency": [], "forward": [], "training": []}
 
-    def infer(self, x: Tensor) -> None:
+    def latency(self) -> None:
+        """Forward of one image."""
         self.mixer.eval()
         with self.no_grad(), self.autocast():
-            self.call(x)
+            self.call(self.image)
+
+    def forward(self) -> None:
+        self.mixer.eval()
+        with self.no_grad(), self.autocast():
+            self.call(self.x)
 
     def training(self) -> None:
         """Forward and backward, gradients of the input and of all parameters."""
@@ -202,10 +209,8 @@ class Case:
 
     def measure(self) -> None:
         """Measure each once more."""
-        image = self.x[:1].detach()
-        functions = {"latency": lambda: self.infer(image), "forward": lambda: self.infer(self.x), "training": self.training}
-        for name, function in functions.items():
-            self.times[name].append(seconds_of(function, self.device))
+        for name, times in self.times.items():
+            times.append(seconds_of(getattr(self, name), self.device))
 
     def row(self) -> dict:
         """Return the results, by the names in MEASURED."""

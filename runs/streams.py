@@ -38,7 +38,7 @@ class Stream:
 
 
 def run_program(main: Callable[[], int]) -> int:
-    """Return the exit status of `main`, which runs with standard streams that writing cannot fail on.
+    """Return the exit status of `main`; a write to its standard streams cannot fail.
 
     A closed stream (`2>&-`) is opened to the null device first. Otherwise the next file that is opened takes its number, and
     what libraries print goes into that file.
