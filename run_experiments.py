@@ -14,14 +14,12 @@ import signal
 import sys
 from pathlib import Path
 
-import yaml
-
 from experiments.points import Point, check_points, find_config, leave_out_unread, name_points, read_sweep
 from experiments.published import Published, match, read_published
 from experiments.report import is_finished, write_summary
 from experiments.runner import Sweep, submit, visible_gpus
 from experiments.scaling import scale_points
-from options.parser import OneLineParser, number_type, parse_yaml, some_path
+from options.parser import OneLineParser, nonempty_path, number_type, parse_yaml
 from runs import RunError
 from runs.files import check_writable
 from runs.streams import run_program
@@ -40,7 +38,7 @@ def make_parser() -> OneLineParser:
     )
     parser.add_argument(
         "--output_dir",
-        type=some_path,
+        type=nonempty_path,
         help="folder of the sweep (default: ./Output/sweeps/<name of the file>, with the suffix _scale-<s> under --scale)",
     )
     parser.add_argument(
@@ -76,7 +74,7 @@ def slurm_parameters(words: list[str]) -> dict:
         name, equals, text = word.partition("=")
         try:
             parameters[name] = parse_yaml(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
+        except ValueError:
             name = ""
         if not name or not equals:
             raise ValueError(f"--slurm {word!r} is not name=value with a value that YAML can read")

@@ -19,7 +19,7 @@ from experiments.pictures import draw_attention, draw_masks, draw_neighbors, dra
 from experiments.points import readable
 from experiments.trained import read_config
 from options.data import DATASETS
-from options.parser import OneLineParser, new_path, number_type
+from options.parser import OneLineParser, number_type
 from options.trust import trusting
 from runs import DataError, RunError, Stopped
 from runs.files import as_csv, as_png, write_atomically
@@ -146,7 +146,7 @@ def make_parser() -> OneLineParser:
 
     def add(name: str, help: str, run: str | None = None, images: int | None = None, count=at_least_one):
         one = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        one.add_argument("--output", type=new_path, metavar=f"FILE{Path(file_name(name)).suffix}", help="file to write")
+        one.add_argument("--output", type=output_path, metavar=f"FILE{Path(file_name(name)).suffix}", help="file to write")
         if run:
             one.add_argument(run, nargs="+" if run == "runs" else None, type=Path, metavar="DIR", help="output folder of a run")
         if images:

@@ -11,8 +11,6 @@ import runpy
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from options.fields import as_words, did_you_mean, specs
 from options.layers import layer_label
 from options.parser import parse_yaml, read_yaml
@@ -82,7 +80,7 @@ def parse_change(change: str) -> tuple[str, list]:
     name, _, text = change.partition("=")
     try:
         values = parse_yaml(f"[{text}]")
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except ValueError:
         values = None
     if not name or not values:
         raise ValueError(f"--set {change!r} is not name=value or name=value1,value2")

@@ -195,7 +195,7 @@ class ImageMixer(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, shuffle_pattern: str, shuffle_scale: int):
         super().__init__()
         check_one_of(SHUFFLE_PATTERNS, shuffle_pattern=shuffle_pattern)
-        check_at_least(1, shuffle_scale=shuffle_scale)
+        check_at_least(0 if shuffle_pattern == "NA" else 1, shuffle_scale=shuffle_scale)
         before, after = shuffle_factors(shuffle_pattern, shuffle_scale, self.axes)
         self.shuffle_scale = shuffle_scale
         self.token_channels = in_channels * before, out_channels * after

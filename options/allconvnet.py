@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from options.backbones import BACKBONES, CLASSIFIER_WIDTHS, RESNET, STEMS, VGG, check_image_size, default_stem
-from options.checks import check_slots, check_topk, shuffle_factors
+from options.checks import check_slots, check_topk, closest_divisor, shuffle_factors
 from options.data import DATASETS, sides_of
-from options.fields import LAYERS, SIDE, WIDTH, address_hint, as_words, decide, option, redefault
+from options.fields import LAYERS, SIDE, WIDTH, as_words, decide, option, with_default
 from options.layers import (
     BRANCH_JOINS,
     CONVOLUTION_TYPES,
+    CUSTOM_LAYER,
     GRAPH_AGGREGATIONS,
     LAYERS2D_NAMES,
     LAYERS2D_ROWS,
@@ -24,13 +25,13 @@ from options.layers import (
     layer_label,
     layers_of,
 )
-from options.models import CUSTOM_LAYER, LAYER_SHA256, MIXER_OPTION, ModelConfig, of_model
+from options.models import GRAPH_AGGREGATION, LAYER_SHA256, MIXER_OPTION, SCORE_TEMPERATURE, TOPK, ModelConfig, preset_option
 from options.neighbors import NeighborConfig, as_sides
 
 
 def _decided_by_size(values: dict, given: dict) -> set[str]:
-    """Return the options in a config.yaml that followed from its data set, size or stem, where another one is given."""
-    if "model" not in values:  # written by hand: all of it was meant
+    """Return the options in a config.yaml that follow from its data set, size or stem, if another one is given."""
+    if "model" not in values:  # written by hand: every value is deliberate
         return set()
     found, resize, stem = set(), values.get("resize"), str(values.get("stem"))
     info = DATASETS.get(str(values.get("dataset")))
@@ -48,12 +49,13 @@ def _decided_by_size(values: dict, given: dict) -> set[str]:
 class AllConvNetConfig(ModelConfig):
     """A convolutional network: mixer, BatchNorm and ReLU for every entry of `channels`, or a backbone (`options/backbones.py`).
 
-    In a backbone, `models/backbones.py` checks that the layers fit their maps.
+    `models/backbones.py` checks that the layers of a backbone fit their maps.
     """
 
     rows: ClassVar[dict[str, Row]] = LAYERS2D_ROWS
     sizes: ClassVar[tuple[str, str]] = ("in_channels", "out_channels")
     unscored: ClassVar[frozenset[str]] = frozenset({"ConvNN", "ViG"})
+    layer_form: ClassVar[str] = " or A/B of two"
 
     model: str = option(
         "allconvnet",
@@ -71,20 +73,15 @@ class AllConvNetConfig(ModelConfig):
         0.0, "ConvNN_Attn, Attention: probability of dropping a weight of a pair of tokens", low=0, below=1
     )
     convolution_type: str = option("standard", "ConvNN_Attn: convolution over the K slots", choices=CONVOLUTION_TYPES)
-    shuffle_pattern: str = of_model(
+    shuffle_pattern: str = preset_option(
         "BA",
         "pixel-unshuffle before (B), shuffle after (A), both (BA) or neither (NA, the default in a backbone)",
         choices=SHUFFLE_PATTERNS,
     )
-    shuffle_scale: int = option(2, "side of the block that a shuffle moves into channels", low=1, high=SIDE)
-    graph_aggregation: str = option("max", "ViG: aggregation of the neighbors of a token", choices=GRAPH_AGGREGATIONS)
-    score_temperature: float = option(1.0, "ConvNN attention: temperature of the softmax over the scores", low=1e-6, high=1e6)
-    topk: str = option(
-        "hard",
-        "ConvNN attention: top-k in training, hard, or learned by a gradient for all candidates, of the nearest "
-        "(straight_through) or of K drawn by their scores (gumbel)",
-        choices=TOPKS,
-    )
+    shuffle_scale: int = option(2, "side of the block that a shuffle moves into channels", low=0, high=SIDE)
+    graph_aggregation: str = option("max", GRAPH_AGGREGATION, choices=GRAPH_AGGREGATIONS)
+    score_temperature: float = option(1.0, f"ConvNN_Attn: {SCORE_TEMPERATURE}", low=1e-6, high=1e6)
+    topk: str = option("hard", f"ConvNN_Attn: {TOPK}", choices=TOPKS)
     padding: int = option(0, "ConvNN: zero ring around the image that takes part in the search", low=0, high=SIDE)
     branch_ratio: float = option(0.5, "A/B: share of the output channels of B; 0 and 1 build the single layer", low=0, high=1)
     branch_join: str = option("relu", "A/B: ReLU after each, or a 1 x 1 convolution of both", choices=BRANCH_JOINS)
@@ -106,16 +103,20 @@ class AllConvNetConfig(ModelConfig):
         high=WIDTH,
     )
     batch_norm: bool = option(False, "VGG: BatchNorm after each convolution")
-    magnitude_type: str = redefault(NeighborConfig, "magnitude_type", "similarity")
+    magnitude_type: str = with_default(NeighborConfig, "magnitude_type", "similarity")
 
     def __post_init__(self):
         decide(self, {"shuffle_pattern": "NA"} if str(self.model) in BACKBONES else {})
         if isinstance(self.replace, (list, tuple)):  # [last, 3] in a file
             object.__setattr__(self, "replace", tuple(str(word) if type(word) is int else word for word in self.replace))
         self._check_ranges()
-        self._check_names()
+        names = layers_of(self.layer)
+        if len(names) > 2 or len(set(names)) != len(names):
+            raise ValueError(f"layer={self.layer!r} must be one layer, or A/B of two different ones")
+        if self.shuffle_scale == 0 and self.shuffle_pattern != "NA":
+            raise ValueError(f"shuffle_scale=0 must be at least 1 with shuffle_pattern={self.shuffle_pattern}")
         if self.is_backbone:
-            self._settle()
+            self._settle_backbone()
             return
         if self.num_layers not in (None, len(self.channels)):
             raise ValueError(
@@ -128,26 +129,15 @@ class AllConvNetConfig(ModelConfig):
 
     @property
     def is_backbone(self) -> bool:
-        """True if the layer replaces convolutions of a network of torchvision."""
+        """True if the layer replaces convolutions of a torchvision network."""
         return self.model in BACKBONES
 
     @property
     def title(self) -> str:
         return f"{self.model} with {layer_label(self.layer)}" if self.is_backbone else layer_label(self.layer)
 
-    def _check_names(self) -> None:
-        names = layers_of(self.layer)
-        for name in names:
-            if name not in self.rows:
-                valid, whole = ", ".join(LAYERS2D_NAMES), self.layer if self.layer.endswith(".py") else name
-                raise ValueError(
-                    f"layer={self.layer!r} is not one of {valid} or A/B of two{address_hint(whole, LAYERS2D_NAMES)}"
-                )
-        if len(names) > 2 or len(set(names)) != len(names):
-            raise ValueError(f"layer={self.layer!r} must be one layer, or A/B of two different ones")
-
-    def _settle(self) -> None:
-        """Set the options that a backbone derives from the image size, and check those that need no map. Raises ValueError."""
+    def _settle_backbone(self) -> None:
+        """Set the options that a backbone derives from the image size, and check the options that need no map."""
         stem = self.stem or default_stem(self.image_size)
         object.__setattr__(self, "stem", stem)
         if self.model in VGG and self.classifier_width is None:
@@ -156,27 +146,26 @@ class AllConvNetConfig(ModelConfig):
         has_shuffle = any("shuffle_pattern" in self.rows[name].arguments for name in self.layers_in_use())
         if has_shuffle and self.shuffle_pattern in ("A", "B"):
             raise ValueError(
-                f"shuffle_pattern={self.shuffle_pattern} changes the size of the map, which model={self.model} decides; "
+                f"shuffle_pattern={self.shuffle_pattern} changes the size of the map, which model={self.model} fixes; "
                 "use BA or NA"
             )
         if self.model in RESNET and "Conv2d" in self.layers_in_use() and self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={self.kernel_size} must be odd in model={self.model}, where it has strides")
+            raise ValueError(f"kernel_size={self.kernel_size} must be odd in model={self.model}, which has strides")
 
     def layer_on(self, out_channels: int, grid: tuple[int, int]) -> AllConvNetConfig:
         """Return the config of a single layer with these output channels on a map of this height and width.
 
-        In a backbone, K and the samples are fitted: a token cannot have more neighbors than the map has tokens, and where the
-        samples are more than there are tokens, or than there are rows or columns, all tokens are candidates. Raises ValueError
-        if something else does not fit.
+        In a backbone, K is at most the number of tokens of the map, and all tokens are candidates on a map that is too small
+        for the samples. Raises ValueError if another option does not fit.
         """
-        one = {"model": "allconvnet", "channels": (out_channels,), "num_layers": None, "image_size": grid}
+        changes = {"model": "allconvnet", "channels": (out_channels,), "num_layers": None, "image_size": grid}
         grids = [self._tokens(name, grid) for name in self.layers_in_use() if "neighbors" in self.rows[name].arguments]
         if self.is_backbone and grids:
             tokens = min(grids, key=math.prod)
-            most = {"all": math.inf, "random": math.prod(tokens), "spatial": min(tokens) - 2 * self.sample_padding}
-            one["K"] = min(self.K, math.prod(tokens))
-            one["num_samples"] = self.num_samples if self.num_samples <= most[self.sampling] else -1
-        return dataclasses.replace(self, **one)
+            limit = {"all": math.inf, "random": math.prod(tokens), "spatial": min(tokens) - 2 * self.sample_padding}
+            changes["K"] = min(self.K, math.prod(tokens))
+            changes["num_samples"] = self.num_samples if self.num_samples <= limit[self.sampling] else -1
+        return dataclasses.replace(self, **changes)
 
     def _tokens(self, name: str, grid: tuple[int, int]) -> tuple[int, int]:
         """Return the sides of the grid of tokens of a map. Raises ValueError if the shuffle does not divide it."""
@@ -188,12 +177,9 @@ class AllConvNetConfig(ModelConfig):
         return tuple(side + ring for side in grid)
 
     @staticmethod
-    def values_that_hold(values: dict, given: dict) -> dict:
-        """Drop the values of a file that follow from others which the command line changes.
-
-        These are num_layers beside other channels, and those derived from the model or the image size beside another one.
-        """
-        values = ModelConfig.values_that_hold(values, given)
+    def drop_overridden(values: dict, given: dict) -> dict:
+        """Drop also the values that follow from channels, model, image size or stem, if the command line changes these."""
+        values = ModelConfig.drop_overridden(values, given)
         dropped = _decided_by_size(values, given) | ({"num_layers"} if "channels" in given else set())
         if "model" in given and given["model"] != values.get("model", "allconvnet"):
             dropped |= {"shuffle_pattern", "stem", "classifier_width"}
@@ -204,14 +190,14 @@ class AllConvNetConfig(ModelConfig):
 
     def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
         found = super().without_effect(defaults=defaults)
-        own = {"channels", "num_layers"} if self.is_backbone else {"replace", "stem"}
-        own |= set() if self.model in VGG else {"classifier_width", "batch_norm"}
-        found |= dict.fromkeys(own, "model")
+        others = {"channels", "num_layers"} if self.is_backbone else {"replace", "stem"}
+        others |= set() if self.model in VGG else {"classifier_width", "batch_norm"}
+        found |= dict.fromkeys(others, "model")
         if len(layers_of(self.layer)) == 1:
             found["branch_ratio"] = found["branch_join"] = "layer"
         elif self.branch_ratio in (0, 1):
             found["branch_join"] = "branch_ratio"
-        found["drop_path"] = "layer"  # neither a stack nor a backbone has residual blocks that drop
+        found["drop_path"] = "layer"  # neither a stack nor a backbone can skip its blocks
         return found
 
     def branches(self, out_channels: int) -> list[tuple[str, int]]:
@@ -228,7 +214,7 @@ class AllConvNetConfig(ModelConfig):
         return [(first, out_channels - width), (second, width)]
 
     def grids(self) -> list[tuple[int, int]]:
-        """Return height and width of the map that enters each layer of a stack; the patterns A and B change them."""
+        """Return height and width of the input map of each layer in a stack; the patterns A and B change them."""
         names = self.layers_in_use()
         keeping = [name for name in names if "shuffle_pattern" not in self.rows[name].arguments]
         if self.shuffle_pattern in ("A", "B") and keeping and keeping != names:
@@ -241,7 +227,7 @@ class AllConvNetConfig(ModelConfig):
         return result[:-1]
 
     def grid_after(self, layer: str, grid: tuple[int, int]) -> tuple[int, int]:
-        """Return height and width of the map that leaves a layer."""
+        """Return height and width of the output map of a layer."""
         pattern = self.shuffle_pattern if "shuffle_pattern" in self.rows[layer].arguments else "NA"
         if pattern == "A":
             return grid[0] * self.shuffle_scale, grid[1] * self.shuffle_scale
@@ -265,7 +251,10 @@ class AllConvNetConfig(ModelConfig):
             pattern = self.shuffle_pattern if "shuffle_pattern" in options else "NA"
             width = out_channels * shuffle_factors(pattern, self.shuffle_scale, 2)[1]
             if width % self.num_heads:
-                raise ValueError(f"num_heads={self.num_heads} does not divide the {width} channels that attention runs on")
+                raise ValueError(
+                    f"num_heads={self.num_heads} does not divide the {width} channels that attention runs on; use a divisor, "
+                    f"such as {closest_divisor(width, self.num_heads)}"
+                )
         if "neighbors" in options:
             self.neighbors.check_candidates(grid)
         if "convolution_type" in options:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from options.fields import BATCH, SIDE, as_words, check_fields, option
-from options.training import KERNELS, KERNELS_HELP
+from options.training import DEVICE_HELP, KERNELS, KERNELS_HELP
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class BenchmarkConfig:
     )
     baseline: bool = option(False, "also measure Attention of vit with three projections instead of a merged one")
     repeats: int = option(7, "measurements of each row, taken in turns; their median is reported", low=1, high=10**6)
-    device: str = option("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = option("auto", DEVICE_HELP, choices=("auto", "cpu", "cuda", "mps"))
     kernels: str = option("auto", KERNELS_HELP, choices=KERNELS)
     seed: int = option(0, "seed of weights and inputs", low=0, below=2**31)
     output_dir: str = option("./Output/benchmark", "folder for the table and the plot")

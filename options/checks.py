@@ -16,20 +16,28 @@ def shuffle_factors(pattern: str, scale: int, axes: int) -> tuple[int, int]:
 
 
 def sequence_grid(grid: tuple[int, int]) -> tuple[int, ...]:
-    """Return the sides of a grid of tokens: one for a single row or column, which is a sequence."""
+    """Return the sides of a grid of tokens, or the length of a single row or column."""
     return tuple(side for side in grid if side > 1) or (1,)
+
+
+def closest_divisor(number: int, wanted: int) -> int:
+    """Return the largest divisor of a number that is at most `wanted`, or 1."""
+    return next((part for part in range(min(number, wanted), 1, -1) if number % part == 0), 1)
 
 
 def check_heads(d_model: int, num_heads: int) -> None:
     if num_heads < 1 or d_model % num_heads:
-        raise ValueError(f"num_heads={num_heads} does not divide d_model={d_model}")
+        raise ValueError(
+            f"num_heads={num_heads} does not divide d_model={d_model}; use a divisor of {d_model}, such as "
+            f"{closest_divisor(d_model, num_heads)}"
+        )
 
 
 def check_patches(patch_size: int, image_size: tuple[int, int]) -> None:
     if any(side % patch_size for side in image_size):
         raise ValueError(
             f"patch_size={patch_size} does not divide the {as_sides(image_size)} image; "
-            f"use one that does, or another size (resize)"
+            f"use a divisor, such as {closest_divisor(math.gcd(*image_size), patch_size)}, or another resize"
         )
 
 
@@ -70,7 +78,7 @@ def check_topk(topk: str, similarity_type: str = "Col", softmax_topk_val: bool =
 
 
 def dilate(neighbors: NeighborConfig, dilation: int) -> NeighborConfig:
-    """Return the K * dilation neighbors from which every `dilation`-th is taken. Raises ValueError if there are fewer."""
+    """Return a config with K * dilation neighbors, to take every `dilation`-th. Raises ValueError for too few candidates."""
     if dilation < 1:
         raise ValueError(f"dilation={dilation} must be at least 1")
     try:
@@ -80,7 +88,7 @@ def dilate(neighbors: NeighborConfig, dilation: int) -> NeighborConfig:
 
 
 def region_sides(region_size: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """Return the height and width of a region of patches: a square, or a stretch of a single row or column.
+    """Return the height and width of a region of patches: square, or one-dimensional in a grid with a single row or column.
 
     Raises ValueError if regions do not divide the grid.
     """
@@ -88,12 +96,15 @@ def region_sides(region_size: int, grid: tuple[int, int]) -> tuple[int, int]:
         raise ValueError(f"region_size={region_size} must be at least 1")
     sides = tuple(min(region_size, side) if 1 in grid else region_size for side in grid)
     if any(side % part for side, part in zip(grid, sides, strict=True)):
-        raise ValueError(f"region_size={region_size} does not divide the {as_sides(grid)} grid of patches; use one that does")
+        raise ValueError(
+            f"region_size={region_size} does not divide the {as_sides(grid)} grid of patches; use a divisor, such as "
+            f"{closest_divisor(math.gcd(*(side for side in grid if side > 1)) or 1, region_size)}"
+        )
     return sides
 
 
 def check_value_convolution(kernel_size: int, grid: tuple[int, ...]) -> None:
-    """Raise ValueError for an even kernel, or one with taps beyond the grid in every place; 0 means no convolution."""
+    """Raise ValueError for an even kernel, or for a kernel with taps that never meet the grid; 0 means no convolution."""
     if kernel_size < 0 or (kernel_size and kernel_size % 2 == 0):
         raise ValueError(f"value_convolution={kernel_size} must be odd, or 0 for none")
     most = 2 * min(grid) - 1
@@ -121,10 +132,14 @@ def check_window(
 
 def branch_widths(d_model: int, num_heads: int, branch_ratio: float) -> tuple[int, int]:
     """Return the features of the ConvNN branch and of the other. Raises ValueError if the heads do not divide them."""
+    check_heads(d_model, num_heads)
     width = math.floor(d_model * branch_ratio + 0.5)  # a half goes to the first branch
-    if not 0 < width < d_model or width % num_heads or d_model % num_heads:
+    if not 0 < width < d_model or width % num_heads:
+        parts = d_model // num_heads
+        share = min(max(round(branch_ratio * parts), 1), parts - 1) / parts
+        remedy = f"branch_ratio={share:g}" if share else "fewer heads"
         raise ValueError(
             f"branch_ratio={branch_ratio} splits d_model={d_model} into {width} + {d_model - width} features, and both need "
-            f"a positive multiple of num_heads={num_heads}"
+            f"a positive multiple of num_heads={num_heads}; use {remedy}"
         )
     return width, d_model - width

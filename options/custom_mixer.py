@@ -30,7 +30,7 @@ class CustomMixer(NamedTuple):
     address: str  # with the absolute path of its file, so that it is found from any folder
     target: str  # "module:Class", importable in this process
     sha256: str  # of the file that defines the class
-    takes: dict[str, str]  # arguments that the model gives, and their sources: a flag, or "the model"
+    takes: dict[str, str]  # arguments that the model passes, and their sources: a flag, or "the model"
     arguments: dict[str, Spec]  # arguments that --mixer_option sets
     about: str  # first line of its docstring
 
@@ -58,7 +58,7 @@ def check_unchanged(layer: str, then: str | None, now: str) -> None:
 
 
 def describe_error(error: BaseException, file: str = "") -> str:
-    """Describe an error of a custom mixer in one line, with the line of its file where it was raised."""
+    """Describe an error of a custom mixer in one line, with the line number in its file."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     text = str(error)
     if isinstance(error, SyntaxError) and error.filename == file:
@@ -77,9 +77,9 @@ _sha256_of_imported = functools.cache(_sha256)  # the file as it was when Python
 
 @functools.cache
 def _run_file(path: str, source: bytes) -> types.ModuleType:
-    """Return the module of a file with this content, registered under a name that no other module has.
+    """Run a file with this content, and return its module, registered under a unique name.
 
-    Modules beside the file can be imported, unless this project has one of the same name.
+    The file can import modules in its folder, unless this project has a module of the same name.
     """
     folder = os.path.dirname(path)
     if folder not in sys.path:
@@ -128,8 +128,8 @@ def _find_class(module: types.ModuleType, name: str, where: str) -> type:
     mixers = {key: one for key, one in vars(module).items() if isinstance(one, type) and issubclass(one, nn.Module)}
     if name not in mixers:
         defined = [key for key, one in mixers.items() if one.__module__ == module.__name__]
-        there = f"; it has {', '.join(defined)}" if defined else ""
-        raise ValueError(f"there is no torch.nn.Module {name!r} in {where}{did_you_mean(name, defined) or there}")
+        listing = f"; it has {', '.join(defined)}" if defined else ""
+        raise ValueError(f"there is no torch.nn.Module {name!r} in {where}{did_you_mean(name, defined) or listing}")
     return mixers[name]
 
 
@@ -138,10 +138,9 @@ def load(address: str, sizes: tuple[str, str], sources: dict[str, str]) -> Custo
 
     Args:
         sizes: names of the two positional arguments.
-        sources: arguments that the model gives, and the source of each.
+        sources: arguments that the model passes, and the source of each.
 
-    Raises:
-        ValueError: in one line, if there is no such class or it cannot be a mixer.
+    Raises ValueError if there is no such class or it cannot be a mixer.
     """
     place, _, name = address.rpartition(":")
     is_file = place.endswith(".py") or os.sep in place
@@ -168,7 +167,7 @@ def load(address: str, sizes: tuple[str, str], sources: dict[str, str]) -> Custo
 
 
 def _read_constructor(cls: type, sizes: tuple[str, str], sources: dict[str, str]) -> tuple[dict[str, str], dict[str, Spec]]:
-    """Split the arguments of a constructor: given by the model (with their sources), and options (with their specs)."""
+    """Split the arguments of a constructor into those that the model passes (with their sources) and options (with specs)."""
     parameters = list(inspect.signature(cls).parameters.values())
     signature = f"{cls.__name__}({', '.join(map(str, parameters[:3]))}{', ...' * (len(parameters) > 3)})"
     wanted = f"({', '.join(sizes)}, *, name: type = default, ...)"
@@ -185,7 +184,7 @@ def _read_constructor(cls: type, sizes: tuple[str, str], sources: dict[str, str]
 
 
 def _spec_of(cls: type, parameter: inspect.Parameter) -> Spec:
-    """Return what the option behind an argument accepts. Raises ValueError if the argument cannot be an option."""
+    """Return the spec of the option for an argument. Raises ValueError if the argument cannot be an option."""
     name, annotation, default = parameter.name, parameter.annotation, parameter.default
     where = f"argument {name} of {cls.__name__}"
     if default is parameter.empty:
@@ -240,7 +239,7 @@ def as_text(value) -> str:
 
 def _read_value(name: str, text: str, spec: Spec):
     if text == as_text(spec.default):
-        return spec.default  # which may be an empty text
+        return spec.default  # may be an empty text
     words = [word.strip() for word in text.split(",")] if spec.many else text
     return check_option(name, convert(name, words, spec), spec)
 
@@ -248,7 +247,7 @@ def _read_value(name: str, text: str, spec: Spec):
 def settle(mixers: Sequence[CustomMixer], given: Sequence[str]) -> tuple[list[dict], tuple[str, ...]]:
     """Return the values of each mixer by name, and all options as `name=value` texts, defaults included.
 
-    An option of two mixers goes to both; the last value of a repeated option counts. Raises ValueError.
+    An option of two mixers is set in both; the last value of a repeated option counts. Raises ValueError.
     """
     texts = {}
     for text in given:
@@ -269,7 +268,7 @@ def settle(mixers: Sequence[CustomMixer], given: Sequence[str]) -> tuple[list[di
                     raise ValueError(f"--mixer_option '{name}={texts[name]}': {error}") from None
             settled.setdefault(name, set()).add(as_text(found.get(name, spec.default)))
         values.append(found)
-    # Two mixers keep different defaults of the same name: written out, one of them would be given to both.
+    # Leave out an option that differs between two mixers: written out, its value would be set in both.
     return values, tuple(f"{name}={text}" for name, found in settled.items() if len(found) == 1 for text in found)
 
 
@@ -283,7 +282,7 @@ def _why_unknown(name: str, mixers: Sequence[CustomMixer]) -> str:
 
 
 def help_of(mixer: CustomMixer) -> tuple[str, str, dict[str, str]]:
-    """Return what --help prints of a mixer: title, text, and a line per option."""
+    """Return the --help of a mixer: title, text, and a line per option."""
     lines = {}
     for name, spec in mixer.arguments.items():
         kind = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper()
@@ -293,5 +292,5 @@ def help_of(mixer: CustomMixer) -> tuple[str, str, dict[str, str]]:
         name if source == "the model" else source + f" (as {name})" * (source != f"--{name}")
         for name, source in mixer.takes.items()
     ]
-    text = mixer.about + f" Of the model it gets {', '.join(given)}." * bool(given)
+    text = f"{mixer.about} The model passes {', '.join(given)}." if given else mixer.about
     return f"options of {mixer.address}", text, lines

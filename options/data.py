@@ -9,13 +9,13 @@ from options.fields import IMAGES, SIDE, as_words, check_fields, option
 
 
 class DatasetInfo(NamedTuple):
-    """Facts about a data set that are needed before it is read."""
+    """Sizes of a data set, known before reading it."""
 
-    size: int  # side of the images without --resize
+    size: int  # default side of the images in pixels
     channels: int
-    classes: int | None  # None: as many as the training folder has
-    streamed: bool  # read from files during training, not held on the device
-    images: tuple[int, int] | None  # for training and for testing; None: as many as there are in the folder
+    classes: int | None  # None: counted in the training folder
+    streamed: bool  # read from files during training, instead of kept in device memory
+    images: tuple[int, int] | None  # training and test images; None: unknown until the folder is read
 
 
 DATASETS = {
@@ -33,17 +33,19 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Images of a run: data set, size, augmentation and limits."""
+    """Data set, image size, augmentation and limits."""
 
     heading = "data"
 
-    dataset: str = option("cifar10", "data set; digits is embedded, folder has train/ and val/", choices=tuple(DATASETS))
+    dataset: str = option(
+        "cifar10", "data set; digits comes with the code, folder reads train/ and val/ in --data_path", choices=tuple(DATASETS)
+    )
     data_path: str = option("./Data", "folder that holds the data sets")
     resize: int | tuple[int, int] | None = option(
         None, "side the images are resized to, or height and width", kind=int, many=True, low=1, high=SIDE
     )
     val_fraction: float = option(
-        0.0, "share of the training set held out; the best epoch is then chosen by it, not by the test set", low=0, below=1
+        0.0, "share of the training set held out for validation, which then selects the best epoch", low=0, below=1
     )
     augment: bool = option(False, "random crop, and horizontal flip where it keeps the class")
     auto_augment: str = option(
@@ -52,7 +54,10 @@ class DataConfig:
         choices=("none", "rand", "trivial"),
     )
     random_erasing: float = option(
-        0.0, "probability that a training image gets a box of the mean color, by torchvision's RandomErasing", low=0, high=1
+        0.0,
+        "probability of torchvision's RandomErasing, which fills a box of a training image with the mean color",
+        low=0,
+        high=1,
     )
     noise: float = option(
         0.0, "standard deviation of Gaussian noise on training and test images, whose values run from 0 to 1", low=0, high=1000

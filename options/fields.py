@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import operator
 import re
 from dataclasses import Field, field, fields
 from typing import NamedTuple
@@ -35,7 +36,6 @@ class Spec(NamedTuple):
     metavar: str = ""  # what --help calls a value; empty: its choices or its kind
     repeat: bool = False  # the flag can be repeated, and adds to the values of a file
     flag: bool = True  # False: only files can set it
-    address: bool = False  # also accept FILE.py:Class and package.module:Class
 
 
 NOT_GIVEN = object()  # stands for the default of an option that its config decides (`option(decided=True)`)
@@ -60,7 +60,7 @@ def decide(config, values: dict) -> None:
             object.__setattr__(config, name, values.get(name, spec.default))
 
 
-def redefault(config: type, name: str, default) -> Field:
+def with_default(config: type, name: str, default) -> Field:
     """Redeclare an inherited option with another default."""
     spec = config.__dataclass_fields__[name].metadata["option"]
     return field(default=default, metadata={"option": spec._replace(default=default)})
@@ -71,17 +71,47 @@ def specs(config: type) -> dict[str, Spec]:
     return {f.name: f.metadata["option"] for f in fields(config) if "option" in f.metadata}
 
 
+# Options of other code bases, and ours.
+SYNONYMS = {
+    "aa": "auto_augment",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "attention_type": "layer",
+    "bs": "batch_size",
+    "depth": "num_layers",
+    "drop": "dropout",
+    "embed_dim": "d_model",
+    "epochs": "num_epochs",
+    "exp_name": "output_dir",
+    "expansion_steps": "expansion_step",
+    "hidden_dropout_prob": "dropout",
+    "hidden_size": "d_model",
+    "image_size": "resize",
+    "img_size": "resize",
+    "input_size": "resize",
+    "intermediate_size": "d_mlp",
+    "learning_rate": "lr",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "opt": "optimizer",
+    "results_path": "output_dir",
+    "save_model_every": "save_every",
+    "sched": "scheduler",
+    "smoothing": "label_smoothing",
+    "wd": "weight_decay",
+    "workers": "num_workers",
+}
+
+
+def _bare(name) -> str:
+    return str(name).removeprefix("--").lower().replace("-", "_")
+
+
 def did_you_mean(name: str, valid) -> str:
-    names = {str(one).lower(): one for one in valid}
-    close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
+    """Suggest the valid name for a synonym, or else the closest in spelling, as the end of an error message."""
+    names = {_bare(one): one for one in valid}
+    synonym = SYNONYMS.get(_bare(name))
+    close = difflib.get_close_matches(synonym if synonym in names else _bare(name), names, n=1, cutoff=0.65)
     return f"; did you mean {names[close[0]]}?" if close else ""
-
-
-def address_hint(name: str, valid) -> str:
-    """Suggest a correction for a name that is neither valid nor an address."""
-    if name.endswith(".py"):
-        return f"; name its class as well: {name}:Class"
-    return did_you_mean(name, valid) or "; a custom mixer is FILE.py:Class or package.module:Class"
 
 
 def as_words(value) -> str:
@@ -93,13 +123,16 @@ KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "
 
 
 def _as_kind(value, kind: type):
-    """Convert numbers of other types, such as NumPy's, to Python's own."""
+    """Convert numbers of other types, such as NumPy's, to Python's; an integer beyond any float becomes infinite."""
     if isinstance(value, bool):
         return value
     if kind is int and isinstance(value, numbers.Integral):
         return int(value)
     if kind is float and isinstance(value, numbers.Real):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # an integer of more than 308 digits
+            return math.inf
     return value
 
 
@@ -112,24 +145,22 @@ def check_one(name: str, value, spec: Spec):
         _check_text(name, value)
     if spec.kind is float and not math.isfinite(value):
         raise ValueError(f"{name}={value} is not a finite number")
-    if spec.choices and value not in spec.choices and not (spec.address and ":" in value):
-        hint = (address_hint if spec.address else did_you_mean)(value, spec.choices)
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, spec.choices))}{hint}")
-    bounds = [f"at least {spec.low}"] * (spec.low is not None) + [f"at most {spec.high}"] * (spec.high is not None)
-    bounds += [f"below {spec.below}"] * (spec.below is not None)
-    if (
-        (spec.low is not None and value < spec.low)
-        or (spec.high is not None and value > spec.high)
-        or (spec.below is not None and value >= spec.below)
+    if spec.choices and value not in spec.choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(spec.choices)}{did_you_mean(value, spec.choices)}")
+    for bound, words, holds in (
+        (spec.low, "at least", operator.ge),
+        (spec.high, "at most", operator.le),
+        (spec.below, "below", operator.lt),
     ):
-        raise ValueError(f"{name}={value!r} must be {' and '.join(bounds)}")
+        if bound is not None and not holds(value, bound):
+            raise ValueError(f"{name}={value!r} must be {words} {bound}")
     if spec.least is not None and 0 < value < spec.least:
         raise ValueError(f"{name}={value} must be 0 or at least {spec.least}")
     return value
 
 
 def check_value(name: str, value, kind: type, low: float, high: float):
-    """Return the value as a Python number of this kind. Raises ValueError if it is none within the range."""
+    """Return the value as a Python number of this kind. Raises ValueError for another type, or a value out of range."""
     return check_one(name, value, Spec(kind, "", low=low, high=high))
 
 
@@ -195,14 +226,12 @@ def as_number(text: str, kind: type):
     """Parse an int or float in plain decimal digits. Raises ValueError: "is not a whole number"."""
     if WRITTEN[kind].fullmatch(text):
         return kind(text)
-    how = " in plain decimal digits" if re.match(r"[-+]?(0[0-9a-z_]|[0-9][0-9.]*[_:])", text, re.I) else ""
-    raise ValueError(f"is not {KINDS[kind]}{how}")
+    notation = " in plain decimal digits" if re.match(r"[-+]?(0[0-9a-z_]|[0-9][0-9.]*[_:])", text, re.I) else ""
+    raise ValueError(f"is not {KINDS[kind]}{notation}")
 
 
 # Upper bounds of options, far above what any run needs.
 SIDE = 2**14  # of an image, a map or a window
-
-
 TOKENS = 2**24
 WIDTH = 2**20  # channels or features
 LAYERS = 10**4

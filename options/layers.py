@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from options.custom_mixer import is_address
-from options.fields import specs
+from options.fields import did_you_mean, specs
 from options.neighbors import NeighborConfig
 
 SHUFFLE_PATTERNS = ("BA", "NA", "B", "A")
@@ -132,6 +133,46 @@ def layers_of(layer: str) -> list[str]:
         return [first, *layers_of(rest)]
     found = re.fullmatch(r"(.+?:[^/:]*)/(.*)", layer, flags=re.S)  # a class ends an address
     return [found[1], *layers_of(found[2])] if found else [layer]
+
+
+CUSTOM_LAYER = "; a custom mixer is FILE.py:Class or package.module:Class"
+
+
+# Names in the published code or the other program, and ours.
+LAYER_SYNONYMS = {
+    "Branching": "Conv2d/ConvNN",
+    "Branching_Attn": "Conv2d/ConvNN_Attn",
+    "Conv1d_Branching": "BranchConv",
+    "Conv1d_NN": "ConvNN",
+    "Conv1d_NN_Attn": "ConvNNAttention",
+    "Conv2d_Attn_Branching": "Conv2d/ConvNN_Attn",
+    "Conv2d_Branching": "Conv2d/ConvNN",
+    "Conv2d_NN": "ConvNN",
+    "Conv2d_NN_Attn": "ConvNN_Attn",
+    "ConvNNAttention": "ConvNN_Attn",
+    "ConvNN_Attn": "ConvNNAttention",
+}
+
+
+def check_layer(layer: str, valid: Iterable[str], more: str = "") -> None:
+    """Raise ValueError for a part of A/B that is neither a valid name nor an address.
+
+    Args:
+        more: end of the list of valid names in the message.
+    """
+    for name in layers_of(layer):
+        if name in valid or is_address(name):
+            continue
+        if layer.endswith(".py"):
+            raise ValueError(f"layer={layer!r} must name the class too: {layer}:Class")
+        synonym = LAYER_SYNONYMS.get(name, "")
+        if set(synonym.split("/")) <= set(valid):
+            hint = f"; did you mean {synonym}?"
+        elif name in LAYERS1D_ROWS or name in LAYERS2D_ROWS:
+            hint = f"; {name} is a layer of {'vit_main.py' if name in LAYERS1D_ROWS else 'allconvnet_main.py'}"
+        else:
+            hint = did_you_mean(name, valid) or CUSTOM_LAYER
+        raise ValueError(f"layer={layer!r} is not one of {', '.join(valid)}{more}{hint}")
 
 
 def layer_label(layer: str) -> str:

@@ -1,4 +1,4 @@
-"""Resources of the machine, without torch."""
+"""Machine resources, without torch."""
 
 import os
 import tempfile
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def cpu_cores() -> int:
-    """Return the CPU cores that this process may use; containers and schedulers often grant only some of the machine's."""
+    """Return the number of CPU cores available to this process, which containers and schedulers may limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

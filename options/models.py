@@ -8,17 +8,23 @@ from typing import ClassVar
 
 from options.custom_mixer import CustomMixer, check_unchanged, help_of, is_address, load, settle
 from options.fields import SIDE, WIDTH, as_words, check_value, option, specs
-from options.layers import WITHOUT_EFFECT, Row, layer_label, layer_row, layers_of
+from options.layers import WITHOUT_EFFECT, Row, check_layer, layer_label, layer_row, layers_of
 from options.neighbors import NeighborConfig
 
-CUSTOM_LAYER = "; FILE.py:Class or package.module:Class is a custom mixer"
-MIXER_OPTION = "an option of a custom mixer, repeatable; --help beside --layer FILE.py:Class lists them"
-LAYER_SHA256 = "of the file of a custom mixer, as a run records it"
+# Help texts of options that both programs declare.
+MIXER_OPTION = "option of a custom mixer, repeatable; --layer FILE.py:Class --help lists them"
+LAYER_SHA256 = "SHA-256 of the file of a custom mixer, which a run records"
+SCORE_TEMPERATURE = "divisor of the scores before the softmax"
+TOPK = (
+    "top-k in training: hard; or learned, with a gradient for all candidates: the K nearest (straight_through) or K drawn by "
+    "their scores (gumbel)"
+)
+GRAPH_AGGREGATION = "ViG: aggregation of the neighbors of a token"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(NeighborConfig):
-    """Options of both models: neighbors, the layer, and three fields that the data set decides.
+    """Options of both models: neighbors, the layer, and three fields that follow from the data set.
 
     `rows` describes the layers; a config with a custom mixer adds a row under its address.
     """
@@ -27,6 +33,7 @@ class ModelConfig(NeighborConfig):
     rows: ClassVar[dict[str, Row]] = {}
     sizes: ClassVar[tuple[str, str]]  # positional arguments of a layer
     unscored: ClassVar[frozenset[str]]  # layers that search neighbors without weighting by their scores
+    layer_form: ClassVar[str] = ""  # forms of `layer` besides a name, for the error message
 
     drop_path: float = option(
         0.0,
@@ -40,6 +47,8 @@ class ModelConfig(NeighborConfig):
 
     def _check_ranges(self) -> None:
         super()._check_ranges()
+        if not specs(type(self))["layer"].choices:  # a subclass may have layers of another library
+            check_layer(self.layer, self.rows, self.layer_form)
         size = self.image_size
         sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
         if len(sides) != 2:
@@ -60,14 +69,14 @@ class ModelConfig(NeighborConfig):
         return [load(name, cls.sizes, sources) for name in layers_of(layer) if is_address(name)]
 
     def _take_custom_mixers(self) -> None:
-        """Import the classes that `layer` names by address, and hold their rows, absolute addresses and hashes."""
+        """Import the classes that `layer` names by address, and store their rows, absolute addresses and hashes."""
         mixers = self.custom_mixers(self.layer)
         if not mixers:
             for name in ("mixer_option", "layer_sha256"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"{name} {as_words(getattr(self, name))} is for a custom mixer (layer=FILE.py:Class), and "
-                        f"layer={self.layer} is none"
+                        f"{name} {as_words(getattr(self, name))} needs a custom mixer, and {self.layer} is built in; "
+                        "use layer=FILE.py:Class or drop it"
                     )
             return
         addresses = iter([mixer.address for mixer in mixers])
@@ -85,7 +94,7 @@ class ModelConfig(NeighborConfig):
 
     @classmethod
     def more_help(cls, given: dict) -> list[tuple[str, str, dict[str, str]]]:
-        """Return what --help prints of the classes that --layer names: title, text, and a line per option."""
+        """Return the --help of the custom mixers that --layer names: title, text, and a line per option."""
         layers = given.get("layer") or []
         layers = [layers] if isinstance(layers, str) else layers
         return [help_of(mixer) for layer in layers for mixer in cls.custom_mixers(layer)]
@@ -100,7 +109,7 @@ class ModelConfig(NeighborConfig):
         return layer_label(self.layer)
 
     def layers_in_use(self) -> list[str]:
-        """Return the names of the layers that the model is made of."""
+        """Return the names of the layers in the model."""
         raise NotImplementedError
 
     def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
@@ -110,7 +119,7 @@ class ModelConfig(NeighborConfig):
         """
         in_use = self.layers_in_use()
         if not self.rows.keys() >= set(in_use):
-            return {}  # a layer of another library: nothing is known of its options
+            return {}  # a layer of another library, whose options are unknown
         options = specs(type(self))
         rows = {layer: layer_row(self.rows, layer, self.branch_ratio) for layer in in_use}
         read = {name for row in rows.values() for name in row.options}
@@ -134,19 +143,19 @@ class ModelConfig(NeighborConfig):
         return found
 
     @staticmethod
-    def values_that_hold(values: dict, given: dict) -> dict:
+    def drop_overridden(values: dict, given: dict) -> dict:
         """Drop the values of a YAML file that the command line makes void.
 
-        Another layer has other options; the same layer may lie in another file. A test beside the config.yaml of a training
-        evaluates its result, not the weights that it started from, and exports nothing.
+        Another layer has other options; the same layer may be defined in another file. A test with the config.yaml of a
+        training evaluates the trained weights, not the ones that training started from, and exports nothing.
         """
         dropped = set()
         if "layer" in given:
             is_same = layer_label(str(given["layer"])) == layer_label(str(values.get("layer")))
             dropped = {"layer_sha256"} if is_same else {"layer_sha256", "mixer_option"}
-        if [str(one.get("test_only")).lower() for one in (values, given)] == ["false", "true"]:
+        if str(values.get("test_only")).lower() == "false" and str(given.get("test_only")).lower() == "true":
             dropped |= {"checkpoint", "export"}
         return {name: value for name, value in values.items() if name not in dropped}
 
 
-of_model = functools.partial(option, decided=True)  # an option that `model` may decide
+preset_option = functools.partial(option, decided=True)  # an option whose default depends on `model`

@@ -1,4 +1,4 @@
-"""`NeighborConfig`: the selection of the K neighbors of each token."""
+"""`NeighborConfig`: options of the search for the K neighbors of each token."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ NEIGHBORS = {"group": "neighbors"}
 class NeighborConfig:
     """The K neighbors of each token: the candidates, and the measure that ranks them."""
 
-    K: int = option(9, "neighbors per token, itself included where it is always one of them", low=1, high=TOKENS, **NEIGHBORS)
+    K: int = option(9, "neighbors per token, which may include the token itself", low=1, high=TOKENS, **NEIGHBORS)
     sampling_type: str = option(
         "all",
-        "candidates: all tokens, a random set drawn anew each step, or a spatial grid",
+        "candidates: all tokens, a random set per step, or a spatial grid",
         choices=("all", "random", "spatial"),
         **NEIGHBORS,
     )
     num_samples: int = option(
-        -1, "random: candidates; spatial: side of their grid; -1: all tokens", low=-1, high=TOKENS, **NEIGHBORS
+        -1, "random: number of candidates; spatial: side of their grid; -1: all tokens", low=-1, high=TOKENS, **NEIGHBORS
     )
     sample_padding: int = option(0, "spatial: margin left free at the border, in tokens", low=0, high=SIDE, **NEIGHBORS)
     magnitude_type: str = option(
@@ -62,12 +62,12 @@ class NeighborConfig:
         # A class token may be one candidate more; without one, check_candidates is stricter by one.
         most = {"all": math.inf, "random": self.num_samples + 1, "spatial": self.num_samples**2 + 1}[self.sampling]
         if self.K > most:
-            self._too_few(most - 1, f", or {most} with a class token")
+            self._too_few(most - 1)
 
     def _check_ranges(self) -> None:
         check_fields(self)
         if self.num_samples == 0:
-            raise ValueError("num_samples=0 leaves no candidates; give at least 1, or -1 for all tokens")
+            raise ValueError("num_samples=0 leaves no candidates; use at least 1, or -1 for all tokens")
 
     @property
     def metric(self) -> str:
@@ -87,7 +87,9 @@ class NeighborConfig:
         s, pad = self.num_samples, self.sample_padding
         tokens = math.prod(grid) if grid else math.inf
         if self.sampling == "random" and s > tokens:
-            raise ValueError(f"num_samples={s} is more than the {tokens} tokens of the {as_sides(grid)} grid")
+            raise ValueError(
+                f"num_samples={s} is more than the {tokens} tokens of the {as_sides(grid)} grid; use at most {tokens}"
+            )
         if self.sampling == "spatial" and grid and s > min(grid) - 2 * pad:
             raise ValueError(
                 f"num_samples={s} with sample_padding={pad} does not fit the {as_sides(grid)} grid; "
@@ -97,11 +99,13 @@ class NeighborConfig:
         if self.K > candidates:
             self._too_few(candidates)
 
-    def _too_few(self, candidates: int, more: str = ""):
-        kind = f"candidates of sampling_type={self.sampling_type} with num_samples={self.num_samples}"
+    def _too_few(self, candidates: int):
         if self.sampling == "all":
-            kind = "tokens there are"
-        raise ValueError(f"K={self.K} is more than the {candidates} {kind}; K can be 1 to {candidates}{more}")
+            raise ValueError(f"K={self.K} is more than the {candidates} tokens; use 1 to {candidates}")
+        raise ValueError(
+            f"K={self.K} is more than the {candidates} candidates (sampling_type={self.sampling_type}, "
+            f"num_samples={self.num_samples}); lower K or raise num_samples"
+        )
 
 
 def as_sides(grid: tuple[int, ...]) -> str:

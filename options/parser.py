@@ -26,22 +26,27 @@ class OneLineParser(argparse.ArgumentParser):
 
     given: frozenset[str] = frozenset()  # options on the command line
     stated: dict = {}  # noqa: RUF012  values from the command line and its file, by name
+    file: str | None = None  # --config
 
     def error(self, message: str):
-        """Print the message in one line and exit with status 2."""
-        self.exit(2, self._line("error", message))
+        """Print the message in one line, with the file that gave the value, and exit with status 2."""
+        message = re.sub(r"^argument (\S+): expected one argument$", r"\1 needs a value", message)
+        message = re.sub(r"^argument (\S+): expected at least one argument$", r"\1 needs at least one value", message)
+        name = re.match(r"(\w+)=", message)
+        in_file = name and name[1] in self.stated and name[1] not in self.given
+        self.exit(2, self._line("error", f"--config {self.file!r}: {message}" if in_file else message))
 
     def warn(self, message: str) -> None:
         self._print_message(self._line("warning", message), sys.stderr)
 
     def _line(self, kind: str, message: str) -> str:
-        # The processes that torchrun starts on a machine all read the same options: only the first one prints.
+        # All processes that torchrun starts on a machine read the same options; only the first one prints.
         silent = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0"
         return "" if silent else f"{self.prog}: {kind}: {' '.join(message.split())}\n"
 
 
 def _add_option(group, name: str, spec: Spec, default) -> None:
-    """Add a flag whose value stays text: `convert` and the configs give the same errors for flags, YAML and Python."""
+    """Add a flag with a text value: `convert` and the configs raise the same errors for flags, YAML and Python."""
     suffix = "" if default is None else f" (default: {as_words(default)})".replace("%", "%%")
     metavar = spec.metavar or ("{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper())
     flags = [f"--{name}", *(f"--{alias}" for alias in spec.aliases)]
@@ -57,14 +62,15 @@ def _add_option(group, name: str, spec: Spec, default) -> None:
 def make_parser(
     model_type: type, others: tuple[type, ...], description: str, defaults: dict, prog: str | None
 ) -> OneLineParser:
-    """Make a parser of a model's options and those of other configs, which win where both have one of the same name.
+    """Make a parser of the options of a model and of other configs, which take precedence for an option in both.
 
     --help lists an option under its `group`, or else under the `heading` of its config.
     """
     parser = OneLineParser(prog=prog, description=description, usage="%(prog)s [options]", allow_abbrev=False)
     parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.I)  # -1e-3 is a value as well, not a flag
-    config_help = "YAML file of options; flags on the command line win"
-    parser.add_argument("--config", metavar="FILE", action="append", default=[], help=config_help)
+    parser.add_argument(
+        "--config", metavar="FILE", action="append", default=[], help="YAML file of options; flags on the command line win"
+    )
     elsewhere = {name for config in others for name in specs(config)}
     groups = {}
     for config in (model_type, *others):
@@ -78,19 +84,19 @@ def make_parser(
     return parser
 
 
-def some_path(text: str) -> Path:
-    """`argparse` type: a path that is not empty (an empty one would be the working directory)."""
+def nonempty_path(text: str) -> Path:
+    """`argparse` type: a path that is not empty, as `Path("")` is the working directory."""
     if not text:
         raise argparse.ArgumentTypeError("'' is empty")
     return Path(text)
 
 
-def new_path(text: str) -> Path:
+def output_path(text: str) -> Path:
     """`argparse` type: a path that can be written to, as far as its name shows."""
-    wrong = "is empty" if not text else path_problem(text)
-    if wrong:
-        raise argparse.ArgumentTypeError(f"{text!r}: {wrong}")
-    return Path(text)
+    problem = path_problem(text)
+    if problem:
+        raise argparse.ArgumentTypeError(f"{text!r}: {problem}")
+    return nonempty_path(text)
 
 
 def number_type(kind: type, low: float | None = None, high: float | None = None):
@@ -115,14 +121,14 @@ def number_type(kind: type, low: float | None = None, high: float | None = None)
 # ---------------------------------------------------------------------------------------------------------------
 
 
-MOST_BYTES = 100_000  # of a YAML file: fifty times config.yaml, and parsed within seconds
+MOST_BYTES = 100_000  # largest YAML file: fifty times a config.yaml, and parsed within seconds
 
 
 class _PlainLoader(yaml.SafeLoader):
     """YAML without duplicate keys, aliases and tags.
 
-    Aliases of aliases make a few hundred bytes stand for billions of values. As in YAML 1.2, only true and false are truth
-    values and only decimal digits are numbers: `no` and `1:30`, in YAML 1.1 False and 90, are texts.
+    Nested aliases would expand a few hundred bytes to billions of values. As in YAML 1.2, only true and false are booleans and
+    only decimal digits are numbers: `no` and `1:30`, in YAML 1.1 False and 90, are texts.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
@@ -134,7 +140,7 @@ class _PlainLoader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"line {event.start_mark.line + 1}: an alias (*{event.anchor}); write the value out")
-        if event.tag is not None:  # which makes 90 of 1:30, a set, a date or an object
+        if event.tag is not None:  # a tag could turn 1:30 into 90, or make a set, a date or an object
             raise ValueError(f"line {event.start_mark.line + 1}: a tag ({event.tag}); write the value without it")
         return super().compose_node(parent, index)
 
@@ -162,8 +168,17 @@ for kind, pattern, first in (
 
 
 def parse_yaml(text: str):
-    """Parse YAML. Raises yaml.YAMLError, ValueError and RecursionError."""
-    return yaml.load(text, Loader=_PlainLoader)
+    """Parse YAML. Raises ValueError with the line and the problem."""
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+    except yaml.MarkedYAMLError as error:
+        start = error.context_mark
+        context = f"{error.context}{f' from line {start.line + 1}' if start else ''}, " if error.context else ""
+        raise ValueError(f"line {error.problem_mark.line + 1}: {context}{error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
 
 
 def read_yaml(path: str) -> dict:
@@ -172,12 +187,12 @@ def read_yaml(path: str) -> dict:
         values = parse_yaml(read_text(path, MOST_BYTES))
     except OSError as error:
         raise ValueError(f"{path!r}: {error.strerror or error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path!r}: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ValueError(f"{path!r} must be a list of `name: value` lines")
+        raise ValueError(f"{path!r} must be a mapping, one `name: value` per line")
     return values
 
 
@@ -187,7 +202,7 @@ def _read_options(path: str, known: dict[str, Spec]) -> dict:
     aliases = {alias: name for name, spec in known.items() for alias in spec.aliases}
     for alias in aliases.keys() & values.keys():
         if aliases[alias] in values:
-            raise ValueError(f"{path!r}: {alias!r} is another name of {aliases[alias]!r}; drop one of them")
+            raise ValueError(f"{path!r}: {alias!r} is an alias of {aliases[alias]!r}; drop one of them")
         values[aliases[alias]] = values.pop(alias)
     for name in values:
         if name not in known:
@@ -195,8 +210,8 @@ def _read_options(path: str, known: dict[str, Spec]) -> dict:
     return values
 
 
-def over(values: dict, given: dict, known: dict[str, Spec]) -> dict:
-    """Put the given values over others; repeatable options keep both, the given ones last."""
+def merge(values: dict, given: dict, known: dict[str, Spec]) -> dict:
+    """Override values by the given ones; a repeatable option keeps both, the given ones last."""
     both = [
         name for name, spec in known.items() if spec.repeat and isinstance(values.get(name), (list, tuple)) and given.get(name)
     ]
@@ -211,9 +226,9 @@ def read_values(
     defaults: dict,
     prog: str | None = None,
 ) -> tuple[dict, OneLineParser]:
-    """Read flags over a YAML file: converted values by name, and the parser, whose `error` ends the program in one line.
+    """Read flags and a YAML file, which flags override. Returns the converted values by name, and the parser.
 
-    `model_type.values_that_hold(values, given)` drops values of the file that flags make void, and
+    `model_type.drop_overridden(values, given)` drops values of the file that flags make void, and
     `model_type.more_help(given)` adds groups to --help: (title, text, {line: help}).
     """
     parser = make_parser(model_type, others, description, defaults, prog)
@@ -224,7 +239,7 @@ def read_values(
         try:
             for title, text, lines in model_type.more_help(given):
                 group = parser.add_argument_group(title, text)
-                for line, help in lines.items():  # they look like flags, but are never parsed
+                for line, help in lines.items():  # shown like flags, but never parsed
                     group.add_argument(f"--{line}", action="store_true", help=help.replace("%", "%%"))
         except ValueError as error:
             parser.error(str(error))
@@ -232,20 +247,22 @@ def read_values(
     given = vars(given)
     if rest:
         flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
-        what = f"unknown option {rest[0]}" if rest[0].startswith("-") else f"a value without an option: {rest[0]!r}"
-        parser.error(f"{what}{did_you_mean(rest[0].split('=')[0], flags)}")
-    paths = set(given.pop("config"))
+        hint = did_you_mean(rest[0].partition("=")[0], flags)
+        if rest[0].startswith("-"):
+            parser.error(f"unknown option {rest[0]}{hint}")
+        parser.error(f"a value without an option: {rest[0]!r}{hint or '; write its option before it, as in --seed 1'}")
+    paths = list(dict.fromkeys(given.pop("config")))
     if len(paths) > 1:
-        parser.error(f"--config is given more than once ({', '.join(sorted(paths))}); a run takes one file")
+        parser.error(f"--config is given more than once ({', '.join(paths)}); a run takes one file")
     parser.given = frozenset(given)
-    values = {}
+    parser.file = paths[0] if paths else None
     try:
-        for path in paths:
-            values = _read_options(path, known)
+        values = {} if parser.file is None else _read_options(parser.file, known)
     except ValueError as error:
         parser.error(f"--config {error}")
     try:
-        values = over(model_type.values_that_hold(values, given), given, known)
-        return {name: convert(name, value, known[name]) for name, value in values.items()}, parser
+        parser.stated = merge(model_type.drop_overridden(values, given), given, known)
+        parser.stated = {name: convert(name, value, known[name]) for name, value in parser.stated.items()}
+        return parser.stated, parser
     except ValueError as error:
         parser.error(str(error))

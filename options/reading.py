@@ -1,4 +1,4 @@
-"""Read files that others wrote: regular files only, with a limit on their size; and describe the problem of a path."""
+"""Safe reading of files: regular files only, with limits on their size; and descriptions of invalid paths."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def is_hidden(name: str) -> bool:
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """Open a file for reading bytes. Raises OSError, with a `strerror`, also for a pipe, a device or a folder.
+    """Open a regular file for reading bytes.
 
-    Reading a pipe may never return, and a device may have no end.
+    Raises OSError with a `strerror`, also for a folder, a pipe (reading it may never return) or a device (it may be endless).
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
@@ -33,31 +33,31 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     return open(descriptor, "rb")
 
 
-def read_at_most(file: BinaryIO, most: int) -> bytes:
-    """Read up to `most` bytes; memory grows with the bytes that arrive, not with the claim of a header."""
+def read_at_most(file: BinaryIO, limit: int) -> bytes:
+    """Read up to `limit` bytes in parts, so that memory grows with the file and not with a size that its header claims."""
     parts = []
-    while most > 0 and (part := file.read(min(most, 2**24))):
+    while limit > 0 and (part := file.read(min(limit, 2**24))):
         parts.append(part)
-        most -= len(part)
+        limit -= len(part)
     return b"".join(parts)
 
 
-def read_text(path: str | os.PathLike, most: int) -> str:
-    """Read a small UTF-8 file. Raises OSError, also for more than `most` bytes, and UnicodeDecodeError."""
+def read_text(path: str | os.PathLike, limit: int) -> str:
+    """Read a UTF-8 file of at most `limit` bytes. Raises OSError, also for a larger file, and UnicodeDecodeError."""
     with open_regular(path) as file:
-        raw = file.read(most + 1)
-    if len(raw) > most:
-        raise OSError(0, f"is larger than {most:,} bytes")
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise OSError(0, f"is larger than {limit:,} bytes")
     return raw.decode("utf-8")
 
 
 def path_problem(path: str) -> str | None:
-    """Describe why nothing can be read from or written to a path; None if it exists or can be made."""
+    """Describe why a path cannot be read or written; return None if it exists or can be created."""
     try:
         os.stat(path)
         return None
     except FileNotFoundError:
-        # Missing folders can be made, but a dangling link is in the way.
+        # Missing folders can be created, but not at a dangling link.
         broken = next((place for place in (Path(path), *Path(path).parents) if place.is_symlink() and not place.exists()), None)
         return broken and f"{broken} is a link to {os.readlink(broken)}, which does not exist"
     except PermissionError:

@@ -1,4 +1,4 @@
-"""Options of a run: from flags and YAML to checked configs, and from a checkpoint to the options of its evaluation."""
+"""Options of a run, resolved from flags and YAML, and the options of an evaluation, resolved with a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from options.layers import layer_label
 from options.machine import cpu_cores
 from options.models import ModelConfig
 from options.neighbors import as_sides, canonical_metric
-from options.parser import OneLineParser, over, read_values
+from options.parser import OneLineParser, merge, read_values
 from options.reading import is_hidden, path_problem
 from options.training import KERNELS_IN_ENVIRONMENT, KERNELS_VARIABLE, TrainConfig
 from options.trust import check_trusted, trusting
@@ -23,7 +23,7 @@ from options.vit import CONVITS, ViTConfig
 
 
 def check_environment() -> None:
-    """Raise ValueError for a value of CONVNN_KERNELS that the import of the kernels would reject."""
+    """Raise ValueError for an unknown value of CONVNN_KERNELS, before the import of the kernels fails on it."""
     kernels = os.environ.get(KERNELS_VARIABLE, "auto")
     if kernels not in KERNELS_IN_ENVIRONMENT:
         raise ValueError(f"{KERNELS_VARIABLE}={kernels!r} is not one of {', '.join(KERNELS_IN_ENVIRONMENT)}")
@@ -56,9 +56,9 @@ def _count_classes(data_path: str) -> int:
 
 
 def resolve(model_type: type, family: str, values: dict) -> Options:
-    """Build options from plain values by name, and fill in what the data set decides. Raises ValueError."""
+    """Build options from plain values by name, and fill in the values that follow from the data set. Raises ValueError."""
     data, train = build(DataConfig, values), build(TrainConfig, values)
-    if train.override:  # accepts another content of a custom mixer
+    if train.override:  # accept a changed custom mixer
         values = {name: value for name, value in values.items() if name != "layer_sha256"}
     info = DATASETS[data.dataset]
     data = dataclasses.replace(
@@ -73,14 +73,14 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
         folder = f"{preset}/{name}" if preset in BACKBONES else f"{family}/{preset if preset in CONVITS else name}"
         train = dataclasses.replace(train, output_dir=f"./Output/{folder}")
     for name, path in (("data_path", data.data_path), ("output_dir", train.output_dir), ("export", train.export)):
-        wrong = path and path_problem(path)
-        if wrong:
-            raise ValueError(f"{name}={path!r}: {wrong}")
+        problem = path and path_problem(path)
+        if problem:
+            raise ValueError(f"{name}={path!r}: {problem}")
     return Options(model, data, train)
 
 
 class Program(NamedTuple):
-    """A command line that trains: its model, the name of its output folder, and its defaults."""
+    """A training program: its model, the name of its output folder, and its defaults."""
 
     model: type
     family: str
@@ -96,9 +96,8 @@ PROGRAMS = {
 def parse_options(
     program: Program, description: str, argv: list[str] | None = None, prog: str | None = None
 ) -> tuple[Options, OneLineParser]:
-    """Resolve flags over YAML over defaults. Returns the options of a run, and the parser, whose `error` ends the program."""
+    """Resolve defaults, YAML and flags, each overriding the one before. Returns the options of a run, and the parser."""
     values, parser = read_values(program.model, (DataConfig, TrainConfig), description, argv, program.defaults, prog)
-    parser.stated = values
     try:
         check_environment()
         try:
@@ -115,14 +114,14 @@ def parse_options(
 
 
 def _without_model(program: Program, values: dict) -> Options | None:
-    """Resolve the options of a test but for those of its model, which its checkpoint completes; None if others are wrong too.
+    """Resolve the options of a test except those of its model, which a checkpoint completes; None if others are invalid too.
 
     `as_trained` then checks the options of the model against each other.
     """
     model = specs(program.model)
-    folder = {"model", "layer", "mixer_option"} if "layer" in values else {"model"}  # they name the output folder
+    folder = {"model", "layer", "mixer_option"} if "layer" in values else {"model"}  # these name the output folder
     kept = {name: value for name, value in values.items() if name in folder or name not in model}
-    resize = kept.pop("resize", None)  # of an image that the default model may not fit
+    resize = kept.pop("resize", None)  # the default model may not fit it
     try:
         for name in values.keys() & model.keys():
             check_option(name, values[name], model[name])
@@ -132,11 +131,11 @@ def _without_model(program: Program, values: dict) -> Options | None:
         return None
 
 
-# Options of a model that change neither its weights nor what it computes when it is evaluated.
+# Model options that change neither the weights nor the evaluation.
 ONLY_IN_TRAINING = {"dropout", "attention_dropout", "drop_path", "initializer_range", "topk"}
 
 
-# Options of a model that the shapes of its weights show; `model` stands for others.
+# Model options that change names or shapes of weights; `model` changes others.
 SHOWN_BY_SHAPES = set(
     "model num_layers channels patch_size d_model d_mlp kernel_size attention_bias qkv_bias proj_bias patch_norm final_norm "
     "pos_embedding pool linformer_k convolution_type branch_ratio shuffle_pattern shuffle_scale replace stem classifier_width "
@@ -145,7 +144,7 @@ SHOWN_BY_SHAPES = set(
 
 
 def program_of(options: dict) -> str | None:
-    """Return the name of our program whose run wrote these options, if there is one."""
+    """Return the name of the program that wrote these options, or None if it is another one."""
     found = [name for name, program in PROGRAMS.items() if specs(program.model).keys() <= options.keys()]
     return found[0] if len(found) == 1 else None
 
@@ -158,16 +157,16 @@ def evaluation_options(options: Options) -> dict:
 
 
 class AsTrained(NamedTuple):
-    """The evaluation of a checkpoint of ours."""
+    """Options to evaluate a checkpoint with."""
 
-    options: Options  # of the model as it was trained, except for the stated ones
-    changes: dict[str, tuple]  # stated options of the model that differ from training: (trained, stated)
+    options: Options  # model options of its training, overridden by the stated ones
+    changes: dict[str, tuple]  # stated model options that differ from training: (trained, stated)
 
 
 def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
-    """Combine the options that the command line and its file state with those of a checkpoint (empty if unknown).
+    """Override the options of a checkpoint (empty if unknown) by those that the command line and its file state.
 
-    Raises ValueError if they do not go together, or if another program trained the checkpoint.
+    Raises ValueError if they do not fit together, or if another program trained the checkpoint.
     """
     other = program_of(trained)
     if other and program in PROGRAMS.values() and PROGRAMS[other] is not program:
@@ -179,22 +178,22 @@ def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
     with trusting(bool(stated.get("trust_code"))):
         noted = {} if "layer" in stated else trained
         check_trusted(str(noted.get("layer", "")), None if stated.get("override") else noted.get("layer_sha256"))
-    # Another data set or size of images leaves the model as it was trained.
-    of_model = {name: value for name, value in stated.items() if name not in ("dataset", "resize")}
-    values = program.defaults | program.model.values_that_hold(recorded, of_model)
-    options = resolve(program.model, program.family, over(values, stated, specs(program.model)))
+    # Another data set or image size does not change the trained model.
+    others = {name: value for name, value in stated.items() if name not in ("dataset", "resize")}
+    values = program.defaults | program.model.drop_overridden(recorded, others)
+    options = resolve(program.model, program.family, merge(values, stated, specs(program.model)))
     now = options.as_dict()
     unused = options.model.without_effect().keys() | ONLY_IN_TRAINING
     compared = [name for name in (*model, "resize") if name in recorded and name not in unused]
     changes = {name: (recorded[name], now[name]) for name in compared if not same_value(name, recorded[name], now[name])}
     if "resize" in recorded and isinstance(options.model, AllConvNetConfig):
-        # Its layers run on maps of any size; in a backbone made for this size they would have another K, and other weights.
+        # Its layers run on maps of any size. Built for this size, a backbone would have another K and other weights.
         options = options._replace(model=dataclasses.replace(options.model, image_size=recorded["resize"]))
     return AsTrained(options, changes)
 
 
 def same_value(name: str, first, second) -> bool:
-    """Return True if two values of an option mean the same; a custom mixer is the same wherever its file lies."""
+    """Compare two values of an option; a custom mixer is the same in any folder."""
     return _plain(name, first) == _plain(name, second)
 
 
@@ -212,7 +211,7 @@ def _plain(name: str, value):
 
 
 def grid_of(trained: dict | None) -> tuple[int, int] | None:
-    """Return the rows and columns of patches of a model with these options, None if they do not show it."""
+    """Return the rows and columns of patches of a model with these options, or None if they are missing or invalid."""
     try:
         height, width = sides_of(trained["resize"])
         return height // trained["patch_size"], width // trained["patch_size"]
@@ -228,7 +227,7 @@ def assumed_options(model: ModelConfig) -> dict:
 
 
 def unused_options(model: ModelConfig, given: frozenset[str]) -> list[str]:
-    """Return a warning for every option that the command line gave and the model does not read; files serve several layers."""
+    """Return a warning for every option on the command line that the model does not read; files may serve several layers."""
     return [
         f"--{name} {as_words(getattr(model, name))} is not used by --{other} {as_words(getattr(model, other))}"
         for name, other in model.without_effect().items()
@@ -237,7 +236,7 @@ def unused_options(model: ModelConfig, given: frozenset[str]) -> list[str]:
 
 
 def oversized_default(model: AllConvNetConfig, given: frozenset[str]) -> list[str]:
-    """Return a warning where the default network, made for 32 x 32 pixels, meets images of at most 8 x 8."""
+    """Return a warning for images of at most 8 x 8 pixels in the default network, which is meant for 32 x 32."""
     spec = specs(AllConvNetConfig)["channels"]
     if not model.is_backbone and max(model.image_size) <= 8 and model.channels == spec.default and "channels" not in given:
         return [

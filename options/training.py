@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from options.fields import BATCH, EPOCHS, LARGEST, check_fields, option
 
 KERNELS = ("auto", "chunked", "triton")
+# Help texts of options that the benchmark declares too.
+DEVICE_HELP = "auto: cuda, else mps, else cpu"
 KERNELS_HELP = "kernels of search and aggregation: the fastest for the device, PyTorch in chunks, or Triton (CUDA)"
 
 
-# Values of the environment variable that replaces --kernels; the last one is for tests.
+# The environment variable that replaces --kernels, and its values; the last one is for tests.
 KERNELS_VARIABLE, KERNELS_IN_ENVIRONMENT = "CONVNN_KERNELS", (*KERNELS, "reference")
 
 
 SYSTEM = {"group": "system and output"}
 
 
-# Options that may differ when a run is resumed: length, place and output; device and compilation change numbers by rounding
-# only. Any other change would make it another run.
+# Options that may change when a run is resumed: its length, paths and output, and the device and compilation, which change
+# results by rounding only. Any other change makes it a different run.
 RESUME_MAY_CHANGE = set(
     "num_epochs num_workers data_path download device output_dir resume checkpoint save_minutes save_every export test_only "
     "tensorboard wandb early_stopping use_compiled compile_mode kernels overwrite override strict trust_code".split()
@@ -28,7 +30,7 @@ RESUME_MAY_CHANGE = set(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training, the system that it runs on, and its output."""
+    """Training, system and output."""
 
     heading = "training"
 
@@ -49,11 +51,11 @@ class TrainConfig:
     optimizer: str = option("adamw", "optimizer", choices=("adam", "sgd", "adamw"))
     lr: float = option(1e-3, "learning rate", low=0, high=LARGEST)
     weight_decay: float = option(1e-6, "weight decay", low=0, high=1e6)
-    decay_norms: bool = option(True, "weight decay of norms, biases, positions and the class token too")
+    decay_norms: bool = option(True, "apply weight decay to norms, biases, positions and the class token too")
     layer_decay: float = option(
-        1.0, "learning rate of each block relative to the next one; embeddings get the smallest", low=0.01, high=1
+        1.0, "learning rate of each block relative to the next; the embeddings have the lowest", low=0.01, high=1
     )
-    freeze: str | None = option(None, "backbone: train the classifier only", kind=str, choices=("backbone",))
+    freeze: str | None = option(None, "part to freeze; backbone: train the classifier only", kind=str, choices=("backbone",))
     momentum: float = option(0.9, "sgd: momentum", low=0, below=1)
     scheduler: str = option(
         "none",
@@ -63,33 +65,37 @@ class TrainConfig:
     )
     lr_step: int = option(20, "step, plateau: epochs", low=1, high=EPOCHS)
     lr_gamma: float = option(0.1, "step, plateau: factor", low=0, below=1)
-    warmup_epochs: int = option(0, "epochs over which the learning rate rises linearly from 0", low=0, high=EPOCHS)
+    warmup_epochs: int = option(
+        0, "epochs over which the learning rate rises linearly from --lr / steps to --lr", low=0, high=EPOCHS
+    )
     mixup: float = option(
         0.0, "alpha of mixup; 0: off. With cutmix, each batch takes one of them", low=0, high=1000, least=1e-3
     )
     cutmix: float = option(0.0, "alpha of cutmix; 0: off", low=0, high=1000, least=1e-3)
-    ema_decay: float = option(0.0, "decay of the averaged weights, which are then evaluated; 0: off", low=0, below=1)
+    ema_decay: float = option(
+        0.0, "decay of the exponential moving average of the weights, which is then evaluated; 0: off", low=0, below=1
+    )
     early_stopping: int = option(
         0, "stop after n epochs without a better test (or validation) loss; 0: never", low=0, high=EPOCHS
     )
 
-    device: str = option("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cpu", "cuda", "mps"), **SYSTEM)
+    device: str = option("auto", DEVICE_HELP, choices=("auto", "cpu", "cuda", "mps"), **SYSTEM)
     kernels: str = option("auto", KERNELS_HELP, choices=KERNELS, **SYSTEM)
-    seed: int = option(0, "of weights, order and augmentation", low=0, below=2**31, **SYSTEM)
+    seed: int = option(0, "seed of weights, order of images and augmentation", low=0, below=2**31, **SYSTEM)
     deterministic: bool = option(False, "use deterministic algorithms only", **SYSTEM)
-    output_dir: str | None = option(None, "where results go (default: ./Output/<model>/<layer>)", kind=str, **SYSTEM)
-    resume: bool = option(False, "resume from last.pt in the output directory; start if there is none", **SYSTEM)
+    output_dir: str | None = option(None, "folder for the results (default: ./Output/<model>/<layer>)", kind=str, **SYSTEM)
+    resume: bool = option(False, "resume from last.pt in the output directory, or start if it does not exist", **SYSTEM)
     overwrite: bool = option(
         False,
-        "write over a run in the output directory (its weights stay as *.pt.old), or over the file of --export",
+        "replace a run in the output directory (its weights are kept as *.pt.old), or the file of --export",
         **SYSTEM,
     )
     checkpoint: str | None = option(
         None, "weights to start from, or to evaluate with --test_only: FILE.pt or FILE.safetensors", kind=str, **SYSTEM
     )
-    strict: bool = option(False, "checkpoint: require exactly the weights of this model, in their shapes", **SYSTEM)
+    strict: bool = option(False, "require the checkpoint to match the names and shapes of all weights of the model", **SYSTEM)
     save_minutes: float = option(
-        10.0, "write last.pt this often within an epoch too; 0: only at its end", low=0, high=10**7, **SYSTEM
+        10.0, "minutes between writes of last.pt within an epoch; 0: write it only at the end", low=0, high=10**7, **SYSTEM
     )
     save_every: int = option(0, "keep epoch_<n>.pt every n epochs; 0: none", low=0, high=EPOCHS, **SYSTEM)
     export: str | None = option(
@@ -97,8 +103,8 @@ class TrainConfig:
     )
     test_only: bool = option(
         False,
-        "evaluate --checkpoint, or best.pt in the output directory, built as in its training, and write "
-        "test_results.json (test_results-2.json and so on beside a result of other options)",
+        "evaluate --checkpoint, or best.pt in the output directory, with the model options of its training; write "
+        "test_results.json (test_results-2.json and so on if other options have results there)",
         **SYSTEM,
     )
     override: bool = option(
@@ -121,17 +127,16 @@ class TrainConfig:
         if self.export and not self.export.endswith((".safetensors", ".onnx")):
             raise ValueError(f"export={self.export!r} must end in .safetensors or .onnx")
         if self.override and not (self.test_only or self.resume):
-            raise ValueError("override=True needs test_only=True or resume=True: training takes all options as they are given")
+            raise ValueError("override=True works only with test_only=True or resume=True; drop it")
         if self.freeze and self.layer_decay != 1:
-            raise ValueError(
-                f"layer_decay={self.layer_decay} is for a backbone that is trained, and freeze={self.freeze} keeps it fixed; "
-                "drop one of them"
-            )
+            raise ValueError(f"layer_decay={self.layer_decay} has no effect with freeze={self.freeze}; drop one of them")
         if self.export and self.test_only:
-            raise ValueError(f"export={self.export!r} writes weights and test_only=True writes only its results; drop one")
+            raise ValueError(
+                f"export={self.export!r} does not work with test_only=True, which trains nothing; drop one of them"
+            )
         if self.checkpoint and not self.checkpoint.endswith((".pt", ".pth", ".safetensors")):
             raise ValueError(f"checkpoint={self.checkpoint!r} must end in .pt, .pth or .safetensors")
-        if self.checkpoint and not self.resume:  # a run that is resumed does not read it
+        if self.checkpoint and not self.resume:  # a resumed run does not read it
             if os.path.isdir(self.checkpoint):
                 raise ValueError(f"checkpoint={self.checkpoint!r} is a folder; name a file in it")
             if not os.path.isfile(self.checkpoint):

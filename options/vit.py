@@ -18,10 +18,10 @@ from options.checks import (
     region_sides,
     sequence_grid,
 )
-from options.custom_mixer import is_address
-from options.fields import LAYERS, SIDE, TOKENS, WIDTH, decide, option, redefault
+from options.fields import LAYERS, SIDE, TOKENS, WIDTH, decide, option, with_default
 from options.layers import (
     CONVOLUTION_TYPES,
+    CUSTOM_LAYER,
     GRAPH_AGGREGATIONS,
     LAYERS1D_NAMES,
     LAYERS1D_ROWS,
@@ -32,13 +32,13 @@ from options.layers import (
     layer_row,
     layers_of,
 )
-from options.models import CUSTOM_LAYER, LAYER_SHA256, MIXER_OPTION, ModelConfig, of_model
+from options.models import GRAPH_AGGREGATION, LAYER_SHA256, MIXER_OPTION, SCORE_TEMPERATURE, TOPK, ModelConfig, preset_option
 from options.neighbors import NeighborConfig
 
 CONVIT_SIZES = {"Ti": (192, 4), "Ti_plus": (256, 4), "S": (432, 9), "S_plus": (576, 9), "B": (768, 16), "B_plus": (1024, 16)}
 
 
-# Options that a `model` stands for (ConViT: d'Ascoli et al., arXiv 2103.10697).
+# Defaults of the options by `model` (ConViT: d'Ascoli et al., arXiv 2103.10697).
 VIT_MODELS = {"vit": {}} | {
     f"convit_{size.lower()}": {
         "layer": "GPSA",
@@ -66,35 +66,38 @@ CONVITS = VIT_MODELS.keys() - {"vit"}
 class ViTConfig(ModelConfig):
     """A vision transformer: patches, then blocks of a mixer and an MLP, then a linear classifier.
 
-    Options that are not given come from `VIT_MODELS[model]`, else from the defaults; `dataclasses.replace` gives all of them.
+    Options that are not given take their values from `VIT_MODELS[model]`, else their defaults. `dataclasses.replace` gives all
+    options, so it keeps their values when it changes `model`.
     """
 
     rows: ClassVar[dict[str, Row]] = LAYERS1D_ROWS
     sizes: ClassVar[tuple[str, str]] = ("d_model", "num_heads")
     unscored: ClassVar[frozenset[str]] = frozenset({"ViG"})
 
-    model: str = option("vit", "ViT, or a ConViT of this size; flags beside it win", choices=tuple(VIT_MODELS))
-    layer: str = of_model("Attention", f"token mixer of the blocks{CUSTOM_LAYER}", choices=LAYERS1D_NAMES, address=True)
+    model: str = option("vit", "ViT or a ConViT size; other flags override its options", choices=tuple(VIT_MODELS))
+    layer: str = preset_option(
+        "Attention", f"token mixer of the blocks{CUSTOM_LAYER}", metavar="{" + ",".join(LAYERS1D_NAMES) + "}"
+    )
     mixer_option: tuple[str, ...] | None = option(None, MIXER_OPTION, kind=str, many=True, metavar="NAME=VALUE", repeat=True)
     layer_sha256: str | None = option(None, LAYER_SHA256, kind=str, flag=False)
     patch_size: int = option(16, "side of a patch in pixels", low=1, high=SIDE)
-    num_layers: int = of_model(8, "blocks", low=1, high=LAYERS)
-    num_heads: int = of_model(8, "heads; 1 gives ConvNN attention without head splitting", low=1, high=WIDTH)
-    d_model: int = of_model(512, "features per token", low=1, high=WIDTH, aliases=("d_hidden",))
-    d_mlp: int = of_model(2048, "hidden features of the MLP", low=1, high=WIDTH)
-    dropout: float = of_model(0.1, "probability of dropping an output feature of a mixer or MLP", low=0, below=1)
-    attention_dropout: float = of_model(0.1, "probability of dropping a weight of a pair of tokens", low=0, below=1)
-    attention_bias: bool = of_model(True, "biases of the q, k, v and output projections")
+    num_layers: int = preset_option(8, "blocks", low=1, high=LAYERS)
+    num_heads: int = preset_option(8, "heads; 1 gives ConvNN attention without head splitting", low=1, high=WIDTH)
+    d_model: int = preset_option(512, "features per token", low=1, high=WIDTH, aliases=("d_hidden",))
+    d_mlp: int = preset_option(2048, "hidden features of the MLP", low=1, high=WIDTH)
+    dropout: float = preset_option(0.1, "probability of dropping an output feature of a mixer or MLP", low=0, below=1)
+    attention_dropout: float = preset_option(0.1, "probability of dropping a weight of a pair of tokens", low=0, below=1)
+    attention_bias: bool = preset_option(True, "biases of the q, k, v and output projections")
     qkv_bias: bool | None = option(None, "biases of the q, k, v projections; none: --attention_bias", kind=bool)
     proj_bias: bool | None = option(None, "bias of the output projection; none: --attention_bias", kind=bool)
-    pos_embedding: str = of_model("sinusoidal", "positions added to the tokens", choices=("sinusoidal", "learned", "none"))
-    patch_norm: bool = of_model(True, "LayerNorm after the patch embedding")
-    final_norm: bool = of_model(False, "LayerNorm after the last block")
+    pos_embedding: str = preset_option("sinusoidal", "positions added to the tokens", choices=("sinusoidal", "learned", "none"))
+    patch_norm: bool = preset_option(True, "LayerNorm after the patch embedding")
+    final_norm: bool = preset_option(False, "LayerNorm after the last block")
     pool: str = option("cls", "classify by a class token, or by the mean of the patches", choices=("cls", "mean"))
-    num_local_layers: int | None = of_model(
+    num_local_layers: int | None = preset_option(
         None, "the first n blocks use --layer, the rest Attention and the class token", kind=int, low=0, high=LAYERS
     )
-    initializer_range: float | None = of_model(
+    initializer_range: float | None = preset_option(
         None, "standard deviation of a truncated normal initialization; none: Xavier uniform", kind=float, low=0, high=100
     )
     convolution_type: str | None = option(
@@ -107,23 +110,16 @@ class ViTConfig(ModelConfig):
     softmax_topk_val: bool = option(
         True, "ConvNN layers: weight values by the softmax of the K scores; False: by the raw scores"
     )
-    graph_aggregation: str = option("max", "ViG: aggregation over the neighbors", choices=GRAPH_AGGREGATIONS)
-    score_temperature: float = option(
-        1.0, "ConvNN layers, KvtAttention: divisor of the scores before the softmax", low=1e-6, high=1e6
-    )
-    topk: str = option(
-        "hard",
-        "ConvNN layers, KvtAttention: selection in training: hard, or learned, with a gradient for all candidates: the K "
-        "nearest (straight_through) or K drawn by their scores (gumbel)",
-        choices=TOPKS,
-    )
+    graph_aggregation: str = option("max", GRAPH_AGGREGATION, choices=GRAPH_AGGREGATIONS)
+    score_temperature: float = option(1.0, f"ConvNN layers, KvtAttention: {SCORE_TEMPERATURE}", low=1e-6, high=1e6)
+    topk: str = option("hard", f"ConvNN layers, KvtAttention: {TOPK}", choices=TOPKS)
     coordinate_encoding: bool = option(False, "short for --similarity_type Loc_Col")
     kernel_size: int = option(
         9, "Conv1d, Conv1dAttention, BranchConv: tokens; NeighborhoodAttention: side of the window, odd", low=1, high=SIDE
     )
     window_size: int = option(16, "LocalAttention: |i - j| <= window_size", low=0, high=TOKENS)
-    sparse_mode: str = option("strided", "SparseAttention: pairs of tokens that attend", choices=("all", "local", "strided"))
-    sparse_context_window: int = option(14, "SparseAttention: stride, and twice the reach to either side", low=1, high=TOKENS)
+    sparse_mode: str = option("strided", "SparseAttention: sparsity pattern", choices=("all", "local", "strided"))
+    sparse_context_window: int = option(14, "SparseAttention: stride, and width of the local window", low=1, high=TOKENS)
     dilation: int = option(
         1,
         "NeighborhoodAttention, GreedyViG: step between patches; ViG: every n-th of the K * n nearest",
@@ -133,12 +129,16 @@ class ViTConfig(ModelConfig):
     region_size: int = option(2, "BiFormer, BlockTopK, ContextCluster: side of a region in patches", low=1, high=SIDE)
     top_regions: int = option(4, "BiFormer, BlockTopK: attended regions", low=1, high=TOKENS)
     value_convolution: int = option(
-        0, "BiFormer: side of the depthwise convolution of the values, odd; 0: off", low=0, high=SIDE
+        0, "BiFormer: side of a depthwise convolution of the values, odd; 0: no convolution", low=0, high=SIDE
     )
     num_clusters: int = option(16, "PaCa: attended clusters", low=1, high=TOKENS)
     branch_ratio: float = option(0.5, "BranchConv, BranchAttention: share of the ConvNN branch", low=0, high=1)
-    mask_type: str = option("2d_all_neighbors", "MaskedAttention: pattern of the neighbors", choices=MASK_TYPES)
-    expansion_step: int = option(1, "MaskedAttention: steps to the farthest neighbor", low=0, high=SIDE)
+    mask_type: str = option(
+        "2d_all_neighbors", "MaskedAttention: tokens or patches that count as neighbors", choices=MASK_TYPES
+    )
+    expansion_step: int = option(
+        1, "MaskedAttention: steps to the farthest neighbor; 0: the token itself only", low=0, high=SIDE
+    )
     linformer_k: int = option(64, "Linformer: learned mixtures of the keys and of the values", low=1, high=TOKENS)
     performer_features: int = option(64, "Performer, Hybrid: random features", low=1, high=TOKENS)
     performer_kernel: str = option("softmax", "Performer, Hybrid: kernel of the random features", choices=PERFORMER_KERNELS)
@@ -148,26 +148,28 @@ class ViTConfig(ModelConfig):
     hybrid_dilations: tuple[int, ...] = option(
         (1, 2), "Hybrid: steps between the patches of a window, one window each", low=1, high=SIDE
     )
-    locality_strength: float = option(1.0, "GPSA: initial sharpness around the offset of each head", low=0, high=1000)
-    magnitude_type: str = redefault(NeighborConfig, "magnitude_type", "matmul")
+    locality_strength: float = option(
+        1.0, "GPSA: initial sharpness of attention around the offset of each head", low=0, high=1000
+    )
+    magnitude_type: str = with_default(NeighborConfig, "magnitude_type", "matmul")
     image_size: int | tuple[int, int] = 224
 
     def __post_init__(self):
         decide(self, VIT_MODELS.get(str(self.model), {}))
-        if is_address(str(self.layer)) and len(layers_of(self.layer)) > 1:
+        if len(layers_of(str(self.layer))) > 1 and not self.layer.endswith(".py"):
             raise ValueError(
-                f"layer={self.layer!r} must be one layer; only allconvnet_main.py takes two in parallel, and a folder with "
-                "the name of a layer is written ./Attention/file.py:Class"
+                f"layer={self.layer!r} must be one layer; only allconvnet_main.py takes two in parallel. "
+                "Write a folder with the name of a layer as ./Attention/file.py:Class"
             )
         self._check_ranges()
         check_patches(self.patch_size, self.image_size)
         check_heads(self.d_model, self.num_heads)
         if self.initializer_range == 0:
-            raise ValueError("initializer_range=0 makes all projections equal; it must be above 0")
+            raise ValueError("initializer_range=0 must be above 0, or all weights would start at 0")
         if self.num_local_layers is not None and self.num_local_layers >= self.num_layers:
             raise ValueError(
                 f"num_local_layers={self.num_local_layers} must be below num_layers={self.num_layers}; "
-                f"a smaller number, or none for {self.layer} in every block"
+                f"use a smaller number, or none for {self.layer} in every block"
             )
         if self.coordinate_encoding and self.similarity_type == "Col":
             object.__setattr__(self, "similarity_type", "Loc_Col")
@@ -175,13 +177,13 @@ class ViTConfig(ModelConfig):
             self._check_layer()
 
     @staticmethod
-    def values_that_hold(values: dict, given: dict) -> dict:
-        """Drop also the options that the model of a config.yaml stands for, if another model is given.
+    def drop_overridden(values: dict, given: dict) -> dict:
+        """Drop also the options that follow from the model of a config.yaml, if another model is given.
 
-        A file without a model holds for any model. A config.yaml holds both coordinate_encoding and the similarity_type that
+        A file without a model applies to any model. A config.yaml holds both coordinate_encoding and the similarity_type that
         it implies; either can be given.
         """
-        values, dropped = ModelConfig.values_that_hold(values, given), set()
+        values, dropped = ModelConfig.drop_overridden(values, given), set()
         if "model" in values and given.get("model", values["model"]) != values["model"]:
             dropped |= VIT_MODELS["convit_ti"].keys()
         if given.get("similarity_type") == "Col":
@@ -197,8 +199,8 @@ class ViTConfig(ModelConfig):
     def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
         found = super().without_effect(defaults=defaults)
         if self.num_layers == 1:
-            found["drop_path"] = "num_layers"  # it is 0 in the first block
-        no_layer = self.num_local_layers == 0  # and so no options of `layer` are read
+            found["drop_path"] = "num_layers"  # its rate is 0 in the first block
+        no_layer = self.num_local_layers == 0
         return {name: "num_local_layers" if no_layer and other == "layer" else other for name, other in found.items()}
 
     @property
@@ -214,7 +216,7 @@ class ViTConfig(ModelConfig):
 
     @property
     def class_tokens(self) -> int:
-        """Class tokens in the blocks that use `layer`; under num_local_layers the token joins after them."""
+        """Number of class tokens in the blocks that use `layer`; with num_local_layers the token joins after them."""
         return int(self.pool == "cls" and self.num_local_layers is None)
 
     def _check_layer(self) -> None:
@@ -222,34 +224,30 @@ class ViTConfig(ModelConfig):
         if self.layer not in self.rows:
             return
         row = layer_row(self.rows, self.layer, self.branch_ratio)
+        grid = sequence_grid(self.grid)
         if row.branches:
             branch_widths(self.d_model, self.num_heads, self.branch_ratio)
         if "neighbors" in row.arguments:
-            grid = sequence_grid(self.grid)
             self.check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
             if "convolution_type" in row.arguments:
                 check_slots(self.convolution_type or "depthwise", self.aggregation_type)
             if "topk" in row.arguments:
                 check_topk(self.topk, self.similarity_type, self.softmax_topk_val)
+            if "dilation" in row.arguments:
+                dilate(self.neighbors, self.dilation).check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
             if self.coordinate_encoding and self.similarity_type == "Loc":
-                raise ValueError("coordinate_encoding=True is short for similarity_type=Loc_Col, not Loc; drop one of them")
+                raise ValueError("coordinate_encoding=True means similarity_type=Loc_Col, not Loc; drop one of them")
         elif "K" in row.arguments:
-            tokens = math.prod(self.grid) + self.class_tokens
-            if self.K > tokens:
-                raise ValueError(f"K={self.K} is more than the {tokens} tokens there are; K can be 1 to {tokens}")
-        if self.layer == "ViG":
-            dilate(self.neighbors, self.dilation).check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
+            NeighborConfig(K=self.K).check_candidates(grid, class_tokens=self.class_tokens)
         if "region_size" in row.arguments:
             sides = region_sides(self.region_size, self.grid)
             regions = math.prod(self.grid) // math.prod(sides)
             if "top_regions" in row.arguments and self.top_regions > regions:
-                raise ValueError(f"top_regions={self.top_regions} is more than the {regions} regions there are")
-        if self.layer == "BiFormer":
-            check_value_convolution(self.value_convolution, sequence_grid(self.grid))
-        if self.layer == "NeighborhoodAttention":
-            check_window(self.kernel_size, self.dilation, sequence_grid(self.grid))
-        if self.layer == "Hybrid":
+                raise ValueError(f"top_regions={self.top_regions} is more than the {regions} regions; use 1 to {regions}")
+        if "value_convolution" in row.arguments:
+            check_value_convolution(self.value_convolution, grid)
+        if {"kernel_size", "dilation"} <= row.arguments.keys():
+            check_window(self.kernel_size, self.dilation, grid)
+        if "dilations" in row.arguments:
             for dilation in self.hybrid_dilations:
-                check_window(
-                    self.hybrid_window, dilation, sequence_grid(self.grid), names=("hybrid_window", "hybrid_dilations")
-                )
+                check_window(self.hybrid_window, dilation, grid, names=("hybrid_window", "hybrid_dilations"))

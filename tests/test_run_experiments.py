@@ -214,7 +214,7 @@ def test_an_axis_that_a_layer_does_not_read_is_said_and_empty_in_the_summary(swe
         ("program: vit_main.py\ngrid: {kk: [9, 999]}", "unknown option --kk"),
         ("program: vit_main.py\noptions: {output_dir: a}", "output_dir cannot be set in a sweep"),
         ("program: vit_main.py\ngrid: {data_path: [a/b, a+b]}", "two points would be named data_path-a-b"),
-        ("- a\n- b", "must be a list of `name: value` lines"),
+        ("- a\n- b", "must be a mapping, one `name: value` per line"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_starts(text, says, sweep, capsys):

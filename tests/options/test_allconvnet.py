@@ -85,6 +85,7 @@ def test_help_names_every_flag_and_default(capsys):
         "--layer Attention --sampling_type random --num_samples 2",
         "--layer Conv2d/Attention --K 9999",
         "--shuffle_pattern NA --shuffle_scale 5",
+        "--shuffle_pattern NA --shuffle_scale 0",
         "--shuffle_pattern A --shuffle_scale 3 --channels 8 8",
         "--shuffle_pattern A --layer ConvNN/Attention --channels 8 8",
         "--sample_padding 99",

@@ -252,12 +252,12 @@ OPTIONS = [
     ("vit_main.py", "mine.py:Kinds", "window_size=3", "Kinds gets window_size from --window_size"),
     ("vit_main.py", "mine.py:Kinds", "bias=False", "Kinds gets bias from --attention_bias"),
     ("vit_main.py", "mine.py:Kinds", "layout=1", "Kinds gets layout from the model"),
-    ("vit_main.py", "Attention", "steps=1", "mixer_option steps=1 is for a custom mixer"),
-    ("allconvnet_main.py", "Conv2d/ConvNN", "steps=1", "mixer_option steps=1 is for a custom mixer"),
+    ("vit_main.py", "Attention", "steps=1", "mixer_option steps=1 needs a custom mixer"),
+    ("allconvnet_main.py", "Conv2d/ConvNN", "steps=1", "mixer_option steps=1 needs a custom mixer"),
     ("vit_main.py", "min.py:Kinds", "", "there is no file"),
     ("vit_main.py", "min.py:Kinds", "", "did you mean mine?"),
     ("vit_main.py", "mine.py:Kind", "", "there is no torch.nn.Module 'Kind' in"),
-    ("vit_main.py", "mine.py", "", "name its class as well: mine.py:Class"),
+    ("vit_main.py", "mine.py", "", "must name the class too: mine.py:Class"),
     ("allconvnet_main.py", "./mine.py", "", "name its class as well: ./mine.py:Class"),
     ("vit_main.py", "Mine", "", "a custom mixer is FILE.py:Class"),
     ("vit_main.py", "no.such:Kinds", "", "no.such cannot be imported: ModuleNotFoundError: No module named 'no'"),
@@ -436,7 +436,7 @@ def test_sweeps_name_points_by_classes_and_options(capsys):
     for axes, message in [
         ({"layer": ["mine.py:Kvt", "other.py:Kvt"]}, "two points would be named Kvt"),
         ({"layer": ["mine.py:Kvt"], "mixer_option": ["tap=3"]}, "Kvt has no option tap; did you mean top?"),
-        ({"layer": ["Attention", "mine.py:Kvt"], "mixer_option": ["top=3"]}, "is for a custom mixer"),
+        ({"layer": ["Attention", "mine.py:Kvt"], "mixer_option": ["top=3"]}, "needs a custom mixer"),
         ({"layer": ["mine.py:Kinds"], "mixer_option": ["rate=2", "rate=2.0"]}, "are the same run"),
     ]:
         Path("s.yaml").write_text(yaml.safe_dump(sweep | {"grid": axes}))
@@ -449,7 +449,7 @@ def test_benchmark_gives_each_layer_its_options(capsys):
     assert [config.mixer_option and config.mixer_option[0] for config in configs] == [None, "top=3", "steps=4"]
     for line, message in [
         (f"{names} --mixer_option tap=3", "Kvt has no option tap; did you mean top?"),
-        ("Attention --mixer_option top=3", "is for a custom mixer"),
+        ("Attention --mixer_option top=3", "needs a custom mixer"),
         ("mine.py:Kvt ./mine.py:Kvt", "two layers would be called Kvt"),
     ]:
         assert message in line_of(benchmark.parse, f"vit --layer {line} --tokens 16", capsys)

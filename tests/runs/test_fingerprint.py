@@ -56,7 +56,7 @@ def add_image(data, name="train/ant/more.png"):
 
 
 def test_a_run_notes_its_data(trained):
-    data, run, _ = trained
+    _, run, _ = trained
     noted = json.loads((run / "summary.json").read_text())["data"]
     assert noted["class_names"] == ["ant", "bee", "cat"] and noted["images"] == {"train": [3, 3, 3], "test": [2, 2, 2]}
     assert noted["files"].keys() == {"train", "test"} and len(set(noted["files"].values())) == 2
@@ -89,7 +89,7 @@ def test_a_renamed_class_is_noticed(trained, tmp_path, capsys):
 
 
 def test_a_class_that_is_added_or_removed_is_noticed(trained, capsys):
-    data, run, words = trained
+    data, _, words = trained
     add_image(data, "train/dog/1.png")
     assert "3 classes, here 4 (with dog)" in refused([*words, "--resume", "--num_epochs", "2"], capsys)
     assert "trained on 3 classes, and --data_path" in refused([*words, "--test_only"], capsys)
@@ -99,7 +99,7 @@ def test_a_class_that_is_added_or_removed_is_noticed(trained, capsys):
 
 
 def test_images_that_are_added_or_changed_are_noticed(trained, capsys):
-    data, run, words = trained
+    data, _, words = trained
     again = [*words, "--resume", "--num_epochs", "2"]
     add_image(data)
     error = refused(again, capsys)
