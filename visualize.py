@@ -19,7 +19,7 @@ from experiments.pictures import draw_attention, draw_masks, draw_neighbors, dra
 from experiments.points import readable
 from experiments.trained import read_config
 from options.data import DATASETS
-from options.parser import OneLineParser, number_type
+from options.parser import OneLineParser, number_type, output_path
 from options.trust import trusting
 from runs import DataError, RunError, Stopped
 from runs.files import as_csv, as_png, write_atomically
