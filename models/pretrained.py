@@ -49,14 +49,15 @@ def fit_positions(model: nn.Module, table: Tensor, grid: tuple[int, int] | None)
 
     Args:
         table: positions (1, tokens, d) of the other model.
-        grid: rows and columns of its patches; None: those of this model if the shapes agree, else a square.
+        grid: rows and columns of its patches; None: a square, or those of this model if its shape agrees and is no square's.
 
     Raises ValueError if the grid cannot be derived.
     """
     new, count, ours = model.config.grid, table.shape[1], model.config.class_tokens
     if grid is None:
         side = math.isqrt(count)  # of a square grid, with or without a class token
-        grid = new if table.shape == model.pos_embedding.shape else (side, side)
+        is_own = table.shape == model.pos_embedding.shape and math.isqrt(count - ours) ** 2 != count - ours
+        grid = new if is_own else (side, side)
     theirs = count - math.prod(grid)
     if theirs not in (0, 1) or 0 in grid:
         raise ValueError(
@@ -94,8 +95,12 @@ def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], policy: Lo
     weights, resampled = joined_projections(weights), ""
     try:
         table = weights.get("pos_embedding")
-        if policy.resample and table is not None and table.ndim == 3 and model.config.pos_embedding == "learned":
-            weights["pos_embedding"], resampled = fit_positions(model, table, policy.grid)
+        if table is not None and table.ndim == 3 and model.config.pos_embedding == "learned":
+            has_grid = (stem or policy.grid) and table.shape == model.pos_embedding.shape  # the shape does not tell another one
+            if policy.resample or has_grid:
+                weights["pos_embedding"], resampled = fit_positions(model, table, policy.grid)
+            if resampled and not policy.resample:
+                raise ValueError(f"of another architecture: pos_embedding is of another grid, {resampled}")
         return load_state(model, weights, policy)._replace(resampled=resampled)
     except ValueError as error:
         config, advice = model.config, ""

@@ -100,6 +100,14 @@ def test_the_grid_is_told_by_the_options_or_square():
     load_vit_weights(model, source.state_dict(), LoadPolicy(resample=True, grid=(2, 8)))
     expected = resample_positions(source.pos_embedding, (2, 8), (4, 4), 1)
     assert torch.equal(model.pos_embedding, expected) and not torch.equal(model.pos_embedding, source.pos_embedding)
+    with pytest.raises(ValueError, match="pos_embedding is of another grid, 2 x 8 to 4 x 4 patches"):
+        load_vit_weights(model, source.state_dict(), LoadPolicy(grid=(2, 8)))
+    square = make(image_size=8).state_dict()  # without options, and with as many patches
+    assert load_vit_weights(source, square, LoadPolicy(resample=True)).resampled == "4 x 4 to 2 x 8 patches"
+    assert torch.equal(source.pos_embedding, resample_positions(square["pos_embedding"], (4, 4), (2, 8), 1))
+    wide, other = make(image_size=(4, 12)), make(image_size=(4, 12))  # 12 patches are no square: those of the model
+    load_vit_weights(wide, other.state_dict(), LoadPolicy(resample=True))
+    assert torch.equal(wide.pos_embedding, other.pos_embedding)
     with pytest.raises(ValueError, match="of an unknown grid: its 11 positions are not of a square"):
         load_vit_weights(make(), make(image_size=(4, 10)).state_dict(), LoadPolicy(resample=True))
 
