@@ -44,7 +44,7 @@ def plan(config: AllConvNetConfig) -> tuple[nn.Module, list[Convolution]]:
 
     Raises ValueError for a `replace` that the network does not have, and for a layer that does not fit the map it is for.
     """
-    name = config.model + "_bn" * config.batch_norm if config.model in VGG else config.model
+    name = f"{config.model}_bn" if config.model in VGG and config.batch_norm else config.model
     grids = {}
 
     def record(module: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -67,7 +67,7 @@ def plan(config: AllConvNetConfig) -> tuple[nn.Module, list[Convolution]]:
             layer = config.layer_on(module.out_channels, grid) if is_chosen else None
         except ValueError as error:
             where = f"layer={config.layer} on the {as_sides(grid)} map of stage {stage} of model={config.model}"
-            raise ValueError(f"{where}: {error}; or let it stay a convolution (replace)") from None
+            raise ValueError(f"{where}: {error}; or keep the convolution (replace)") from None
         convolutions.append(Convolution(name, module, stage, grid, layer))
     return network, convolutions
 
@@ -107,16 +107,16 @@ def find_convolutions(network: nn.Module) -> list[tuple[str, nn.Conv2d, int]]:
 
 
 def choose(words: tuple[str, ...], stages: list[int], model: str) -> list[bool]:
-    """Return for every convolution, given its stage, if the words of --replace choose it. Raises ValueError for other words."""
-    flag, what, numbers = f"replace={' '.join(words)}", words[0], words[1:]
-    if what == "all" and not numbers:
+    """Return a mask of the convolutions that --replace selects, given the stage of each. Raises ValueError for other words."""
+    flag, rule, numbers = f"replace={' '.join(words)}", words[0], words[1:]
+    if rule == "all" and not numbers:
         return [True] * len(stages)
-    if what == "last" and len(numbers) == 1 and numbers[0].isdecimal():
+    if rule == "last" and len(numbers) == 1 and numbers[0].isdecimal():
         kept = len(stages) - int(numbers[0])
         if not 0 <= kept < len(stages):
             raise ValueError(f"{flag}: model={model} has {len(stages)} convolutions of 3 x 3; use last 1 to last {len(stages)}")
         return [number >= kept for number in range(len(stages))]
-    if what == "stages" and numbers and all(number.isdecimal() for number in numbers):
+    if rule == "stages" and numbers and all(number.isdecimal() for number in numbers):
         wanted = {int(number) for number in numbers}
         if not wanted <= set(stages):
             raise ValueError(f"{flag}: model={model} has the stages 1 to {stages[-1]}")
@@ -147,12 +147,12 @@ def fitted_options(config: ModelConfig) -> list[str]:
 
 
 class Segments(nn.Sequential):
-    """Modules in turn; where its network has `recompute` set, the inputs of segments are all that the backward pass keeps.
+    """Run modules in sequence; if `recompute` of the network is set, keep only the inputs of segments for the backward pass.
 
     A segment ends with a pooling or a block.
     """
 
-    owner: tuple[nn.Module, ...] = ()  # the network, in a tuple as it is no submodule; none of a slice
+    owner: tuple[nn.Module, ...] = ()  # the network, in a tuple so that it is no submodule; empty in a slice
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not any(network.recompute for network in self.owner):

@@ -25,4 +25,4 @@ def load_network_weights(network: nn.Module, state_dict: dict[str, Tensor], poli
         return load_state(network, state_dict, policy)
     except ValueError as error:
         flags = needed_flags(network.config, state_dict)
-        raise ValueError(f"{error}{'; these weights need ' * bool(flags)}{flags}") from None
+        raise ValueError(f"{error}; these weights need {flags}" if flags else str(error)) from None

@@ -1,6 +1,7 @@
 """ConViT (d'Ascoli et al., arXiv 2103.10697): a vision transformer whose first layers may start as convolutions.
 
-`ViT` builds the same plan from `--model convit_ti`; this one has its own config.
+Use `ViT` with `--model convit_ti` to train, or to load timm's weights. Use this one from Python for post-norm, token dropout
+or an activation before the classifier.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ACTIVATIONS = ("Identity", "ReLU", "LeakyReLU", "ELU", "GELU", "SiLU", "Mish", "
 
 
 def checked(kind: type, default=MISSING, **accepts) -> Field:
-    """A dataclass field with the checks of an option."""
+    """Make a dataclass field with the checks of an option."""
     return field(default=default, metadata={"option": Spec(kind, "", optional=default is None, **accepts)})
 
 
@@ -79,7 +80,10 @@ class ConViTConfig:
 
     @classmethod
     def preset(cls, size: str, num_classes: int = 1000, **changes) -> ConViTConfig:
-        """Return the config of a model of the paper, with 10 local and 2 other layers, by the name of its size."""
+        """Return the config of a model in the paper, with 10 local and 2 other layers, by the name of its size.
+
+        changes: fields of the config to override.
+        """
         dim, heads = CONVIT_SIZES[size]
         paper = {"dim": dim, "heads": heads, "pre_norm": True, "pred_act_fnc_name": "Identity"}
         image = {"image_size": 224, "image_channel": 3, "patch_size": 16}
@@ -114,6 +118,11 @@ def resolve_heads(dim: int, heads: int | None, head_dim: int | None) -> int:
     return found
 
 
+def run_with_matrix(module: nn.Module, x: Tensor, output_attentions: bool) -> tuple:
+    """Return the output of a module and its mixing matrices, or None without `output_attentions`."""
+    return module(x, True) if output_attentions else (module(x), None)
+
+
 class ConViTLayer(Block):
     """Attention and feed-forward, each with a residual and a LayerNorm before (`pre_norm`) or after: (B, N, dim) -> the same.
 
@@ -140,9 +149,9 @@ class ConViTLayer(Block):
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
-        """With output_attentions, return the mixing matrix of the mixer too."""
+        """Return the tokens; with `output_attentions`, also the mixing matrix (B, heads, N, N)."""
         mixed = self.norm1(x) if self.pre_norm else x
-        mixed, matrix = self.mixer(mixed, True) if output_attentions else (self.mixer(mixed), None)
+        mixed, matrix = run_with_matrix(self.mixer, mixed, output_attentions)
         if self.pre_norm:
             x = x + self.drop_path(mixed)
             x = x + self.drop_path(self.feed_forward(self.norm2(x)))
@@ -163,7 +172,7 @@ class ConViTBackbone(nn.Module):
 
     Args:
         config: the model; its classifier is not part of the backbone.
-        fields: fields of `ConViTConfig`: changes of the config, or all of them but num_classes.
+        fields: fields of `ConViTConfig` that change `config`; without `config`, all required ones but num_classes.
 
     Raises ValueError as `ConViTConfig` does.
     """
@@ -192,18 +201,21 @@ class ConViTBackbone(nn.Module):
         init_vit_weights(self, std=0.02)
 
     def forward(self, images: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """With output_attentions, return the mixing matrices too: (B, heads, N, N) of local layers, then 1 + N tokens."""
+        """Return the tokens; with `output_attentions`, also the mixing matrix of each layer.
+
+        These are (B, heads, N, N) in the local layers and (B, heads, 1 + N, 1 + N) in the others.
+        """
         if tuple(images.shape[2:]) != self.image_size:
             raise ValueError(f"images of {tuple(images.shape[2:])} were given, and the model was made for {self.image_size}")
         x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, N, dim)
         x = self.token_dropout(x + self.pos_embedding)
         matrices, local = [], self.config.num_local_layers
         for layer in self.blocks[:local]:
-            x, matrix = layer(x, True) if output_attentions else (layer(x), None)
+            x, matrix = run_with_matrix(layer, x, output_attentions)
             matrices.append(matrix)
         x = prepend(self.class_token, x)  # (B, 1 + N, dim)
         for layer in self.blocks[local:]:
-            x, matrix = layer(x, True) if output_attentions else (layer(x), None)
+            x, matrix = run_with_matrix(layer, x, output_attentions)
             matrices.append(matrix)
         x = self.norm(x)
         return (x, matrices) if output_attentions else x
@@ -221,7 +233,7 @@ class ConViTWithLinearClassifier(nn.Module):
         init_vit_weights(self.classifier, std=0.02)
 
     def forward(self, images: Tensor, output_attentions: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """With output_attentions, return the mixing matrices of the layers too."""
-        tokens, matrices = self.backbone(images, True) if output_attentions else (self.backbone(images), None)
+        """Return the logits; with `output_attentions`, also the mixing matrices of the layers."""
+        tokens, matrices = run_with_matrix(self.backbone, images, output_attentions)
         logits = self.classifier(self.activation(tokens[:, 0]))
         return (logits, matrices) if output_attentions else logits

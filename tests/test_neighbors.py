@@ -556,7 +556,7 @@ def test_flops_against_a_hand_count():
         ({"sampling_type": "grid"}, "all, random, spatial"),
         ({"similarity_type": "loc"}, "Loc_Col"),
         ({"aggregation_type": "Loc"}, "Col, Loc_Col"),
-        ({"K": 9, "sampling_type": "random", "num_samples": 7}, "K=9 .* 1 to 7"),
+        ({"K": 9, "sampling_type": "random", "num_samples": 7}, "K=9 .* 7 candidates"),
     ],
 )
 def test_config_errors(options, message):

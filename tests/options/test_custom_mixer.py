@@ -182,7 +182,7 @@ def test_what_the_model_gives_is_not_an_option_and_help_says_so(capsys):
     with pytest.raises(SystemExit):
         vit_main.main(["--layer", "mine.py:Kinds", "--help"])
     text = " ".join(capsys.readouterr().out.split("options of ")[1].split())
-    assert "Attention that takes notes. Of the model it gets layout, --window_size, --attention_dropout, " in text
+    assert "Attention that takes notes. The model passes layout, --window_size, --attention_dropout, " in text
     assert "--attention_bias (as bias). --mixer_option" in text
     for line in ("steps=INT how often (default: 2)", "rate=FLOAT how fast (default: 1)", "kind={a,b} (default: a)"):
         assert f"--mixer_option {line}" in text
@@ -258,7 +258,7 @@ OPTIONS = [
     ("vit_main.py", "min.py:Kinds", "", "did you mean mine?"),
     ("vit_main.py", "mine.py:Kind", "", "there is no torch.nn.Module 'Kind' in"),
     ("vit_main.py", "mine.py", "", "must name the class too: mine.py:Class"),
-    ("allconvnet_main.py", "./mine.py", "", "name its class as well: ./mine.py:Class"),
+    ("allconvnet_main.py", "./mine.py", "", "must name the class too: ./mine.py:Class"),
     ("vit_main.py", "Mine", "", "a custom mixer is FILE.py:Class"),
     ("vit_main.py", "no.such:Kinds", "", "no.such cannot be imported: ModuleNotFoundError: No module named 'no'"),
     ("vit_main.py", "no such:Kinds", "", "an address is FILE.py:Class or package.module:Class"),
