@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.figures import make_panels
 from experiments.tables import as_markdown
 from options.allconvnet import AllConvNetConfig
 from options.benchmark import BenchmarkConfig
@@ -59,14 +58,8 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
     words.add_argument("family", choices=(*FAMILIES, "targets"), help="`benchmark.py vit --help` lists the options")
     name = words.parse_args(argv[:1]).family
     family = FAMILIES[name]
-    values, parser = read_values(
-        family.config,
-        (BenchmarkConfig,),
-        "Measure single layers, or a backbone with its layers.",
-        argv[1:],
-        family.defaults,
-        prog=f"{prog} {name}",
-    )
+    about = "Measure single layers, or a backbone with its layers."
+    values, parser = read_values(family.config, (BenchmarkConfig,), about, argv[1:], family.defaults, prog=f"{prog} {name}")
     try:
         check_environment()
         bench = build(BenchmarkConfig, values)
@@ -213,17 +206,19 @@ def add_ratios(rows: list[dict]) -> list[dict]:
 def draw_scaling(rows: list[dict], title: str):
     """Plot time and peak memory against the number of tokens, all axes logarithmic."""
     from matplotlib import cycler, rcParams
+    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     lines: dict[str, list[dict]] = {}
     many = [name for name in ("precision", "execution") if len({row[name] for row in rows}) > 1]
     for row in rows:
         lines.setdefault(", ".join([row["layer"], *(row[name] for name in many)]), []).append(row)
-    figure, axes = make_panels(2, 2, 5.5, 5)
+    figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(title, fontsize=9)
     tokens = sorted({row["tokens"] for row in rows})
     looks = cycler(marker=["o", "s", "^"], ls=["-", "--", ":"]) * rcParams["axes.prop_cycle"]
     panels = {"forward_backward_ms": "forward + backward (ms)", "peak_memory_mb": "peak memory of it (MB)"}
+    axes = figure.subplots(1, 2)
     for axis, (key, name) in zip(axes, panels.items(), strict=True):
         axis.set_prop_cycle(looks)
         for label, of_line in lines.items():

@@ -47,7 +47,8 @@ def explorer_page(folders: list[Path], images: int, pairs: int | None, data_path
 def _as_json(run: Run, pairs: int) -> dict:
     logits, found = record_run(run, pairs)
     path = run.folder / "summary.json"
-    top1 = json.loads(path.read_text(encoding="utf-8"))["best"]["test_top1"] if path.exists() else None
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    top1 = summary.get("best", {}).get("test_top1")
     return {
         "name": run.name,
         "layer": run.options.model.layer,
@@ -75,14 +76,16 @@ def pack_mixing(mixing: Mixing) -> dict:
     scale = float(np.abs(weights).max()) or 1.0
     zero = 128 if weights.min() < 0 else 0
     roots = np.sign(weights) * np.sqrt(np.abs(weights) / scale)
-    index = mixing.index.masked_fill(mixing.index < 0, mixing.num_keys).numpy()  # absent
+    index = mixing.index.numpy()
+    index = np.where(index < 0, mixing.num_keys, index)  # absent
+    images, heads, tokens, kept = index.shape
     return {
         "name": mixing.name,
         "rule": mixing.rule,
         "grid": mixing.grid,
         "padding": mixing.padding,
         "class_tokens": mixing.class_tokens,
-        "shape": list(index.shape),  # images, heads, tokens, kept
+        "shape": [images, heads, tokens, kept],
         "is_share": mixing.is_share,
         "bytes": 1 if mixing.num_keys < 256 else 2,
         "index": _as_text(index.astype("u1" if mixing.num_keys < 256 else "<u2")),

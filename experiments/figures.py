@@ -52,6 +52,11 @@ class Mark(NamedTuple):
     marker: str
 
 
+class Section(NamedTuple):
+    title: str
+    entries: dict[str, Mark]
+
+
 def color_of(number: int) -> tuple:
     """Return a color of tab20, whose colors come in pairs of a dark and a light one: first the ten dark ones."""
     from matplotlib import colormaps
@@ -61,11 +66,8 @@ def color_of(number: int) -> tuple:
 
 def look_of(number: int, runs: list[list[float]]) -> dict:
     """Return the style of a line over epochs; runs of one or two epochs need a marker to be seen."""
-    return {
-        "color": color_of(number),
-        "ls": LINE_STYLES[number // COLORS % len(LINE_STYLES)],
-        "marker": "." if min(map(len, runs)) < 3 else None,
-    }
+    style = LINE_STYLES[number // COLORS % len(LINE_STYLES)]
+    return {"color": color_of(number), "ls": style, "marker": "." if min(map(len, runs)) < 3 else None}
 
 
 def label_of(row: dict, names: list[str]) -> str:
@@ -77,8 +79,8 @@ def numbered(values) -> dict:
     return {value: number for number, value in enumerate(dict.fromkeys(values))}
 
 
-def mark_rows(rows: list[dict], swept: list[str]) -> tuple[list[Mark], dict[str, dict[str, Mark]]]:
-    """Return a mark for each row, and the legend that explains them: marks by label, by title of the section.
+def mark_rows(rows: list[dict], swept: list[str]) -> tuple[list[Mark], list[Section]]:
+    """Return a mark for each row, and the legend that explains them.
 
     Rows of several programs have a marker and a section per program. Otherwise, if one option can be told by color and
     the combinations of the others by marker, the legend names these, which are fewer than the rows.
@@ -93,24 +95,24 @@ def mark_rows(rows: list[dict], swept: list[str]) -> tuple[list[Mark], dict[str,
             marks = [Mark(color_of(colors[row[name]]), MARKERS[markers[label_of(row, rest)]]) for row in rows]
             by_color = {"none" if value == "" else str(value): Mark(color_of(n), "o") for value, n in colors.items()}
             by_marker = {label: Mark("dimgray", MARKERS[n]) for label, n in markers.items()}
-            return marks, {name: by_color, ", ".join(rest): by_marker}
+            return marks, [Section(name, by_color), Section(", ".join(rest), by_marker)]
     marks = [Mark(color_of(number), MARKERS[number // COLORS % len(MARKERS)]) for number in range(len(rows))]
-    return marks, {"": {label_of(row, swept): mark for row, mark in zip(rows, marks, strict=True)}}
+    return marks, [Section("", {label_of(row, swept): mark for row, mark in zip(rows, marks, strict=True)})]
 
 
-def _mark_programs(rows: list[dict], rest: list[str]) -> tuple[list[Mark], dict[str, dict[str, Mark]]]:
-    sections = {row["program"]: {} for row in rows}
+def _mark_programs(rows: list[dict], rest: list[str]) -> tuple[list[Mark], list[Section]]:
+    sections = {row["program"]: Section(str(row["program"]), {}) for row in rows}
     first, used = {}, 0  # a marker for every 20 rows of a program, where colors begin again
     for program in sections:
         first[program] = used
         used += math.ceil(sum(row["program"] == program for row in rows) / COLORS)
     marks = []
     for row in rows:
-        entries = sections[row["program"]]
-        marker = MARKERS[(first[row["program"]] + len(entries) // COLORS) % len(MARKERS)]
-        marks.append(Mark(color_of(len(entries)), marker))
-        entries[label_of(row, rest)] = marks[-1]
-    return marks, sections
+        section = sections[row["program"]]
+        marker = MARKERS[(first[row["program"]] + len(section.entries) // COLORS) % len(MARKERS)]
+        marks.append(Mark(color_of(len(section.entries)), marker))
+        section.entries[label_of(row, rest)] = marks[-1]
+    return marks, list(sections.values())
 
 
 def label_groups(kinds: list[dict], folders: list[list[Path]]) -> list[str]:
@@ -130,7 +132,8 @@ def label_groups(kinds: list[dict], folders: list[list[Path]]) -> list[str]:
     if max(map(len, labels)) > LONGEST_LABEL or len(set(labels)) < len(labels):
         parent = os.path.commonpath([group[0].resolve() for group in folders])
         labels = [re.sub(r"[_-]?seed-?\d+$", "", os.path.relpath(group[0].resolve(), parent)) for group in folders]
-    return [label + f" ({len(group)} seeds)" * (len(group) > 1) for label, group in zip(labels, folders, strict=True)]
+    seeds = [f" ({len(group)} seeds)" if len(group) > 1 else "" for group in folders]
+    return [label + note for label, note in zip(labels, seeds, strict=True)]
 
 
 def legend_beside(figure, handles: list, labels: list[str], titles: tuple[int, ...] = ()):
@@ -153,11 +156,11 @@ def legend_beside(figure, handles: list, labels: list[str], titles: tuple[int, .
     return legend
 
 
-def legend_of_sections(figure, sections: dict[str, dict[str, Mark]]):
+def legend_of_sections(figure, sections: list[Section]):
     from matplotlib.lines import Line2D
 
     handles, labels, titles = [], [], []
-    for title, entries in sections.items():
+    for title, entries in sections:
         if title:
             titles.append(len(labels))
             handles.append(Line2D([], [], alpha=0))
@@ -205,16 +208,22 @@ def branches_alone(rows: list[dict], others: list[str]) -> list[dict]:
     found = {}
     for row in side_by_side:
         line = {name: row[name] for name in others}
-        layer = str(row.get("layer", ""))
-        # The first branch of a layer of the ViT has the share; of A/B it is the second one.
-        branches = LAYERS1D_ROWS[layer].branches[::-1] if layer in LAYERS1D_ROWS else layers_of(layer)
-        for share, branch in enumerate(branches if len(branches) == 2 else ()):
-            fits = {name: ("", value) for name, value in line.items()} | {"layer": (branch,)}
-            alone = [one for one in rows if all(one[name] in values for name, values in fits.items())]
+        for share, layer in enumerate(branches_of(str(row.get("layer", "")))):
+            fits = {name: ("", value) for name, value in line.items()} | {"layer": (layer,)}
+            alone = [one for one in rows if layer and all(one[name] in values for name, values in fits.items())]
             key = share, *line.values()
             if len(alone) == 1 and key not in there:
                 found[key] = alone[0] | line | {"branch_ratio": share}
     return list(found.values())
+
+
+def branches_of(layer: str) -> tuple[str, str]:
+    """Return the layers that have all features at a branch_ratio of 0 and of 1; empty for a layer without branches."""
+    if layer in LAYERS1D_ROWS:
+        first, second = LAYERS1D_ROWS[layer].branches or ("", "")  # the share is the first one's
+        return second, first
+    layers = layers_of(layer)
+    return (layers[0], layers[1]) if len(layers) == 2 else ("", "")
 
 
 def draw_tradeoff(rows: list[dict], swept: list[str]):
@@ -249,7 +258,8 @@ def draw_option(rows: list[dict], option: str, others: list[str]):
     marks, sections = mark_rows([of_line[0] for of_line in lines.values()], others)
     for (label, of_line), (color, marker) in zip(lines.items(), marks, strict=True):
         points = sorted((row[option], row["top1"], spread_of(row)) for row in of_line)
-        axis.errorbar(*zip(*points, strict=True), color=color, marker=marker, capsize=2, label=label)
+        x, top1, spreads = zip(*points, strict=True)
+        axis.errorbar(x, top1, spreads, color=color, marker=marker, capsize=2, label=label)
     axis.set(xlabel=option, ylabel=TOP1)
     values = sorted({row[option] for row in rows})
     if 0 < 16 * values[0] <= values[-1]:  # as 1, 2, 4, ..., 64, which would lie upon each other
@@ -293,7 +303,8 @@ def plot_seeds(axis, runs: list[list[float]], band: float = 0.2, **style) -> flo
     mean = [statistics.fmean(values) for values in of_epochs]
     axis.plot(epochs, mean, **style)
     if len(runs) > 1:
-        axis.fill_between(epochs, list(map(min, of_epochs)), list(map(max, of_epochs)), color=style["color"], alpha=band, lw=0)
+        low, high = list(map(min, of_epochs)), list(map(max, of_epochs))
+        axis.fill_between(epochs, low, high, color=style["color"], alpha=band, lw=0)
     return mean[-1]
 
 
@@ -317,13 +328,7 @@ def draw_curves(rows: list[dict], curves: list[list[list[float]]]):
     below = 0 if len(panels) == 1 else 0.4 + 0.18 * max(map(len, panels.values())) / of_legend  # inches under each panel
     figure, axes = make_panels(len(panels), columns, max(7 / columns, 4.2), 4.2 + below, sharey=True)
     for number, (axis, (value, lines)) in enumerate(zip(axes, panels.items(), strict=True)):
-        entries = []
-        for count, (label, runs) in enumerate(lines.items()):
-            end = plot_seeds(axis, runs, **look_of(numbers.get(label, count), runs))
-            entries.append((end, axis.lines[-1], f"{label}  {end:.1f}"))
-        by_epoch(axis)
-        entries.sort(key=lambda entry: entry[0], reverse=True)
-        _, handles, labels = zip(*entries, strict=True)
+        handles, labels = draw_panel(axis, lines, numbers)
         if number % columns == 0:
             axis.set_ylabel(TOP1)
         if len(panels) == 1:
@@ -333,6 +338,17 @@ def draw_curves(rows: list[dict], curves: list[list[list[float]]]):
             where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5}  # under the axis and its label
             axis.legend(handles, labels, **where, ncols=of_legend if len(labels) > 3 else 1, fontsize=8, frameon=False)
     return figure
+
+
+def draw_panel(axis, lines: dict[str, list[list[float]]], numbers: dict[str, int]) -> tuple[list, list[str]]:
+    """Plot a line per label, colored by its number (default: counted in the panel); return handles and labels, best first."""
+    entries = []
+    for count, (label, runs) in enumerate(lines.items()):
+        end = plot_seeds(axis, runs, **look_of(numbers.get(label, count), runs))
+        entries.append((end, axis.lines[-1], f"{label}  {end:.1f}"))
+    by_epoch(axis)
+    entries.sort(key=lambda entry: entry[0], reverse=True)
+    return [handle for _, handle, _ in entries], [label for _, _, label in entries]
 
 
 def by_epoch(axis) -> None:

@@ -150,7 +150,8 @@ def _of_image(mixer: nn.Module, x: Tensor, pairs: int) -> Mixing:
 def _of_attention(mixer: nn.Module, index: Tensor, query: Tensor, key: Tensor, heads: int, where: dict) -> Mixing:
     """Record ConvNN attention: index (B * H, N, K), query (B * H, N, d), key (B * H, M, d)."""
     metric, softmax = mixer.select.neighbors.metric, mixer.softmax_topk_val
-    rule = f"{_rule_of(mixer.select.neighbors, 'q and k')}, weighed by {'the softmax of ' * softmax}their scores"
+    weighed = "the softmax of their scores" if softmax else "their scores"
+    rule = f"{_rule_of(mixer.select.neighbors, 'q and k')}, weighed by {weighed}"
     return _scored(index, query, key, metric, mixer.score_temperature, heads, rule=rule, is_share=softmax, **where)
 
 

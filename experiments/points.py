@@ -216,7 +216,7 @@ def check_points(points: list[Point], folder: Path) -> dict[str, dict]:
             raise ValueError(
                 f"two points would be named {point.name}; make their values differ in letters or digits, and classes in name"
             )
-        options = found[point.name] = options_of(point, folder)[0].as_dict()
+        options = found[point.name] = resolved(point, folder)
         if options["test_only"] and not point.test_only:
             raise ValueError(f"{point.name}: test_only is set by a file of options; set it in the sweep, which must know of it")
         same = runs.setdefault(json.dumps(options | {"output_dir": ""}), point.name)
@@ -242,11 +242,13 @@ def check_folder(point: Point, options: dict, folder: Path) -> None:
             )
 
 
-def options_of(point: Point, folder: Path) -> tuple[Options, set[str]]:
-    """Return the checked options of the point's run, and the names that its values state.
+def resolved(point: Point, folder: Path) -> dict:
+    """Return every option of the point's run by name. Raises ValueError with the message of its program."""
+    return options_of(point, folder)[0].as_dict()
 
-    Raises ValueError with the message of its program.
-    """
+
+def options_of(point: Point, folder: Path) -> tuple[Options, set[str]]:
+    """Return the checked options of the point's run, and the names that its values state. Raises ValueError as `resolved`."""
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):

@@ -43,9 +43,7 @@ def read_published(path: str, points: list[Point]) -> list[Row]:
         raise ValueError(f"--published {path}: {error.strerror}") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"--published {path} is not a CSV file: {error}") from None
-    programs = [*PROGRAMS.values(), *(find_program(point.program, point.name) for point in points)]
-    configs = dict.fromkeys([DataConfig, TrainConfig, *(program.model for program in programs)])
-    options = tuple(dict.fromkeys(name for config in configs for name in specs(config)))
+    options = known_options(points)
     for name in columns:
         if name not in (*MEASURES, *ABOUT, *options):
             raise ValueError(
@@ -63,6 +61,12 @@ def read_published(path: str, points: list[Point]) -> list[Row]:
         except ValueError as error:
             raise ValueError(f"--published {path}, row {number}: {error}") from None
     return found
+
+
+def known_options(points: list[Point]) -> tuple[str, ...]:
+    programs = [*PROGRAMS.values(), *(find_program(point.program, point.name) for point in points)]
+    configs = dict.fromkeys([DataConfig, TrainConfig, *(program.model for program in programs)])
+    return tuple(dict.fromkeys(name for config in configs for name in specs(config)))
 
 
 def parse_row(row: dict, options: tuple[str, ...]) -> Row:

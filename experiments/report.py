@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.figures import draw, draw_curves, read_metrics
-from experiments.points import Point, as_word, options_of
+from experiments.points import Point, as_word, options_of, resolved
 from experiments.published import NOTE, Published, as_text, put_beside
 from options.parser import read_yaml
 from runs import Stopped
@@ -38,8 +38,18 @@ def warn_once(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+def read_summary(folder: Path) -> dict | None:
+    """Read the summary.json of a run; None if there is none or if it is incomplete."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        numbers = [measure_in(summary, name) for name in MEASURES] + [summary["epochs"]]
+        return summary if isinstance(summary["finished"], bool) and all(map(math.isfinite, numbers)) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def measure_in(summary: dict, name: str) -> float:
-    """Return a measure of the table from a run's summary."""
+    """Return a measure of the table from a run's summary. Raises KeyError or TypeError for anything else."""
     path, unit = MEASURES[name]
     return functools.reduce(operator.getitem, path, summary) / unit
 
@@ -51,12 +61,13 @@ def read_evaluation(point: Point, folder: Path) -> dict | None:
         options, names = options_of(point, folder)
         wanted = {name: value for name, value in options.as_dict().items() if name in names}
     for path in sorted((folder / point.name).glob("test_results*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        given = found["options"] | {"checkpoint": found["checkpoint"]}
-        if all(given[name] == value for name, value in wanted.items() if name in given):
-            row = {f"test_{name}": found[name] for name in ("top1", "top5", "loss")}
-            costs = {name: found[name] for name in COSTS_OF_MODEL}
-            return {"final": row, "best": row, "average_epoch_seconds": math.nan, **costs}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            given = found["options"] | {"checkpoint": found["checkpoint"]}
+            if all(given[name] == value for name, value in wanted.items() if name in given):
+                row = {f"test_{name}": found[name] for name in ("top1", "top5", "loss")}
+                costs = {name: found[name] for name in COSTS_OF_MODEL}
+                return {"finished": True, "epochs": 0, "final": row, "best": row, "average_epoch_seconds": math.nan, **costs}
     return None
 
 
@@ -64,15 +75,15 @@ def finished_summary(point: Point, folder: Path) -> dict | None:
     """Return the summary of the point's run if it has ended: by early stopping, or after the epochs that are asked for now."""
     if point.test_only:
         return read_evaluation(point, folder)
-    path = folder / point.name / "summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"finished": False}
-    if not summary["finished"]:
+    summary = read_summary(folder / point.name)
+    if not summary or not summary["finished"]:
         return None
     try:
-        options = options_of(point, folder)[0].as_dict()
+        options = resolved(point, folder)
     except ValueError:  # of another sweep, whose `config:` or program is gone: the run's own file counts
-        own = path.with_name("config.yaml")
-        options = read_yaml(str(own)) if own.exists() else {}
+        options = {}
+        with contextlib.suppress(ValueError):
+            options = read_yaml(str(folder / point.name / "config.yaml"))
     return summary if options.get("early_stopping") or summary["epochs"] == options.get("num_epochs") else None
 
 
@@ -81,10 +92,18 @@ def is_finished(point: Point, folder: Path) -> bool:
 
 
 def with_earlier(points: list[Point], folder: Path) -> list[Point]:
-    """Return these points and the ones that other sweeps started in the same folder."""
+    """Return these points and the ones that other sweeps started in the same folder; warn about a damaged note."""
     names = {point.name for point in points}
-    notes = sorted(path for path in folder.glob("*/point.json") if path.parent.name not in names)
-    return [*points, *(Point(**json.loads(path.read_text(encoding="utf-8"))) for path in notes)]
+    earlier = []
+    for path in sorted(path for path in folder.glob("*/point.json") if path.parent.name not in names):
+        try:
+            point = Point(**json.loads(path.read_text(encoding="utf-8")))
+            if not (point.name == path.parent.name and isinstance(point.values, dict) and isinstance(point.varying, dict)):
+                raise ValueError("values that do not fit")
+            earlier.append(point)
+        except (OSError, ValueError, TypeError) as error:
+            warn_once(f"{path} is not the note of a point ({error}); the summary is made without it")
+    return [*points, *earlier]
 
 
 def group_points(points: list[Point]) -> list[list[Point]]:
@@ -99,8 +118,9 @@ def summarize(points: list[Point], folder: Path) -> list[dict]:
     columns = list(dict.fromkeys(name for point in points for name in point.varying if name != "seed"))
     rows = []
     for group in group_points(points):
-        summaries = [summary for point in group if (summary := finished_summary(point, folder))]
-        failed = [point for point in group if failure_of(point, folder) and not is_finished(point, folder)]
+        found = [finished_summary(point, folder) for point in group]
+        summaries = [summary for summary in found if summary]
+        failed = [point for point, summary in zip(group, found, strict=True) if not summary and failure_of(point, folder)]
         row = {name: as_cell(group[0].varying.get(name, "")) for name in columns}
         row |= {"runs": len(summaries), "of": len(group), "failed": len(failed)}
         for measure in MEASURES:

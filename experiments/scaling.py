@@ -25,10 +25,10 @@ def scale_points(points: list[Point], scale: float, folder: Path) -> tuple[list[
             )
         options, _ = options_of(point, folder)
         images = images_of(point, options)
-        # Never fewer images than a handful for each class, nor more than there are.
+        changed = scaled_epochs(options, scale)
+        # Never fewer than a handful for each class, nor more than there are.
         least = LEAST_PER_CLASS * options.model.num_classes
-        limits = {name: min(count, share(count, scale, least)) for name, count in images.items()}
-        changed = scaled_epochs(options, scale) | limits
+        changed |= {name: min(count, share(count, scale, least)) for name, count in images.items()}
         varying = {name: changed.get(name, value) for name, value in point.varying.items()}
         values = point.values | changed
         small.append(Point(name_of(varying, values), point.program, values, varying))

@@ -42,8 +42,11 @@ class BenchmarkConfig:
         check_fields(self)
         if self.resolution and self.tokens:
             raise ValueError(f"tokens={as_words(self.tokens)} and resolution both give the sizes; drop one of them")
-        sides = tuple(map(math.isqrt, self.tokens or ()))
-        for tokens, side in zip(self.tokens or (), sides, strict=True):
+        if not self.tokens:
+            object.__setattr__(self, "resolution", self.resolution or (16, 32))
+            return
+        sides = tuple(math.isqrt(tokens) for tokens in self.tokens)
+        for tokens, side in zip(self.tokens, sides, strict=True):
             if side**2 != tokens:
                 raise ValueError(f"tokens={tokens} is not a square number; {side**2} and {(side + 1) ** 2} are")
-        object.__setattr__(self, "resolution", sides or self.resolution or (16, 32))
+        object.__setattr__(self, "resolution", sides)

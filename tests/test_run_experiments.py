@@ -15,7 +15,7 @@ from PIL import Image
 import run_experiments
 from experiments import points as sweep_points
 from experiments import runner
-from experiments.points import check_points, leave_out_unread, name_points, options_of, read_sweep
+from experiments.points import check_points, leave_out_unread, name_points, read_sweep, resolved
 from experiments.report import summarize, write_summary
 from experiments.runner import ClusterRun, lock
 from tests.helpers.forked import Forked
@@ -429,7 +429,7 @@ def test_only_runs_without_a_schedule_may_become_longer(before, now, is_allowed,
     points = name_points(*read_sweep("sweep.yaml", []))
     folder = Path("out") / points[0].name
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(options_of(points[0], Path("out"))[0].as_dict() | before))
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved(points[0], Path("out")) | before))
     if is_allowed:
         check_points(points, Path("out"))
     else:

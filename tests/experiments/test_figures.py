@@ -82,31 +82,31 @@ def test_marks_tell_rows_apart(axes):
     assert len(set(marks)) == len(rows)
     if len(sections) == 2:  # a color and a marker, each with an entry
         colors, markers = ({getattr(mark, kind) for mark in marks} for kind in ("color", "marker"))
-        by_color, by_marker = sections.values()
-        assert {mark.color for mark in by_color.values()} == colors
-        assert {mark.marker for mark in by_marker.values()} == markers
+        assert {mark.color for mark in sections[0].entries.values()} == colors
+        assert {mark.marker for mark in sections[1].entries.values()} == markers
     else:
-        assert list(sections[""].values()) == marks
+        assert list(sections[0].entries.values()) == marks
 
 
 def test_an_entry_of_the_legend_names_the_row_of_its_mark():
     rows = rows_of(**SIXTY)
-    marks, sections = mark_rows(rows, list(SIXTY))
-    assert list(sections) == ["layer", "K, lr"]
+    marks, (layers, rest) = mark_rows(rows, list(SIXTY))
+    assert layers.title == "layer" and rest.title == "K, lr"
     for row, mark in zip(rows, marks, strict=True):
-        assert sections["layer"][row["layer"]].color == mark.color
-        assert sections["K, lr"][f"K {row['K']}, lr {row['lr']}"].marker == mark.marker
+        assert layers.entries[row["layer"]].color == mark.color
+        assert rest.entries[f"K {row['K']}, lr {row['lr']}"].marker == mark.marker
     rows = several_programs()
     marks, sections = mark_rows(rows, ["program", "layer"])
-    assert list(sections) == ["ViT", "Peers", "AllConvNet"]
-    assert all(sections[row["program"]][row["layer"]] == mark for row, mark in zip(rows, marks, strict=True))
+    assert [section.title for section in sections] == ["ViT", "Peers", "AllConvNet"]
+    entries = {section.title: section.entries for section in sections}
+    assert all(entries[row["program"]][row["layer"]] == mark for row, mark in zip(rows, marks, strict=True))
     assert len({mark.marker for mark in marks}) == 3 and all(isinstance(mark, Mark) for mark in marks)
 
 
 def test_rows_of_programs_have_marks_of_their_own():
     rows = [{"program": program, "layer": f"layer {n}"} for program, many in (("ViT", 23), ("Peers", 3)) for n in range(many)]
     marks, sections = mark_rows(rows, ["program", "layer"])
-    assert len(set(marks)) == 26 and [len(entries) for entries in sections.values()] == [23, 3]
+    assert len(set(marks)) == 26 and [len(section.entries) for section in sections] == [23, 3]
     assert not {marker for _, marker in marks[:23]} & {marker for _, marker in marks[23:]}
 
 

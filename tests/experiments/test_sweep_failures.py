@@ -14,7 +14,7 @@ import run_experiments
 from experiments import points as sweep_points
 from experiments import report, runner
 from experiments.points import find_config, name_points, read_sweep
-from experiments.report import summarize
+from experiments.report import summarize, with_earlier
 from runs import Stopped
 from runs.files import write_atomically
 from tests import test_run_experiments
@@ -58,6 +58,31 @@ def test_a_sweep_whose_config_file_has_gone_keeps_its_rows(sweep, capsys):
     assert [row["runs"] for row in read_csv("all/summary.csv")] == ["2", "0"]
 
 
+NOTES = (  # damaged in as many ways
+    "",
+    '{"name": "old"',
+    "[1, 2]",
+    "3",
+    '{"name": "old"}',
+    '{"name": "x", "program": "p", "values": {}, "varying": {}}',
+    '{"name": "old", "program": "p", "values": 3, "varying": {}}',
+    "\ud800",
+)
+
+
+@pytest.mark.parametrize("text", NOTES)
+def test_a_damaged_note_of_a_point_is_a_warning(text, sweep, capsys):
+    (FOLDER / "old").mkdir(parents=True)
+    points = name_points(*read_sweep("sweep.yaml", []))
+    (FOLDER / "old" / "point.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    for _ in range(2):  # every summary meets it, one says so
+        assert with_earlier(points, FOLDER) == points
+    assert capsys.readouterr().err.count("warning: Output/sweeps/sweep/old/point.json is not the note of a point") == 1
+    note = {"name": "old", "program": "vit_main.py", "values": {"layer": "GPSA"}, "varying": {"layer": "GPSA"}}
+    (FOLDER / "old" / "point.json").write_text(json.dumps(note))
+    assert [point.name for point in with_earlier(points, FOLDER)][4:] == ["old"]
+
+
 def test_the_note_of_a_point_is_whole_or_not_there(sweep, monkeypatch):
     written = []
     real = write_atomically
@@ -65,6 +90,28 @@ def test_the_note_of_a_point_is_whole_or_not_there(sweep, monkeypatch):
     assert run_experiments.main(["sweep.yaml", "--set", "seed=0", "--set", "layer=ConvNN"]) == 0
     assert written.count("point.json") == 1
     assert json.loads((FOLDER / "ConvNN_seed-0" / "point.json").read_text())["varying"] == {"layer": "ConvNN", "seed": 0}
+
+
+def test_a_run_with_an_odd_summary_has_not_ended(sweep):
+    assert run_experiments.main(["sweep.yaml"]) == 0
+    path, points = FOLDER / "ConvNN_seed-1" / "summary.json", name_points(*read_sweep("sweep.yaml", []))
+    text = path.read_text()
+    whole = json.loads(text)
+    odd = [
+        whole | {"final": {"test_top1": "62", "test_top5": 90.0}},
+        whole | {"final": [62.0]},
+        whole | {"finished": "yes"},
+        whole | {"epochs": None},
+        whole | {"parameters": float("inf")},
+        {"finished": True},
+        *([], 3, {}, None),
+    ]
+    for content in [text[:-9], "", "\0", *map(json.dumps, odd)]:
+        path.write_text(content)
+        assert [row["runs"] for row in summarize(points, FOLDER)] == [2, 1], content
+    assert run_experiments.main(["sweep.yaml"]) == 0  # which runs it again, and nothing else
+    assert [note[1] for note in notes() if note[0] == "start"][4:] == ["ConvNN_seed-1"]
+    assert [row["runs"] for row in summarize(points, FOLDER)] == [2, 2]
 
 
 # --- places that cannot be written to ---------------------------------------------------------------------------------
