@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -318,7 +318,7 @@ def run(
     *,
     program: Program,
     stated: dict,
-    warnings: list[str],
+    warnings: Sequence[str] = (),
 ) -> int:
     """Train, or evaluate a checkpoint under --test_only; return the exit status. User errors raise SystemExit(2).
 

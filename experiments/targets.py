@@ -19,27 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import nn
-from torch.utils.data import DataLoader
-from torchvision import transforms
-from tqdm import tqdm
-
-from dataset import DeviceBatches, Recipe
-from experiments.naive import Naive
 from experiments.tables import as_markdown
-from layers1d import MultiHeadAttention, MultiHeadConvNNAttention, MultiHeadKvtAttention
-from layers2d import ConvNN2d
-from mixers.base import TokenLayout
-from mixers.local import MultiHeadLocalAttention, NeighborhoodAttention
-from neighbors import find_neighbors
 from options.machine import cpu_cores
 from options.neighbors import NeighborConfig
 from options.parser import OneLineParser, number_type
 from runs import RunError
-from runs.devices import pick_device
 from runs.files import as_csv, check_writable, write_atomically
 from runs.measure import Case, device_name, median_ms, peak_memory, seconds_of, spread, take_turns, training_flops, versions
 
@@ -51,15 +35,23 @@ class Target(NamedTuple):
     """
 
     name: str
-    layer: nn.Module
-    x: torch.Tensor
+    layer: object
+    x: object
     time: float
     memory: float | None
-    against: nn.Module | None = None
+    against: object = None
     precision: str = "fp32"
 
 
 def make_targets() -> list[Target]:
+    import torch
+    from torch import nn
+
+    from layers1d import MultiHeadAttention, MultiHeadConvNNAttention, MultiHeadKvtAttention
+    from layers2d import ConvNN2d
+    from mixers.base import TokenLayout
+    from mixers.local import MultiHeadLocalAttention, NeighborhoodAttention
+
     # Feature maps of CIFAR images, ViT-Tiny at 224 / 16, and 4,096 tokens for attention by location: it grows with N, not N^2.
     torch.manual_seed(0)
     images, patches, many = torch.randn(32, 64, 32, 32), torch.randn(64, 197, 192), torch.randn(1, 4096, 192)
@@ -86,6 +78,8 @@ def make_targets() -> list[Target]:
 
 def measure_target(target: Target, repeats: int, device, limits: dict[str, Limit]) -> dict:
     """Return a row of the table: the layer, its comparison and the limits of the machine, measured in turns."""
+    from experiments.naive import Naive
+
     layer, x = target.layer.to(device), target.x.to(device)
     other = Naive(layer) if target.against is None else target.against.to(device)
     cases = [Case(layer, x.clone(), precision=target.precision, compiled=False)]
@@ -112,6 +106,10 @@ def measure_target(target: Target, repeats: int, device, limits: dict[str, Limit
 
 def measure_search(repeats: int, device) -> dict:
     """Measure the search among 1,024 tokens in chunks against all scores at once and `topk`."""
+    import torch
+
+    from neighbors import find_neighbors
+
     x = torch.randn(16, 1024, 64, device=device)
     functions = [lambda: find_neighbors(x, x, 9, "matmul"), lambda: torch.bmm(x, x.mT).topk(9).indices]
     ours, theirs = take_turns(functions, repeats, device)
@@ -130,13 +128,15 @@ def measure_search(repeats: int, device) -> dict:
 class PerImage:
     """A data set as torchvision's: each image is opened by PIL and transformed by itself."""
 
-    images: np.ndarray  # (N, H, W, 3)
+    images: object  # array (N, H, W, 3)
     transform: Callable
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int):
+        from PIL import Image
+
         return self.transform(Image.fromarray(self.images[index])), 0
 
 
@@ -150,6 +150,12 @@ def measure_data(resize: int, least: float, images: int, repeats: int, device, b
 
     least: the target of their ratio.
     """
+    import numpy as np
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+
+    from dataset import DeviceBatches, Recipe
+
     rng = np.random.default_rng(0)
     pixels, labels = rng.integers(0, 256, (images, 3, 32, 32)).astype(np.uint8), np.zeros(images, dtype=np.int64)
     ours = DeviceBatches(pixels, labels, np.arange(images), Recipe("cifar10", "train", batch_size, 0, resize, device, True))
@@ -187,6 +193,8 @@ class Limit(NamedTuple):
 
 def make_limits(device) -> dict[str, Limit]:
     """Return large matrix products (GFLOP) and copies (GB), which bound every layer from below."""
+    import torch
+
     products = {"matmul_fp32_gflops": torch.float32, "matmul_bf16_gflops": torch.bfloat16}
     limits = {name: make_product(dtype, device) for name, dtype in products.items()}
     source = torch.randn(2**26, device=device)  # 256 MB: more than any cache holds
@@ -200,6 +208,8 @@ def make_product(dtype, device, longest: float = 0.5) -> Limit:
 
     Without vector instructions for it, a CPU multiplies bfloat16 a hundred times slower than float32.
     """
+    import torch
+
     rows = 256
     while True:
         a, b = (torch.randn(rows, rows, device=device).to(dtype) for _ in range(2))
@@ -229,6 +239,8 @@ def floor_of(target: Target, rates: Sequence[dict[str, float]]) -> tuple[float, 
 
 def measure(tasks: Sequence[Callable[[], dict]]) -> list[dict]:
     """Return the rows of all tasks; print a line to stderr after each, with the time that the others may take."""
+    from tqdm import tqdm
+
     rows, start = [], time.monotonic()
     for task in tasks:
         row = task()
@@ -248,6 +260,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--images", type=count, default=5000, help="images of the comparison of data (default: 5000)")
     parser.add_argument("--output_dir", default="./Output/targets", help="folder for tables as .csv, and targets.md")
     args = parser.parse_args(argv)
+    from runs.devices import pick_device
+
     folder = Path(args.output_dir)
     try:
         device = pick_device(args.device)

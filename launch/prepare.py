@@ -101,7 +101,7 @@ def begin_training(request: Request, warnings: list[str]) -> tuple[Training, Dat
     facts = facts_of(request, model, data, device)
     check_short_batches(model, train, facts["train_images"], facts["image_shape"], processes.world)
     if processes.first:
-        for warning in warnings + fitted_options(options.model):
+        for warning in [*warnings, *fitted_options(options.model)]:
             announce("warning", warning)
         for warning in unreached:
             print(f"warning: {warning}", file=sys.stderr)

@@ -85,7 +85,7 @@ def check_same_state(processes: Processes, folder: RunFolder, found: tuple[dict,
 def resume(training: Training, folder: RunFolder, state: dict, path: Path) -> None:
     """Continue from the state in this file of the folder. Raises RunError if it does not fit the training."""
     processes = training.processes
-    if type(state["step"]) is int and state["step"] > training.steps_per_epoch and noted_classes(state):
+    if type(state["step"]) is int and state["step"] > training.steps_per_epoch and training.config.override:
         state = state | {"step": training.steps_per_epoch}  # of an epoch that had more images
     try:
         try:

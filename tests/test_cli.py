@@ -112,7 +112,7 @@ def test_summary(trained):
 def test_checkpoints_hold_what_the_design_names(trained):
     for name in ("last.pt", "best.pt"):
         state = torch.load(trained / name, weights_only=True)
-        assert list(state) == "model optimizer scheduler scaler ema sampler rng epoch step best history config".split()
+        assert list(state) == "model optimizer scheduler scaler ema sampler rng epoch step best history config data".split()
     assert (state["epoch"], state["step"]) == (state["best"]["epoch"], 0)
 
 

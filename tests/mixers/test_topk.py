@@ -401,9 +401,9 @@ def test_a_choice_that_cannot_be_learned_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             make("no-such", **options)
-    with pytest.raises(ValueError, match="topk=gumbel learns a choice by content, and similarity_type=Loc"):
+    with pytest.raises(ValueError, match="topk=gumbel learns to select by content, and similarity_type=Loc"):
         convnn(3, similarity_type="Loc")("gumbel")
-    with pytest.raises(ValueError, match="topk=gumbel learns a choice by content, and similarity_type=Loc"):
+    with pytest.raises(ValueError, match="topk=gumbel learns to select by content, and similarity_type=Loc"):
         ConvNNAttention2d(3, 3, NeighborConfig(K=3, similarity_type="Loc"), topk="gumbel")
     with pytest.raises(
         ValueError, match="topk=gumbel needs the softmax of the scores; use softmax_topk_val=True, or topk=hard"

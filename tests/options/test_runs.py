@@ -56,9 +56,10 @@ def settings_of_a_run(draw):
         **{
             name: st.sampled_from(choices)
             for name, choices in CHOICES.items()
-            if name not in ("shuffle_pattern", "sampling_type", "dataset", "convolution_type")
+            if name not in ("shuffle_pattern", "sampling_type", "dataset", "convolution_type", "topk")
         },
         "convolution_type": st.sampled_from(["standard", "depthwise-separable"]),
+        "topk": st.just("hard"),  # the others contradict similarity_type=Loc
         "model": st.sampled_from(CHOICES["model"] if pattern == "NA" else ["allconvnet"]),
         "replace": st.sampled_from([["all"], ["last", "3"], ["stages", "1", "3"]]),
         "classifier_width": st.none() | st.integers(1, 9),

@@ -156,8 +156,7 @@ def test_an_image_that_turns_out_damaged_on_the_way_ends_the_run_with_status_1(p
     path.write_bytes(raw[: len(raw) * 2 // 3] + b"\xff\xd9")
     capsys.readouterr()
     assert allconvnet_main.main([*line, "--num_epochs", "2", "--resume"]) == 1
-    *warnings, error = capsys.readouterr().err.splitlines()  # the images of val are copies of training images
-    assert all("is a copy of" in line for line in warnings)
+    *_, error = capsys.readouterr().err.splitlines()  # after warnings of changed files
     assert error.startswith("stopped: ") and str(path) in error
     assert f"--resume continues from {tmp_path / 'run' / 'last.pt'}" in error
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1

@@ -13,7 +13,6 @@ import torch
 
 import allconvnet_main
 import train_eval
-from options.runs import PROGRAMS, parse_options
 from runs import Stopped, processes, streams
 from runs.memory import is_out_of_memory, stop_if_out_of_memory
 from runs.processes import Signals
@@ -170,14 +169,6 @@ def test_an_interrupt_while_modules_are_imported_leaves_no_traceback(program):
 
 
 # --- messages -------------------------------------------------------------------------------------------------------
-
-
-def test_a_letter_is_taken_for_the_flags_that_begin_with_it(capsys):
-    for word, suggestion in (("-b", "--batch_size"), ("-l", "--layer")):
-        with pytest.raises(SystemExit):
-            parse_options(PROGRAMS["vit_main.py"], "", [word, "3"])
-        error = capsys.readouterr().err
-        assert suggestion in error and " -h" not in error and error.count("\n") == 1
 
 
 def test_the_time_left_counts_evaluations(tmp_path, monkeypatch, capsys):
