@@ -181,7 +181,7 @@ def test_flags_add_to_a_file_and_another_class_drops_what_is_not_its_own():
 def test_what_the_model_gives_is_not_an_option_and_help_says_so(capsys):
     with pytest.raises(SystemExit):
         vit_main.main(["--layer", "mine.py:Kinds", "--help"])
-    text = " ".join(capsys.readouterr().out.split("options of ")[1].split())
+    text = " ".join(capsys.readouterr().out.split("options of ")[-1].split())
     assert "Attention that takes notes. The model passes layout, --window_size, --attention_dropout, " in text
     assert "--attention_bias (as bias). --mixer_option" in text
     for line in ("steps=INT how often (default: 2)", "rate=FLOAT how fast (default: 1)", "kind={a,b} (default: a)"):
