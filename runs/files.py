@@ -28,6 +28,7 @@ def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a power failure may leave the new name with no content
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
         # torch.save turns an OSError (a full disk) into a RuntimeError that has it as its context.
         cause = error if isinstance(error, OSError) else error.__context__
@@ -37,6 +38,16 @@ def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush the entries of a folder, so that a rename survives a power failure; not every file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove_temporaries(folder: Path, name: str = "*") -> None:
