@@ -81,7 +81,7 @@ def channel_stats(dataset: str) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make batches of the images of one part of a data set."""
+    """Settings for the batches of one part of a data set."""
 
     dataset: str
     part: str  # train (a new order every epoch), val or test

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Difference(NamedTuple):
-    """How data differ from those that a checkpoint was trained on."""
+    """Difference between data and the data that a checkpoint was trained on."""
 
     text: str
     of_classes: bool = False  # their names or order: labels mean something else
