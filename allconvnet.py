@@ -1,7 +1,5 @@
 """Convolutional networks whose layers are any mixer of `layers2d.py`, or two of them side by side."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

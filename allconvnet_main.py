@@ -3,8 +3,6 @@
 The network is a stack of the mixer, or VGG or ResNet with the mixer in place of its 3 x 3 convolutions (--model).
 """
 
-from __future__ import annotations
-
 import signal
 
 if __name__ == "__main__":  # before other imports: no traceback of an interrupt; `run` takes signals over

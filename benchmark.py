@@ -6,8 +6,6 @@ python benchmark.py allconvnet --model resnet18 --layer Conv2d ConvNN --resoluti
 python benchmark.py targets
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

@@ -10,8 +10,6 @@ To add a data set, write a reader (see `readers/files.py`, or take `read_folders
 number of classes a row in `options/data.py`.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator

@@ -6,8 +6,6 @@ Mixers on (B, N, d_model), for transformers, are a `MultiHeadMixer` (`mixers/bas
 heads, and a mixer adds its `mix`. A `TokenLayout` describes the N tokens.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

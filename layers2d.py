@@ -8,8 +8,6 @@ queries and keys, with values weighted by the softmax of their scores, it is att
 its K best: `ConvNNAttention2d`. The same classes serve sequences, images with one side: `layers1d.py`.
 """
 
-from __future__ import annotations
-
 import warnings
 from functools import partial
 

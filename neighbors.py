@@ -9,8 +9,6 @@ batch x heads. No (B, N, K, C) tensor and no (B, N, M) matrix is materialized: t
 chunks, and their backward passes gather neighbors again.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 python predict.py --run Output/ViT/Attention some.png folder_of_images
 """
 
-from __future__ import annotations
-
 import signal
 
 if __name__ == "__main__":  # before other imports: no traceback of an interrupt

@@ -5,8 +5,6 @@ python run_experiments.py configs/sweeps/mixers.yaml --set seed=0,1,2 --set num_
 python run_experiments.py configs/sweeps/paper/vit_k.yaml --scale 0.05 --published docs/published.csv
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import shlex

@@ -5,8 +5,6 @@ through the epochs and writes the outputs, and both command lines call `run`. Lo
 synchronizes with it every 20 steps.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 An image is augmented alike for every batch size and number of workers, and after an interruption.
 """
 
-from __future__ import annotations
-
 import math
 import os
 

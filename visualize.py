@@ -6,8 +6,6 @@ python visualize.py explore Output/ViT/ConvNNAttention Output/ViT/KvtAttention
 python visualize.py analyze Output/ViT/ConvNNAttention Output/ViT/KvtAttention
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """Vision transformers with any mixer that has a row in `options/layers.py` in place of attention."""
 
-from __future__ import annotations
-
 import operator
 from functools import partial
 

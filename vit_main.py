@@ -1,7 +1,5 @@
 """Train and evaluate vision transformers with another token mixer: ConvNN, k-NN, local or sparse attention and others."""
 
-from __future__ import annotations
-
 import signal
 
 if __name__ == "__main__":  # before other imports: no traceback of an interrupt; `run` takes signals over

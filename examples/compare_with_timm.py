@@ -6,8 +6,6 @@ Needs the packages timm and vit-pytorch (requirements-dev.txt). Sizes, patches, 
 `vit_main.py`; positions, norms and initialization are the other library's.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from dataclasses import dataclass

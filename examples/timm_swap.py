@@ -7,8 +7,6 @@ attention. ConvNN attention over all tokens gives the same logits. With K = 5 ne
 fine-tuning restore it.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

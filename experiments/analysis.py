@@ -4,8 +4,6 @@ A row is {run, layer, measure, of, value}; `of` names the distance, the epochs o
 of the runs `window` (the K nearest by location, as in a convolution) and `chance` (K tokens drawn) are there to compare with.
 """
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

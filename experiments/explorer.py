@@ -4,8 +4,6 @@
 image and their weights, one or two bytes each, deflated, as base64.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

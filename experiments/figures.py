@@ -3,8 +3,6 @@
 Rows are rows of the summary: dicts of the swept options and of the measures. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import math

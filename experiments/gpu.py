@@ -4,8 +4,6 @@ Tests on the device, the targets of the benchmark, epochs of ViT-Tiny, and profi
 Output/gpu, and the tables into docs/gpu.md between its marks `<!-- measured -->`. Without a GPU it names the parts it skips.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

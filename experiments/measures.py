@@ -3,8 +3,6 @@
 Pure functions on tensors: distances of neighbors, how unevenly keys are chosen, overlaps of two indices.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 

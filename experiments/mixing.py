@@ -1,7 +1,5 @@
 """Neighbors of each token of an image, and their weights: recorded from a model, layer by layer."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from functools import partial

@@ -4,8 +4,6 @@ As published: all scores at once with a graph, `topk`, the values expanded K-fol
 (`kernels/reference.py`). Local attention is attention over all pairs under a mask.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from kernels.backend import use

@@ -3,8 +3,6 @@
 Each function draws the figure that the arguments of `visualize.py` ask for.
 """
 
-from __future__ import annotations
-
 import argparse
 
 import torch

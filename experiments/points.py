@@ -1,7 +1,5 @@
 """Points of a sweep: the runs that its YAML file asks for, their names, and checks of their options."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io

@@ -1,7 +1,5 @@
 """Published numbers beside ours: a table of options and measures whose rows are matched with the points of a sweep."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

@@ -1,7 +1,5 @@
 """Results of a sweep: a row for all runs that differ in their seed only, as tables and as figures."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

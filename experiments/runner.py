@@ -1,7 +1,5 @@
 """Run the points of a sweep on this machine or a cluster. A lock on its folder keeps a run from being started twice."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Small sweeps: the same points with a share of the images and of the epochs."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

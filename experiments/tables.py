@@ -1,7 +1,5 @@
 """Measurements as Markdown tables."""
 
-from __future__ import annotations
-
 import math
 
 

@@ -6,8 +6,6 @@ Ratios of times are medians over pairs of measurements, one right after the othe
 status is 1 where a median misses its target.
 """
 
-from __future__ import annotations
-
 import math
 import shlex
 import statistics
@@ -76,7 +74,7 @@ def make_targets() -> list[Target]:
     ]
 
 
-def measure_target(target: Target, repeats: int, device, limits: dict[str, Limit]) -> dict:
+def measure_target(target: Target, repeats: int, device, limits: dict[str, "Limit"]) -> dict:
     """Return a row of the table: the layer, its comparison and the limits of the machine, measured in turns."""
     from experiments.naive import Naive
 

@@ -1,7 +1,5 @@
 """Trained runs, read from their folders: options, models with the best weights, and test images as pictures."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple

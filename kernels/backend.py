@@ -1,7 +1,5 @@
 """Choice of the backend: by the device (`auto`), or by hand."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.util

@@ -3,8 +3,6 @@
 Signatures and results as in `operators.py`; sums are in float32 at least.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch

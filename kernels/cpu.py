@@ -5,8 +5,6 @@ first, backward too, over the pairs sorted by key. Where K is a good part of all
 less still. Everything else goes through `chunked.py`, with its gathered rows in one buffer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

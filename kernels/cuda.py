@@ -9,8 +9,6 @@ Sums over the pairs that chose a token are atomic additions in any order, or, un
 through the pairs sorted by token. Nothing here waits for the device.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

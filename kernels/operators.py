@@ -5,8 +5,6 @@ pass instead of keeping them K-fold. An index (B, N, K) counts rows of key or va
 and sums over channels are in float32 at least. FLOPs count a multiply-add as two.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

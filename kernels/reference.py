@@ -5,8 +5,6 @@ it any number of times: tests compare with it, benchmarks measure against it, an
 operators (export, `torch.func`, gradients of gradients).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

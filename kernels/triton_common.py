@@ -5,8 +5,6 @@ likewise; an offset is where a row of a tensor begins, from its strides of group
 pairs, and BC channels or BD output channels; elements beyond the end are read as 0 and not written.
 """
 
-from __future__ import annotations
-
 import os
 
 import torch

@@ -1,8 +1,6 @@
 """The convolution over slots: an implicit matrix product, (rows, K * C) x (K * C, D), with a left operand that is loaded by
 index and never materialized."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """The K nearest keys of each query: tiles of keys stream past a tile of queries, and nothing of size N x M is written."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

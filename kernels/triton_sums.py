@@ -4,8 +4,6 @@ Sums over the pairs that chose a token are atomic additions in any order. Under 
 through the pairs sorted by token.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

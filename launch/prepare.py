@@ -1,7 +1,5 @@
 """Prepare a run: everything that can fail before data is read or a file is written, then data, weights and state."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import math

@@ -1,7 +1,5 @@
 """Try custom mixers on a batch of two before data is read: output, mixing matrix, finite numbers, gradients."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial

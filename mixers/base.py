@@ -3,8 +3,6 @@
 A mixer on (B, N, d_model) is a `MultiHeadMixer` with a `mix` of the values of its heads.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Iterable

@@ -3,8 +3,6 @@
 Compiled, it is one fused Triton kernel forward and two backward, so it is for CUDA; elsewhere it computes all scores.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Build a layer from its row."""
 
-from __future__ import annotations
-
 import importlib
 
 from torch import nn

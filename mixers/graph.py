@@ -7,8 +7,6 @@
 A maximum is not a weighted sum of values, so these layers have no mixing matrix.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

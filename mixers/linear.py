@@ -6,8 +6,6 @@ output for an identity in place of the values. `attention_dropout` drops weights
 features, of the landmarks.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

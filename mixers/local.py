@@ -5,8 +5,6 @@ dense attention under a mask, so time and memory grow with N x window. On short 
 dense attention under one mask runs instead, with equal results. Class tokens attend to all and are attended by all.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

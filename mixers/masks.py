@@ -4,8 +4,6 @@ Tokens are numbered along the sequence, on a grid in raster order. A rule takes 
 returns True where i attends to j; so it serves a whole mask as well as a few rows of it.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

@@ -4,8 +4,6 @@ Regions are squares of patches (stretches of a sequence). Class tokens attend to
 attended by all.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

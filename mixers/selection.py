@@ -1,7 +1,5 @@
 """Select the K tokens that each token is mixed with: a `NeighborConfig` applied to grids of tokens."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

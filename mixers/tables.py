@@ -1,7 +1,5 @@
 """Constant tensors of layers, such as index tables and masks: of one grid of tokens, or of every grid that a layer meets."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from threading import Lock, Thread

@@ -4,8 +4,6 @@ A tile is a small dense attention under a mask, so attention by location costs N
 on the CPU whatever the default device.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from functools import partial

@@ -15,8 +15,6 @@ values x and the filter get its gradient.
 All pairs of tokens are scored, (B, N, M), in PyTorch's own operators.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """torchvision's VGG, ResNet and DenseNet, their 3 x 3 convolutions replaced by any layer of `layers2d.py`."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """Build the network of a convolutional config, and load weights into it."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from allconvnet import AllConvNet

@@ -4,8 +4,6 @@ Use `ViT` with `--model convit_ti` to train, or to load timm's weights. Use this
 or an activation before the classifier.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import MISSING, Field, dataclass, field, replace
 from functools import partialmethod
@@ -79,7 +77,7 @@ class ConViTConfig:
         object.__setattr__(self, "ff_dim", self.ff_dim or 4 * self.dim)
 
     @classmethod
-    def preset(cls, size: str, num_classes: int = 1000, **changes) -> ConViTConfig:
+    def preset(cls, size: str, num_classes: int = 1000, **changes) -> "ConViTConfig":
         """Return the config of a model in the paper, with 10 local and 2 other layers, by the name of its size.
 
         changes: fields of the config to override.

@@ -1,7 +1,5 @@
 """Load weights of our own ViT, torchvision's and timm's into a ViT."""
 
-from __future__ import annotations
-
 import math
 import re
 

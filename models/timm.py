@@ -1,7 +1,5 @@
 """Our mixers inside timm's vision transformers: `VisionTransformer(..., attn_layer=timm_mixer("ConvNNAttention", K=9))`."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from torch import Tensor, nn

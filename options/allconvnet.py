@@ -1,7 +1,5 @@
 """`AllConvNetConfig`: model options of the convolutional program."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math
@@ -152,7 +150,7 @@ class AllConvNetConfig(ModelConfig):
         if self.model in RESNET and "Conv2d" in self.layers_in_use() and self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={self.kernel_size} must be odd in model={self.model}, which has strides")
 
-    def layer_on(self, out_channels: int, grid: tuple[int, int]) -> AllConvNetConfig:
+    def layer_on(self, out_channels: int, grid: tuple[int, int]) -> "AllConvNetConfig":
         """Return the config of a single layer with these output channels on a map of this height and width.
 
         In a backbone, K is at most the number of tokens of the map, and all tokens are candidates on a map that is too small

@@ -4,8 +4,6 @@ VGG (Simonyan and Zisserman, arXiv 1409.1556), ResNet (He et al., arXiv 1512.033
 1608.06993). `models/backbones.py` builds them.
 """
 
-from __future__ import annotations
-
 from options.neighbors import as_sides
 
 VGG = ("vgg11", "vgg13", "vgg16", "vgg19")

@@ -1,7 +1,5 @@
 """`BenchmarkConfig`: options of `benchmark.py`."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

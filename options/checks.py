@@ -1,7 +1,5 @@
 """Checks of arguments that layers and configs share. Each raises ValueError with the value and what is allowed."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

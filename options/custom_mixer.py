@@ -3,8 +3,6 @@
 Import the class and turn the arguments of its constructor into options. Nothing is imported before an address asks for it.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib

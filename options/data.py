@@ -1,7 +1,5 @@
 """`DataConfig` and the table of data sets."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

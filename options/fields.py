@@ -3,8 +3,6 @@
 Knows no particular option and needs no torch; the parser is `options/parser.py`.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import numbers

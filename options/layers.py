@@ -1,7 +1,5 @@
 """Layers as data: the class behind each name, and the options that it takes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """`ModelConfig`: options that both programs share."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass, fields
 from typing import ClassVar

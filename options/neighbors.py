@@ -1,7 +1,5 @@
 """`NeighborConfig`: options of the search for the K neighbors of each token."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Knows no particular option and needs no torch: what a field accepts stands in `options/fields.py`.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -1,7 +1,5 @@
 """Safe reading of files: regular files only, with limits on their size; and descriptions of invalid paths."""
 
-from __future__ import annotations
-
 import os
 import stat
 from pathlib import Path

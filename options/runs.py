@@ -1,7 +1,5 @@
 """Options of a run, resolved from flags and YAML, and the options of an evaluation, resolved with a checkpoint."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from pathlib import Path

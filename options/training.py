@@ -1,7 +1,5 @@
 """`TrainConfig`: options of training, of the system, and of the output."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 The hashes of files that this user has trained with are kept in the user's cache folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

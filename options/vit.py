@@ -1,7 +1,5 @@
 """`ViTConfig`: options of the vision transformer, and its presets."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar

@@ -4,8 +4,6 @@ torchvision draws from torch's global generator. Here that generator is seeded a
 image is augmented alike in any batch and process, and the run's own random numbers are unaffected.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 

@@ -3,8 +3,6 @@
 A reader takes the options and the parts wanted (train, test) and returns a `Source`. Nothing in a file can run code.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import math

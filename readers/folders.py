@@ -1,7 +1,5 @@
 """Read data sets that are folders of images: `train/` and `val/` with one folder per class."""
 
-from __future__ import annotations
-
 import filecmp
 import hashlib
 import os

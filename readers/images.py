@@ -1,7 +1,5 @@
 """Image files: decode them upright, and find damaged ones before training."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Decode image files in worker processes, which live for all epochs."""
 
-from __future__ import annotations
-
 import atexit
 import os
 import signal

@@ -1,7 +1,5 @@
 """Checkpoint files: tensors and plain values, written atomically, read without running any code in them."""
 
-from __future__ import annotations
-
 import re
 import warnings
 import zipfile

@@ -1,7 +1,5 @@
 """Choose a device and the kernels that compute on it."""
 
-from __future__ import annotations
-
 import torch
 
 from kernels import backend

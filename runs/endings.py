@@ -1,7 +1,5 @@
 """End a run that raised: print its line and choose the exit status."""
 
-from __future__ import annotations
-
 import signal
 import sys
 

@@ -1,7 +1,5 @@
 """Export the best weights as safetensors, or the model with them as ONNX."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import os

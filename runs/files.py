@@ -1,7 +1,5 @@
 """Atomic writes, tables as CSV, figures as PNG, checks before a run begins."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io

@@ -1,7 +1,5 @@
 """Fingerprint of a data set, which checkpoints and summary.json hold: class names, numbers of images, hashes of file lists."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

@@ -1,7 +1,5 @@
 """Output folder of a run: options, model, checkpoints, tables, curves and summary."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

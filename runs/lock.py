@@ -4,8 +4,6 @@ The lock is an flock on the file `.lock`, which the kernel releases however its 
 file system without flock the file alone is the lock.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

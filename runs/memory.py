@@ -1,7 +1,5 @@
 """Report that memory is short in one line: what was being made, how much was missing, and what helps."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Loss and accuracy as sums over images, and the row of an epoch in the history."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

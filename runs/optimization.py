@@ -1,7 +1,5 @@
 """Parts of a training step: losses, mixes, optimizers, schedules, averages, precision, and the check for finite numbers."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Groups of parameters for the optimizer: `--freeze`, `--layer_decay`, `--decay_norms`."""
 
-from __future__ import annotations
-
 import re
 
 from torch import nn

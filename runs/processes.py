@@ -3,8 +3,6 @@
 `torchrun` starts the processes and gives each its rank in environment variables; torch.distributed does the rest.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import inspect
@@ -49,7 +47,7 @@ class Signals:
         self._deferring = False
         self._before: dict = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
             # Python runs handlers in the main thread, between bytecodes: not while that waits inside a C library. The wakeup
             # pipe receives the number of each signal at once, for a thread to read.
@@ -149,7 +147,7 @@ class Processes:
         self._asked: tuple[dist.Work, Tensor] | None = None
 
     @classmethod
-    def from_environment(cls) -> Processes:
+    def from_environment(cls) -> "Processes":
         """Read torchrun's variables; without them there is one process.
 
         Raises RunError if they are missing or wrong, or if a scheduler has started several tasks without them.
@@ -180,7 +178,7 @@ class Processes:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise RunError(f"the {self.world} processes cannot meet at {where}: {' '.join(str(error).split())[:200]}") from None
 
-    def __enter__(self) -> Processes:
+    def __enter__(self) -> "Processes":
         return self
 
     def __exit__(self, kind, *_exception) -> None:

@@ -1,7 +1,5 @@
 """Progress of a run on the terminal."""
 
-from __future__ import annotations
-
 import sys
 import time
 
@@ -44,7 +42,7 @@ class Progress:
             file=sys.stderr,
         )
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_exception) -> None:

@@ -1,7 +1,5 @@
 """Options that a checkpoint was trained with, and lines for the user where this run has others."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path

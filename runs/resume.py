@@ -1,7 +1,5 @@
 """Resume an interrupted run: find its state, and continue from it."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

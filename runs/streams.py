@@ -1,7 +1,5 @@
 """Standard streams whose failure does not end a program, and the lines that begin with its name."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

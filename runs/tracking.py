@@ -1,7 +1,5 @@
 """Track a run by Weights & Biases (`--wandb`)."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import os
@@ -33,7 +31,7 @@ class Tracker:
         self._folder, self._options = folder, options
         self._run = None
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> "Tracker":
         with self._or_warn("start"):
             import wandb  # imported late: it takes a second
 

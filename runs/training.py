@@ -1,7 +1,5 @@
 """State of a training: model, optimizer, schedule, averages and history, which `last.pt` holds."""
 
-from __future__ import annotations
-
 import math
 
 import torch

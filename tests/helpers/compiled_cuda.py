@@ -3,8 +3,6 @@
 `python -m tests.helpers.compiled_cuda` prints the table of registers that docs/gpu.md holds (about 4 minutes).
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import subprocess

@@ -4,8 +4,6 @@ Counted on fake CUDA tensors: each operator of PyTorch that computes as one laun
 one. Bytes are those of all tensors that a launch is given or returns, each once; what a kernel gathers again comes on top.
 """
 
-from __future__ import annotations
-
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
