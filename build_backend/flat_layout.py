@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from setuptools import build_meta
@@ -81,13 +81,17 @@ def moved() -> Iterator[None]:
             os.chdir(root)
 
 
-def build_wheel(wheel_directory: str, config_settings: dict | None = None, metadata_directory: str | None = None) -> str:
-    target = os.path.abspath(wheel_directory)
-    with moved():
-        return build_meta.build_wheel(target, config_settings)
+def in_copy(hook: Callable[..., str]) -> Callable[..., str]:
+    """Make a hook of setuptools work in the copy; its first argument is the folder for the result."""
+
+    def build(directory: str, *settings) -> str:
+        target = os.path.abspath(directory)
+        with moved():
+            return hook(target, *settings)
+
+    return build
 
 
-def build_sdist(sdist_directory: str, config_settings: dict | None = None) -> str:
-    target = os.path.abspath(sdist_directory)
-    with moved():
-        return build_meta.build_sdist(target, config_settings)
+prepare_metadata_for_build_wheel = in_copy(build_meta.prepare_metadata_for_build_wheel)
+build_wheel = in_copy(build_meta.build_wheel)
+build_sdist = in_copy(build_meta.build_sdist)
