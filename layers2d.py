@@ -10,6 +10,7 @@ its K best: `ConvNNAttention2d`. The same classes serve sequences, images with o
 
 import warnings
 from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from mixers.selection import NeighborSelection
 from mixers.topk import find_learned_neighbors, learn_from_unchosen
 from neighbors import aggregate, coordinates, find_scored_neighbors, grid_locations, neighbor_weights
 from options.checks import check_dropout, check_slots, check_temperature, check_topk
-from options.neighbors import NeighborConfig
+from options.neighbors import NeighborConfig, NeighborFields, as_neighbors
 
 
 def convnn_plain(x: Tensor, weight: Tensor, bias: Tensor, K: int) -> Tensor:
@@ -43,7 +44,8 @@ class ConvNN2d(ImageMixer):
     runs `F.conv2d`.
 
     Args:
-        neighbors: rules of the search; the token itself is always slot 0 (`Loc` among all: raster order).
+        neighbors: rules of the search, or its fields by keyword; the token itself is always slot 0 (`Loc` among all: raster
+            order).
         shuffle_pattern, shuffle_scale: B unshuffles before, A shuffles after, BA both, NA neither.
         padding: width of a ring of zero tokens that takes part in the search.
         image_size: size of the input if known, to make tables and raise errors at construction.
@@ -55,15 +57,17 @@ class ConvNN2d(ImageMixer):
         self,
         in_channels: int,
         out_channels: int,
-        neighbors: NeighborConfig,
+        neighbors: NeighborConfig | None = None,
         *,
         shuffle_pattern: str = "NA",
         shuffle_scale: int = 2,
         padding: int = 0,
         bias: bool = True,
         image_size: int | tuple[int, ...] | None = None,
+        **fields: Unpack[NeighborFields],
     ):
         super().__init__(in_channels, out_channels, shuffle_pattern, shuffle_scale)
+        neighbors = as_neighbors(neighbors, fields)
         check_at_least(0, padding=padding)
         self.padding = padding
         grid = self.token_grid(image_size, padding)
@@ -103,7 +107,8 @@ class ConvNNAttention2d(ImageMixer):
     depthwise weights of one it is `Attention2d` with one head.
 
     Args:
-        neighbors: rules of the search; in `all` mode a token competes for its own slots like any other.
+        neighbors: rules of the search, or its fields by keyword; in `all` mode a token competes for its own slots like any
+            other.
         convolution_type: over the slots, standard, depthwise or depthwise-separable, without bias.
         softmax_topk_val: weight values by the softmax of the scores; False: by the raw scores.
         score_temperature: divisor of the scores before the softmax.
@@ -119,7 +124,7 @@ class ConvNNAttention2d(ImageMixer):
         self,
         in_channels: int,
         out_channels: int,
-        neighbors: NeighborConfig,
+        neighbors: NeighborConfig | None = None,
         *,
         convolution_type: str = "standard",
         softmax_topk_val: bool = True,
@@ -129,8 +134,10 @@ class ConvNNAttention2d(ImageMixer):
         shuffle_pattern: str = "NA",
         shuffle_scale: int = 2,
         image_size: int | tuple[int, ...] | None = None,
+        **fields: Unpack[NeighborFields],
     ):
         super().__init__(in_channels, out_channels, shuffle_pattern, shuffle_scale)
+        neighbors = as_neighbors(neighbors, fields)
         grid = self.token_grid(image_size)
         self.select = NeighborSelection(neighbors, axes=self.axes, self_first=False, grid=grid)
         check_temperature(score_temperature)

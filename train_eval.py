@@ -395,7 +395,3 @@ def _test(request: Request, model: nn.Module, data: Data, path: Path, facts: dic
     written = RunFolder(train.output_dir).write_test_results(results)
     if written.name != "test_results.json":
         print(f"results are in {written}: test_results.json is of other options")
-
-
-def train():
-    pass

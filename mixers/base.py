@@ -32,7 +32,8 @@ def check_one_of(names: Iterable[str], **arguments: str) -> None:
 class TokenLayout:
     """Layout of the N tokens of a sequence: class tokens first, then a grid of patches in raster order.
 
-    A single row or column of patches is a sequence without a grid.
+    Register tokens (arXiv 2309.16588), which have no place in the grid, count as class tokens. A single row or column of
+    patches is a sequence without a grid.
     """
 
     height: int
@@ -103,7 +104,7 @@ class MultiHeadMixer(nn.Module):
 
     Args:
         num_heads: heads of d_model / num_heads features each.
-        layout: layout of the tokens, for mixers that need it; `forward` takes another.
+        layout: layout of the tokens, for mixers that need it; `forward` takes another. Without, tokens are a sequence.
         attention_dropout: probability of dropping a weight of a pair of tokens.
         bias: of all projections, or (of the ones before mixing, of the one after).
 
@@ -125,6 +126,8 @@ class MultiHeadMixer(nn.Module):
         super().__init__()
         check_heads(d_model, num_heads)
         check_dropout(attention_dropout)
+        if layout is None and self.per_token:
+            raise ValueError(f"{type(self).__name__} has parameters for every token; give layout=TokenLayout(height, width)")
         self.num_heads = num_heads
         self.head_dim = d_model // num_heads
         self.layout = layout
@@ -138,14 +141,14 @@ class MultiHeadMixer(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """x (B, N, d_model) -> the same; with output_attentions also the mixing matrix (B, H, N, N), None for convolutions.
 
-        layout: layout of the N tokens; None: as at construction. Raises ValueError if it does not fit.
+        layout: layout of the N tokens; None: as at construction, or a sequence. Raises ValueError if it does not fit.
         """
         layout = layout or self.layout
         if self.layout is not None and layout != self.layout and not self.runs_on_any_layout:
             raise ValueError(f"tokens of {layout} were given, and the layer was made for {self.layout}")
         if self.layout is not None and x.shape[1] != layout.num_tokens:
             raise ValueError(f"{x.shape[1]} tokens were given, and the layer was made for {layout}")
-        given = (layout,) if self.takes_layout else ()
+        given = (layout or TokenLayout(1, x.shape[1]),) if self.takes_layout else ()
         out, matrix = self.mix(*self.project(x, *given), output_attentions, *given)  # (B, H, N, d)
         out = self.proj(out.transpose(1, 2).flatten(2))
         return (out, matrix) if output_attentions else out
