@@ -72,7 +72,7 @@ def moved() -> Iterator[None]:
         for name in FILES:
             shutil.copy(root / name, folder)
         shutil.copytree(root / "build_backend", Path(folder, "build_backend"), ignore=shutil.ignore_patterns("__pycache__"))
-        Path(folder, "MANIFEST.in").write_text("graft build_backend\ninclude CITATION.cff\n")
+        Path(folder, "MANIFEST.in").write_text("graft build_backend\ninclude CITATION.cff\n", encoding="utf-8")
         move_into_package(root, Path(folder, PACKAGE))
         os.chdir(folder)
         try:

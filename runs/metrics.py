@@ -39,6 +39,9 @@ class Meter:
         return Metrics(loss / seen, 100 * top1 / seen, 100 * top5 / seen)
 
 
+MOST_CONFUSED = 200  # classes up to which `Confusion.summary` holds the matrix
+
+
 class Confusion:
     """Counts of (class, predicted class) over images, on the device."""
 
@@ -55,6 +58,11 @@ class Confusion:
             name: {"images": n, "top1": 100 * correct / n if n else None}
             for name, n, correct in zip(names, images, right, strict=True)
         }
+
+    def summary(self, names: list[str]) -> dict:
+        """Return the part of test_results.json about classes."""
+        matrix = {"confusion": self.counts.tolist()} if len(names) <= MOST_CONFUSED else {}
+        return {"classes": self.by_class(names), **matrix}
 
 
 def history_row(epoch: int, lr: float, metrics: dict[str, Metrics], images: int, seconds: float) -> dict:

@@ -82,6 +82,11 @@ class Training:
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.meter = Meter(self.device)
 
+    def has_stalled(self, selection_split: str) -> bool:
+        """Return whether the last `early_stopping` epochs brought no better loss; 0: never."""
+        patience, losses = self.config.early_stopping, [row[f"{selection_split}_loss"] for row in self.history]
+        return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
+
     def share_statistics(self) -> None:
         """Broadcast the BatchNorm statistics of the first process, which are those that are saved."""
         for model in dict.fromkeys((self.model, self.eval_model)):

@@ -425,9 +425,10 @@ def test_optimizers_have_their_options():
 @pytest.mark.parametrize("patience", [0, 1, 2])
 def test_early_stopping_counts_epochs_without_a_better_loss(patience):
     losses = [1.0, 0.8, 0.9, 0.8, 0.7]
-    stalled = [
-        train_eval._stalled([{"test_loss": loss} for loss in losses[:n]], "test", patience) for n in range(len(losses) + 1)
-    ]
+    training, stalled = make_training(early_stopping=patience), []
+    for n in range(len(losses) + 1):
+        training.history = [{"test_loss": loss} for loss in losses[:n]]
+        stalled.append(training.has_stalled("test"))
     expected = {0: [False] * 6, 1: [False, False, False, True, True, False], 2: [False] * 4 + [True, False]}
     assert stalled == expected[patience]
 
