@@ -12,7 +12,7 @@ from options.fields import option
 from options.runs import Options
 from options.training import TrainConfig
 from readers.loaders import LoaderBatches, count_classes
-from runs import DataError, RunError
+from runs import RunError
 from runs.devices import pick_device
 from runs.fingerprint import make_fingerprint
 from runs.processes import Processes
@@ -60,6 +60,10 @@ class Given:
     def __init__(self, model: nn.Module, train: Iterable, test: Iterable, config: TrainConfig, output_dir: str | None):
         if Processes.from_environment().world > 1:
             raise RunError("train() runs in one process; start the script without torchrun")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+        if not isinstance(config, TrainConfig):
+            raise TypeError(f"config is a {type(config).__name__}, not a TrainConfig; write TrainConfig(lr=1e-3)")
         if config.test_only:
             raise ValueError("test_only=True trains nothing; use evaluate(model, loader)")
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -70,9 +74,7 @@ class Given:
             as_batches(loader, device, name=name, seed=config.seed)
             for name, loader in (("train_loader", train), ("test_loader", test))
         )
-        images, _ = next(self.train.epoch(0), (None, None))
-        if images is None:
-            raise DataError("train_loader gives no batch")
+        images, _ = next(iter(self.train.epoch(0)))
         source = getattr(train, "dataset", train)
         described = GivenModel(type(model).__name__, tuple(images.shape[1:]), count_outputs(model, images[:2]))
         folder = output_dir or config.output_dir or f"./Output/{described.layer}"

@@ -33,8 +33,15 @@ class LoaderBatches:
             )
         self.loader, self.device, self.name, self.seed = loader, device, name, seed
         self.num_samples = 0  # known after `count_classes`
-        self.num_batches = operator.length_hint(loader) or sum(1 for _ in self._read(0))
+        self._batches = operator.length_hint(loader)  # 0: not known yet
         self._size = 0  # of the last batch
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of an epoch; an iterable without a length is read to count them."""
+        if not self._batches:
+            self._batches = sum(1 for _ in self._read(0))
+        return self._batches
 
     def __len__(self) -> int:
         return self.num_batches
@@ -51,8 +58,11 @@ class LoaderBatches:
                 images, labels = self._check(batch)
                 self._size = len(labels)
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, torch.int64, non_blocking=True)
-        if steps != self.num_batches:
-            raise DataError(f"{self.name} gave {steps} batches in epoch {epoch + 1} and has {self.num_batches}")
+        if not steps:
+            raise DataError(f"{self.name} gives no batch")
+        if self._batches not in (0, steps):
+            raise DataError(f"{self.name} gave {steps} batches in epoch {epoch + 1}, and {self._batches} before")
+        self._batches = steps
 
     def _read(self, epoch: int) -> Iterator:
         numbers = RandomNumbers(self.seed, epoch)
