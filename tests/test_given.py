@@ -54,7 +54,7 @@ class Shuffled:
 
 def plain():
     hidden = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2))
-    return nn.Sequential(nn.Flatten(), hidden, nn.Linear(8, 3)), Shuffled(), list(Shuffled())
+    return nn.Sequential(nn.Flatten(), hidden, nn.Linear(8, 3)), Shuffled(), Shuffled()
 
 
 def torchvision_vit():
