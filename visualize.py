@@ -161,7 +161,7 @@ def make_parser() -> OneLineParser:
         "images beside the class token's attention, per block and averaged (default output: attention.png in the run's folder)",
         "run",
         4,
-        pictures,
+        tiles,
     )
     neighbors = add(
         "neighbors",
@@ -169,7 +169,7 @@ def make_parser() -> OneLineParser:
         "(default output: neighbors.png in the run's folder)",
         "run",
         4,
-        pictures,
+        tiles,
     )
     neighbors.add_argument("--queries", nargs="+", type=place, metavar="Y,X", help="places of the tokens, from 0,0 to 1,1")
     neighbors.add_argument("--head", type=at_least_zero, default=0, help="head, where there are several (default: 0)")
@@ -196,7 +196,7 @@ def make_parser() -> OneLineParser:
         "samples",
         "training images with their labels, as a model sees them (default output: ./Output/<dataset>.png)",
         images=24,
-        count=pictures,
+        count=tiles,
     )
     samples.add_argument("--dataset", choices=DATASETS, default="digits", help="data set (default: digits)")
     samples.add_argument("--resize", type=at_least_one, nargs="+", help="side they are resized to, or height and width")
