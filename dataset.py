@@ -121,6 +121,10 @@ class Batches:
         """Batches of an epoch, of all processes together."""
         return -(-self.num_samples // self.recipe.batch_size)
 
+    def first_image(self, number: int) -> int:
+        """Return the row of the first image of a batch that all processes count together; not for training."""
+        return number * self.recipe.batch_size
+
     def images_in(self, step: int) -> int:
         """Count the images that all processes together see in batch number `step` of an epoch."""
         return min(self._images_per_step, self.num_samples - step * self._images_per_step)

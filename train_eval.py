@@ -29,7 +29,7 @@ from runs.export import export
 from runs.folder import RunFolder, costs_of, summarize
 from runs.measure import count_parameters
 from runs.memory import stop_if_out_of_memory
-from runs.metrics import Confusion, Meter, Metrics, history_row
+from runs.metrics import Meter, Metrics, Predictions, history_row, stalled
 from runs.optimization import autocast_for, compile_for, make_loss, make_mix
 from runs.parameters import start_training
 from runs.processes import Interrupted, Processes, Signals
@@ -101,11 +101,7 @@ def train_step(training: Training, images: Tensor, targets: Tensor, loss_functio
 
 
 def train_one_epoch(
-    training: Training,
-    batches,
-    loss_function: Callable,
-    mix: Callable | None = None,
-    save: Callable[[], None] | None = None,
+    training: Training, batches, loss_function: Callable, mix: Callable | None = None, save: Callable[[], None] | None = None
 ) -> Metrics:
     """Train on the batches of the current epoch that are left, from `training.step` on.
 
@@ -160,7 +156,7 @@ def evaluate(
     title: str = "test",
     processes: Processes | None = None,
     check: Callable[[], object] = lambda: None,
-    seen: Callable[[Tensor, Tensor], object] = lambda logits, labels: None,
+    predictions: Predictions | None = None,
 ) -> Metrics:
     """Return means over all images of `batches`, each counted once.
 
@@ -169,7 +165,7 @@ def evaluate(
         device: of the model; None: that of its first parameter.
         compiled: the compiled model, if there is one.
         check: called after every batch, equally often on all processes.
-        seen: called with the logits (B, classes) and labels (B,) of every batch.
+        predictions: receives the predicted classes.
     """
     device = device or next(model.parameters()).device
     batches = as_batches(batches, device)
@@ -185,12 +181,16 @@ def evaluate(
             if len(images):
                 with autocast():
                     logits = compiled(images).float()
-                seen(logits, labels)
-                rows[step * processes.world + processes.rank] = meter.tally(loss_function(logits, labels), logits, labels)
+                number = step * processes.world + processes.rank
+                rows[number] = meter.tally(loss_function(logits, labels), logits, labels)
+                if predictions is not None:
+                    predictions.add(number, logits, labels)
             progress.advance(batches.images_in(step))
             check()
             if (step + 1) % READ_EVERY == 0 and progress.due:
                 progress.show(*meter.read(rows.sum(0))[:2])
+    if predictions is not None:
+        processes.sum_(predictions.table)
     return meter.read(processes.sum_(rows).sum(0))
 
 
@@ -199,14 +199,7 @@ def evaluate(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def fit(
-    training: Training,
-    data: Data,
-    folder: RunFolder,
-    options: dict,
-    facts: dict,
-    tracker: Tracker | None = None,
-) -> dict:
+def fit(training: Training, data: Data, folder: RunFolder, options: dict, facts: dict, tracker: Tracker | None = None) -> dict:
     """Train until the last epoch or early stopping, write the outputs after every epoch; return the row of the best epoch.
 
     Args:
@@ -228,10 +221,11 @@ def fit(
             folder.save(state, *others)
 
     def ended() -> bool:
-        return training.epoch >= config.num_epochs or training.has_stalled(split)
+        return training.epoch >= config.num_epochs or stalled(training.history, split, config.early_stopping)
 
     def publish() -> None:
         if processes.first:
+            folder.write_predictions(training.predictions)
             folder.epoch_done(training.history, training.best, summarize(training, split, facts, ended()), last=ended())
 
     if training.history and processes.first and folder.is_behind(len(training.history), ended()):
@@ -268,7 +262,8 @@ def fit(
 
 def _evaluate_splits(training: Training, data: Data, loss_function: Callable) -> dict[str, Metrics]:
     training.share_statistics()  # until here they differ between the processes
-    return {
+    predictions = Predictions(data.test, training.device)
+    metrics = {
         name: evaluate(
             training.eval_model,
             batches,
@@ -279,10 +274,13 @@ def _evaluate_splits(training: Training, data: Data, loss_function: Callable) ->
             title=name,
             processes=training.processes,
             check=training.poll,  # raises Interrupted after a signal
+            predictions=predictions if name == "test" else None,
         )
         for name, batches in (("val", data.val), ("test", data.test))
         if batches is not None
     }
+    training.predictions |= predictions.columns("last")
+    return metrics
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -366,7 +364,7 @@ def _test(request: Request, model: nn.Module, data: Data, path: Path, facts: dic
     """Evaluate a checkpoint on the test images; print and write test_results.json, nothing else."""
     options, processes, device = request.options, request.processes, next(model.parameters()).device
     train = options.train
-    confusion = Confusion(options.model.num_classes, device)
+    predictions = Predictions(data.test, device)
     with stop_if_out_of_memory(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE):
         metrics = evaluate(
             model,
@@ -376,9 +374,8 @@ def _test(request: Request, model: nn.Module, data: Data, path: Path, facts: dic
             compiled=compile_for(train, model),
             autocast=autocast_for(train, device),
             processes=processes,
-            seen=confusion.add,
+            predictions=predictions,
         )
-        processes.sum_(confusion.counts)
     if not processes.first:
         return
     if not math.isfinite(metrics.loss):
@@ -391,10 +388,10 @@ def _test(request: Request, model: nn.Module, data: Data, path: Path, facts: dic
         "parameters": count_parameters(model),
         "flops_per_image": facts["flops_per_image"],
         **costs_of(model, facts["image_shape"], device),
-        **confusion.summary(data.class_names),
+        **predictions.summary(data.class_names),
         "options": evaluation_options(options),
         "override": facts["override"],
     }
-    written = RunFolder(train.output_dir).write_test_results(results)
+    written = RunFolder(train.output_dir).write_test_results(results, predictions.columns("predicted"))
     if written.name != "test_results.json":
         print(f"results are in {written}: test_results.json is of other options")

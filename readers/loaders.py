@@ -34,7 +34,7 @@ class LoaderBatches:
         self.loader, self.device, self.name, self.seed = loader, device, name, seed
         self.num_samples = 0  # known after `count_classes`
         self._batches = operator.length_hint(loader)  # 0: not known yet
-        self._size = 0  # of the last batch
+        self._size = self._before = 0  # images of the batch that was read last, and of those before it
 
     @property
     def num_batches(self) -> int:
@@ -50,13 +50,17 @@ class LoaderBatches:
         """Return the size of the batch that was read last."""
         return self._size
 
+    def first_image(self, number: int) -> int:
+        """Return the row of the first image of the batch that was read last."""
+        return self._before
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (B, ...) and labels (B,) int64 on the device, from batch number `start` on. Raises DataError."""
-        steps = 0
+        steps = self._size = self._before = 0
         for steps, batch in enumerate(self._read(epoch), start=1):
             if steps > start:
                 images, labels = self._check(batch)
-                self._size = len(labels)
+                self._size, self._before = len(labels), self._before + self._size
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, torch.int64, non_blocking=True)
         if not steps:
             raise DataError(f"{self.name} gives no batch")
