@@ -322,5 +322,11 @@ def slot_convolution(
 
 def last_slot(conv: nn.Module, K: int, x: Tensor) -> Tensor:
     """Apply the last slot of a convolution over K, with constant parameters: (B, N, C) -> (B, N, D)."""
+    if is_plain(conv, nn.Sequential):
+        depthwise, pointwise = conv
+        return last_slot(pointwise, 1, last_slot(depthwise, K, x))
+    if is_plain(conv, nn.Conv1d):
+        weight = conv.weight.detach()[:, :, -1]
+        return x * weight.squeeze(1).to(x.dtype) if conv.groups > 1 else F.linear(x, weight)
     constants = {name: parameter.detach() for name, parameter in conv.named_parameters()}
     return functional_call(conv, constants, F.pad(x.mT[..., None], (K - 1, 0)).flatten(2)).mT
