@@ -75,6 +75,7 @@ def doubled(mixer):
 # --- weights are used through their modules ---------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @every_mixer
 def test_hooks_fire_and_change_nothing(number):
     mixer, x = make(number)
@@ -253,13 +254,13 @@ def test_a_batch_of_nothing(number):
 
 
 @every_mixer
-@pytest.mark.parametrize("frozen", ["input", "half of the weights", "all weights"])
+@pytest.mark.parametrize("frozen", ["input", "half of the weights"])
 def test_gradients_of_gradients(number, frozen):
     """The gradient of a squared gradient, along a direction, against a difference of squared gradients."""
     mixer, x = make(number)
     mixer, x = mixer.double().eval(), x.double().requires_grad_(frozen != "input")
     parameters = list(mixer.parameters())
-    for parameter in {"input": [], "half of the weights": parameters[::2], "all weights": parameters}[frozen]:
+    for parameter in parameters[::2] if frozen != "input" else []:
         parameter.requires_grad_(False)
     wanted = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
 
