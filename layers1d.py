@@ -22,27 +22,10 @@ from options.checks import branch_widths, check_slots, check_temperature, check_
 from options.neighbors import NeighborConfig, NeighborFields, as_neighbors
 
 
-class PixelUnshuffle1d(nn.PixelUnshuffle):
-    """Move blocks of neighboring tokens into channels: (B, C, N) -> (B, C * scale, N / scale)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        (B, C, N), scale = x.shape, self.downscale_factor
-        return x.view(B, C, N // scale, scale).transpose(2, 3).reshape(B, C * scale, N // scale)
-
-
-class PixelShuffle1d(nn.PixelShuffle):
-    """The inverse of `PixelUnshuffle1d`: (B, C * scale, N) -> (B, C, N * scale)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        (B, C, N), scale = x.shape, self.upscale_factor
-        return x.view(B, C // scale, scale, N).transpose(2, 3).reshape(B, C // scale, N * scale)
-
-
 class OnSequence:
     """Makes a mixer on images a mixer on sequences, which have one side."""
 
     axes = 1
-    shuffles = PixelUnshuffle1d, PixelShuffle1d
 
 
 class ConvNN1d(OnSequence, ConvNN2d):

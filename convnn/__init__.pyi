@@ -12,8 +12,6 @@ from layers1d import (
     MultiHeadConvNN as MultiHeadConvNN,
     MultiHeadConvNNAttention as MultiHeadConvNNAttention,
     MultiHeadKvtAttention as MultiHeadKvtAttention,
-    PixelShuffle1d as PixelShuffle1d,
-    PixelUnshuffle1d as PixelUnshuffle1d,
 )
 from layers2d import (
     Attention2d as Attention2d,
@@ -24,6 +22,8 @@ from layers2d import (
 from mixers.base import (
     Bias as Bias,
     MultiHeadMixer as MultiHeadMixer,
+    PixelShuffle as PixelShuffle,
+    PixelUnshuffle as PixelUnshuffle,
     TokenLayout as TokenLayout,
     attend as attend,
     mixing_matrix as mixing_matrix,

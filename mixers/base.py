@@ -75,13 +75,34 @@ def layout_argument(module: nn.Module, layout: TokenLayout | None) -> dict[str, 
     return {} if layout is None or not accepts_layout(module) else {"layout": layout}
 
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "forward")
+
+
+@torch.compiler.assume_constant_result
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return True if calling the module only applies the function of `kind` to its weight.
+
+    Then an operator may read the weight instead. It may not for modules with hooks or parametrizations, pruned, wrapped,
+    quantized or replaced ones.
+    """
+    return type(module) is kind and not any(vars(module).get(name) for name in HOOKS)
+
+
+def scaled_products(query: Tensor, key: Tensor) -> Tensor:
+    """Return q k^T / sqrt(d): (..., N, d) and (..., M, d) -> (..., N, M).
+
+    The query is scaled first, as in PyTorch's attention: unscaled products may be too large for float16.
+    """
+    return (query / math.sqrt(query.shape[-1])) @ key.mT
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, dropout: float = 0.0, output_matrix: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention among the pairs that `mask` (N, M) allows: (B, H, N, d), and with output_matrix the softmax."""
     if not output_matrix:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None
-    scores = query @ key.mT / math.sqrt(query.shape[-1])
+    scores = scaled_products(query, key)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     matrix = scores.softmax(dim=-1)
@@ -187,11 +208,35 @@ def mixing_matrix(index: Tensor, weights: Tensor, heads: int, num_keys: int | No
     return weights.new_zeros(BH, N, num_keys or N).scatter(2, index, weights).unflatten(0, (-1, heads))
 
 
+class PixelUnshuffle(nn.PixelUnshuffle):
+    """Move blocks of `scale` tokens along every side into channels: (B, C, *sides) -> (B, C * scale^axes, *sides / scale).
+
+    On images as PyTorch's, which leaves a batch of no images as it is.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        axes = x.ndim - 2
+        for axis in range(1 + axes, 1, -1):
+            x = x.unflatten(axis, (-1, self.downscale_factor))  # (B, C, H / scale, scale, W / scale, scale) in the end
+        return x.permute(0, 1, *range(3, 3 + 2 * axes, 2), *range(2, 2 + 2 * axes, 2)).flatten(1, 1 + axes)
+
+
+class PixelShuffle(nn.PixelShuffle):
+    """The inverse of `PixelUnshuffle`: (B, C * scale^axes, *sides) -> (B, C, *sides * scale)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        axes = x.ndim - 2
+        x = x.unflatten(1, (-1, *[self.upscale_factor] * axes))  # (B, C, scale, scale, H, W)
+        x = x.permute(0, 1, *(side for axis in range(2, 2 + axes) for side in (axis + axes, axis)))
+        for axis in range(2, 2 + axes):
+            x = x.flatten(axis, axis + 1)
+        return x
+
+
 class ImageMixer(nn.Module):
     """Base of mixers on images: shuffle patterns, and the fold of (B, C, *sides) into tokens (B, N, C) and back."""
 
     axes = 2
-    shuffles = nn.PixelUnshuffle, nn.PixelShuffle
 
     def __init__(self, in_channels: int, out_channels: int, shuffle_pattern: str, shuffle_scale: int):
         super().__init__()
@@ -200,9 +245,8 @@ class ImageMixer(nn.Module):
         before, after = shuffle_factors(shuffle_pattern, shuffle_scale, self.axes)
         self.shuffle_scale = shuffle_scale
         self.token_channels = in_channels * before, out_channels * after
-        unshuffle, shuffle = self.shuffles
-        self.unshuffle = unshuffle(shuffle_scale) if "B" in shuffle_pattern else nn.Identity()
-        self.shuffle = shuffle(shuffle_scale) if shuffle_pattern in ("A", "BA") else nn.Identity()
+        self.unshuffle = PixelUnshuffle(shuffle_scale) if "B" in shuffle_pattern else nn.Identity()
+        self.shuffle = PixelShuffle(shuffle_scale) if shuffle_pattern in ("A", "BA") else nn.Identity()
 
     def token_grid(self, image_size: int | tuple[int, ...] | None, padding: int = 0) -> tuple[int, ...] | None:
         """Sides of the grid of tokens of an input of this size. Raises ValueError if the scale does not divide them."""

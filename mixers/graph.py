@@ -162,6 +162,7 @@ class AxialGraphMixer(MultiHeadMixer):
 
     def distances(self, x: Tensor, index: Tensor) -> Tensor:
         """(B, P, A), distances of the patches to their candidates, by products: a fraction of the time of differences."""
+        x = x - x.mean(dim=1, keepdim=True)  # distances do not change, and a common offset would cost their digits
         products = neighbor_scores(x[:, -index.shape[1] :], x, index, "matmul") * x.shape[2] ** 0.5
         lengths = x.to(products.dtype).square().sum(dim=2)  # (B, N)
         others = lengths.gather(1, index.flatten(1)).view(index.shape)
