@@ -14,7 +14,7 @@ from experiments.mixing import Mixing, record_mixing
 from experiments.trained import as_picture, load_run
 from mixers.local import local_mask
 from options.data import DATASETS, DataConfig
-from options.layers import MASK_TYPES
+from options.layers import LOCAL_MASKS
 from options.vit import ViTConfig
 
 QUERIES = ((0.3, 0.3), (0.3, 0.7), (0.6, 0.5))  # places of tokens: down and right, from 0 to 1
@@ -113,9 +113,9 @@ def draw_masks(args: argparse.Namespace):
     height, width = args.grid
     row, column = height // 2, width // 2
     steps = args.expansion_step
-    figure, axes = make_panels(2 * len(MASK_TYPES) * len(steps), 2 * len(steps), 1.7, 1.9)
+    figure, axes = make_panels(2 * len(LOCAL_MASKS) * len(steps), 2 * len(steps), 1.7, 1.9)
     panels = iter(axes.reshape(-1, 2))
-    for name in MASK_TYPES:
+    for name in LOCAL_MASKS:
         for step in steps:
             mask = local_mask(name, step, height, width).numpy()
             of_patch = mask[row * width + column].reshape(height, width)

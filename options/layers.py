@@ -9,7 +9,8 @@ from options.fields import did_you_mean, specs
 from options.neighbors import NeighborConfig
 
 SHUFFLE_PATTERNS = ("BA", "NA", "B", "A")
-MASK_TYPES = ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors")
+LOCAL_MASKS = ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors")
+MASK_TYPES = (*LOCAL_MASKS, "full")
 PERFORMER_KERNELS = ("softmax", "relu")
 BRANCH_JOINS = ("relu", "conv1x1")
 GRAPH_AGGREGATIONS = ("max", "mean", "edge")
@@ -187,6 +188,7 @@ WITHOUT_EFFECT = (
     ("lambda_param", "similarity_type", ("Col", "Loc")),
     ("shuffle_scale", "shuffle_pattern", ("NA",)),
     ("sparse_context_window", "sparse_mode", ("all",)),
+    ("expansion_step", "mask_type", ("full",)),
     ("score_temperature", "softmax_topk_val", (False,)),
 )
 

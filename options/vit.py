@@ -132,7 +132,7 @@ class ViTConfig(ModelConfig):
     num_clusters: int = option(16, "PaCa: attended clusters", low=1, high=TOKENS)
     branch_ratio: float = option(0.5, "BranchConv, BranchAttention: share of the ConvNN branch", low=0, high=1)
     mask_type: str = option(
-        "2d_all_neighbors", "MaskedAttention: tokens or patches that count as neighbors", choices=MASK_TYPES
+        "2d_all_neighbors", "MaskedAttention: tokens or patches that count as neighbors; full: all", choices=MASK_TYPES
     )
     expansion_step: int = option(
         1, "MaskedAttention: steps to the farthest neighbor; 0: the token itself only", low=0, high=SIDE

@@ -30,7 +30,10 @@ from tests.helpers.forked import Forked
 ROOT = Path(__file__).parent.parent
 SMALL = "--dataset digits --layer Conv2d/ConvNN --channels 4 8 --batch_size 32 --train_limit 100 --test_limit 50 --device cpu"
 pytestmark = pytest.mark.usefixtures("quick_results")  # which `trained` is made without
-OUTPUTS = "args.txt config.yaml model.txt train_eval_results.txt metrics.csv summary.json curves.png last.pt best.pt".split()
+OUTPUTS = """
+args.txt config.yaml model.txt train_eval_results.txt metrics.csv metrics.json summary.json curves.png last.pt best.pt
+test_predictions.npz
+""".split()
 
 
 def run(line, folder, *, epochs=2):
@@ -80,6 +83,8 @@ def test_outputs_are_all_there(trained):
         "epoch lr train_loss train_top1 train_top5 test_loss test_top1 test_top5 seconds images_per_s".split()
     )
     assert [row["epoch"] for row in table] == ["1", "2"]
+    epochs = json.loads((trained / "metrics.json").read_text())
+    assert [{name: str(value) for name, value in epoch.items()} for epoch in epochs] == table
     assert all(0 <= float(row[name]) <= 100 for row in table for name in row if "top" in name)
     results = (trained / "train_eval_results.txt").read_text().splitlines()
     assert results[0].startswith("epoch   1") and results[1].startswith("epoch   2")

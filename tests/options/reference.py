@@ -267,7 +267,7 @@ VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name not in
     "pool": ("cls", "mean"),
     "convolution_type": ("standard", "depthwise", "depthwise-separable"),
     "sparse_mode": ("all", "local", "strided"),
-    "mask_type": ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors"),
+    "mask_type": ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors", "full"),
     "performer_kernel": ("softmax", "relu"),
 }
 

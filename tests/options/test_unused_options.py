@@ -37,6 +37,7 @@ VIT = [
     ("", []),
     ("--mask_type 2d_cardinal --expansion_step 2", ["--mask_type 2d_cardinal", "--expansion_step 2"]),
     ("--layer MaskedAttention --mask_type 2d_cardinal --expansion_step 2", []),
+    ("--layer MaskedAttention --mask_type full --expansion_step 2", ["--expansion_step 2 is not used by --mask_type full"]),
     ("--K 5 --layer Linformer", ["--K 5"]),
     ("--K 5 --layer KvtAttention --magnitude_type cosine", ["--magnitude_type cosine"]),
     ("--layer ConvNNAttention --kernel_size 3 --K 5 --no-softmax_topk_val", ["--kernel_size 3"]),
