@@ -564,7 +564,7 @@ def test_without_a_terminal_there_is_one_line_per_epoch(tmp_path):
 
 # test_custom_mixers.py and test_tutorial.py run these pages, whose commands need the files that the pages add.
 RUN_ELSEWHERE = ("custom_mixers.md", "tutorial.md")
-PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in RUN_ELSEWHERE)]
+PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in RUN_ELSEWHERE)]
 
 
 def blocks(language):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = [path for pattern in ("*.py", "*/*.py", "tests/*/*.py", "configs/**/*.yaml", "scripts/*") for path in ROOT.glob(pattern)]
 # Files of the published code, in docs/coming_from.md.
 PUBLISHED = set(
@@ -63,7 +63,7 @@ def test_tests_named_on_a_page_exist(page):
 
 
 def test_every_promise_names_its_test():
-    rows = [row for row in (ROOT / "docs" / "reliability.md").read_text().splitlines() if row.startswith("| ")]
+    rows = [row for row in (ROOT / "docs" / "dev" / "reliability.md").read_text().splitlines() if row.startswith("| ")]
     promises = [row for row in rows if not row.startswith("| promise")]
     assert len(promises) > 25
     for row in promises:
@@ -72,5 +72,5 @@ def test_every_promise_names_its_test():
 
 def test_pages_named_in_code_exist():
     for path in CODE:
-        for name in re.findall(r"\b(?:docs|data)/\w+\.(?:md|png|csv)\b", path.read_text()):
+        for name in re.findall(r"\b(?:docs|docs/dev|data)/\w+\.(?:md|png|csv)\b", path.read_text()):
             assert (ROOT / name).exists(), f"{by_name(path)}: {name}"
