@@ -7,7 +7,7 @@ synchronizes with it every 20 steps.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from runs.optimization import autocast_for, compile_for, make_loss, make_mix
 from runs.parameters import start_training
 from runs.processes import Interrupted, Processes, Signals
 from runs.progress import Progress, Timer, epoch_line
-from runs.tracking import Tracker
+from runs.tracking import EventFiles, Tracker
 from runs.training import Training
 
 MEMORY_ADVICE = "a smaller --batch_size, --accumulate_steps, --use_amp or --use_compiled --compile_mode reduce-memory need less"
@@ -131,7 +131,7 @@ def train_one_epoch(
     try:
         with Progress(title, batches.num_samples, done, quiet=not processes.first) as progress:
             training.poll()  # raises Interrupted for a signal that has come between two epochs
-            for images, targets in batches.epoch(training.epoch, start=training.step):
+            for images, targets in training.awaiting(batches.epoch(training.epoch, start=training.step)):
                 if mix is not None and len(images):
                     images, targets = mix(images, targets)
                 total = batches.images_in(training.step)
@@ -162,15 +162,15 @@ def evaluate(
     autocast: Callable = nullcontext,
     title: str = "test",
     processes: Processes | None = None,
-    check: Callable[[], object] = lambda: None,
     seen: Callable[[Tensor, Tensor], object] = lambda logits, labels: None,
+    polled: Callable[[Iterator], Iterator] = iter,
 ) -> Metrics:
     """Return means over all images of `batches`, each counted once.
 
     Args:
         compiled: the compiled model, if there is one.
-        check: called after every batch, equally often on all processes.
         seen: called with the logits (B, classes) and labels (B,) of every batch.
+        polled: yields the batches until a signal.
     """
     model.eval()
     compiled = model if compiled is None else compiled
@@ -180,14 +180,13 @@ def evaluate(
     # floating point would not give exactly the same result with another number of processes.
     rows = meter.sums.new_zeros(-(-batches.num_samples // batches.recipe.batch_size), 4)
     with Progress(title, batches.num_samples, quiet=not processes.first) as progress:
-        for step, (images, labels) in enumerate(batches.epoch(0)):
+        for step, (images, labels) in enumerate(polled(batches.epoch(0))):
             if len(images):
                 with autocast():
                     logits = compiled(images).float()
                 seen(logits, labels)
                 rows[step * processes.world + processes.rank] = meter.tally(loss_function(logits, labels), logits, labels)
             progress.advance(batches.images_in(step))
-            check()
             if (step + 1) % READ_EVERY == 0 and progress.due:
                 progress.show(*meter.read(rows.sum(0))[:2])
     return meter.read(processes.sum_(rows).sum(0))
@@ -221,7 +220,6 @@ def fit(
     loss_function, plain_loss = make_loss(config.criterion, config.label_smoothing), make_loss(config.criterion)
     mix = make_mix(config.mixup, config.cutmix, facts["num_classes"])
     split = selection_split(data)
-    board = folder.tensorboard(training.epoch) if config.tensorboard and processes.first else None
 
     def save(*others):
         training.check_finite()
@@ -234,9 +232,15 @@ def fit(
 
     def publish() -> None:
         if processes.first:
+            for tracker in trackers:
+                tracker.epoch_done(training.history[-1])
             folder.epoch_done(training.history, training.best, summarize(training, split, facts, ended()), last=ended())
 
-    if training.history and processes.first and folder.is_behind(len(training.history), ended()):
+    is_behind = bool(training.history) and processes.first and folder.is_behind(training.epoch, ended())
+    trackers = [tracker] if tracker else []
+    if config.tensorboard and processes.first:
+        trackers.append(EventFiles(folder.path, training.epoch - is_behind))
+    if is_behind:
         publish()  # the results of a run that was killed between its last checkpoint and its results
     try:
         with training.signals.deferred():  # from here on there is something to save: a signal waits for the end of a step
@@ -258,16 +262,14 @@ def fit(
                     left = (config.num_epochs - epoch) * (row["seconds"] + time.monotonic() - trained)
                     eta = "" if ended() else f"  ETA {tqdm.format_interval(left)}"
                     print(epoch_line(row) + eta, flush=True)
-                if board is not None:
-                    for name, value in row.items():
-                        board.add_scalar(name, value, epoch)
-                    board.flush()
-                if tracker is not None:
-                    tracker.epoch_done(row)
     except Interrupted as interrupted:  # by all processes at the same step
         save()
         processes.finish()
         interrupted.resumable = True
+        raise
+    except DataError:  # of one process, between two steps
+        if processes.world == 1:
+            save()
         raise
     return training.best
 
@@ -284,7 +286,7 @@ def _evaluate_splits(training: Training, data: Data, loss_function: Callable) ->
             autocast=training.autocast,
             title=name,
             processes=training.processes,
-            check=training.poll,  # raises Interrupted after a signal
+            polled=training.polled,  # raises Interrupted after a signal
         )
         for name, batches in (("val", data.val), ("test", data.test))
         if batches is not None

@@ -2,30 +2,46 @@
 
 import atexit
 import os
+import pickle
 import signal
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from readers.augmentation import WORKER, seeded
 from readers.images import decode_image
 from runs import DataError
+from runs.endings import is_of_worker, lost_worker
 from runs.processes import Signals
 from utils import keys
 
 
+class _Packed:
+    """A batch pickled by a worker's main thread, which can catch the errors: no shared memory, socket or file descriptor.
+
+    The thread of the worker's queue would print the error and send nothing, and the main process would wait for ever.
+    """
+
+    def __init__(self, batch: tuple[Tensor, ...]):
+        self._pickled = bytes(ForkingPickler.dumps(batch))
+
+    def __reduce__(self):
+        return pickle.loads, (self._pickled,)
+
+
 class _ImageFiles(Dataset):
-    """(epoch, rows (B,)) -> images (B, 3, H, W) uint8, labels (B,) and index (B,), or the DataError of a damaged file."""
+    """(epoch, rows (B,)) -> images (B, 3, H, W) uint8, labels (B,) and index (B,), or the DataError that prevents it."""
 
     def __init__(self, files: np.ndarray, labels: np.ndarray, index: np.ndarray, seed: int, transform: Callable, sides):
         self.files, self.labels, self.index = files, labels, index
         self.seed, self.transform, self.sides = seed, transform, sides
 
-    def __getitem__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, Tensor] | DataError:
+    def __getitem__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, Tensor] | _Packed | DataError:
         epoch, rows = batch
         index = torch.from_numpy(self.index[rows])
         images = torch.empty(len(rows), 3, *self.sides, dtype=torch.uint8)
@@ -34,7 +50,11 @@ class _ImageFiles(Dataset):
                 image.copy_(self.transform(decode_image(os.fsdecode(self.files[row]))))
             except DataError as error:
                 return DataError(str(error))  # a copy without traceback, which would keep this frame alive
-        return images, torch.from_numpy(self.labels[rows]), index
+        found = images, torch.from_numpy(self.labels[rows]), index
+        try:
+            return found if get_worker_info() is None else _Packed(found)
+        except (RuntimeError, OSError) as error:
+            return lost_worker(error)
 
 
 def _start_worker(worker: int) -> None:
@@ -95,11 +115,14 @@ class ImageStream:
         """
         self._plan[:] = [(epoch, rows.numpy()) for rows in chunks]
         try:
-            for batch in self.loader:
+            iterator = iter(self.loader)
+            for worker in getattr(iterator, "_workers", ()):
+                worker.terminate = worker.kill  # it ignores SIGTERM; stuck, it would hold up the exit for ever
+            for batch in iterator:
                 if isinstance(batch, DataError):
                     raise DataError(str(batch))  # a copy: `batch` would hold its own traceback, and that the workers
                 yield tuple(batch)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError) as error:
+            if not is_of_worker(error):
                 raise
-            raise DataError(f"a process that reads images died ({error}); try --num_workers 0") from None
+            raise lost_worker(error) from None
