@@ -1,9 +1,12 @@
 """Decode image files in worker processes, which live for all epochs."""
 
 import atexit
+import contextlib
 import os
 import pickle
+import shutil
 import signal
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
@@ -13,12 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from options.machine import cpu_cores
 from readers.augmentation import WORKER, seeded
 from readers.images import decode_image
 from runs import DataError
 from runs.endings import is_of_worker, lost_worker
 from runs.processes import Signals
 from utils import keys
+
+PREFETCHED = 2  # batches that each worker prepares
+warnings.filterwarnings("ignore", message="This DataLoader will create")  # see `warnings_of_workers`
 
 
 class _Packed:
@@ -70,6 +77,21 @@ def _end_workers(loader: weakref.ref) -> None:
         iterator._shutdown_workers()
 
 
+def warnings_of_workers(num_workers: int, batch_bytes: int) -> list[str]:
+    """Return warnings if worker processes outnumber the cores, or may fill the shared memory with batches of this size."""
+    lines = []
+    if num_workers > cpu_cores():
+        lines.append(f"--num_workers {num_workers} exceeds the number of CPU cores, {cpu_cores()}; reading may slow down")
+    with contextlib.suppress(OSError):  # no /dev/shm, as on macOS
+        need, free = num_workers * PREFETCHED * batch_bytes, shutil.disk_usage("/dev/shm").free
+        if need > free:
+            lines.append(
+                f"/dev/shm has {free / 2**20:,.0f} MiB free, and batches of --num_workers {num_workers} may need "
+                f"{need / 2**20:,.0f}: enlarge it (docker --shm-size), or use fewer workers or a smaller --batch_size"
+            )
+    return lines
+
+
 class ImageStream:
     """Batches of image files, decoded and transformed by `num_workers` processes, or in this one if there are none.
 
@@ -101,6 +123,7 @@ class ImageStream:
             sampler=self._plan,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            prefetch_factor=PREFETCHED if num_workers else None,
             pin_memory=pin_memory,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else each epoch draws from the global generator, and a resumed one twice
