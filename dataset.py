@@ -269,6 +269,11 @@ class Data(NamedTuple):
     class_names: list[str]
     fingerprint: dict  # of all images, before limits and splits; see `runs.fingerprint`
 
+    @property
+    def selection_split(self) -> str:
+        """The part that chooses the best epoch: "val" where images are held out, else "test"."""
+        return "val" if self.val is not None else "test"
+
 
 def load_data(
     config: DataConfig,

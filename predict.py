@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from options.parser import OneLineParser, number_type
+from options.parser import OneLineParser, nonempty_path, number_type
 from options.reading import is_hidden
 from options.trust import trusting
 from runs.streams import run_program
@@ -22,9 +22,15 @@ SHEET = 64  # most images on the contact sheet
 
 def make_parser() -> OneLineParser:
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="image files, and folders of them")
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="output folder of a run, whose best.pt predicts")
-    parser.add_argument("--output", type=Path, metavar="FILE.csv", help="table (default: predictions.csv in the run's folder)")
+    parser.add_argument(
+        "images", nargs="+", type=nonempty_path, metavar="IMAGE|FOLDER", help="image files, and folders of them"
+    )
+    parser.add_argument(
+        "--run", type=nonempty_path, required=True, metavar="DIR", help="output folder of a run, whose best.pt predicts"
+    )
+    parser.add_argument(
+        "--output", type=nonempty_path, metavar="FILE.csv", help="table (default: predictions.csv in the run's folder)"
+    )
     count = number_type(int, low=1)
     parser.add_argument("--top", type=count, default=5, help="classes per image, the likeliest first (default: 5)")
     parser.add_argument("--batch_size", type=count, default=64, help="images at a time (default: 64)")

@@ -219,7 +219,7 @@ def fit(
     # Label smoothing is for training: losses of different settings compare only without it.
     loss_function, plain_loss = make_loss(config.criterion, config.label_smoothing), make_loss(config.criterion)
     mix = make_mix(config.mixup, config.cutmix, facts["num_classes"])
-    split = selection_split(data)
+    split = data.selection_split
 
     def save(*others):
         training.check_finite()
@@ -293,11 +293,6 @@ def _evaluate_splits(training: Training, data: Data, loss_function: Callable) ->
     }
 
 
-def selection_split(data: Data) -> str:
-    """Return the part of the data that chooses the best epoch: "val" where images are held out, else "test"."""
-    return "val" if data.val is not None else "test"
-
-
 def _stalled(history: list[dict], split: str, patience: int) -> bool:
     """Return whether the last `patience` epochs brought no better loss; 0: never."""
     if not patience or len(history) <= patience:
@@ -355,8 +350,8 @@ def _train(training: Training, data: Data, folder: RunFolder, options: Options, 
         if not first:
             return
         if options.train.export:
-            export(Path(options.train.export), training.model, folder.best, facts["image_shape"])
-        split = selection_split(data)
+            export(Path(options.train.export), training.model, facts["image_shape"], folder.best)
+        split = data.selection_split
         print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
 
 
@@ -395,5 +390,8 @@ def _test(request: Request, model: nn.Module, data: Data, path: Path, facts: dic
         "override": facts["override"],
     }
     written = RunFolder(train.output_dir).write_test_results(results)
-    if written.name != "test_results.json":
-        print(f"results are in {written}: test_results.json is of other options")
+    if train.export:
+        export(Path(train.export), model, facts["image_shape"])
+    others = ": test_results.json is of other options" * (written.name != "test_results.json")
+    if others or train.checkpoint:
+        print(f"results are in {written}{others}")

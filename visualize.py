@@ -17,7 +17,7 @@ from experiments.pictures import draw_attention, draw_masks, draw_neighbors, dra
 from experiments.points import readable
 from experiments.trained import read_config
 from options.data import DATASETS
-from options.parser import OneLineParser, number_type, output_path
+from options.parser import OneLineParser, nonempty_path, number_type, output_path
 from options.trust import trusting
 from runs import DataError, RunError, Stopped
 from runs.files import as_csv, as_png, write_atomically
@@ -146,7 +146,9 @@ def make_parser() -> OneLineParser:
         one = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         one.add_argument("--output", type=output_path, metavar=f"FILE{Path(file_name(name)).suffix}", help="file to write")
         if run:
-            one.add_argument(run, nargs="+" if run == "runs" else None, type=Path, metavar="DIR", help="output folder of a run")
+            one.add_argument(
+                run, nargs="+" if run == "runs" else None, type=nonempty_path, metavar="DIR", help="output folder of a run"
+            )
         if images:
             one.add_argument("--images", type=count, default=images, help=f"number of images (default: {images})")
             one.add_argument("--data_path", help="folder of the data set, if not where the run found it (default: ./Data)")

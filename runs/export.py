@@ -25,16 +25,16 @@ def check_export(train: TrainConfig) -> None:
         raise RunError(f"--export {train.export} needs the packages onnx and onnxscript: pip install onnx onnxscript")
 
 
-def export(path: Path, model: nn.Module, best: Path, image_shape: tuple[int, ...]) -> None:
-    """Write the weights of the checkpoint `best` in the format that the file's suffix names. Raises Stopped."""
-    weights = weights_in(load_checkpoint(best), best)
+def export(path: Path, model: nn.Module, image_shape: tuple[int, ...], best: Path | None = None) -> None:
+    """Write the model, or its weights, as the file's suffix says; first load the checkpoint `best`. Raises Stopped."""
+    if best is not None:
+        load_state(model, weights_in(load_checkpoint(best), best))
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_temporaries(path.parent, path.name)
     if path.suffix == ".onnx":
-        load_state(model, weights)
         export_onnx(path, model, image_shape)
     else:
-        export_weights(path, weights)
+        export_weights(path, model.state_dict())
 
 
 def export_weights(path: Path, weights: dict) -> None:
