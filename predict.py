@@ -109,21 +109,16 @@ def predict(run: Path, files: list[Path], device: str, batch_size: int, top: int
 
 def draw_sheet(rows: list[dict], pictures: list):
     """Draw a contact sheet: each image with its three likeliest classes."""
-    from matplotlib.figure import Figure
-
+    from experiments.figures import make_panels
     from experiments.pictures import show_picture
+    from runs.files import drawable
 
-    columns = min(8, len(pictures))
-    lines = -(-len(pictures) // columns)
-    figure = Figure(figsize=(1.7 * columns, 2.2 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis in axes[len(pictures) :]:
-        axis.axis("off")
+    figure, axes = make_panels(len(pictures), min(8, len(pictures)), 1.7, 2.2)
     for axis, row, picture in zip(axes, rows, pictures, strict=False):
         show_picture(axis, picture)
         likeliest = [(row[f"class_{rank}"], row[f"probability_{rank}"]) for rank in (1, 2, 3) if f"class_{rank}" in row]
-        axis.set_title("\n".join(f"{name[:18]} {100 * share:.0f} %" for name, share in likeliest), fontsize=7)
-        axis.set_xlabel(Path(row["file"]).name[:24], fontsize=6)
+        axis.set_title("\n".join(f"{drawable(name, 18)} {100 * share:.0f} %" for name, share in likeliest), fontsize=7)
+        axis.set_xlabel(drawable(Path(row["file"]).name, 24), fontsize=6)
     return figure
 
 

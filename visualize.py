@@ -102,7 +102,7 @@ def draw_analysis(args: argparse.Namespace):
     rows = analysis.analyze_runs(args.runs, args.images, args.pairs, args.noise, args.data_path)
     table = (args.output or default_output(args)).with_suffix(".csv")
     table.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(table, as_csv(rows, analysis.COLUMNS).encode())
+    write_atomically(table, as_csv(rows, analysis.COLUMNS))
     print(table)
     return analysis.draw_analysis(rows)
 
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         with trusting(getattr(args, "trust_code", False)):
             figure = DRAW[args.figure](args)
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, figure.encode() if isinstance(figure, str) else as_png(figure))
+        write_atomically(output, figure if isinstance(figure, str) else as_png(figure))
     except Exception as error:
         if is_out_of_memory(error):
             parser.error(f"out of memory while drawing {args.figure}; smaller or fewer images need less")

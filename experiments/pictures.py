@@ -15,6 +15,7 @@ from mixers.local import local_mask
 from options.data import DATASETS, DataConfig
 from options.layers import MASK_TYPES
 from options.vit import ViTConfig
+from runs.files import drawable
 
 QUERIES = ((0.3, 0.3), (0.3, 0.7), (0.6, 0.5))  # places of tokens: down and right, from 0 to 1
 
@@ -27,6 +28,7 @@ def show_picture(axis, picture) -> None:
 def title_of(axis, truth: str, prediction: str) -> None:
     """Set the class as the title, green where the model is right, red where it is wrong."""
     right = truth == prediction
+    truth, prediction = drawable(truth, 18), drawable(prediction, 18)
     axis.set_title(truth if right else f"{prediction}\n(is {truth})", color="tab:green" if right else "tab:red", fontsize=8)
 
 
@@ -143,5 +145,5 @@ def draw_samples(args: argparse.Namespace):
     figure, axes = make_panels(len(images), min(8, len(images)), 1.25, 1.5)
     for axis, image, label in zip(axes, images, labels, strict=True):
         show_picture(axis, as_picture(image, args.dataset))
-        axis.set_title(data.class_names[label], fontsize=8)
+        axis.set_title(drawable(data.class_names[label], 18), fontsize=8)
     return figure
