@@ -7,19 +7,20 @@ synchronizes with it every 20 steps.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from tqdm import tqdm
 
 from dataset import Data
+from launch.given import Given, as_batches
 from launch.prepare import Request, begin_test, begin_training
 from options.models import ModelConfig
 from options.runs import Options, Program, evaluation_options
+from options.training import TrainConfig
 from runs import DataError, RunError, Stopped
 from runs.checkpoints import Loaded, LoadPolicy, load_state
 from runs.endings import exit_status
@@ -27,16 +28,15 @@ from runs.export import export
 from runs.folder import RunFolder, costs_of, summarize
 from runs.measure import count_parameters
 from runs.memory import stop_if_out_of_memory
-from runs.metrics import Confusion, Meter, Metrics, history_row
+from runs.metrics import Meter, Metrics, Predictions, history_row, stalled
 from runs.optimization import autocast_for, compile_for, make_loss, make_mix
 from runs.parameters import start_training
 from runs.processes import Interrupted, Processes, Signals
 from runs.progress import Progress, Timer, epoch_line
-from runs.tracking import EventFiles, Tracker
+from runs.tracking import Board, Tracker
 from runs.training import Training
 
 MEMORY_ADVICE = "a smaller --batch_size, --accumulate_steps, --use_amp or --use_compiled --compile_mode reduce-memory need less"
-MOST_CONFUSED = 200  # classes up to which test_results.json holds the confusion matrix
 READ_EVERY, READ_SECONDS = 20, 5  # steps, or seconds, between two synchronizations with the device
 
 
@@ -100,11 +100,7 @@ def train_step(training: Training, images: Tensor, targets: Tensor, loss_functio
 
 
 def train_one_epoch(
-    training: Training,
-    batches,
-    loss_function: Callable,
-    mix: Callable | None = None,
-    save: Callable[[], None] | None = None,
+    training: Training, batches, loss_function: Callable, mix: Callable | None = None, save: Callable[[], None] | None = None
 ) -> Metrics:
     """Train on the batches of the current epoch that are left, from `training.step` on.
 
@@ -113,12 +109,8 @@ def train_one_epoch(
         mix: images, labels -> images, shares of the classes.
         save: called every `save_minutes`, at the end of a step.
 
-    Returns:
-        Means over the images of the epoch, each taken when the image was trained on.
-
-    Raises:
-        Stopped: for a loss or gradient that is not finite.
-        Interrupted: at the end of a step after a signal.
+    Returns means over the images of the epoch, each taken when the image was trained on. Raises Stopped for a loss or gradient
+    that is not finite, and Interrupted at the end of a step after a signal.
     """
     start_training(training.model)
     config, processes = training.config, training.processes
@@ -154,41 +146,49 @@ def train_one_epoch(
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches,
-    loss_function: Callable,
+    batches: Iterable,
+    loss_function: Callable = nn.functional.cross_entropy,
     *,
-    device: torch.device,
+    device: torch.device | None = None,
     compiled: Callable | None = None,
     autocast: Callable = nullcontext,
     title: str = "test",
     processes: Processes | None = None,
-    seen: Callable[[Tensor, Tensor], object] = lambda logits, labels: None,
+    predictions: Predictions | None = None,
     polled: Callable[[Iterator], Iterator] = iter,
 ) -> Metrics:
     """Return means over all images of `batches`, each counted once.
 
     Args:
+        batches: those of `load_data`, or any iterable of (images, labels).
+        device: of the model; None: that of its first parameter.
         compiled: the compiled model, if there is one.
-        seen: called with the logits (B, classes) and labels (B,) of every batch.
+        predictions: receives the predicted classes.
         polled: yields the batches until a signal.
     """
+    device = device or next(model.parameters()).device
+    batches = as_batches(batches, device)
     model.eval()
     compiled = model if compiled is None else compiled
     processes = processes or Processes()
     meter = Meter(device)
     # One row of sums per batch, added up in the order of the batches, whichever process computed them. A running sum in
     # floating point would not give exactly the same result with another number of processes.
-    rows = meter.sums.new_zeros(-(-batches.num_samples // batches.recipe.batch_size), 4)
+    rows = meter.sums.new_zeros(batches.num_batches, 4)
     with Progress(title, batches.num_samples, quiet=not processes.first) as progress:
         for step, (images, labels) in enumerate(polled(batches.epoch(0))):
             if len(images):
                 with autocast():
                     logits = compiled(images).float()
-                seen(logits, labels)
-                rows[step * processes.world + processes.rank] = meter.tally(loss_function(logits, labels), logits, labels)
+                number = step * processes.world + processes.rank
+                rows[number] = meter.tally(loss_function(logits, labels), logits, labels)
+                if predictions is not None:
+                    predictions.add(number, logits, labels)
             progress.advance(batches.images_in(step))
             if (step + 1) % READ_EVERY == 0 and progress.due:
                 progress.show(*meter.read(rows.sum(0))[:2])
+    if predictions is not None:
+        processes.sum_(predictions.table)
     return meter.read(processes.sum_(rows).sum(0))
 
 
@@ -197,23 +197,13 @@ def evaluate(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def fit(
-    training: Training,
-    data: Data,
-    folder: RunFolder,
-    options: dict,
-    facts: dict,
-    tracker: Tracker | None = None,
-) -> dict:
-    """Train until the last epoch or until early stopping, and write the outputs after every epoch.
+def fit(training: Training, data: Data, folder: RunFolder, options: dict, facts: dict, tracker: Tracker | None = None) -> dict:
+    """Train until the last epoch or early stopping, write the outputs after every epoch; return the row of the best epoch.
 
     Args:
         options: the contents of `args.txt`.
         facts: of model and data, for `summary.json`.
         tracker: also receives the row of every epoch.
-
-    Returns:
-        The row of the best epoch.
     """
     config, processes = training.config, training.processes
     # Label smoothing is for training: losses of different settings compare only without it.
@@ -228,18 +218,17 @@ def fit(
             folder.save(state, *others)
 
     def ended() -> bool:
-        return training.epoch >= config.num_epochs or _stalled(training.history, split, config.early_stopping)
+        return training.epoch >= config.num_epochs or stalled(training.history, split, config.early_stopping)
 
     def publish() -> None:
         if processes.first:
-            for tracker in trackers:
-                tracker.epoch_done(training.history[-1])
+            for receiver in filter(None, (board, tracker)):
+                receiver.epoch_done(training.history[-1])
+            folder.write_predictions(training.predictions)
             folder.epoch_done(training.history, training.best, summarize(training, split, facts, ended()), last=ended())
 
     is_behind = bool(training.history) and processes.first and folder.is_behind(training.epoch, ended())
-    trackers = [tracker] if tracker else []
-    if config.tensorboard and processes.first:
-        trackers.append(EventFiles(folder.path, training.epoch - is_behind))
+    board = Board(folder.path, training.epoch - is_behind) if config.tensorboard and processes.first else None
     if is_behind:
         publish()  # the results of a run that was killed between its last checkpoint and its results
     try:
@@ -260,23 +249,20 @@ def fit(
                 publish()
                 if processes.first:
                     left = (config.num_epochs - epoch) * (row["seconds"] + time.monotonic() - trained)
-                    eta = "" if ended() else f"  ETA {tqdm.format_interval(left)}"
-                    print(epoch_line(row) + eta, flush=True)
-    except Interrupted as interrupted:  # by all processes at the same step
-        save()
-        processes.finish()
-        interrupted.resumable = True
-        raise
-    except DataError:  # of one process, between two steps
-        if processes.world == 1:
+                    print(epoch_line(row, 0 if ended() else left), flush=True)
+    except (Interrupted, DataError) as error:  # a signal stops all processes at the same step, missing data only one of them
+        if isinstance(error, Interrupted) or processes.world == 1:
             save()
+            processes.finish()
+            error.resumable = True
         raise
     return training.best
 
 
 def _evaluate_splits(training: Training, data: Data, loss_function: Callable) -> dict[str, Metrics]:
     training.share_statistics()  # until here they differ between the processes
-    return {
+    predictions = Predictions(data.test, training.device)
+    metrics = {
         name: evaluate(
             training.eval_model,
             batches,
@@ -286,19 +272,14 @@ def _evaluate_splits(training: Training, data: Data, loss_function: Callable) ->
             autocast=training.autocast,
             title=name,
             processes=training.processes,
+            predictions=predictions if name == "test" else None,
             polled=training.polled,  # raises Interrupted after a signal
         )
         for name, batches in (("val", data.val), ("test", data.test))
         if batches is not None
     }
-
-
-def _stalled(history: list[dict], split: str, patience: int) -> bool:
-    """Return whether the last `patience` epochs brought no better loss; 0: never."""
-    if not patience or len(history) <= patience:
-        return False
-    losses = [row[f"{split}_loss"] for row in history]
-    return min(losses[-patience:]) >= min(losses[:-patience])
+    training.predictions |= predictions.columns("last")
+    return metrics
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -343,6 +324,29 @@ def run(
     return 0
 
 
+def train(
+    model: nn.Module,
+    train_loader: Iterable,
+    test_loader: Iterable,
+    config: TrainConfig = TrainConfig(),  # noqa: B008  it is immutable
+    *,
+    output_dir: str | Path | None = None,
+) -> dict:
+    """Train a classifier, (B, ...) -> (B, classes), as the programs do; return the row of the best epoch.
+
+    The loaders, iterables of (images (B, ...), labels (B,)), are read once before training, then once per epoch. The default of
+    `output_dir` is ./Output/ and the class of the model. Raises TypeError, ValueError, RunError, DataError or Stopped, each in
+    one line, and Interrupted after a signal, once the state is saved.
+    """
+    given = Given(model, train_loader, test_loader, config, output_dir)
+    folder = RunFolder(given.options.train.output_dir)
+    with Signals() as signals, stop_if_out_of_memory("what this run needs", MEMORY_ADVICE), folder.claimed(given.options.train):
+        request = Request(given.options, lambda _: model, load_state, Processes(), signals, given.read)
+        training, data, facts = begin_training(request, [])
+        _train(training, data, folder, given.options, facts)
+    return training.best
+
+
 def _train(training: Training, data: Data, folder: RunFolder, options: Options, facts: dict) -> None:
     first, plain = training.processes.first, options.as_dict()
     with Tracker(folder.path, plain) if options.train.wandb and first else nullcontext() as tracker:
@@ -359,7 +363,7 @@ def _test(request: Request, model: nn.Module, data: Data, path: Path, facts: dic
     """Evaluate a checkpoint on the test images; print and write test_results.json, nothing else."""
     options, processes, device = request.options, request.processes, next(model.parameters()).device
     train = options.train
-    confusion = Confusion(options.model.num_classes, device)
+    predictions = Predictions(data.test, device)
     with stop_if_out_of_memory(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE):
         metrics = evaluate(
             model,
@@ -369,9 +373,8 @@ def _test(request: Request, model: nn.Module, data: Data, path: Path, facts: dic
             compiled=compile_for(train, model),
             autocast=autocast_for(train, device),
             processes=processes,
-            seen=confusion.add,
+            predictions=predictions,
         )
-        processes.sum_(confusion.counts)
     if not processes.first:
         return
     if not math.isfinite(metrics.loss):
@@ -384,12 +387,11 @@ def _test(request: Request, model: nn.Module, data: Data, path: Path, facts: dic
         "parameters": count_parameters(model),
         "flops_per_image": facts["flops_per_image"],
         **costs_of(model, facts["image_shape"], device),
-        "classes": confusion.by_class(data.class_names),
-        **({"confusion": confusion.counts.tolist()} if len(data.class_names) <= MOST_CONFUSED else {}),
+        **predictions.summary(data.class_names),
         "options": evaluation_options(options),
         "override": facts["override"],
     }
-    written = RunFolder(train.output_dir).write_test_results(results)
+    written = RunFolder(train.output_dir).write_test_results(results, predictions.columns("predicted"))
     if train.export:
         export(Path(train.export), model, facts["image_shape"])
     others = ": test_results.json is of other options" * (written.name != "test_results.json")

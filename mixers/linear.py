@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, check_one_of
+from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, check_one_of, scaled_products
 from mixers.local import make_pattern
 from mixers.tables import GridTables, PerGrid
 from mixers.tilings import neighborhood_tilings
@@ -194,12 +194,13 @@ class NystromformerAttention(LinearMixer):
         if segments is None:
             out, _ = attend(query, key, value, dropout=dropout)
         else:
-            lengths = segments.sum(dim=1, keepdim=True)
-            query_landmarks, key_landmarks = (segments.to(x.dtype) @ x / lengths for x in (query, key))  # (B, H, m, d)
+            segments = segments.to(query.dtype)
+            means = segments / segments.sum(dim=1, keepdim=True)  # before the sum, which may be too large for float16
+            query_landmarks, key_landmarks = means @ query, means @ key  # (B, H, m, d)
             values, _ = attend(query_landmarks, key, value)  # (B, H, m, e)
             with torch.autocast(query.device.type, enabled=False):
                 dtype = torch.promote_types(query.dtype, torch.float32)
-                scores = query_landmarks.to(dtype) @ key_landmarks.to(dtype).mT / math.sqrt(self.head_dim)
+                scores = scaled_products(query_landmarks.to(dtype), key_landmarks.to(dtype))
                 values = pseudo_inverse(scores.softmax(dim=-1)) @ values.to(dtype)
             out, _ = attend(query, key_landmarks, values.to(query.dtype), dropout=dropout)
         return out if self.conv is None else out + self.conv(F.pad(value, (0, 0, *self.reach)))

@@ -26,15 +26,15 @@ def check_export(train: TrainConfig) -> None:
 
 
 def export(path: Path, model: nn.Module, image_shape: tuple[int, ...], best: Path | None = None) -> None:
-    """Write the model, or its weights, as the file's suffix says; first load the checkpoint `best`. Raises Stopped."""
-    if best is not None:
-        load_state(model, weights_in(load_checkpoint(best), best))
+    """Write a model, or its weights, as the file's suffix says; of the checkpoint `best` if given. Raises Stopped."""
+    weights = model.state_dict() if best is None else weights_in(load_checkpoint(best), best)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_temporaries(path.parent, path.name)
     if path.suffix == ".onnx":
+        load_state(model, weights)
         export_onnx(path, model, image_shape)
     else:
-        export_weights(path, model.state_dict())
+        export_weights(path, weights)
 
 
 def export_weights(path: Path, weights: dict) -> None:

@@ -601,7 +601,8 @@ def test_commands_are_found_on_every_page_that_has_some():
 
 
 @pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda value: getattr(value, "name", ""))
-def test_python_of_the_pages_runs(page, code):
+def test_python_of_the_pages_runs(page, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(code, {})
 
 

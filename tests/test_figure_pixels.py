@@ -13,7 +13,7 @@ import benchmark
 import predict
 import visualize
 import vit_main
-from experiments import figures
+from experiments import figures, pictures
 from runs import files, folder
 from runs.files import drawable
 from tests.experiments.test_figures import CURVES, rows_of
@@ -65,8 +65,8 @@ COUNTS = np.eye(10, dtype=int).tolist()
 FIGURES = {
     "curves of a run": lambda run, tmp_path: curves_of_a_run(tmp_path),
     "curves": lambda run, _: drawn("curves", run, run.with_name("$2$")),
-    "confusion": lambda run, _: figures.draw_confusion(NAMES, COUNTS),
-    "confusion of two": lambda run, _: figures.draw_confusion(["a", "b" * 18], [[3, 1], [0, 9]]),
+    "confusion": lambda run, _: pictures.draw_confusion(NAMES, COUNTS),
+    "confusion of two": lambda run, _: pictures.draw_confusion(["a", "b" * 18], [[3, 1], [0, 9]]),
     "attention": lambda run, _: drawn("attention", run, "--images", 2),
     "neighbors": lambda run, _: drawn("neighbors", run, "--images", 2),
     "analysis": lambda run, _: drawn("analyze", run, "--images", 1),
