@@ -12,7 +12,6 @@ import train_eval
 import vit
 from dataset import DeviceBatches, Recipe
 from options.allconvnet import AllConvNetConfig
-from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES
 from options.training import TrainConfig
 from options.vit import ViTConfig
 from runs import Stopped
@@ -20,7 +19,7 @@ from runs.metrics import Meter, stalled
 from runs.optimization import Average, LearningRate, make_loss, make_mix, make_optimizer
 from runs.processes import Processes
 from runs.training import Training
-from tests.helpers.side_by_side import SideBySide, in_groups
+from tests.helpers.side_by_side import SideBySide
 from train_eval import evaluate, train_one_epoch, train_step
 
 CPU = torch.device("cpu")
@@ -455,8 +454,8 @@ def make_allconvnet(*layers):
 @pytest.mark.parametrize(
     ("make", "layers", "sizes"),
     [
-        *((make_vit, layers, 1) for layers in in_groups(LAYERS1D_NAMES, 3)),
-        (make_allconvnet, (*LAYERS2D_NAMES, "Conv2d/ConvNN"), 1),
+        (make_vit, ("ConvNNAttention", "LocalAttention", "PaCa"), 1),  # the others: test_vit.py
+        (make_allconvnet, ("ConvNN", "Conv2d/ConvNN"), 1),
         (make_vit, ("BranchConv",), 2),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 import torchvision
 import yaml
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from layers1d import (
@@ -263,7 +264,7 @@ def test_bfloat16_autocast(layer):
 
 @pytest.mark.parametrize("layers", in_groups(LAYERS1D_NAMES, 3), ids="-".join)
 def test_compiles_without_a_graph_break(layers):
-    """In training, with activations that are recomputed and candidates that are drawn inside the graph."""
+    """Once for all batches, in training, with activations that are recomputed and candidates drawn inside the graph."""
     options = {"sampling_type": "random", "num_samples": 5, "similarity_type": "Loc_Col"}
     model, x = make(num_layers=1), images().double()
     model.blocks[0].mixer = SideBySide([make(layer=layer, num_layers=1, **options).blocks[0].mixer for layer in layers])
@@ -271,13 +272,16 @@ def test_compiles_without_a_graph_break(layers):
     model.blocks[0].drop_path.rate = 0.5  # which the last of several blocks has
     model.recompute = True
     torch._dynamo.reset()
-    results = []
-    for call in (torch.compile(model, backend="aot_eager", fullgraph=True), model):
+    results, counter = [], CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for call in (compiled, model):
         torch.manual_seed(1)
         logits = call(x)
         results.append((logits, *torch.autograd.grad(logits.square().sum(), model.parameters())))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+    compiled(torch.randn_like(x))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("layer", ["ConvNNAttention", "SparseAttention"])
