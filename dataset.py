@@ -10,6 +10,7 @@ To add a data set, write a reader (see `readers/files.py`, or take `read_folders
 number of classes a row in `options/data.py`.
 """
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -108,11 +109,21 @@ class Batches:
         self.num_samples = len(index)
         self.recipe = recipe
         self._mean, self._std = (numbers.to(recipe.device) for numbers in channel_stats(recipe.dataset))
+        self._epochs = itertools.count()
         self._images_per_step = recipe.batch_size * (1 if recipe.part == "train" else recipe.world)
 
     def __len__(self) -> int:
         """Return the number of batches per epoch; the last may be short."""
         return -(-self.num_samples // self._images_per_step)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of an epoch, of all processes together."""
+        return -(-self.num_samples // self.recipe.batch_size)
+
+    def first_image(self, number: int) -> int:
+        """Return the row of the first image of a batch that all processes count together; not for training."""
+        return number * self.recipe.batch_size
 
     def images_in(self, step: int) -> int:
         """Count the images that all processes together see in batch number `step` of an epoch."""
@@ -134,6 +145,10 @@ class Batches:
         mine = list(batches[recipe.rank :: recipe.world])
         # Every process makes equally many steps, or the collectives of the last one would wait for ever.
         return mine + [batches[0][:0]] * (len(self) - len(mine))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of the next epoch: of the first one when it is called for the first time."""
+        return self.epoch(next(self._epochs))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalized images (B, C, height, width) float32 and labels (B,) int64, both on the device.
@@ -267,6 +282,11 @@ class Data(NamedTuple):
     test: Batches
     class_names: list[str]
     fingerprint: dict  # of all images, before limits and splits; see `runs.fingerprint`
+
+    @property
+    def selection_split(self) -> str:
+        """The part that chooses the best epoch: "val" where images are held out, else "test"."""
+        return "test" if self.val is None else "val"
 
 
 def load_data(

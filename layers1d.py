@@ -7,6 +7,7 @@ heads, and a mixer adds its `mix`. A `TokenLayout` describes the N tokens.
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -24,34 +25,17 @@ from mixers.base import (
     layout_argument,
     mixing_matrix,
 )
-from mixers.selection import NeighborSelection
+from mixers.selection import select_tokens
 from mixers.topk import find_learned_neighbors, learn_from_unchosen
 from neighbors import find_scored_neighbors, neighbor_weights, weighted_sum
 from options.checks import branch_widths, check_slots, check_temperature, check_topk
-from options.neighbors import NeighborConfig
-
-
-class PixelUnshuffle1d(nn.PixelUnshuffle):
-    """Move blocks of neighboring tokens into channels: (B, C, N) -> (B, C * scale, N / scale)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        (B, C, N), scale = x.shape, self.downscale_factor
-        return x.view(B, C, N // scale, scale).transpose(2, 3).reshape(B, C * scale, N // scale)
-
-
-class PixelShuffle1d(nn.PixelShuffle):
-    """The inverse of `PixelUnshuffle1d`: (B, C * scale, N) -> (B, C, N * scale)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        (B, C, N), scale = x.shape, self.upscale_factor
-        return x.view(B, C // scale, scale, N).transpose(2, 3).reshape(B, C // scale, N * scale)
+from options.neighbors import NeighborConfig, NeighborFields, as_neighbors
 
 
 class OnSequence:
     """Makes a mixer on images a mixer on sequences, which have one side."""
 
     axes = 1
-    shuffles = PixelUnshuffle1d, PixelShuffle1d
 
 
 class ConvNN1d(OnSequence, ConvNN2d):
@@ -88,7 +72,8 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
     heads, convolves over the slots. With K = N, matmul and depthwise weights of one it is `MultiHeadAttention`.
 
     Args:
-        neighbors: rules of the search; class tokens are always candidates, at the center of the grid.
+        neighbors: rules of the search, or its fields by keyword; class tokens are always candidates, at the center of the grid.
+        layout: layout of the tokens; only a search by location, or along the sequence, needs it.
         convolution_type: over the slots, standard, depthwise or depthwise-separable, without bias.
         softmax_topk_val: weight values by the softmax of the scores; False: by the raw scores.
         score_temperature: divisor of the scores before the softmax; towards 0, the nearest neighbor has all the weight.
@@ -104,26 +89,25 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
         self,
         d_model: int,
         num_heads: int,
-        neighbors: NeighborConfig,
+        neighbors: NeighborConfig | None = None,
         *,
-        layout: TokenLayout,
+        layout: TokenLayout | None = None,
         convolution_type: str = "depthwise",
         softmax_topk_val: bool = True,
         score_temperature: float = 1.0,
         topk: str = "hard",
         attention_dropout: float = 0.0,
         bias: Bias = True,
+        **fields: Unpack[NeighborFields],
     ):
+        neighbors = as_neighbors(neighbors, fields)
         super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
         check_temperature(score_temperature)
         check_topk(topk, neighbors.similarity_type, softmax_topk_val)
         self.score_temperature, self.topk = score_temperature, topk
-        grid = layout.grid
-        self.select = NeighborSelection(
-            neighbors, axes=len(grid), self_first=False, class_tokens=layout.class_tokens, grid=grid
-        )
+        self.select = select_tokens(neighbors, layout, self_first=False)
         self.softmax_topk_val = softmax_topk_val
-        self.conv = make_slot_convolution(self.head_dim, len(grid), neighbors, convolution_type)
+        self.conv = make_slot_convolution(self.head_dim, self.select.axes, neighbors, convolution_type)
         if convolution_type == "standard" and softmax_topk_val:
             # The K weights of a softmax add up to one. Xavier, slot by slot, gives the output the scale of one projected
             # value; the default of a convolution is made for a sum over K unweighted values.
@@ -228,7 +212,7 @@ class MultiHeadConv1dAttention(ValueMixer):
         num_heads: int,
         kernel_size: int,
         *,
-        layout: TokenLayout,
+        layout: TokenLayout | None = None,
         convolution_type: str = "standard",
         bias: Bias = True,
     ):
@@ -299,10 +283,10 @@ class BranchingAttention(Branching1d):
         self,
         d_model: int,
         num_heads: int,
-        neighbors: NeighborConfig,
+        neighbors: NeighborConfig | None = None,
         kernel_size: int | None = None,
         *,
-        layout: TokenLayout,
+        layout: TokenLayout | None = None,
         branch_ratio: float = 0.5,
         convolution_type: str | None = None,
         softmax_topk_val: bool = True,
@@ -310,6 +294,7 @@ class BranchingAttention(Branching1d):
         topk: str = "hard",
         attention_dropout: float = 0.0,
         bias: Bias = True,
+        **fields: Unpack[NeighborFields],
     ):
         widths = branch_widths(d_model, num_heads, branch_ratio)
         convnn = MultiHeadConvNNAttention(
@@ -323,6 +308,7 @@ class BranchingAttention(Branching1d):
             topk=topk,
             attention_dropout=attention_dropout,
             bias=bias,
+            **fields,
         )
         if kernel_size is None:
             second = MultiHeadAttention(widths[1], num_heads, attention_dropout=attention_dropout, bias=bias)
@@ -339,5 +325,5 @@ class BranchingConv(BranchingAttention):
     Arguments and errors as in `BranchingAttention`.
     """
 
-    def __init__(self, d_model: int, num_heads: int, neighbors: NeighborConfig, kernel_size: int, **options):
+    def __init__(self, d_model: int, num_heads: int, neighbors: NeighborConfig | None = None, kernel_size: int = 9, **options):
         super().__init__(d_model, num_heads, neighbors, kernel_size, **options)

@@ -10,17 +10,19 @@ its K best: `ConvNNAttention2d`. The same classes serve sequences, images with o
 
 import warnings
 from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
-from mixers.base import ImageMixer, check_at_least
+from mixers.base import ImageMixer, check_at_least, is_plain
 from mixers.selection import NeighborSelection
 from mixers.topk import find_learned_neighbors, learn_from_unchosen
-from neighbors import aggregate, coordinates, find_scored_neighbors, grid_locations, neighbor_weights
+from neighbors import aggregate, coordinates, find_scored_neighbors, gather_neighbors, grid_locations, neighbor_weights
 from options.checks import check_dropout, check_slots, check_temperature, check_topk
-from options.neighbors import NeighborConfig
+from options.neighbors import NeighborConfig, NeighborFields, as_neighbors
 
 
 def convnn_plain(x: Tensor, weight: Tensor, bias: Tensor, K: int) -> Tensor:
@@ -43,7 +45,8 @@ class ConvNN2d(ImageMixer):
     runs `F.conv2d`.
 
     Args:
-        neighbors: rules of the search; the token itself is always slot 0 (`Loc` among all: raster order).
+        neighbors: rules of the search, or its fields by keyword; the token itself is always slot 0 (`Loc` among all: raster
+            order).
         convolution_type: over the slots, standard, depthwise (groups of one input channel, as in `nn.Conv2d`), or
             depthwise-separable.
         shuffle_pattern, shuffle_scale: B unshuffles before, A shuffles after, BA both, NA neither.
@@ -58,7 +61,7 @@ class ConvNN2d(ImageMixer):
         self,
         in_channels: int,
         out_channels: int,
-        neighbors: NeighborConfig,
+        neighbors: NeighborConfig | None = None,
         *,
         convolution_type: str = "standard",
         shuffle_pattern: str = "NA",
@@ -66,8 +69,10 @@ class ConvNN2d(ImageMixer):
         padding: int = 0,
         bias: bool = True,
         image_size: int | tuple[int, ...] | None = None,
+        **fields: Unpack[NeighborFields],
     ):
         super().__init__(in_channels, out_channels, shuffle_pattern, shuffle_scale)
+        neighbors = as_neighbors(neighbors, fields)
         check_at_least(0, padding=padding)
         self.padding = padding
         grid = self.token_grid(image_size, padding)
@@ -84,7 +89,7 @@ class ConvNN2d(ImageMixer):
     def forward(self, x: Tensor) -> Tensor:
         tokens, grid = self.fold(x, self.padding)  # (B, M, C), ring included
         values = self.select.append_coordinates(tokens, grid)
-        if self.is_convolution:
+        if self.is_convolution and is_plain(self.conv, nn.Conv1d):
             return self.shuffle(self.convolve(values, grid))
         features = self.select.search_features(tokens.detach(), grid)
         index = self.select(self.select.drop_padding(features, grid), features, grid)  # (B, N, K)
@@ -94,12 +99,8 @@ class ConvNN2d(ImageMixer):
     def convolve(self, values: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Convolve a whole window: its K slots, in raster order, are the taps of a kernel."""
         convolution = F.conv1d if self.axes == 1 else F.conv2d
-        slots, *pointwise = self.conv if isinstance(self.conv, nn.Sequential) else [self.conv]
-        kernel = slots.weight.unflatten(2, (2 * self.padding + 1,) * self.axes)
-        out = convolution(values.transpose(1, 2).unflatten(2, grid), kernel, slots.bias, groups=slots.groups)
-        for conv in pointwise:
-            out = conv(out.flatten(2)).unflatten(2, out.shape[2:])
-        return out
+        kernel = self.conv.weight.unflatten(2, (2 * self.padding + 1,) * self.axes)
+        return convolution(values.transpose(1, 2).unflatten(2, grid), kernel, self.conv.bias, groups=self.conv.groups)
 
 
 class ConvNNAttention2d(ImageMixer):
@@ -110,7 +111,8 @@ class ConvNNAttention2d(ImageMixer):
     depthwise weights of one it is `Attention2d` with one head.
 
     Args:
-        neighbors: rules of the search; in `all` mode a token competes for its own slots like any other.
+        neighbors: rules of the search, or its fields by keyword; in `all` mode a token competes for its own slots like any
+            other.
         convolution_type: over the slots, standard, depthwise or depthwise-separable, without bias.
         softmax_topk_val: weight values by the softmax of the scores; False: by the raw scores.
         score_temperature: divisor of the scores before the softmax.
@@ -126,7 +128,7 @@ class ConvNNAttention2d(ImageMixer):
         self,
         in_channels: int,
         out_channels: int,
-        neighbors: NeighborConfig,
+        neighbors: NeighborConfig | None = None,
         *,
         convolution_type: str = "standard",
         softmax_topk_val: bool = True,
@@ -136,8 +138,10 @@ class ConvNNAttention2d(ImageMixer):
         shuffle_pattern: str = "NA",
         shuffle_scale: int = 2,
         image_size: int | tuple[int, ...] | None = None,
+        **fields: Unpack[NeighborFields],
     ):
         super().__init__(in_channels, out_channels, shuffle_pattern, shuffle_scale)
+        neighbors = as_neighbors(neighbors, fields)
         grid = self.token_grid(image_size)
         self.select = NeighborSelection(neighbors, axes=self.axes, self_first=False, grid=grid)
         check_temperature(score_temperature)
@@ -316,27 +320,37 @@ def make_slot_convolution(channels: int, coordinates: int, neighbors: NeighborCo
 def slot_convolution(
     conv: nn.Module, values: Tensor, index: Tensor, weights: Tensor | None = None, shares: Tensor | None = None
 ) -> Tensor:
-    """Apply a `make_convolution` over the slots: values (B, M, C), index and weights (B, N, K) -> (B, N, D).
+    """Convolve over the slots: values (B, M, C), index and weights of the values (B, N, K) -> (B, N, D).
 
-    With the shares of a learned top-k, candidates that are not neighbors get a gradient (`mixers/topk.py`).
+    A plain convolution is fused with the gathering of its slots. Any other module in its place is called on the K-fold
+    values, (B, C, N * K) -> (B, D, N). With the shares of a learned top-k, candidates that are not neighbors get a gradient
+    (`mixers/topk.py`).
     """
-    slots, *pointwise = conv if isinstance(conv, nn.Sequential) else [conv]
-    depthwise = slots.groups > 1 or bool(pointwise)
-    if depthwise and slots.out_channels > slots.in_channels:  # each channel goes to several
-        values = values.repeat_interleave(slots.out_channels // slots.in_channels, dim=2)
-    out = aggregate(values, index, slots.weight, weights, depthwise=depthwise)
-    for last in pointwise:
-        out = F.linear(out, last.weight.squeeze(-1))
-    bias = (pointwise or [slots])[-1].bias
-    if bias is not None:
-        out = out + bias.to(out.dtype)
-    return learn_from_unchosen(out, values, index, shares, partial(last_slot, conv))
+    first, *rest = conv if is_plain(conv, nn.Sequential) else [conv]
+    if is_plain(first, nn.Conv1d):
+        depthwise = first.groups > 1
+        if depthwise and first.out_channels > first.in_channels:  # each value serves several outputs
+            values = values.repeat_interleave(first.out_channels // first.in_channels, dim=2)
+        out = aggregate(values, index, first.weight, weights, depthwise=depthwise)
+        if first.bias is not None:
+            out = out + first.bias.to(out.dtype)
+    else:
+        slots = gather_neighbors(values, index)  # (B, N, K, C)
+        if weights is not None:
+            slots = (slots * weights[..., None]).to(values.dtype)
+        out = first(slots.flatten(1, 2).mT).mT
+    for pointwise in rest:
+        out = pointwise(out.mT).mT
+    return learn_from_unchosen(out, values, index, shares, partial(last_slot, conv, index.shape[2]))
 
 
-def last_slot(conv: nn.Module, x: Tensor) -> Tensor:
-    """Apply the last slot of a `make_slot_convolution`, as a constant filter: (B, N, C) -> (B, N, D)."""
-    if isinstance(conv, nn.Sequential):
+def last_slot(conv: nn.Module, K: int, x: Tensor) -> Tensor:
+    """Apply the last slot of a convolution over K, with constant parameters: (B, N, C) -> (B, N, D)."""
+    if is_plain(conv, nn.Sequential):
         depthwise, pointwise = conv
-        return last_slot(pointwise, last_slot(depthwise, x))
-    weight = conv.weight.detach()[:, :, -1]
-    return x * weight.squeeze(1).to(x.dtype) if conv.groups > 1 else F.linear(x, weight)
+        return last_slot(pointwise, 1, last_slot(depthwise, K, x))
+    if is_plain(conv, nn.Conv1d):
+        weight = conv.weight.detach()[:, :, -1]
+        return x * weight.squeeze(1).to(x.dtype) if conv.groups > 1 else F.linear(x, weight)
+    constants = {name: parameter.detach() for name, parameter in conv.named_parameters()}
+    return functional_call(conv, constants, F.pad(x.mT[..., None], (K - 1, 0)).flatten(2)).mT

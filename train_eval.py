@@ -7,7 +7,7 @@ synchronizes with it every 20 steps.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from dataset import Data
+from launch.given import Given, as_batches
 from launch.prepare import Request, begin_test, begin_training
 from options.models import ModelConfig
 from options.runs import Options, Program, evaluation_options
+from options.training import TrainConfig
 from runs import DataError, RunError, Stopped
 from runs.checkpoints import Loaded, LoadPolicy, load_state
 from runs.endings import exit_status
@@ -27,16 +29,15 @@ from runs.export import export
 from runs.folder import RunFolder, costs_of, summarize
 from runs.measure import count_parameters
 from runs.memory import stop_if_out_of_memory
-from runs.metrics import Meter, Metrics, Predictions, by_class, history_row, stalled
+from runs.metrics import Meter, Metrics, Predictions, history_row, stalled
 from runs.optimization import autocast_for, compile_for, make_loss, make_mix
 from runs.parameters import start_training
 from runs.processes import Interrupted, Processes, Signals
 from runs.progress import Progress, Timer, epoch_line
-from runs.tracking import Tracker
+from runs.tracking import Board, Tracker
 from runs.training import Training
 
 MEMORY_ADVICE = "a smaller --batch_size, --accumulate_steps, --use_amp or --use_compiled --compile_mode reduce-memory need less"
-MOST_CONFUSED = 200  # classes up to which test_results.json holds the confusion matrix
 READ_EVERY, READ_SECONDS = 20, 5  # steps, or seconds, between two synchronizations with the device
 
 
@@ -100,11 +101,7 @@ def train_step(training: Training, images: Tensor, targets: Tensor, loss_functio
 
 
 def train_one_epoch(
-    training: Training,
-    batches,
-    loss_function: Callable,
-    mix: Callable | None = None,
-    save: Callable[[], None] | None = None,
+    training: Training, batches, loss_function: Callable, mix: Callable | None = None, save: Callable[[], None] | None = None
 ) -> Metrics:
     """Train on the batches of the current epoch that are left, from `training.step` on.
 
@@ -113,12 +110,8 @@ def train_one_epoch(
         mix: images, labels -> images, shares of the classes.
         save: called every `save_minutes`, at the end of a step.
 
-    Returns:
-        Means over the images of the epoch, each taken when the image was trained on.
-
-    Raises:
-        Stopped: for a loss or gradient that is not finite.
-        Interrupted: at the end of a step after a signal.
+    Returns means over the images of the epoch, each taken when the image was trained on. Raises Stopped for a loss or gradient
+    that is not finite, and Interrupted at the end of a step after a signal.
     """
     start_training(training.model)
     config, processes = training.config, training.processes
@@ -154,10 +147,10 @@ def train_one_epoch(
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches,
-    loss_function: Callable,
+    batches: Iterable,
+    loss_function: Callable = nn.functional.cross_entropy,
     *,
-    device: torch.device,
+    device: torch.device | None = None,
     compiled: Callable | None = None,
     autocast: Callable = nullcontext,
     title: str = "test",
@@ -168,17 +161,21 @@ def evaluate(
     """Return means over all images of `batches`, each counted once.
 
     Args:
+        batches: those of `load_data`, or any iterable of (images, labels).
+        device: of the model; None: that of its first parameter.
         compiled: the compiled model, if there is one.
         check: called after every batch, equally often on all processes.
         predictions: receives the predicted classes.
     """
+    device = device or next(model.parameters()).device
+    batches = as_batches(batches, device)
     model.eval()
     compiled = model if compiled is None else compiled
     processes = processes or Processes()
     meter = Meter(device)
     # One row of sums per batch, added up in the order of the batches, whichever process computed them. A running sum in
     # floating point would not give exactly the same result with another number of processes.
-    rows = meter.sums.new_zeros(-(-batches.num_samples // batches.recipe.batch_size), 4)
+    rows = meter.sums.new_zeros(batches.num_batches, 4)
     with Progress(title, batches.num_samples, quiet=not processes.first) as progress:
         for step, (images, labels) in enumerate(batches.epoch(0)):
             if len(images):
@@ -202,30 +199,20 @@ def evaluate(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def fit(
-    training: Training,
-    data: Data,
-    folder: RunFolder,
-    options: dict,
-    facts: dict,
-    tracker: Tracker | None = None,
-) -> dict:
-    """Train until the last epoch or until early stopping, and write the outputs after every epoch.
+def fit(training: Training, data: Data, folder: RunFolder, options: dict, facts: dict, tracker: Tracker | None = None) -> dict:
+    """Train until the last epoch or early stopping, write the outputs after every epoch; return the row of the best epoch.
 
     Args:
         options: the contents of `args.txt`.
         facts: of model and data, for `summary.json`.
         tracker: also receives the row of every epoch.
-
-    Returns:
-        The row of the best epoch.
     """
     config, processes = training.config, training.processes
     # Label smoothing is for training: losses of different settings compare only without it.
     loss_function, plain_loss = make_loss(config.criterion, config.label_smoothing), make_loss(config.criterion)
     mix = make_mix(config.mixup, config.cutmix, facts["num_classes"])
-    split = selection_split(data)
-    board = folder.tensorboard(training.epoch) if config.tensorboard and processes.first else None
+    split = data.selection_split
+    board = Board(folder.path, training.epoch) if config.tensorboard and processes.first else None
 
     def save(*others):
         training.check_finite()
@@ -263,12 +250,8 @@ def fit(
                     left = (config.num_epochs - epoch) * (row["seconds"] + time.monotonic() - trained)
                     eta = "" if ended() else f"  ETA {tqdm.format_interval(left)}"
                     print(epoch_line(row) + eta, flush=True)
-                if board is not None:
-                    for name, value in row.items():
-                        board.add_scalar(name, value, epoch)
-                    board.flush()
-                if tracker is not None:
-                    tracker.epoch_done(row)
+                for receiver in filter(None, (board, tracker)):
+                    receiver.epoch_done(row)
     except Interrupted as interrupted:  # by all processes at the same step
         save()
         processes.finish()
@@ -296,14 +279,8 @@ def _evaluate_splits(training: Training, data: Data, loss_function: Callable) ->
         for name, batches in (("val", data.val), ("test", data.test))
         if batches is not None
     }
-    labels, last = predictions.table.to("cpu", torch.int32)
-    training.predictions |= {"labels": labels, "last": last}
+    training.predictions |= predictions.columns("last")
     return metrics
-
-
-def selection_split(data: Data) -> str:
-    """Return the part of the data that chooses the best epoch: "val" where images are held out, else "test"."""
-    return "val" if data.val is not None else "test"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -348,6 +325,29 @@ def run(
     return 0
 
 
+def train(
+    model: nn.Module,
+    train_loader: Iterable,
+    test_loader: Iterable,
+    config: TrainConfig = TrainConfig(),  # noqa: B008  it is immutable
+    *,
+    output_dir: str | Path | None = None,
+) -> dict:
+    """Train a classifier, (B, ...) -> (B, classes), as the programs do; return the row of the best epoch.
+
+    The loaders, iterables of (images (B, ...), labels (B,)), are read once before training, then once per epoch. The default of
+    `output_dir` is ./Output/ and the class of the model. Raises TypeError, ValueError, RunError, DataError or Stopped, each in
+    one line, and Interrupted after a signal, once the state is saved.
+    """
+    given = Given(model, train_loader, test_loader, config, output_dir)
+    folder = RunFolder(given.options.train.output_dir)
+    with Signals() as signals, stop_if_out_of_memory("what this run needs", MEMORY_ADVICE), folder.claimed(given.options.train):
+        request = Request(given.options, lambda _: model, load_state, Processes(), signals, given.read)
+        training, data, facts = begin_training(request, [])
+        _train(training, data, folder, given.options, facts)
+    return training.best
+
+
 def _train(training: Training, data: Data, folder: RunFolder, options: Options, facts: dict) -> None:
     first, plain = training.processes.first, options.as_dict()
     with Tracker(folder.path, plain) if options.train.wandb and first else nullcontext() as tracker:
@@ -356,7 +356,7 @@ def _train(training: Training, data: Data, folder: RunFolder, options: Options, 
             return
         if options.train.export:
             export(Path(options.train.export), training.model, folder.best, facts["image_shape"])
-        split = selection_split(data)
+        split = data.selection_split
         print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
 
 
@@ -380,7 +380,6 @@ def _test(request: Request, model: nn.Module, data: Data, path: Path, facts: dic
         return
     if not math.isfinite(metrics.loss):
         raise Stopped(f"the test loss of {path} is not finite: its weights overflow in this model")
-    confusion = predictions.confusion(options.model.num_classes)
     print(f"test top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  ({path})")
     results = {
         **metrics._asdict(),
@@ -389,12 +388,10 @@ def _test(request: Request, model: nn.Module, data: Data, path: Path, facts: dic
         "parameters": count_parameters(model),
         "flops_per_image": facts["flops_per_image"],
         **costs_of(model, facts["image_shape"], device),
-        "classes": by_class(confusion, data.class_names),
-        **({"confusion": confusion.tolist()} if len(data.class_names) <= MOST_CONFUSED else {}),
+        **predictions.summary(data.class_names),
         "options": evaluation_options(options),
         "override": facts["override"],
     }
-    labels, predicted = predictions.table.to("cpu", torch.int32)
-    written = RunFolder(train.output_dir).write_test_results(results, {"labels": labels, "predicted": predicted})
+    written = RunFolder(train.output_dir).write_test_results(results, predictions.columns("predicted"))
     if written.name != "test_results.json":
         print(f"results are in {written}: test_results.json is of other options")

@@ -27,8 +27,8 @@ class PeerConfig(ViTConfig):
 
     layer: str = option("timm", "timm's VisionTransformer, or vit-pytorch's ViT or SimpleViT", choices=tuple(PEERS))
 
-    def __post_init__(self):
-        super().__post_init__()
+    def __post_init__(self, d_hidden: int | None):
+        super().__post_init__(d_hidden)
         if self.layer == "vit-pytorch-simple" and self.d_model % 4:
             raise ValueError(f"d_model={self.d_model} is not a multiple of 4, which layer={self.layer} requires")
 

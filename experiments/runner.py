@@ -61,6 +61,8 @@ class Sweep:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[slot * self.gpus_per_run :][: self.gpus_per_run])
         else:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // (self.slots * self.gpus_per_run))))
+        if "." in __package__:  # installed: other modules must not find those beside the program
+            environment["PYTHONSAFEPATH"] = "1"
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus_per_run}"]
         command = [sys.executable, *(launcher if self.gpus_per_run > 1 else []), str(program_path(point.program))]
         command += point.argv(self.folder)

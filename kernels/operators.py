@@ -20,13 +20,16 @@ from kernels.reference import accumulator
 def _gradients(grad: Tensor, backward: Callable, given: tuple, plain: Callable, tensors: tuple[Tensor, ...]):
     """Return `backward(grad, *given)`, the gradients of `plain(*tensors)`.
 
-    Where they will be differentiated again, autograd computes them through the plain form.
+    Where they will be differentiated again, autograd computes them through the plain form; tensors that need no gradient get
+    None.
     """
     if not torch.is_grad_enabled():
         return backward(grad, *given)
     with torch.enable_grad():
         views = [tensor.view_as(tensor) for tensor in tensors]  # one each, where query and key are the same tensor
-        return torch.autograd.grad(plain(*views), views, grad, create_graph=True)
+        wanted = [view for view in views if view.requires_grad]
+        found = iter(torch.autograd.grad(plain(*views), wanted, grad, create_graph=True))
+        return tuple(next(found) if view.requires_grad else None for view in views)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -173,8 +176,7 @@ def _aggregate_gradient(ctx, grad):
         lambda v, w, s=None: reference.aggregate(v, index, w, s, ctx.depthwise),
         (values, weight) if scores is None else (values, weight, scores),
     )
-    to_scores = None if scores is None else to_scores[0].to(scores.dtype)
-    return to_values if need_values else None, None, to_weight, to_scores, None
+    return to_values if need_values else None, None, to_weight, None if scores is None else to_scores[0], None
 
 
 aggregate.register_autograd(_aggregate_gradient, setup_context=_save_aggregate)

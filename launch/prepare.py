@@ -53,7 +53,7 @@ from utils import seed_everything
 class Request(NamedTuple):
     """The run that the command line asks for, and the processes that take part in it.
 
-    make_model: config -> model; load: puts a state dict into the model.
+    make_model: config -> model; load: puts a state dict into the model; read: reads the data, by default `load_data`.
     """
 
     options: Options
@@ -61,6 +61,7 @@ class Request(NamedTuple):
     load: Callable[[nn.Module, dict, LoadPolicy], Loaded]
     processes: Processes
     signals: Signals
+    read: Callable[..., Data] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ def read_data(request: Request, device: torch.device) -> Data:
         processes.first_of_machine_first(),
         stop_if_out_of_memory("the data set", "--train_limit and --test_limit take less"),
     ):
-        return load_data(
+        return (request.read or load_data)(
             options.data,
             batch_size=options.train.batch_size,
             seed=options.train.seed,

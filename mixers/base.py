@@ -32,7 +32,8 @@ def check_one_of(names: Iterable[str], **arguments: str) -> None:
 class TokenLayout:
     """Layout of the N tokens of a sequence: class tokens first, then a grid of patches in raster order.
 
-    A single row or column of patches is a sequence without a grid.
+    Register tokens (arXiv 2309.16588), which have no place in the grid, count as class tokens. A single row or column of
+    patches is a sequence without a grid.
     """
 
     height: int
@@ -84,13 +85,34 @@ def layout_argument(module: nn.Module, layout: TokenLayout | None) -> dict[str, 
     return {} if layout is None or not accepts_layout(module) else {"layout": layout}
 
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "forward")
+
+
+@torch.compiler.assume_constant_result
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return True if calling the module only applies the function of `kind` to its weight.
+
+    Then an operator may read the weight instead. It may not for modules with hooks or parametrizations, pruned, wrapped,
+    quantized or replaced ones.
+    """
+    return type(module) is kind and not any(vars(module).get(name) for name in HOOKS)
+
+
+def scaled_products(query: Tensor, key: Tensor) -> Tensor:
+    """Return q k^T / sqrt(d): (..., N, d) and (..., M, d) -> (..., N, M).
+
+    The query is scaled first, as in PyTorch's attention: unscaled products may be too large for float16.
+    """
+    return (query / math.sqrt(query.shape[-1])) @ key.mT
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, dropout: float = 0.0, output_matrix: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention among the pairs that `mask` (N, M) allows: (B, H, N, d), and with output_matrix the softmax."""
     if not output_matrix:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None
-    scores = query @ key.mT / math.sqrt(query.shape[-1])
+    scores = scaled_products(query, key)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     matrix = scores.softmax(dim=-1)
@@ -112,7 +134,9 @@ class TokenMixer(nn.Module):
 
     Args:
         num_heads: heads of the mixing matrix.
-        layout: layout of the tokens, for mixers that need it; `forward` takes another.
+        layout: layout of the tokens, for mixers that need it; `forward` takes another. Without, tokens are a sequence.
+
+    Raises ValueError without a layout where `per_token` needs one.
     """
 
     takes_layout = False
@@ -120,6 +144,8 @@ class TokenMixer(nn.Module):
 
     def __init__(self, num_heads: int, layout: TokenLayout | None = None):
         super().__init__()
+        if layout is None and self.per_token:
+            raise ValueError(f"{type(self).__name__} has parameters for every token; give layout=TokenLayout(height, width)")
         self.num_heads = num_heads
         self.layout = layout
 
@@ -128,14 +154,15 @@ class TokenMixer(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """x (B, N, d_model) -> the same; with output_attentions also the mixing matrix (B, H, N, N), None for convolutions.
 
-        layout: layout of the N tokens; None: as at construction. Raises ValueError if it does not fit.
+        layout: layout of the N tokens; None: as at construction, or a sequence. Raises ValueError if it does not fit.
         """
         layout = layout or self.layout
         if self.layout is not None and layout != self.layout and not self.runs_on_any_layout:
             raise ValueError(f"tokens of {layout} were given, and the layer was made for {self.layout}")
         if self.layout is not None and x.shape[1] != layout.num_tokens:
             raise ValueError(f"{x.shape[1]} tokens were given, and the layer was made for {layout}")
-        out, matrix = self.mix_tokens(x, output_attentions, *((layout,) if self.takes_layout else ()))
+        given = (layout or TokenLayout(1, x.shape[1]),) if self.takes_layout else ()
+        out, matrix = self.mix_tokens(x, output_attentions, *given)
         return (out, matrix) if output_attentions else out
 
     def mix_tokens(self, x: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
@@ -158,7 +185,7 @@ class MultiHeadMixer(TokenMixer):
 
     Args:
         num_heads: heads of d_model / num_heads features each.
-        layout: layout of the tokens, for mixers that need it; `forward` takes another.
+        layout: layout of the tokens, for mixers that need it; `forward` takes another. Without, tokens are a sequence.
         attention_dropout: probability of dropping a weight of a pair of tokens.
         bias: of all projections, or (of the ones before mixing, of the one after).
 
@@ -224,11 +251,35 @@ def mixing_matrix(index: Tensor, weights: Tensor, heads: int, num_keys: int | No
     return weights.new_zeros(BH, N, num_keys or N).scatter(2, index, weights).unflatten(0, (-1, heads))
 
 
+class PixelUnshuffle(nn.PixelUnshuffle):
+    """Move blocks of `scale` tokens along every side into channels: (B, C, *sides) -> (B, C * scale^axes, *sides / scale).
+
+    On images as PyTorch's, which leaves a batch of no images as it is.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        axes = x.ndim - 2
+        for axis in range(1 + axes, 1, -1):
+            x = x.unflatten(axis, (-1, self.downscale_factor))  # (B, C, H / scale, scale, W / scale, scale) in the end
+        return x.permute(0, 1, *range(3, 3 + 2 * axes, 2), *range(2, 2 + 2 * axes, 2)).flatten(1, 1 + axes)
+
+
+class PixelShuffle(nn.PixelShuffle):
+    """The inverse of `PixelUnshuffle`: (B, C * scale^axes, *sides) -> (B, C, *sides * scale)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        axes = x.ndim - 2
+        x = x.unflatten(1, (-1, *[self.upscale_factor] * axes))  # (B, C, scale, scale, H, W)
+        x = x.permute(0, 1, *(side for axis in range(2, 2 + axes) for side in (axis + axes, axis)))
+        for axis in range(2, 2 + axes):
+            x = x.flatten(axis, axis + 1)
+        return x
+
+
 class ImageMixer(nn.Module):
     """Base of mixers on images: shuffle patterns, and the fold of (B, C, *sides) into tokens (B, N, C) and back."""
 
     axes = 2
-    shuffles = nn.PixelUnshuffle, nn.PixelShuffle
 
     def __init__(self, in_channels: int, out_channels: int, shuffle_pattern: str, shuffle_scale: int):
         super().__init__()
@@ -237,9 +288,8 @@ class ImageMixer(nn.Module):
         before, after = shuffle_factors(shuffle_pattern, shuffle_scale, self.axes)
         self.shuffle_scale = shuffle_scale
         self.token_channels = in_channels * before, out_channels * after
-        unshuffle, shuffle = self.shuffles
-        self.unshuffle = unshuffle(shuffle_scale) if "B" in shuffle_pattern else nn.Identity()
-        self.shuffle = shuffle(shuffle_scale) if shuffle_pattern in ("A", "BA") else nn.Identity()
+        self.unshuffle = PixelUnshuffle(shuffle_scale) if "B" in shuffle_pattern else nn.Identity()
+        self.shuffle = PixelShuffle(shuffle_scale) if shuffle_pattern in ("A", "BA") else nn.Identity()
 
     def token_grid(self, image_size: int | tuple[int, ...] | None, padding: int = 0) -> tuple[int, ...] | None:
         """Sides of the grid of tokens of an input of this size. Raises ValueError if the scale does not divide them."""

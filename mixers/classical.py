@@ -43,6 +43,8 @@ class FourierMixer(TokenMixer):
         super().__init__(num_heads)
 
     def mix_tokens(self, x: Tensor, output_matrix: bool) -> tuple[Tensor, None]:
+        if not x.numel():  # MKL transforms no empty batch
+            return x, None
         wide = torch.promote_types(x.dtype, torch.float32)
         return torch.fft.fft2(x.to(wide), norm="ortho").real.to(x.dtype), None
 
@@ -63,6 +65,8 @@ class GlobalFilterMixer(TokenMixer):
         self.filter = nn.Parameter(torch.randn(d_model, layout.height, layout.width // 2 + 1, 2) / math.sqrt(2))
 
     def mix_tokens(self, x: Tensor, output_matrix: bool, layout: TokenLayout) -> tuple[Tensor, None]:
+        if not x.numel():  # MKL transforms no empty batch
+            return x, None
         wide = torch.promote_types(x.dtype, torch.float32)
         image = torch.fft.rfft2(as_image(x, layout).to(wide), norm="ortho")  # (B, d, h, w / 2 + 1)
         image = image * torch.view_as_complex(self.filter.to(wide))

@@ -8,18 +8,19 @@ A maximum is not a weighted sum of values, so these layers have no mixing matrix
 """
 
 from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixers.base import Bias, ImageMixer, MultiHeadMixer, TokenLayout, both_biases, check_at_least, check_one_of
-from mixers.selection import NeighborSelection
+from mixers.selection import NeighborSelection, select_tokens
 from mixers.tables import GridTables, PerGrid
 from neighbors import max_neighbors, neighbor_scores, weighted_sum
 from options.checks import dilate
 from options.layers import GRAPH_AGGREGATIONS
-from options.neighbors import NeighborConfig
+from options.neighbors import NeighborConfig, NeighborFields, as_neighbors
 
 
 class GraphAggregation(nn.Module):
@@ -78,7 +79,7 @@ class GraphMixer(MultiHeadMixer):
     Class tokens, absent from the paper, are candidates like all tokens and take from all.
 
     Args:
-        neighbors: rules of the search; the paper compares features of length one (cosine).
+        neighbors: rules of the search, or its fields by keyword; the paper compares features of length one (cosine).
         aggregation: see `GraphAggregation`.
 
     Raises ValueError if K * dilation, the samples or the heads do not fit.
@@ -90,20 +91,19 @@ class GraphMixer(MultiHeadMixer):
         self,
         d_model: int,
         num_heads: int,
-        neighbors: NeighborConfig,
+        neighbors: NeighborConfig | None = None,
         *,
-        layout: TokenLayout,
+        layout: TokenLayout | None = None,
         aggregation: str = "max",
         dilation: int = 1,
         bias: Bias = True,
+        **fields: Unpack[NeighborFields],
     ):
         super().__init__(d_model, num_heads, layout=layout, bias=bias)
-        grid = layout.grid
-        self.select = NeighborSelection(
-            dilate(neighbors, dilation), axes=len(grid), self_first=True, class_tokens=layout.class_tokens, grid=grid
-        )
+        neighbors = as_neighbors(neighbors, fields)
+        self.select = select_tokens(dilate(neighbors, dilation), layout, self_first=True)
         self.dilation = dilation
-        coordinates = len(grid) * (neighbors.aggregation_type == "Loc_Col")
+        coordinates = self.select.axes * (neighbors.aggregation_type == "Loc_Col")
         before, _ = both_biases(bias)
         self.input = nn.Linear(d_model + coordinates, d_model, bias=before)
         self.graph = GraphAggregation(d_model, d_model, num_heads, aggregation, before)
@@ -162,6 +162,7 @@ class AxialGraphMixer(MultiHeadMixer):
 
     def distances(self, x: Tensor, index: Tensor) -> Tensor:
         """(B, P, A), distances of the patches to their candidates, by products: a fraction of the time of differences."""
+        x = x - x.mean(dim=1, keepdim=True)  # distances do not change, and a common offset would cost their digits
         products = neighbor_scores(x[:, -index.shape[1] :], x, index, "matmul") * x.shape[2] ** 0.5
         lengths = x.to(products.dtype).square().sum(dim=2)  # (B, N)
         others = lengths.gather(1, index.flatten(1)).view(index.shape)
@@ -191,7 +192,7 @@ class GraphConv2d(ImageMixer):
     GELU(GraphConv(x W_in)) W_out, as in `GraphMixer`.
 
     Args:
-        neighbors: rules of the search; the token itself is always slot 0.
+        neighbors: rules of the search, or its fields by keyword; the token itself is always slot 0.
         aggregation: see `GraphAggregation`.
         shuffle_pattern, shuffle_scale, image_size: as in `ConvNN2d`.
 
@@ -203,14 +204,16 @@ class GraphConv2d(ImageMixer):
         in_channels: int,
         out_channels: int,
         num_heads: int,
-        neighbors: NeighborConfig,
+        neighbors: NeighborConfig | None = None,
         *,
         aggregation: str = "max",
         shuffle_pattern: str = "NA",
         shuffle_scale: int = 2,
         image_size: int | tuple[int, ...] | None = None,
+        **fields: Unpack[NeighborFields],
     ):
         super().__init__(in_channels, out_channels, shuffle_pattern, shuffle_scale)
+        neighbors = as_neighbors(neighbors, fields)
         grid = self.token_grid(image_size)
         self.select = NeighborSelection(neighbors, axes=self.axes, self_first=True, grid=grid)
         inputs, D = self.token_channels

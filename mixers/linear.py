@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, check_one_of
+from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, check_one_of, scaled_products
 from mixers.local import make_pattern
 from mixers.tables import GridTables, PerGrid
 from mixers.tilings import neighborhood_tilings
@@ -40,19 +40,28 @@ def identity_values(value: Tensor) -> Tensor:
     return torch.eye(N, dtype=value.dtype, device=value.device).expand(B, H, N, N)
 
 
+def feature_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Attention by products of positive features: query and key (B, H, N, m), their logarithms, value (B, H, N, e) -> the same.
+
+    Two softmaxes, over the tokens for every feature, then over the features for every query, are the quotient of the sums. They
+    cannot overflow.
+    """
+    total = key.logsumexp(dim=2, keepdim=True)  # (B, H, 1, m): sum of a feature over all keys
+    values = (key - total).exp().mT.to(value.dtype) @ value  # (B, H, m, e)
+    weights = (query + total).softmax(dim=-1)  # (B, H, N, m)
+    return F.dropout(weights, dropout).to(value.dtype) @ values
+
+
 class LinearAttention(LinearMixer):
     """Linear attention (Katharopoulos et al., arXiv 2006.16236): weights phi(q) phi(k), phi = elu + 1, over their sum. O(N d).
 
-    The products of keys and values are summed over the tokens once. A class token is one of them.
+    A class token is one of the tokens.
     """
 
-    def __init__(self, d_model: int, num_heads: int, *, bias: Bias = True):
-        super().__init__(d_model, num_heads, bias=bias)
-
     def weigh(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-        query, key = (part.relu() + part.clamp(max=0).exp() for part in (query, key))  # elu + 1, not rounded below 0
-        total = query @ key.mean(dim=2)[..., None]  # (B, H, N, 1)
-        return query @ (key.mT @ value / key.shape[2]) / total
+        wide = torch.promote_types(query.dtype, torch.float32)
+        logs = [part.clamp(max=0) + part.relu().log1p() for part in (query.to(wide), key.to(wide))]
+        return feature_attention(*logs, value, dropout)
 
 
 class LinformerAttention(LinearMixer):
@@ -91,8 +100,7 @@ class RandomFeatures(nn.Module):
     """FAVOR+ (Choromanski et al., arXiv 2009.14794): attention by a kernel of positive random features.
 
     `softmax` features estimate softmax(q k^T / sqrt(d)) without bias, `relu` features are another kernel. Both run on the
-    logarithms of the features, as two softmaxes: over the tokens for every feature, then over the features for every query.
-    The result equals the quotient of the paper, needs neither its stabilizers nor its small constants, and cannot overflow.
+    logarithms of the features; the result equals the quotient of the paper without its stabilizers and small constants.
 
     `features` (m, d), orthogonal in blocks of d, are drawn at construction, saved with the model, and drawn anew by
     `redraw(seed)`.
@@ -125,11 +133,7 @@ class RandomFeatures(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """query and key (B, H, N, d), value (B, H, N, e) -> (B, H, N, e)."""
-        query, key = self.log_features(query), self.log_features(key)
-        total = key.logsumexp(dim=2, keepdim=True)  # (B, H, 1, m): sum of a feature over all keys
-        values = (key - total).exp().mT.to(value.dtype) @ value  # (B, H, m, e)
-        weights = (query + total).softmax(dim=-1)  # (B, H, N, m)
-        return F.dropout(weights, dropout).to(value.dtype) @ values
+        return feature_attention(self.log_features(query), self.log_features(key), value, dropout)
 
 
 def orthogonal_features(num_features: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
@@ -209,12 +213,13 @@ class NystromformerAttention(LinearMixer):
         if segments is None:
             out, _ = attend(query, key, value, dropout=dropout)
         else:
-            lengths = segments.sum(dim=1, keepdim=True)
-            query_landmarks, key_landmarks = (segments.to(x.dtype) @ x / lengths for x in (query, key))  # (B, H, m, d)
+            segments = segments.to(query.dtype)
+            means = segments / segments.sum(dim=1, keepdim=True)  # before the sum, which may be too large for float16
+            query_landmarks, key_landmarks = means @ query, means @ key  # (B, H, m, d)
             values, _ = attend(query_landmarks, key, value)  # (B, H, m, e)
             with torch.autocast(query.device.type, enabled=False):
                 dtype = torch.promote_types(query.dtype, torch.float32)
-                scores = query_landmarks.to(dtype) @ key_landmarks.to(dtype).mT / math.sqrt(self.head_dim)
+                scores = scaled_products(query_landmarks.to(dtype), key_landmarks.to(dtype))
                 values = pseudo_inverse(scores.softmax(dim=-1)) @ values.to(dtype)
             out, _ = attend(query, key_landmarks, values.to(query.dtype), dropout=dropout)
         return out if self.conv is None else out + self.conv(F.pad(value, (0, 0, *self.reach)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import backend
-from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, check_one_of
+from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, check_one_of, scaled_products
 from mixers.block_masks import BLOCK, BlockSparsePattern
 from mixers.tables import ConstantTables, GridTables, PerGrid
 from mixers.tilings import NONE, Tiling, mask_tilings, neighborhood_tilings, sparse_tilings, window_tilings
@@ -130,7 +130,7 @@ class SparsityPattern(ConstantTables):
         # One softmax over the keys of all tilings.
         scores = []
         for tiles, (q, k, _) in zip(self.tiles, inside, strict=True):
-            score = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~tiles.allowed, -math.inf)
+            score = scaled_products(q, k).masked_fill(~tiles.allowed, -math.inf)
             scores.append(tiles.in_order(score))  # (G, P, k)
         weights = F.dropout(torch.cat(scores, dim=2).softmax(dim=2), dropout)
         parts = weights.split([score.shape[2] for score in scores], dim=2)
@@ -358,7 +358,7 @@ class GatedPositionalSelfAttention(MultiHeadMixer):
         rows, columns = self.positions(layout)
         gate = self.gate.sigmoid()[:, None, None]
         if output_matrix or self.dropout:  # both need the weights of pairs
-            content = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(dim=-1)
+            content = scaled_products(query, key).softmax(dim=-1)
             location = (rows[:, :, None, :, None] * columns[:, None, :, None, :]).flatten(3).flatten(1, 2)  # (H, P, P)
             patches = content[:, :, c:] * (1 - gate) + F.pad(gate * location, (c, 0))
             matrix = torch.cat([content[:, :, :c], patches], dim=2)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, mixing_matrix
+from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, is_plain, mixing_matrix
 from mixers.linear import LinearMixer
 from mixers.tables import GridTables, PerGrid
 from neighbors import find_neighbors, neighbor_scores, neighbor_weights, weighted_sum
@@ -143,9 +143,9 @@ class BiLevelRoutingAttention(RegionMixer):
 
     def routed(self, regions: Tensor, classes: Tensor, routes: Tensor) -> Tensor:
         """Join class tokens and the regions that each region is routed to: (B, H, R, s, d) -> (B, H, R, c + k * s, d)."""
-        B, H, R, s, d = regions.shape
+        _, H, R, s, d = regions.shape
         chosen = routes.flatten(1)[:, None, :, None].expand(-1, H, -1, s * d)
-        found = regions.flatten(3).gather(2, chosen).view(B, H, R, -1, d)
+        found = regions.flatten(3).gather(2, chosen).unflatten(3, (s, d)).unflatten(2, (R, -1)).flatten(3, 4)
         return torch.cat([classes[:, :, None].expand(-1, -1, R, -1, -1), found], dim=3)
 
 
@@ -280,12 +280,16 @@ class PatchToClusterAttention(MultiHeadMixer):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         assignment = self.assign(x)
-        d_model = x.shape[2]
-        weights = self.qkv.weight.split([d_model, 2 * d_model])
-        biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split([d_model, 2 * d_model])
-        query = F.linear(x, weights[0], biases[0])
-        key, value = F.linear(assignment.to(x.dtype) @ x, weights[1], biases[1]).chunk(2, dim=2)
-        return *(self.split_heads(part) for part in (query, key, value)), assignment
+        clusters = assignment.to(x.dtype) @ x  # (B, M, d_model)
+        N, d_model = x.shape[1:]
+        if is_plain(self.qkv, nn.Linear):  # the parts of it that are needed
+            weights = self.qkv.weight.split([d_model, 2 * d_model])
+            biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split([d_model, 2 * d_model])
+            query, pairs = F.linear(x, weights[0], biases[0]), F.linear(clusters, weights[1], biases[1])
+        else:
+            projected = self.qkv(torch.cat([x, clusters], dim=1))
+            query, pairs = projected[:, :N, :d_model], projected[:, N:, d_model:]
+        return *(self.split_heads(part) for part in (query, *pairs.chunk(2, dim=2))), assignment
 
     def mix(
         self, query: Tensor, key: Tensor, value: Tensor, assignment: Tensor, output_matrix: bool
@@ -331,7 +335,8 @@ class ContextClusterMixer(MultiHeadMixer):
         weights = (self.scale * cosines + self.shift).sigmoid() * nearest
         share = 1 / (1 + weights.sum(dim=3, keepdim=True))  # (B, H, R, 1)
         weights = weights.to(values.dtype)
-        out = weights.mT @ ((center_values + weights @ values) * share.to(values.dtype))
+        share = share.to(values.dtype)  # before the sum, which may be too large for float16
+        out = weights.mT @ (center_values * share + (weights * share) @ values)
         if not output_matrix:
             return out, None
         means = average(torch.eye(values.shape[2], device=values.device, dtype=weights.dtype)[None, None])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixers.base import TokenLayout
 from mixers.tables import GridTables, PerGrid
 from neighbors import (
     coordinates,
@@ -49,6 +50,7 @@ class NeighborSelection(nn.Module):
         super().__init__()
         neighbors.check_candidates(grid, axes=axes, class_tokens=class_tokens)
         self.neighbors = neighbors
+        self.axes = axes
         self.self_first = self_first
         self.padding = padding
         self.class_tokens = class_tokens
@@ -97,6 +99,16 @@ class NeighborSelection(nn.Module):
 
     def _coordinates(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
         return coordinates(self.tables.at(grid, x.device).locations, grid, x.dtype, self.class_tokens)
+
+
+def select_tokens(neighbors: NeighborConfig, layout: TokenLayout | None, *, self_first: bool) -> NeighborSelection:
+    """Make the selection for tokens of a layout, or without for any sequence. Raises ValueError where it needs locations."""
+    if layout is not None:
+        grid, extra = layout.grid, layout.class_tokens
+        return NeighborSelection(neighbors, axes=len(grid), self_first=self_first, class_tokens=extra, grid=grid)
+    if neighbors.uses_location:
+        raise ValueError(f"{neighbors} depends on locations; give layout=TokenLayout(height, width, class_tokens)")
+    return NeighborSelection(neighbors, axes=1, self_first=self_first)
 
 
 def selection_tables(neighbors: NeighborConfig, padding: int, class_tokens: int, *grid: int) -> dict[str, Tensor | None]:

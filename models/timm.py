@@ -1,6 +1,8 @@
 """Our mixers inside timm's vision transformers: `VisionTransformer(..., attn_layer=timm_mixer("ConvNNAttention", K=9))`."""
 
+import copyreg
 import dataclasses
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -8,6 +10,15 @@ from mixers.base import TokenLayout
 from mixers.build import layer_arguments, layer_class
 from options.layers import LAYERS1D_ROWS, layer_row
 from options.vit import ViTConfig
+
+
+class MixerType(type):
+    """Type of the classes that `timm_mixer` makes: pickle calls it again, as it finds them in no module."""
+
+    made_from: tuple[str, dict]
+
+
+copyreg.pickle(MixerType, lambda mixer: (partial(timm_mixer, mixer.made_from[0], **mixer.made_from[1]), ()))
 
 
 def timm_mixer(layer: str, **options) -> type[nn.Module]:
@@ -27,7 +38,9 @@ def timm_mixer(layer: str, **options) -> type[nn.Module]:
     layout = TokenLayout(*base.grid, base.class_tokens)
     row = layer_row(LAYERS1D_ROWS, layer, base.branch_ratio)
 
-    class Mixer(layer_class(row)):
+    class Mixer(layer_class(row), metaclass=MixerType):
+        made_from = layer, options
+
         def __init__(
             self,
             dim: int,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from options.fields import KINDS, Spec, check_option, convert, did_you_mean
+from options.neighbors import NeighborFields
 from options.reading import open_regular, sha256_of
 
 
@@ -175,6 +176,8 @@ def _read_constructor(cls: type, sizes: tuple[str, str], sources: dict[str, str]
     programs = {"d_model": "vit_main.py", "in_channels": "allconvnet_main.py"}
     if parameters[0].name in programs and parameters[0].name != sizes[0]:
         raise ValueError(f"{signature} is a mixer for {programs[parameters[0].name]}; here it takes {wanted}")
+    # A layer takes the fields of its `neighbors` by keyword too; the model passes `neighbors`.
+    parameters = [one for one in parameters if one.annotation != typing.Unpack[NeighborFields]]
     for one in parameters[2:]:
         if one.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
             raise ValueError(f"{cls.__name__} takes {one}; name every argument, so that it can be an option")

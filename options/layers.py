@@ -126,7 +126,7 @@ LAYERS1D_ROWS = {
     "FNet": Row("mixers.classical:FourierMixer", (), heads=False),
     "GFNet": Row("mixers.classical:GlobalFilterMixer", ("layout",), heads=False),
     "XCiT": Row("mixers.classical:CrossCovarianceAttention", PAIRS),
-    "LinearAttention": Row("mixers.linear:LinearAttention", ("bias",)),
+    "LinearAttention": Row("mixers.linear:LinearAttention", PAIRS),
     "Swin": Row("mixers.region:ShiftedWindowAttention", ("layout", "region_size", "block", *PAIRS)),
     "FocalModulation": Row("mixers.classical:FocalModulation", ("layout", "bias"), heads=False),
 }

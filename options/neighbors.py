@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 from options.fields import SIDE, TOKENS, check_fields, option
 
@@ -77,6 +78,11 @@ class NeighborConfig:
         """`sampling_type`, where num_samples=-1 means all."""
         return "all" if self.num_samples == -1 else self.sampling_type
 
+    @property
+    def uses_location(self) -> bool:
+        """True if the neighbors of a token, or their values, depend on the places of the tokens."""
+        return self.sampling == "spatial" or (self.similarity_type, self.aggregation_type) != ("Col", "Col")
+
     def check_candidates(self, grid: tuple[int, ...] | None, *, axes: int = 2, class_tokens: int = 0) -> None:
         """Raise ValueError if a token of this grid cannot have K neighbors.
 
@@ -104,6 +110,30 @@ class NeighborConfig:
             f"K={self.K} is more than the {candidates} candidates (sampling_type={self.sampling_type}, "
             f"num_samples={self.num_samples}); lower K or raise num_samples"
         )
+
+
+class NeighborFields(TypedDict, total=False):
+    """Fields of a `NeighborConfig`, as keyword arguments of a layer."""
+
+    K: int
+    sampling_type: str
+    num_samples: int
+    sample_padding: int
+    magnitude_type: str
+    similarity_type: str
+    aggregation_type: str
+    lambda_param: float
+
+
+def as_neighbors(neighbors: NeighborConfig | None, fields: NeighborFields) -> NeighborConfig:
+    """Return the config of a layer, which takes it whole or by its fields. Raises TypeError for both, or an unknown field."""
+    if neighbors is None:
+        return NeighborConfig(**fields)
+    if not isinstance(neighbors, NeighborConfig):
+        raise TypeError(f"neighbors={neighbors!r} is not a NeighborConfig; give that, or its fields by keyword, such as K=9")
+    if fields:
+        raise TypeError(f"{', '.join(fields)} cannot be given beside neighbors; set it in the NeighborConfig")
+    return neighbors
 
 
 def as_sides(grid: tuple[int, ...]) -> str:

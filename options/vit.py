@@ -1,7 +1,7 @@
 """`ViTConfig`: options of the vision transformer, and its presets."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import ClassVar
 
 from options.checks import (
@@ -16,7 +16,7 @@ from options.checks import (
     region_sides,
     sequence_grid,
 )
-from options.fields import LAYERS, SIDE, TOKENS, WIDTH, decide, option, with_default
+from options.fields import LAYERS, NOT_GIVEN, SIDE, TOKENS, WIDTH, decide, option, with_default
 from options.layers import (
     CONVOLUTION_TYPES,
     CUSTOM_LAYER,
@@ -151,8 +151,13 @@ class ViTConfig(ModelConfig):
     )
     magnitude_type: str = with_default(NeighborConfig, "magnitude_type", "matmul")
     image_size: int | tuple[int, int] = 224
+    d_hidden: InitVar[int | None] = None  # another name of d_model
 
-    def __post_init__(self):
+    def __post_init__(self, d_hidden: int | None):
+        if d_hidden is not None:
+            if self.d_model is not NOT_GIVEN:
+                raise ValueError("d_hidden and d_model are two names of one option; drop one of them")
+            object.__setattr__(self, "d_model", d_hidden)
         decide(self, VIT_MODELS.get(str(self.model), {}))
         if len(layers_of(str(self.layer))) > 1 and not self.layer.endswith(".py"):
             raise ValueError(

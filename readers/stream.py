@@ -37,7 +37,7 @@ class _ImageFiles(Dataset):
         return images, torch.from_numpy(self.labels[rows]), index
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
     """Ignore signals, which clusters send to all processes: the main process needs its workers to finish a step."""
     for number in Signals.NUMBERS:
         signal.signal(number, signal.SIG_IGN)
@@ -82,7 +82,7 @@ class ImageStream:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # else each epoch draws from the global generator, and a resumed one twice
         )
         atexit.register(_end_workers, weakref.ref(self.loader))

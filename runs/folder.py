@@ -243,12 +243,6 @@ class RunFolder:
         then, now = ({**one.get("options", {}), "checkpoint": one.get("checkpoint")} for one in (there, results))
         return then.keys() == now.keys() and all(same_value(name, then[name], value) for name, value in now.items())
 
-    def tensorboard(self, epochs: int):
-        """Return a writer that hides events after these epochs, which an interrupted run may have left."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(self.path / "tensorboard", purge_step=epochs + 1)
-
 
 def costs_of(model: nn.Module, image_shape: tuple[int, ...], device: torch.device) -> dict:
     """Measure the latency of one image, for a second, and the peak memory of this process so far."""

@@ -39,6 +39,9 @@ class Meter:
         return Metrics(loss / seen, 100 * top1 / seen, 100 * top5 / seen)
 
 
+MOST_CONFUSED = 200  # classes up to which test_results.json holds the confusion matrix
+
+
 class Predictions:
     """Label and predicted class of every image, in the order of the data set, on the device.
 
@@ -46,18 +49,29 @@ class Predictions:
     """
 
     def __init__(self, batches, device: torch.device):
-        self.batch_size = batches.recipe.batch_size
+        self.batches = batches
         self.table = torch.zeros(2, batches.num_samples, device=device, dtype=torch.int64)
 
     def add(self, number: int, logits: Tensor, labels: Tensor) -> None:
         """Note the batch of this number, counted from 0: logits (B, classes), labels (B,)."""
-        start = number * self.batch_size
+        start = self.batches.first_image(number)
         self.table[:, start : start + len(labels)] = torch.stack([labels, logits.argmax(dim=1)])
 
     def confusion(self, classes: int) -> Tensor:
         """Count images by (class, predicted class): (classes, classes)."""
         cells = self.table[0] * classes + self.table[1]
         return cells.cpu().bincount(minlength=classes**2).view(classes, classes)
+
+    def summary(self, names: list[str]) -> dict:
+        """Return the part of test_results.json about classes."""
+        counts = self.confusion(len(names))
+        matrix = {"confusion": counts.tolist()} if len(names) <= MOST_CONFUSED else {}
+        return {"classes": by_class(counts, names), **matrix}
+
+    def columns(self, name: str) -> dict[str, Tensor]:
+        """Return labels, and predicted classes under this name, (images,) int32 each."""
+        labels, classes = self.table.to("cpu", torch.int32)
+        return {"labels": labels, name: classes}
 
 
 def by_class(confusion: Tensor, names: list[str]) -> dict[str, dict]:

@@ -7,7 +7,10 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Context with a tqdm bar over images if stderr is a terminal, else with a line there at most every 30 seconds."""
+    """Context with a tqdm bar over images if stderr is a terminal, else with a line there at most every 30 seconds.
+
+    total: 0 if it is not known.
+    """
 
     LINE_EVERY = 30
 
@@ -16,7 +19,7 @@ class Progress:
         self.start, self.first, self.printed = time.monotonic(), done, time.monotonic()
         self.bar = None
         if sys.stderr.isatty() and not quiet:
-            self.bar = tqdm(desc=title, total=total, initial=done, unit=" images", unit_scale=True, leave=False)
+            self.bar = tqdm(desc=title, total=total or None, initial=done, unit=" images", unit_scale=True, leave=False)
 
     @property
     def due(self) -> bool:
@@ -37,8 +40,9 @@ class Progress:
         # Images of an interrupted run were not read in this time.
         rate = (self.done - self.first) / (self.printed - self.start)
         left = tqdm.format_interval((self.total - self.done) / max(rate, 1e-9))
+        of_all, eta = (f"/{self.total:,}", f", ETA {left}") if self.total else ("", "")
         print(
-            f"{self.title}: {self.done:,}/{self.total:,} images, {rate:,.0f} images/s, ETA {left}" + (so_far and f", {so_far}"),
+            f"{self.title}: {self.done:,}{of_all} images, {rate:,.0f} images/s{eta}" + (so_far and f", {so_far}"),
             file=sys.stderr,
         )
 

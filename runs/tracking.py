@@ -1,4 +1,4 @@
-"""Track a run by Weights & Biases (`--wandb`)."""
+"""Track a run by TensorBoard (`--tensorboard`) or Weights & Biases (`--wandb`)."""
 
 import contextlib
 import importlib.util
@@ -18,6 +18,20 @@ def is_installed() -> bool:
     """Return whether the package is installed; the folder `wandb` that its runs leave has no __init__.py."""
     spec = importlib.util.find_spec("wandb")
     return spec is not None and spec.origin is not None
+
+
+class Board:
+    """Write a row of metrics.csv after every epoch for TensorBoard; hide what an interrupted run left after `epochs` epochs."""
+
+    def __init__(self, folder: Path, epochs: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(folder / "tensorboard", purge_step=epochs + 1)
+
+    def epoch_done(self, row: dict) -> None:
+        for name, value in row.items():
+            self._writer.add_scalar(name, value, row["epoch"])
+        self._writer.flush()
 
 
 class Tracker:

@@ -79,12 +79,12 @@ class Recording(nn.Module):
 
 
 def linears(model):
-    """Modules with linears of mixers, and the names of those. PaCa reads the weight of `qkv` beside its module."""
+    """Modules with linears of mixers, and the names of those."""
     found = []
     for block in model.blocks:
         for module in block.mixer.modules():
             found += [(module, name) for name, part in module.named_children() if isinstance(part, nn.Linear)]
-    return [(parent, name) for parent, name in found if (type(parent).__name__, name) != ("PatchToClusterAttention", "qkv")]
+    return found
 
 
 def adapt(model):

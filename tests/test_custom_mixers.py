@@ -116,6 +116,7 @@ def test_with_a_row_in_a_copy(tmp_path):
         elif path.name in ("configs", "data", "__pycache__") or (path.name[0] != "." and any(path.glob("*.py"))):
             shutil.copytree(path, tmp_path / path.name)
     _, code = blocks("python", BY_PATH)
+    code = code.replace("from convnn import", "from mixers.base import")
     (tmp_path / "mixers" / "cosine_attention.py").write_text(code)
     added = {"mixers/cosine_attention.py": code.count("\n")}
     location = r"In `([\w./]+)`, below the line that starts with `([^`]+)`"

@@ -11,6 +11,7 @@ ROOT_FILES = """
 """.split()
 # From the top; a module imports from its own floor or from below.
 FLOORS = [
+    ["convnn"],
     ["allconvnet_main", "vit_main"],
     ["run_experiments", "benchmark", "visualize", "predict"],
     ["experiments"],

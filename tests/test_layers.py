@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layers1d import Attention1d, ConvNN1d, ConvNNAttention1d, PixelShuffle1d, PixelUnshuffle1d
+from layers1d import Attention1d, ConvNN1d, ConvNNAttention1d
 from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d, convnn_plain, make_conv2d
+from mixers.base import PixelShuffle, PixelUnshuffle
 from neighbors import coordinates, grid_locations, random_candidates, spatial_candidates
 from options.neighbors import NeighborConfig
 from tests.helpers.naive import aggregate, neighbors, pairs, window
@@ -258,11 +259,11 @@ def test_random_candidates_vary_in_training_and_not_in_evaluation(layer_type, si
 
 def test_pixel_shuffle_1d():
     x = torch.arange(2 * 3 * 8.0).view(2, 3, 8)
-    down = PixelUnshuffle1d(2)(x)
+    down = PixelUnshuffle(2)(x)
     assert down.shape == (2, 6, 4)
     assert torch.equal(down[:, 1], x[:, 0, 1::2]) and torch.equal(down[:, 4], x[:, 2, 0::2])
-    assert torch.equal(PixelShuffle1d(2)(down), x)
-    assert PixelUnshuffle1d(2)(x[:0]).shape == (0, *down.shape[1:]) and PixelShuffle1d(2)(down[:0]).shape == (0, *x.shape[1:])
+    assert torch.equal(PixelShuffle(2)(down), x)
+    assert PixelUnshuffle(2)(x[:0]).shape == (0, *down.shape[1:]) and PixelShuffle(2)(down[:0]).shape == (0, *x.shape[1:])
 
 
 def make(layer_type, **kwargs):

@@ -172,7 +172,7 @@ def test_confusion_is_asked_for_too_early(run, tmp_path, capsys):
 
 
 def test_a_class_without_images_has_no_accuracy():
-    batches = SimpleNamespace(num_samples=4, recipe=SimpleNamespace(batch_size=3))
+    batches = SimpleNamespace(num_samples=4, first_image=lambda number: 3 * number)
     predictions = Predictions(batches, torch.device("cpu"))
     predictions.add(1, torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([1]))
     predictions.add(0, torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 3.0, 1.0]]), torch.tensor([1, 1, 0]))

@@ -16,7 +16,7 @@ from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES
 from options.training import TrainConfig
 from options.vit import ViTConfig
 from runs import Stopped
-from runs.metrics import Meter
+from runs.metrics import Meter, stalled
 from runs.optimization import Average, LearningRate, make_loss, make_mix, make_optimizer
 from runs.processes import Processes
 from runs.training import Training
@@ -426,11 +426,10 @@ def test_optimizers_have_their_options():
 @pytest.mark.parametrize("patience", [0, 1, 2])
 def test_early_stopping_counts_epochs_without_a_better_loss(patience):
     losses = [1.0, 0.8, 0.9, 0.8, 0.7]
-    stalled = [
-        train_eval._stalled([{"test_loss": loss} for loss in losses[:n]], "test", patience) for n in range(len(losses) + 1)
-    ]
+    histories = [[{"test_loss": loss} for loss in losses[:n]] for n in range(len(losses) + 1)]
+    found = [stalled(history, "test", patience) for history in histories]
     expected = {0: [False] * 6, 1: [False, False, False, True, True, False], 2: [False] * 4 + [True, False]}
-    assert stalled == expected[patience]
+    assert found == expected[patience]
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Models under PyTorch's transforms: export, ONNX, torch.func, gradients of gradients, the meta device, checkpointing."""
 
+import itertools
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from allconvnet import AllConvNet
 from layers2d import ConvNN2d
 from models.convit import ConViTConfig, ConViTWithLinearClassifier
-from neighbors import aggregate, find_neighbors, find_scored_neighbors, neighbor_scores, weighted_sum
+from neighbors import aggregate, find_neighbors, find_scored_neighbors, max_neighbors, neighbor_scores, weighted_sum
 from options.allconvnet import AllConvNetConfig
 from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES
 from options.neighbors import NeighborConfig
@@ -86,20 +87,34 @@ def test_gradients_per_sample_by_torch_func(kind, options):
             torch.testing.assert_close(found[name].mean(dim=0), parameter.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_gradients_of_gradients():
-    """Every operator, differentiated twice, against finite differences of its gradient."""
-    query, key, values = (torch.randn(2, n, 3, dtype=torch.float64, requires_grad=True) for n in (4, 5, 5))
-    weight, depthwise = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 2), (3, 1, 2)))
-    index = find_neighbors(query, key, 2, "matmul")
-    for metric in ("matmul", "cosine", "euclidean"):
-        assert torch.autograd.gradgradcheck(lambda q, k, m=metric: neighbor_scores(q, k, index, m), (query, key))
-        assert torch.autograd.gradgradcheck(lambda q, k, m=metric: find_scored_neighbors(q, k, 2, m)[1], (query, key))
-    scores = torch.rand(2, 4, 2, dtype=torch.float64, requires_grad=True)
-    for given in ((values, weight, scores), (values, weight)):
-        assert torch.autograd.gradgradcheck(lambda v, w, s=None: aggregate(v, index, w, s), given)
-    assert torch.autograd.gradgradcheck(lambda v, w, s: aggregate(v, index, w, s, depthwise=True), (values, depthwise, scores))
-    assert torch.autograd.gradgradcheck(lambda v, s: weighted_sum(v, index, s), (values, scores))
-    same = torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True)  # query and key are one tensor
+QUERY, KEY, VALUES, SCORES = (2, 4, 3), (2, 5, 3), (2, 5, 3), (2, 4, 2)
+INDEX = torch.tensor([[[0, 1], [3, 4], [2, 2], [4, 0]], [[1, 3], [2, 0], [0, 4], [3, 3]]])
+METRICS = ("matmul", "cosine", "euclidean")
+DIFFERENTIABLE = {  # operators, and the shapes of their inputs
+    **{f"scores {m}": (lambda q, k, m=m: neighbor_scores(q, k, INDEX, m), (QUERY, KEY)) for m in METRICS},
+    **{f"search {m}": (lambda q, k, m=m: find_scored_neighbors(q, k, 2, m)[1], (QUERY, KEY)) for m in METRICS},
+    "aggregate": (lambda v, w: aggregate(v, INDEX, w), (VALUES, (2, 3, 2))),
+    "aggregate scored": (lambda v, w, s: aggregate(v, INDEX, w, s), (VALUES, (2, 3, 2), SCORES)),
+    "depthwise": (lambda v, w, s: aggregate(v, INDEX, w, s, depthwise=True), (VALUES, (3, 1, 2), SCORES)),
+    "weighted sum": (lambda v, w: weighted_sum(v, INDEX, w), (VALUES, SCORES)),
+    "maximum": (lambda v: max_neighbors(v, INDEX), (VALUES,)),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_of_gradients(name):
+    """Every operator, differentiated twice by every choice of its inputs, against finite differences of its gradient."""
+    operator, shapes = DIFFERENTIABLE[name]
+    for wanted in itertools.product([True, False], repeat=len(shapes)):
+        if any(wanted):
+            inputs = [
+                torch.randn(shape, dtype=torch.float64, requires_grad=need) for shape, need in zip(shapes, wanted, strict=True)
+            ]
+            assert torch.autograd.gradgradcheck(operator, inputs, fast_mode=True), wanted
+
+
+def test_gradients_of_gradients_where_query_and_key_are_one_tensor():
+    same = torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True)
     own = find_neighbors(same, same, 2, "matmul")
     assert torch.autograd.gradgradcheck(lambda x: neighbor_scores(x, x, own, "matmul"), (same,))
 

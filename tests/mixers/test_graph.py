@@ -106,6 +106,13 @@ def test_some_candidates_are_near_and_some_are_not():
     assert 0.05 < changed[:, :, 1:].float().mean() < 0.5
 
 
+def test_a_common_offset_loses_no_neighbor():
+    layer, x = AxialGraphMixer(12, 3, layout=LAYOUTS[0]), torch.randn(4, LAYOUTS[0].num_tokens, 12)
+    x = x + 1000 * torch.randn(12)
+    found, expected = (layer.near_candidates(each, layer.layout) for each in (x, x.double()))
+    assert (found == expected).float().mean() > 0.99  # the threshold may fall on a distance
+
+
 @pytest.mark.parametrize("pattern", ["NA", "B", "BA"])
 @pytest.mark.parametrize("kind", GRAPH_AGGREGATIONS)
 def test_vig_on_images(pattern, kind):

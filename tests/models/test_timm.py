@@ -1,5 +1,7 @@
 """timm both ways: its weights in our models, and our mixers in its models. Weights are random: none can be downloaded."""
 
+import copy
+import io
 import runpy
 from pathlib import Path
 
@@ -138,6 +140,12 @@ def test_every_mixer_trains_a_step_in_timms_model(layer):
         assert model.blocks[0].attn.proj.weight.grad.abs().sum() > 0
     assert all(p.grad is not None for name, p in model.named_parameters() if "attn" in name)
     assert torch.equal(model.eval()(x), model(x))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded, copied = torch.load(file, weights_only=False), copy.deepcopy(model)
+    assert torch.equal(loaded(x), model(x)) and torch.equal(copied(x), model(x))
+    assert type(copied.blocks[0].attn) is type(model.blocks[0].attn)
 
 
 def test_a_blocks_attention_is_replaced_in_place():
