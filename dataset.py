@@ -11,6 +11,7 @@ number of classes a row in `options/data.py`.
 """
 
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ from readers.augmentation import (
 from readers.files import Source, read_cifar, read_digits, read_mnist
 from readers.folders import read_folders
 from readers.images import check_images, decode_image
-from readers.stream import ImageStream
+from readers.stream import ImageStream, warnings_of_workers
 from runs import DataError
 from runs.fingerprint import make_fingerprint
 from utils import gaussian, keys, uniform
@@ -315,12 +316,14 @@ def load_data(
         source = ROWS[config.dataset].read(config, parts)
     except OSError as error:
         raise DataError(f"--data_path {config.data_path}: {error}") from None
-    for warning in source.warnings if rank == 0 else ():
+    streamed, warnings = DATASETS[config.dataset].streamed, list(source.warnings)
+    if streamed:
+        warnings += warnings_of_workers(config.num_workers, batch_size * 3 * math.prod(sides_of(config.resize)))
+    for warning in warnings if rank == 0 else ():
         print(f"warning: {warning}", file=sys.stderr)
     classes = len(source.class_names)
     counts = {part: np.bincount(images.labels, minlength=classes).tolist() for part, images in source.parts.items()}
     fingerprint = make_fingerprint(source.class_names, counts, source.hashes)
-    streamed = DATASETS[config.dataset].streamed
     rows = {}
     for part in parts:
         rows[part] = _limited(source.parts[part].labels, config, part)

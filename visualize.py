@@ -17,7 +17,7 @@ from experiments.pictures import draw_attention, draw_masks, draw_neighbors, dra
 from experiments.points import readable
 from experiments.trained import read_config
 from options.data import DATASETS
-from options.parser import OneLineParser, number_type, output_path
+from options.parser import OneLineParser, nonempty_path, number_type, output_path
 from options.trust import trusting
 from runs import DataError, RunError, Stopped
 from runs.files import as_csv, as_png, write_atomically
@@ -102,7 +102,7 @@ def draw_analysis(args: argparse.Namespace):
     rows = analysis.analyze_runs(args.runs, args.images, args.pairs, args.noise, args.data_path)
     table = (args.output or default_output(args)).with_suffix(".csv")
     table.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(table, as_csv(rows, analysis.COLUMNS).encode())
+    write_atomically(table, as_csv(rows, analysis.COLUMNS))
     print(table)
     return analysis.draw_analysis(rows)
 
@@ -146,7 +146,9 @@ def make_parser() -> OneLineParser:
         one = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         one.add_argument("--output", type=output_path, metavar=f"FILE{Path(file_name(name)).suffix}", help="file to write")
         if run:
-            one.add_argument(run, nargs="+" if run == "runs" else None, type=Path, metavar="DIR", help="output folder of a run")
+            one.add_argument(
+                run, nargs="+" if run == "runs" else None, type=nonempty_path, metavar="DIR", help="output folder of a run"
+            )
         if images:
             one.add_argument("--images", type=count, default=images, help=f"number of images (default: {images})")
             one.add_argument("--data_path", help="folder of the data set, if not where the run found it (default: ./Data)")
@@ -236,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         with trusting(getattr(args, "trust_code", False)):
             figure = DRAW[args.figure](args)
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, figure.encode() if isinstance(figure, str) else as_png(figure))
+        write_atomically(output, figure if isinstance(figure, str) else as_png(figure))
     except Exception as error:
         if is_out_of_memory(error):
             parser.error(f"out of memory while drawing {args.figure}; smaller or fewer images need less")

@@ -38,7 +38,7 @@ class DataConfig:
     dataset: str = option(
         "cifar10", "data set; digits comes with the code, folder reads train/ and val/ in --data_path", choices=tuple(DATASETS)
     )
-    data_path: str = option("./Data", "folder that holds the data sets")
+    data_path: str = option("./Data", "folder that holds the data sets", path=True)
     resize: int | tuple[int, int] | None = option(
         None, "side the images are resized to, or height and width", kind=int, many=True, low=1, high=SIDE
     )

@@ -205,6 +205,13 @@ WITHOUT_EFFECT = (
     ("shuffle_scale", "shuffle_pattern", ("NA",)),
     ("sparse_context_window", "sparse_mode", ("all",)),
     ("score_temperature", "softmax_topk_val", (False,)),
+    # Options of data and training, checked by `options.runs.unused_options`.
+    ("data_path", "dataset", ("digits",)),
+    ("momentum", "optimizer", ("adam", "adamw")),
+    ("lr_step", "scheduler", ("cosine", "none")),
+    ("lr_gamma", "scheduler", ("cosine", "none")),
+    ("compile_mode", "use_compiled", (False,)),
+    ("amp_dtype", "use_amp", (False,)),
 )
 
 

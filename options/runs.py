@@ -9,7 +9,7 @@ from options.allconvnet import AllConvNetConfig
 from options.backbones import BACKBONES
 from options.data import DATASETS, DataConfig, sides_of
 from options.fields import as_words, build, check_option, specs
-from options.layers import layer_label
+from options.layers import WITHOUT_EFFECT, layer_label
 from options.machine import cpu_cores
 from options.models import ModelConfig
 from options.neighbors import as_sides, canonical_metric
@@ -224,11 +224,15 @@ def assumed_options(model: ModelConfig) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def unused_options(model: ModelConfig, given: frozenset[str]) -> list[str]:
-    """Return a warning for every option on the command line that the model does not read; files may serve several layers."""
+def unused_options(options: Options, given: frozenset[str]) -> list[str]:
+    """Return a warning for every option on the command line that the run does not read; files may serve several layers."""
+    values, unused = options.as_dict(), options.model.without_effect()
+    for name, other, switching_off in WITHOUT_EFFECT:
+        if name in specs(DataConfig) | specs(TrainConfig) and values[other] in switching_off:
+            unused[name] = other
     return [
-        f"--{name} {as_words(getattr(model, name))} is not used by --{other} {as_words(getattr(model, other))}"
-        for name, other in model.without_effect().items()
+        f"--{name} {as_words(values[name])} is not used by --{other} {as_words(values[other])}"
+        for name, other in unused.items()
         if name in given
     ]
 

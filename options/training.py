@@ -81,7 +81,9 @@ class TrainConfig:
     kernels: str = option("auto", KERNELS_HELP, choices=KERNELS, **SYSTEM)
     seed: int = option(0, "seed of weights, order of images and augmentation", low=0, below=2**31, **SYSTEM)
     deterministic: bool = option(False, "use deterministic algorithms only", **SYSTEM)
-    output_dir: str | None = option(None, "folder for the results (default: ./Output/<model>/<layer>)", kind=str, **SYSTEM)
+    output_dir: str | None = option(
+        None, "folder for the results (default: ./Output/<model>/<layer>)", kind=str, path=True, **SYSTEM
+    )
     resume: bool = option(False, "resume from last.pt in the output directory, or start if it does not exist", **SYSTEM)
     overwrite: bool = option(
         False,
@@ -89,7 +91,11 @@ class TrainConfig:
         **SYSTEM,
     )
     checkpoint: str | None = option(
-        None, "weights to start from, or to evaluate with --test_only: FILE.pt or FILE.safetensors", kind=str, **SYSTEM
+        None,
+        "weights to start from, or to evaluate with --test_only: FILE.pt or FILE.safetensors",
+        kind=str,
+        path=True,
+        **SYSTEM,
     )
     strict: bool = option(False, "require the checkpoint to match the names and shapes of all weights of the model", **SYSTEM)
     save_minutes: float = option(
@@ -97,7 +103,11 @@ class TrainConfig:
     )
     save_every: int = option(0, "keep epoch_<n>.pt every n epochs; 0: none", low=0, high=EPOCHS, **SYSTEM)
     export: str | None = option(
-        None, "write the best weights to FILE.safetensors, or the model with them to FILE.onnx", kind=str, **SYSTEM
+        None,
+        "write the best weights, or those that test_only evaluates, to FILE.safetensors, or the model with them to FILE.onnx",
+        kind=str,
+        path=True,
+        **SYSTEM,
     )
     test_only: bool = option(
         False,
@@ -128,10 +138,6 @@ class TrainConfig:
             raise ValueError("override=True works only with test_only=True or resume=True; drop it")
         if self.freeze and self.layer_decay != 1:
             raise ValueError(f"layer_decay={self.layer_decay} has no effect with freeze={self.freeze}; drop one of them")
-        if self.export and self.test_only:
-            raise ValueError(
-                f"export={self.export!r} does not work with test_only=True, which trains nothing; drop one of them"
-            )
         if self.checkpoint and not self.checkpoint.endswith((".pt", ".pth", ".safetensors")):
             raise ValueError(f"checkpoint={self.checkpoint!r} must end in .pt, .pth or .safetensors")
         if self.checkpoint and not self.resume:  # a resumed run does not read it

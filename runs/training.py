@@ -1,6 +1,7 @@
 """State of a training: model, optimizer, schedule, averages and history, which `last.pt` holds."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -67,6 +68,16 @@ class Training:
         if number:
             raise Interrupted(number)
         return bool(sync), bool(save)
+
+    def awaiting(self, batches: Iterator) -> Iterator:
+        """Yield the batches; a signal to a single process does not wait for the next one. Several stop by `poll`."""
+        return self.signals.interruptible(batches) if self.processes.world == 1 else batches
+
+    def polled(self, batches: Iterator) -> Iterator:
+        """Yield the batches of an evaluation, and poll after each."""
+        for batch in self.awaiting(batches):
+            yield batch
+            self.poll()
 
     def epoch_done(self, row: dict, selection_split: str) -> None:
         """Add the row of a trained and evaluated epoch to the history; `selection_split` chooses the best one.
