@@ -134,6 +134,8 @@ class Training:
             raise ValueError(f"a history that does not lead to epoch {epoch}")
         if not 0 <= step <= self.steps_per_epoch or (history and state["best"] not in history):
             raise ValueError(f"step {step} of {self.steps_per_epoch}, or a best epoch that is not in the history")
+        if history and not state["predictions"].keys() >= {"labels", "last", "best"}:
+            raise ValueError("predictions of the test images that are missing")
         self.schedule.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average:

@@ -30,7 +30,7 @@ from tests.helpers.forked import Forked
 ROOT = Path(__file__).parent.parent
 SMALL = "--dataset digits --layer Conv2d/ConvNN --channels 4 8 --batch_size 32 --train_limit 100 --test_limit 50 --device cpu"
 pytestmark = pytest.mark.usefixtures("quick_results")  # which `trained` is made without
-OUTPUTS = "args.txt config.yaml model.txt train_eval_results.txt metrics.csv summary.json curves.png last.pt best.pt".split()
+OUTPUTS = "args.txt config.yaml model.txt train_eval_results.txt metrics.csv summary.json curves.png last.pt best.pt test_predictions.npz".split()
 
 
 def run(line, folder, *, epochs=2):
