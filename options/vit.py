@@ -124,7 +124,7 @@ class ViTConfig(ModelConfig):
         low=1,
         high=SIDE,
     )
-    region_size: int = option(2, "BiFormer, BlockTopK, ContextCluster: side of a region in patches", low=1, high=SIDE)
+    region_size: int = option(2, "BiFormer, BlockTopK, ContextCluster, Swin: side of a region in patches", low=1, high=SIDE)
     top_regions: int = option(4, "BiFormer, BlockTopK: attended regions", low=1, high=TOKENS)
     value_convolution: int = option(
         0, "BiFormer: side of a depthwise convolution of the values, odd; 0: no convolution", low=0, high=SIDE
@@ -228,6 +228,8 @@ class ViTConfig(ModelConfig):
             return
         row = layer_row(self.rows, self.layer, self.branch_ratio)
         grid = sequence_grid(self.grid)
+        if self.class_tokens and not row.mixes:
+            raise ValueError(f"pool=cls with layer={self.layer}: a class token sees no patch without mixing; use --pool mean")
         if row.branches:
             branch_widths(self.d_model, self.num_heads, self.branch_ratio)
         if "neighbors" in row.arguments:

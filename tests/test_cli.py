@@ -288,6 +288,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
         ("--dataset imagenette --no-download --data_path nowhere", ["nowhere", "train/", "--dataset digits"]),
         ("--train_limit 5000", ["--train_limit 5000", "1437"]),
         ("--K 20", ["K=20", "1 to 16"]),
+        ("--layer ConvNN --channels 4 6 --convolution_type depthwise", ["16 channels, not 24", "use depthwise-separable"]),
         ("--layr ConvNN", ["--layr", "--layer"]),
     ],
 )
