@@ -365,6 +365,7 @@ def test_a_state_that_is_loaded_goes_on_bit_for_bit(stop, monkeypatch):
             metrics = train_one_epoch(training, make_batches(batch_size=4), loss_function, mix)
             training.history.append({"epoch": training.epoch + 1, "metrics": list(metrics)})
             training.best = training.history[0]
+            training.predictions = dict.fromkeys(("labels", "last", "best"), torch.zeros(1))
             training.epoch, training.step, training.meter = training.epoch + 1, 0, Meter(CPU)
 
     torch.manual_seed(0)
