@@ -75,12 +75,17 @@ def draw_scene(task: str, draws: Draws, size: int, symbols: int, full: bool) -> 
     pattern, color = draws.below(symbols, cells), draws.below(COLORS, cells)
     least = draws.below(5) + 2 if task == "duplicate" else np.array([[1 if task in ("find", "locate") else 2]])
     count = np.full_like(pattern[:, :1], cells) if full else log_uniform(draws, least, cells)
-    places = draws.order(cells, *places_of_pair(task, draws, size))
+    partners = partner_cells(task, size)
+    first = ()
+    if task in ("beside", "opposite"):
+        partner = partners[draws.below(len(partners))]
+        first = (partner - 1 if task == "beside" else cells - 1 - partner), partner
+    places = draws.order(cells, *first)
     label = color[:, 0]
     if task == "locate":
         label = places[:, 0] // size * 3 // size * 3 + places[:, 0] % size * 3 // size
     if task in ("beside", "opposite", "recall"):
-        color[:, 1:] = deal(draws, count, cells)
+        color[:, 1:] = deal(draws, ((slots < count) & np.isin(places, partners))[:, 1:])
         label = color[:, 1]
     if task == "recall":  # the other slots have other patterns
         pattern[:, 1] = pattern[:, 0]
@@ -110,24 +115,22 @@ def log_uniform(draws: Draws, least: np.ndarray, most: int) -> np.ndarray:
     return np.minimum((least * ((most + 1) / least) ** draws.numbers(1)).astype(np.int64), most)
 
 
-def places_of_pair(task: str, draws: Draws, size: int) -> tuple[np.ndarray, ...]:
-    """Draw the cells (B, 1) of the mark and its partner where their places depend on each other."""
+def partner_cells(task: str, size: int) -> np.ndarray:
+    """Return the cells that can be the partner of the marked one."""
+    row, column = np.divmod(np.arange(size**2), size)
     if task == "beside":
-        mark = draws.below(size) * size + draws.below(size - 1)
-        return mark, mark + 1
-    if task == "opposite":  # on the outer ring: from the middle, two windows of 3 x 3 reach the opposite cell
-        cell = np.arange(size**2)
-        row, column = cell // size, cell % size
-        ring = cell[(np.minimum(row, column) == 0) | (np.maximum(row, column) == size - 1)]
-        mark = ring[draws.below(len(ring))]
-        return mark, size**2 - 1 - mark
-    return ()
+        return np.flatnonzero(column > 0)
+    if task == "opposite":  # the outer ring: from the middle, two windows of 3 x 3 reach the opposite cell
+        return np.flatnonzero((np.minimum(row, column) == 0) | (np.maximum(row, column) == size - 1))
+    return np.arange(size**2)
 
 
-def deal(draws: Draws, count: np.ndarray, cells: int) -> np.ndarray:
-    """Deal colors (B, cells - 1) to the slots from 1 on, equally often among the `count` filled ones: no majority to guess."""
-    turn = np.arange(cells - 1) + draws.below(count - 1)
-    return (turn % (count - 1) + draws.below(COLORS)) % COLORS
+def deal(draws: Draws, could: np.ndarray) -> np.ndarray:
+    """Deal colors (B, n) to slots, equally often among the ones that `could` (B, n) be the partner: no majority to guess."""
+    rank = (~could).argsort(axis=1, kind="stable").argsort(axis=1)
+    count = could.sum(axis=1, keepdims=True)
+    turn = np.where(could, (rank + draws.below(count)) % count, rank)
+    return (turn + draws.below(COLORS)) % COLORS
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -152,8 +155,8 @@ def reach(start: np.ndarray, filled: np.ndarray) -> np.ndarray:
 def draw_joined(draws: Draws, size: int, symbols: int, full: bool) -> Scene:
     """Draw scenes in pairs that differ in one mark only: images 2 i and 2 i + 1 have the same cells and the same first mark.
 
-    Second marks have the same distance from the first, 2 to 5 steps, and equally many filled neighbors, so nothing but the
-    path tells the classes apart. Unless `full`, all filled cells lie in a window of 3 cells a side or more.
+    Second marks have the same distance from the first, 2 to 5 steps, equally many filled neighbors, and the same distances from
+    the borders: only the path tells the classes apart. Unless `full`, the filled cells lie in a window of 4 or more a side.
     """
     pair, member = np.divmod(draws.index.numpy(), 2)
     pairs, inverse = np.unique(pair, return_inverse=True)
@@ -175,7 +178,7 @@ def draw_pairs(draws: Draws, size: int, full: bool) -> tuple[np.ndarray, np.ndar
     """Draw filled cells (B, N) and three of them (B, 3): a start, one apart and one joined; and where there are such (B,)."""
     cell, everyone = np.arange(size**2), np.arange(len(draws.index))
     row, column = cell // size, cell % size
-    side = size if full else 3 + draws.below(size - 2)
+    side = size if full else 4 + draws.below(size - 3)
     top, left = draws.below(size - side + 1), draws.below(size - side + 1)
     window = (row >= top) & (row < top + side) & (column >= left) & (column < left + side)
     filled = window & (draws.numbers(size**2) < 0.35 + 0.3 * draws.numbers(1))
@@ -184,11 +187,14 @@ def draw_pairs(draws: Draws, size: int, full: bool) -> tuple[np.ndarray, np.ndar
     joined = reach((cell == start[:, None]).reshape(grid.shape), grid).reshape(filled.shape)
     degree = sum(part.astype(int) for part in around(grid)).reshape(filled.shape)
     distance = abs(row - row[start][:, None]) + abs(column - column[start][:, None])
-    kind = np.where(filled & (degree > 0) & (distance >= 2) & (distance <= 5), 8 * distance + degree, 0)
-    apart = ((kind > 0) * ~joined * draws.numbers(size**2)).argmax(axis=1)
+    inward = np.sort([np.minimum(row, size - 1 - row), np.minimum(column, size - 1 - column)], axis=0)
+    usable = filled & (degree > 0) & (distance >= 2) & (distance <= 5)
+    kind = np.where(usable, ((inward[0] * size + inward[1]) * 6 + distance) * 5 + degree, 0).astype(np.int16)
+    matched = ((kind[:, :, None] == kind[:, None]) & joined[:, None]).any(axis=2)
+    apart = ((usable & ~joined & matched) * draws.numbers(size**2)).argmax(axis=1)
     alike = joined & (kind == kind[everyone, apart][:, None])
     end = (alike * draws.numbers(size**2)).argmax(axis=1)
-    found = (kind * ~joined)[everyone, apart] * alike[everyone, end] > 0
+    found = (usable & ~joined & matched)[everyone, apart]
     return filled, np.stack((start, apart, end), axis=1), found
 
 
