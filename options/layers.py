@@ -39,6 +39,8 @@ class Row(NamedTuple):
     renamed: tuple[tuple[str, str], ...] = ()  # (argument, option), where their names differ
     fixed: tuple[tuple[str, object], ...] = ()  # (argument, value)
     branches: tuple[str, ...] = ()  # of two layers side by side: the layers built at branch_ratio 1 and at 0
+    mixes: bool = True  # False: no token sees another
+    heads: bool = True  # False: num_heads has no effect
 
     @property
     def arguments(self) -> dict[str, str]:
@@ -69,6 +71,8 @@ LAYERS2D_ROWS = {
     ),
     "Attention": Row("layers2d:Attention2d", ("num_heads", "attention_dropout", *SHUFFLES)),
     "ViG": Row("mixers.graph:GraphConv2d", ("num_heads", "neighbors", "image_size", *SHUFFLES), renamed=GRAPH),
+    "Identity": Row("layers2d:make_conv2d", ("stride", "bias"), fixed=(("kernel_size", 1),)),
+    "Pooling": Row("mixers.controls:Pooling2d", ("bias",)),
 }
 
 
@@ -112,6 +116,11 @@ LAYERS1D_ROWS = {
     "BlockTopK": Row("mixers.region:BlockTopKAttention", REGIONS),
     "PaCa": Row("mixers.region:PatchToClusterAttention", ("num_clusters", *PAIRS)),
     "ContextCluster": Row("mixers.region:ContextClusterMixer", ("layout", "region_size", "bias")),
+    "Identity": Row("mixers.controls:Identity", (), mixes=False, heads=False),
+    "Pointwise": Row("mixers.controls:Pointwise", ("bias",), mixes=False, heads=False),
+    "MeanMixing": Row("mixers.controls:MeanMixing", ("bias",), heads=False),
+    "RandomMixing": Row("mixers.controls:RandomMixing", ("layout", "bias"), heads=False),
+    "Pooling": Row("mixers.controls:Pooling", ("layout",), heads=False),
 }
 
 

@@ -136,6 +136,8 @@ class ModelConfig(NeighborConfig):
         if self.similarity_type == "Loc" and searching <= self.unscored:  # they rank by distance then
             found.setdefault("magnitude_type", "similarity_type")
         with_heads = {layer for layer, row in rows.items() if "num_heads" in self.sizes or "num_heads" in row.options}
+        if not any(rows[layer].heads for layer in with_heads):
+            found.setdefault("num_heads", "layer")
         if with_heads == {"ViG"} and self.graph_aggregation == "edge":  # one linear for all features
             found["num_heads"] = "graph_aggregation"
         return found

@@ -18,6 +18,7 @@ from mixers.tables import KEPT, PerGrid
 from options.layers import LAYERS1D_NAMES
 from options.neighbors import NeighborConfig
 from options.vit import ViTConfig
+from tests.helpers.pools import pool_of
 from tests.test_resize import ALONG_THE_SEQUENCE, SMALL
 from vit import Block, ViT, resample_positions
 
@@ -28,7 +29,8 @@ every_layer = pytest.mark.parametrize("layer", RESIZABLE)
 
 
 def make(layer="NeighborhoodAttention", **options):
-    return ViT(ViTConfig(**OPTIONS | {"layer": layer, "image_size": FIRST} | options)).eval()
+    options = {"image_size": FIRST, "pool": pool_of(layer) if layer in LAYERS1D_NAMES else "cls"} | options
+    return ViT(ViTConfig(**OPTIONS | {"layer": layer} | options)).eval()
 
 
 def made_for(size, model):

@@ -5,6 +5,7 @@ import torch
 
 from options.layers import LAYERS1D_NAMES
 from options.vit import ViTConfig
+from tests.helpers.pools import pool_of
 from vit import ViT
 
 SMALL = {
@@ -23,7 +24,7 @@ SMALL = {
     "hybrid_dilations": (1, 2),
 }
 VARIANTS = [
-    *({"layer": layer} for layer in LAYERS1D_NAMES),
+    *({"layer": layer, "pool": pool_of(layer)} for layer in LAYERS1D_NAMES),
     *(
         {"layer": layer, "convolution_type": kind}
         for layer in ("ConvNN", "ConvNNAttention", "BranchAttention", "BranchConv", "Conv1d", "Conv1dAttention")

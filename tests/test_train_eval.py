@@ -20,6 +20,7 @@ from runs.metrics import Meter
 from runs.optimization import Average, LearningRate, make_loss, make_mix, make_optimizer
 from runs.processes import Processes
 from runs.training import Training
+from tests.helpers.pools import pool_of
 from tests.helpers.side_by_side import SideBySide, in_groups
 from train_eval import evaluate, train_one_epoch, train_step
 
@@ -442,7 +443,7 @@ def make_vit(*layers):
     """One block, whose mixers are these layers side by side."""
     options = SMALL | {"patch_size": 2, "num_layers": 1, "num_heads": 2, "d_model": 8, "d_mlp": 8, "kernel_size": 3}
     options |= {"hybrid_dilations": (1,), "nystrom_landmarks": 4}
-    models = [vit.ViT(ViTConfig(**options, layer=layer)) for layer in layers]
+    models = [vit.ViT(ViTConfig(**options, layer=layer, pool=pool_of(layer))) for layer in layers]
     models[0].blocks[0].mixer = SideBySide([model.blocks[0].mixer for model in models])
     return models[0]
 

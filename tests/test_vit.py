@@ -34,6 +34,7 @@ from options.layers import LAYERS1D_NAMES, LAYERS1D_ROWS
 from options.vit import ViTConfig
 from runs.measure import count_flops, count_parameters
 from runs.optimization import make_optimizer
+from tests.helpers.pools import pool_of
 from tests.helpers.side_by_side import SideBySide, in_groups
 from vit import ViT, make_layer1d
 
@@ -56,7 +57,7 @@ TYPES = {
     "BranchConv": BranchingConv,
     "BranchAttention": BranchingAttention,
 }
-WITHOUT_MATRIX = ("Conv1d", "Conv1dAttention", "ViG", "GreedyViG")
+WITHOUT_MATRIX = ("Conv1d", "Conv1dAttention", "ViG", "GreedyViG", "Identity", "Pointwise")
 
 
 def make_config(**options):
@@ -83,6 +84,7 @@ def make_config(**options):
         "attention_dropout": 0.0,
         "num_classes": 5,
         "initializer_range": 0.2,
+        "pool": pool_of(options.get("layer", "Attention")),
     }
     return ViTConfig(**defaults | options)
 
@@ -134,7 +136,7 @@ def test_layers_are_what_the_name_says_and_follow_the_flags(layer):
         magnitude_type="distance",
         num_heads=4,
     )
-    mixer = make_layer1d(config, TokenLayout(3, 4, 1))
+    mixer = make_layer1d(config, TokenLayout(3, 4, config.class_tokens))
     # A layer that is new, and not in the list above, is what its row says.
     assert type(mixer) is TYPES[layer] if layer in TYPES else LAYERS1D_ROWS[layer].target.endswith(type(mixer).__name__)
     assert not any("bias" in name for name, _ in mixer.named_parameters() if name != "pos_proj.bias")
@@ -194,6 +196,7 @@ def test_branch_ratio_of_0_and_1_builds_the_single_layer(ratio, kinds):
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 @pytest.mark.parametrize("layer", LAYERS1D_NAMES)
 def test_every_layer_trains_a_step(layer, pool):
+    pool = pool_of(layer, pool)
     model = make(layer=layer, pool=pool, pos_embedding="learned")
     tokens = 13 if pool == "cls" else 12  # odd and even
     x, labels = images(4), torch.arange(4)
@@ -216,7 +219,8 @@ def test_every_layer_trains_a_step(layer, pool):
         else:
             assert matrix.shape == (4, 2, tokens, tokens)
             if layer not in ("Linformer", "Nystromformer", "ContextCluster"):
-                torch.testing.assert_close(matrix.sum(3), torch.ones(4, 2, tokens))
+                total = torch.zeros if layer == "Pooling" else torch.ones  # an average, minus the token
+                torch.testing.assert_close(matrix.sum(3), total(4, 2, tokens))
 
 
 @pytest.mark.parametrize("magnitude_type", ["cosine", "distance"])
@@ -311,9 +315,10 @@ def test_copies_and_state_dicts(layer):
     x = images()
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), twin):
         assert torch.equal(copied(x), model(x))
-    buffers = {name for name in model.state_dict() if name.endswith(".features")}  # random ones, saved with the model
+    # Random ones, saved with the model.
+    buffers = {name for name in model.state_dict() if name.endswith((".features", ".random_matrix"))}
     assert set(model.state_dict()) - buffers == {name for name, _ in model.named_parameters()}
-    assert len(buffers) == (2 if layer in ("Performer", "Hybrid") else 0)
+    assert len(buffers) == (2 if layer in ("Performer", "Hybrid", "RandomMixing") else 0)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "
 BOOLEANS += ("overwrite", "override", "trust_code", "strict", "decay_norms", "batch_norm", "wandb")
 
 
-LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention", "ViG")
+LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention", "ViG", "Identity", "Pooling")
 
 
 NOTED = ("layer_sha256",)  # what a run notes in its files, and no flag gives
@@ -261,6 +261,7 @@ VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name not in
         *("Attention", "ConvNN", "ConvNNAttention", "Conv1d", "Conv1dAttention", "KvtAttention", "LocalAttention"),
         *("SparseAttention", "MaskedAttention", "NeighborhoodAttention", "Linformer", "Performer", "Nystromformer", "Hybrid"),
         *("GPSA", "BranchConv", "BranchAttention", "ViG", "GreedyViG", "BiFormer", "BlockTopK", "PaCa", "ContextCluster"),
+        *("Identity", "Pointwise", "MeanMixing", "RandomMixing", "Pooling"),
     ),
     "model": ("vit", "convit_ti", "convit_ti_plus", "convit_s", "convit_s_plus", "convit_b", "convit_b_plus"),
     "pos_embedding": ("sinusoidal", "learned", "none"),

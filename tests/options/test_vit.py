@@ -50,7 +50,7 @@ def test_vit_choices_are_those_of_the_reference(name, capsys):
     Path("val").mkdir()
     Path("train/a").mkdir(parents=True)
     Path("train/b").mkdir()
-    more = "--convolution_type standard" if name == "aggregation_type" else ""
+    more = {"aggregation_type": "--convolution_type standard", "layer": "--pool mean"}.get(name, "")
     for choice in VIT_CHOICES[name]:
         assert parse_vit(f"--data_path . {more} --{name} {choice}").as_dict()[name] == choice
     line = error_of(parse_vit, f"--{name} no-such", capsys=capsys)
