@@ -40,12 +40,12 @@ class Draws:
     """Random numbers for the images `index` (B,), each row a function of (seed, part, index)."""
 
     def __init__(self, seed: int, part: str, index: np.ndarray):
-        self.seed, self.part, self.index, self.stream = seed, list(SIZES).index(part), torch.from_numpy(index), STREAM
+        self.seed, self.part, self.index, self.stream = seed, part, torch.from_numpy(index), STREAM
 
     def numbers(self, n: int) -> np.ndarray:
         """Draw (B, n) numbers in [0, 1)."""
         self.stream += 1
-        return uniform(self.seed, self.part, self.index, n, self.stream).double().numpy()
+        return uniform(self.seed, list(SIZES).index(self.part), self.index, n, self.stream).double().numpy()
 
     def below(self, high, n: int = 1) -> np.ndarray:
         """Draw (B, n) whole numbers from 0 to high - 1; `high` may differ by image, (B, 1)."""
@@ -162,12 +162,13 @@ def draw_joined(draws: Draws, size: int, symbols: int, full: bool) -> Scene:
     pairs, inverse = np.unique(pair, return_inverse=True)
     cells = size**2
     filled, marks = np.zeros((len(pairs), cells), bool), np.zeros((len(pairs), 3), np.int64)
-    left, attempt = np.arange(len(pairs)), Draws(draws.seed, list(SIZES)[draws.part], pairs)
-    while len(left):  # not every draw has such a pair
-        attempt.index = torch.from_numpy(pairs[left])
-        drawn, places, found = draw_pairs(attempt, size, full)
-        filled[left[found]], marks[left[found]] = drawn[found], places[found]
-        left = left[~found]
+    left, attempts = np.arange(len(pairs)), Draws(draws.seed, draws.part, pairs)
+    while len(left):  # of 8 draws, about one has such a pair
+        attempts.index = torch.from_numpy(8 * pairs[left, None] + np.arange(8)).flatten()
+        drawn, places, found = draw_pairs(attempts, size, full)
+        first = 8 * np.arange(len(left)) + found.reshape(-1, 8).argmax(axis=1)
+        filled[left], marks[left] = drawn[first], places[first]
+        left = left[~found[first]]
     filled, marks = filled[inverse], marks[inverse]
     second = np.take_along_axis(marks, 1 + member[:, None], 1)
     marked = (np.arange(cells) == marks[:, :1]) | (np.arange(cells) == second)
