@@ -20,7 +20,7 @@ STREAM = 1000  # of random numbers: far from the ones that augmentation draws fr
 SIZES = {"train": 50_000, "val": 5_000, "test": 5_000}
 CLASS_NAMES = {
     "locate": [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")],
-    "count": [str(number) for number in range(1, 9)],
+    "count": [str(number) for number in range(8)],
     "duplicate": ["all different", "two alike"],
     "joined": ["apart", "joined"],
 }
@@ -73,7 +73,7 @@ def draw_scene(task: str, draws: Draws, size: int, symbols: int, full: bool) -> 
         return draw_joined(draws, size, symbols, full)
     cells, slots = size**2, np.arange(size**2)
     pattern, color = draws.below(symbols, cells), draws.below(COLORS, cells)
-    least = draws.below(5) + 2 if task == "duplicate" else np.array([[1 if task in ("find", "locate") else 2]])
+    least = draws.below(5) + 2 if task == "duplicate" else np.array([[1 if task in ("find", "locate", "count") else 2]])
     count = np.full_like(pattern[:, :1], cells) if full else log_uniform(draws, least, cells)
     partners = partner_cells(task, size)
     first = ()
@@ -91,12 +91,12 @@ def draw_scene(task: str, draws: Draws, size: int, symbols: int, full: bool) -> 
         pattern[:, 1] = pattern[:, 0]
         pattern[:, 2:] = (pattern[:, :1] + 1 + draws.below(symbols - 1, cells - 2)) % symbols
     if task == "count":
-        others = 1 + draws.below(np.minimum(8, count - 1))
-        # Runs of the other patterns have other lengths from 2 to 9: a histogram does not tell the marked one.
-        ends = (draws.order(8, others - 1) + 2).cumsum(axis=1)
+        others = draws.below(np.minimum(8, count))
+        # The eight patterns have 1 to 8 cells, in some order. That fills 6 x 6 cells: all images have one histogram.
+        ends = (draws.order(8, others) + 1).cumsum(axis=1)
         run = (ends[:, None] <= slots[:, None]).sum(axis=2)
         pattern = np.take_along_axis(draws.order(symbols), np.minimum(run, min(symbols, 8) - 1), 1)
-        label = others[:, 0] - 1
+        label = others[:, 0]
     if task == "duplicate":  # `least` cells are of color 0
         label = draws.below(2)[:, 0]
         own = slots < least

@@ -62,7 +62,7 @@ def solve(task, cells):
         return int(marks[1] in reached)
     same = [cell for cell in cells.values() if cell.pattern == cells[marks[0]].pattern and cell.filled and not cell.marked]
     if task == "count":
-        return len(same) - 1
+        return len(same)
     if task == "locate":
         return row * 3 // size * 3 + column * 3 // size
     if task == "recall":
@@ -83,7 +83,7 @@ def guess(task, cells):
         return max(range(4), key=could.count)
     if task == "count":  # the length of a run
         patterns = [cell.pattern for cell in cells.values()]
-        counts = [patterns.count(pattern) - 2 for pattern in sorted(set(patterns))]
+        counts = [patterns.count(pattern) - 1 for pattern in sorted(set(patterns))]
         return max(counts, key=lambda count: (counts.count(count), count))
     if task == "duplicate":
         return int(sum(cell.color == 0 for cell in others) > 3)
