@@ -154,7 +154,7 @@ def make_layer1d(config: ViTConfig, layout: TokenLayout, block: int = 0) -> nn.M
     """Make the mixer of a block: `config.layer`, after the first `num_local_layers` blocks attention."""
     is_local = config.num_local_layers is None or block < config.num_local_layers
     row = layer_row(config.rows, config.layer if is_local else "Attention", config.branch_ratio)
-    return build_layer(row, config, config.d_model, config.num_heads, layout=layout)
+    return build_layer(row, config, config.d_model, config.num_heads, layout=layout, block=block)
 
 
 def prepend(token: Tensor, x: Tensor) -> Tensor:

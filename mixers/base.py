@@ -62,6 +62,16 @@ class TokenLayout:
         return sequence_grid((self.height, self.width))
 
 
+def as_image(x: Tensor, layout: TokenLayout) -> Tensor:
+    """Arrange the patches of tokens (B, N, d) on their grid: (B, d, height, width)."""
+    return x[:, layout.class_tokens :].mT.unflatten(2, (layout.height, layout.width))
+
+
+def join_tokens(first: Tensor, image: Tensor, layout: TokenLayout) -> Tensor:
+    """Put `first` (B, 1, d) for every class token before the patches of (B, d, height, width): (B, N, d)."""
+    return torch.cat([first.expand(-1, layout.class_tokens, -1).to(image.dtype), image.flatten(2).mT], dim=1)
+
+
 @torch.compiler.assume_constant_result
 def accepts_layout(module: nn.Module) -> bool:
     """Return True if the forward pass of a block or mixer has an argument `layout`, or takes any by name."""

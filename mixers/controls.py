@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixers.base import Bias, TokenLayout, TokenMixer, ValueMixer
+from mixers.base import Bias, TokenLayout, TokenMixer, ValueMixer, as_image, join_tokens
 
 
 class Identity(TokenMixer):
@@ -75,9 +75,7 @@ class Pooling(TokenMixer):
 
 def pool_tokens(x: Tensor, layout: TokenLayout) -> Tensor:
     """Average over the 3 x 3 patches around each patch, minus the token: (B, N, d) -> the same."""
-    c = layout.class_tokens
-    image = x[:, c:].mT.unflatten(2, (layout.height, layout.width))  # (B, d, h, w)
-    return torch.cat([x.mean(dim=1, keepdim=True).expand(-1, c, -1), average(image).flatten(2).mT], dim=1) - x
+    return join_tokens(x.mean(dim=1, keepdim=True), average(as_image(x, layout)), layout) - x
 
 
 def average(image: Tensor) -> Tensor:

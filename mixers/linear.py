@@ -1,9 +1,9 @@
 """Attention with a cost linear in the number of tokens N, on (B, N, d_model).
 
-Linformer compresses keys and values, Performer replaces the softmax by random features, Nystromformer goes through
-landmarks, Hybrid adds up neighborhoods and a Performer. None holds an (N, N) matrix, except to return the mixing matrix: the
-output for an identity in place of the values. `attention_dropout` drops weights of a query: of the compressed keys, of the
-features, of the landmarks.
+LinearAttention replaces the softmax by a product of features, Performer by random features; Linformer compresses keys and
+values, Nystromformer goes through landmarks, Hybrid adds up neighborhoods and a Performer. None holds an (N, N) matrix, except
+to return the mixing matrix: the output for an identity in place of the values. `attention_dropout` drops weights of a query: of
+the compressed keys, of the features, of the landmarks.
 """
 
 import math
@@ -38,6 +38,21 @@ def identity_values(value: Tensor) -> Tensor:
     """(B, H, N, d) -> identities (B, H, N, N); mixing them gives the mixing matrix."""
     B, H, N, _ = value.shape
     return torch.eye(N, dtype=value.dtype, device=value.device).expand(B, H, N, N)
+
+
+class LinearAttention(LinearMixer):
+    """Linear attention (Katharopoulos et al., arXiv 2006.16236): weights phi(q) phi(k), phi = elu + 1, over their sum. O(N d).
+
+    The products of keys and values are summed over the tokens once. A class token is one of them.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, *, bias: Bias = True):
+        super().__init__(d_model, num_heads, bias=bias)
+
+    def weigh(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        query, key = F.elu(query) + 1, F.elu(key) + 1
+        total = query @ key.mean(dim=2)[..., None]  # (B, H, N, 1)
+        return query @ (key.mT @ value / key.shape[2]) / total
 
 
 class LinformerAttention(LinearMixer):

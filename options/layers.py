@@ -22,6 +22,7 @@ READS = {
     "neighbors": {*specs(NeighborConfig), "coordinate_encoding"},  # a NeighborConfig
     "bias": {"attention_bias", "qkv_bias", "proj_bias"},  # 1-D: of the projections; 2-D: as the backbone asks for it
     "layout": set(),  # 1-D: the TokenLayout
+    "block": set(),  # 1-D: the number of the block
     "image_size": set(),  # 2-D: sides of the map
     "stride": set(),  # 2-D: of a convolution in a backbone
 }
@@ -121,6 +122,13 @@ LAYERS1D_ROWS = {
     "MeanMixing": Row("mixers.controls:MeanMixing", ("bias",), heads=False),
     "RandomMixing": Row("mixers.controls:RandomMixing", ("layout", "bias"), heads=False),
     "Pooling": Row("mixers.controls:Pooling", ("layout",), heads=False),
+    "MlpMixer": Row("mixers.classical:MlpMixer", ("layout", "bias"), heads=False),
+    "FNet": Row("mixers.classical:FourierMixer", (), heads=False),
+    "GFNet": Row("mixers.classical:GlobalFilterMixer", ("layout",), heads=False),
+    "XCiT": Row("mixers.classical:CrossCovarianceAttention", PAIRS),
+    "LinearAttention": Row("mixers.linear:LinearAttention", ("bias",)),
+    "Swin": Row("mixers.region:ShiftedWindowAttention", ("layout", "region_size", "block", *PAIRS)),
+    "FocalModulation": Row("mixers.classical:FocalModulation", ("layout", "bias"), heads=False),
 }
 
 

@@ -124,7 +124,7 @@ class ViTConfig(ModelConfig):
         low=1,
         high=SIDE,
     )
-    region_size: int = option(2, "BiFormer, BlockTopK, ContextCluster: side of a region in patches", low=1, high=SIDE)
+    region_size: int = option(2, "BiFormer, BlockTopK, ContextCluster, Swin: side of a region in patches", low=1, high=SIDE)
     top_regions: int = option(4, "BiFormer, BlockTopK: attended regions", low=1, high=TOKENS)
     value_convolution: int = option(
         0, "BiFormer: side of a depthwise convolution of the values, odd; 0: no convolution", low=0, high=SIDE

@@ -144,7 +144,8 @@ def test_a_changed_model_is_changed_at_every_size(layer, change):
         torch.testing.assert_close(model(images(SECOND)), other(images(SECOND)), atol=1e-5, rtol=1e-5)
     assert torch.equal(model(images(FIRST)), at_first)
     after = model(images(SECOND))
-    assert after.shape != before.shape or not torch.allclose(after, before)
+    unchanged = change in (adapt, pruned) and not linears(model)  # a mixer without linears
+    assert after.shape != before.shape or torch.allclose(after, before) == unchanged
 
 
 @every_layer

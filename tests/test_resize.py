@@ -26,7 +26,7 @@ from tests.helpers.narrow import narrow_backbones
 from tests.helpers.pools import pool_of
 from vit import ViT
 
-ALONG_THE_SEQUENCE = ("ConvNN", "Conv1d", "Linformer", "RandomMixing")  # parameters for every token
+ALONG_THE_SEQUENCE = ("ConvNN", "Conv1d", "Linformer", "RandomMixing", "MlpMixer", "GFNet")  # parameters for every token
 SMALL = {"patch_size": 4, "num_layers": 1, "num_heads": 2, "d_model": 16, "d_mlp": 16, "pos_embedding": "learned"}
 SMALL |= {"K": 3, "kernel_size": 3, "hybrid_dilations": (1,)}
 

@@ -58,6 +58,7 @@ TYPES = {
     "BranchAttention": BranchingAttention,
 }
 WITHOUT_MATRIX = ("Conv1d", "Conv1dAttention", "ViG", "GreedyViG", "Identity", "Pointwise")
+WITHOUT_MATRIX += ("MlpMixer", "FNet", "GFNet", "XCiT", "FocalModulation")
 
 
 def make_config(**options):

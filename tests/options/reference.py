@@ -269,6 +269,7 @@ VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name not in
         *("SparseAttention", "MaskedAttention", "NeighborhoodAttention", "Linformer", "Performer", "Nystromformer", "Hybrid"),
         *("GPSA", "BranchConv", "BranchAttention", "ViG", "GreedyViG", "BiFormer", "BlockTopK", "PaCa", "ContextCluster"),
         *("Identity", "Pointwise", "MeanMixing", "RandomMixing", "Pooling"),
+        *("MlpMixer", "FNet", "GFNet", "XCiT", "LinearAttention", "Swin", "FocalModulation"),
     ),
     "model": ("vit", "convit_ti", "convit_ti_plus", "convit_s", "convit_s_plus", "convit_b", "convit_b_plus"),
     "pos_embedding": ("sinusoidal", "learned", "none"),
