@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from options.data import CELL, TASKS, DataConfig
+from options.data import CELL, DataConfig
 from readers.files import Images, Source
 from utils import uniform
 
@@ -235,7 +235,7 @@ def generate(task: str, seed: int, part: str, index: np.ndarray, size: int = 6, 
     """Generate the images `index` (B,) of a part of a task, each a function of (seed, part, index).
 
     Args:
-        task: a name in `TASKS`.
+        task: a name in `options.data.TASKS`.
         part: train, val or test. Only training images leave cells empty.
         size: cells along a side.
         symbols: number of patterns, 2 to 15.
@@ -243,6 +243,10 @@ def generate(task: str, seed: int, part: str, index: np.ndarray, size: int = 6, 
     symbols = symbols or SYMBOLS.get(task, 8)
     scene = draw_scene(task, Draws(seed, part, index), size, symbols, full=part != "train")
     return Images(render(scene, size), scene.label)
+
+
+def class_names(task: str) -> list[str]:
+    return CLASS_NAMES.get(task, ["red", "green", "cyan", "violet"])
 
 
 def read_task(config: DataConfig, parts: tuple[str, ...]) -> Source:
@@ -253,6 +257,4 @@ def read_task(config: DataConfig, parts: tuple[str, ...]) -> Source:
     hashes = {
         part: hashlib.sha256(images.data.tobytes() + images.labels.tobytes()).hexdigest() for part, images in made.items()
     }
-    names = CLASS_NAMES.get(task, ["red", "green", "cyan", "violet"])
-    assert len(names) == TASKS[task]
-    return Source(made, names, hashes=hashes)
+    return Source(made, class_names(task), hashes=hashes)
