@@ -2,13 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
 import visualize
-from experiments.abilities import Result, draw_abilities, mean_solved, read_results
+from experiments.abilities import Result, draw_abilities, draw_tasks, mean_solved, read_results
 from options.data import TASKS
+from readers.tasks import class_names, generate
 
 
 def finish(sweep, layer, task, seed, top1, *, finished=True):
@@ -64,10 +66,18 @@ def test_the_map_shows_every_run(sweep):
     assert [text.get_text() for text in steps.texts] == ["0", "0"]  # hundreds of steps
 
 
-def test_the_files(sweep, tmp_path, capsys):
-    for words in (["abilities", str(sweep)], ["tasks"]):
-        assert visualize.main([*words, "--output", str(tmp_path / "f.png")]) == 0
-        assert Image.open(tmp_path / "f.png").width > 600
+def test_the_file(sweep, tmp_path, capsys):
+    assert visualize.main(["abilities", str(sweep)]) == 0
+    assert Image.open(sweep / "abilities.png").width > 600
     with pytest.raises(SystemExit):
-        visualize.main(["abilities", str(tmp_path / "find_none")])
+        visualize.main(["abilities", str(tmp_path / "none")])
     assert "holds no finished run of a generated task" in capsys.readouterr().err
+
+
+def test_pictures_of_the_tasks_show_their_classes():
+    axes = np.array(draw_tasks(images=1).axes).reshape(len(TASKS), 2)
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == list(TASKS)
+    for task, (_, of_test) in zip(TASKS, axes, strict=True):
+        image, label = (array[0] for array in generate(task, 0, "test", np.arange(1)))
+        assert (of_test.images[0].get_array() == image.transpose(1, 2, 0)).all()
+        assert of_test.get_title() == class_names(task)[label]
