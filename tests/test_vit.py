@@ -198,15 +198,17 @@ def test_branch_ratio_of_0_and_1_builds_the_single_layer(ratio, kinds):
 @pytest.mark.parametrize("layer", LAYERS1D_NAMES)
 def test_every_layer_trains_a_step(layer, pool):
     pool = pool_of(layer, pool)
-    model = make(layer=layer, pool=pool, pos_embedding="learned")
-    tokens = 13 if pool == "cls" else 12  # odd and even
-    x, labels = images(4), torch.arange(4)
+    windows = {"image_size": (16, 16), "region_size": 2} if layer == "Swin" else {}  # of more than one patch
+    model = make(layer=layer, pool=pool, pos_embedding="learned", **windows)
+    tokens = math.prod(model.config.grid) + (pool == "cls")  # odd and even
+    x, labels = images(4, size=model.config.image_size), torch.arange(4)
     before = F.cross_entropy(model(x), labels)
     before.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         # What the last block does with places alone does not reach the class token.
         by_place = {"GPSA": ("blocks.1.mixer.gate", "blocks.1.mixer.pos_proj"), "BiFormer": ("blocks.1.mixer.conv",)}
+        by_place |= {"GFNet": ("blocks.1.mixer.filter",), "Swin": ("blocks.1.mixer.offsets",)}
         unread = pool == "cls" and name.startswith(by_place.get(layer, ()))
         assert unread or parameter.grad.abs().sum() > 0, name
     torch.optim.SGD(model.parameters(), lr=0.01).step()
