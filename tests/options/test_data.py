@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from options.data import TASKS
 from options.runs import PROGRAMS, parse_options
@@ -43,3 +44,11 @@ def test_a_cell_of_a_generated_task_is_a_patch():
         assert (model.image_size, model.patch_size, model.num_classes) == ((24, 24), 4, classes)
     model = parse_options(vit, "", "--dataset task_find --resize 48 --patch_size 8".split())[0].model
     assert (model.image_size, model.patch_size) == ((48, 48), 8)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_config_of_a_run_keeps_no_size_of_another_task_size(name):
+    options = parse_options(PROGRAMS[name], "", ["--dataset", "task_find"])[0].as_dict()
+    Path("config.yaml").write_text(yaml.safe_dump(options))
+    for words, size in ("", 24), ("--task_size 9", 36), ("--task_size 9 --resize 48", 48):
+        assert parse_options(PROGRAMS[name], "", ["--config", "config.yaml", *words.split()])[0].data.resize == size

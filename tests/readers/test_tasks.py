@@ -145,7 +145,7 @@ def test_no_mixing_stays_at_chance():
         options = {"pool": "mean", "dropout": 0.0, "final_norm": True, "pos_embedding": "learned"}
         model = ViT(ViTConfig(layer="Pointwise", num_classes=TASKS[task], **size, **options))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        images, labels = map(torch.from_numpy, generate(task, 0, "train", np.arange(1280), 4))
+        images, labels = map(torch.from_numpy, generate(task, 0, "train", np.arange(1600), 4))
         for part, targets in zip((images / 64 - 0.6).split(32), labels.split(32), strict=True):
             F.cross_entropy(model(part), targets).backward()
             optimizer.step()
@@ -153,7 +153,7 @@ def test_no_mixing_stays_at_chance():
         images, labels = map(torch.from_numpy, generate(task, 0, "test", np.arange(500), 4))
         with torch.no_grad():
             accuracy[task] = (model(images / 64 - 0.6).argmax(1) == labels).float().mean().item()
-    assert accuracy.pop("locate") > 0.3
+    assert accuracy.pop("locate") > 0.25
     assert all(abs(value - 1 / TASKS[task]) < 0.09 for task, value in accuracy.items()), accuracy
 
 
