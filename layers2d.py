@@ -44,11 +44,14 @@ class ConvNN2d(ImageMixer):
 
     Args:
         neighbors: rules of the search; the token itself is always slot 0 (`Loc` among all: raster order).
+        convolution_type: over the slots, standard, depthwise (groups of one input channel, as in `nn.Conv2d`), or
+            depthwise-separable.
         shuffle_pattern, shuffle_scale: B unshuffles before, A shuffles after, BA both, NA neither.
         padding: width of a ring of zero tokens that takes part in the search.
         image_size: size of the input if known, to make tables and raise errors at construction.
 
-    Raises ValueError if K, the samples or the shuffle do not fit the tokens.
+    Raises ValueError if K, the samples or the shuffle do not fit the tokens, for an unknown convolution_type, and for depthwise
+    with out_channels that are no multiple of in_channels.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class ConvNN2d(ImageMixer):
         out_channels: int,
         neighbors: NeighborConfig,
         *,
+        convolution_type: str = "standard",
         shuffle_pattern: str = "NA",
         shuffle_scale: int = 2,
         padding: int = 0,
@@ -70,7 +74,8 @@ class ConvNN2d(ImageMixer):
         self.select = NeighborSelection(neighbors, axes=self.axes, self_first=True, padding=padding, grid=grid)
         inputs, outputs = self.token_channels
         inputs += self.axes * (neighbors.aggregation_type == "Loc_Col")
-        self.conv = nn.Conv1d(inputs, outputs, neighbors.K, stride=neighbors.K, bias=bias)
+        check_slots(convolution_type, neighbors.aggregation_type)
+        self.conv = make_convolution(inputs, outputs, neighbors.K, convolution_type, stride=neighbors.K, bias=bias)
         window = (2 * padding + 1) ** self.axes
         self.is_convolution = (
             neighbors.similarity_type == "Loc" and neighbors.sampling == "all" and neighbors.K == window and padding <= 2
@@ -83,16 +88,18 @@ class ConvNN2d(ImageMixer):
             return self.shuffle(self.convolve(values, grid))
         features = self.select.search_features(tokens.detach(), grid)
         index = self.select(self.select.drop_padding(features, grid), features, grid)  # (B, N, K)
-        out = aggregate(values, index, self.conv.weight)  # (B, N, D)
-        if self.conv.bias is not None:
-            out = out + self.conv.bias.to(out.dtype)
+        out = slot_convolution(self.conv, values, index)  # (B, N, D)
         return self.unfold(out, tuple(side - 2 * self.padding for side in grid))
 
     def convolve(self, values: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Convolve a whole window: its K slots, in raster order, are the taps of a kernel."""
         convolution = F.conv1d if self.axes == 1 else F.conv2d
-        kernel = self.conv.weight.unflatten(2, (2 * self.padding + 1,) * self.axes)
-        return convolution(values.transpose(1, 2).unflatten(2, grid), kernel, self.conv.bias)
+        slots, *pointwise = self.conv if isinstance(self.conv, nn.Sequential) else [self.conv]
+        kernel = slots.weight.unflatten(2, (2 * self.padding + 1,) * self.axes)
+        out = convolution(values.transpose(1, 2).unflatten(2, grid), kernel, slots.bias, groups=slots.groups)
+        for conv in pointwise:
+            out = conv(out.flatten(2)).unflatten(2, out.shape[2:])
+        return out
 
 
 class ConvNNAttention2d(ImageMixer):
@@ -271,14 +278,23 @@ class Branching2d(nn.Module):
         return self.join(torch.cat([first, second], dim=1))
 
 
-def make_convolution(in_channels: int, out_channels: int, kernel_size: int, convolution_type: str, **geometry) -> nn.Module:
-    """Make a 1-D convolution without bias: standard, depthwise, or depthwise-separable (depthwise, then 1 x 1)."""
-    if convolution_type == "standard":
-        return nn.Conv1d(in_channels, out_channels, kernel_size, bias=False, **geometry)
-    depthwise = nn.Conv1d(in_channels, in_channels, kernel_size, groups=in_channels, bias=False, **geometry)
-    if convolution_type == "depthwise":
-        return depthwise
-    pointwise = nn.Conv1d(in_channels, out_channels, 1, bias=False)
+def make_convolution(
+    in_channels: int, out_channels: int, kernel_size: int, convolution_type: str, *, stride: int = 1, bias: bool = False
+) -> nn.Module:
+    """Make a 1-D convolution: standard, depthwise, or depthwise-separable (depthwise without bias, then 1 x 1).
+
+    Raises ValueError for depthwise with out_channels that are no multiple of in_channels.
+    """
+    if convolution_type == "depthwise" and out_channels % in_channels:
+        raise ValueError(
+            f"convolution_type=depthwise makes a multiple of its {in_channels} channels, not {out_channels}; "
+            "use depthwise-separable"
+        )
+    if convolution_type != "depthwise-separable":
+        groups = in_channels if convolution_type == "depthwise" else 1
+        return nn.Conv1d(in_channels, out_channels, kernel_size, stride=stride, groups=groups, bias=bias)
+    depthwise = nn.Conv1d(in_channels, in_channels, kernel_size, stride=stride, groups=in_channels, bias=False)
+    pointwise = nn.Conv1d(in_channels, out_channels, 1, bias=bias)
     nn.init.xavier_uniform_(pointwise.weight)  # a projection of features, initialized as all are
     return nn.Sequential(depthwise, pointwise)
 
@@ -297,16 +313,23 @@ def make_slot_convolution(channels: int, coordinates: int, neighbors: NeighborCo
     return conv
 
 
-def slot_convolution(conv: nn.Module, values: Tensor, index: Tensor, weights: Tensor, shares: Tensor | None = None) -> Tensor:
-    """Apply a `make_slot_convolution`: values (B, M, C), index and weights (B, N, K) -> (B, N, D).
+def slot_convolution(
+    conv: nn.Module, values: Tensor, index: Tensor, weights: Tensor | None = None, shares: Tensor | None = None
+) -> Tensor:
+    """Apply a `make_convolution` over the slots: values (B, M, C), index and weights (B, N, K) -> (B, N, D).
 
     With the shares of a learned top-k, candidates that are not neighbors get a gradient (`mixers/topk.py`).
     """
-    is_separable = isinstance(conv, nn.Sequential)
-    slots = conv[0] if is_separable else conv
-    out = aggregate(values, index, slots.weight, weights, depthwise=is_separable or slots.groups > 1)
-    if is_separable:
-        out = F.linear(out, conv[1].weight.squeeze(-1))
+    slots, *pointwise = conv if isinstance(conv, nn.Sequential) else [conv]
+    depthwise = slots.groups > 1 or bool(pointwise)
+    if depthwise and slots.out_channels > slots.in_channels:  # each channel goes to several
+        values = values.repeat_interleave(slots.out_channels // slots.in_channels, dim=2)
+    out = aggregate(values, index, slots.weight, weights, depthwise=depthwise)
+    for last in pointwise:
+        out = F.linear(out, last.weight.squeeze(-1))
+    bias = (pointwise or [slots])[-1].bias
+    if bias is not None:
+        out = out + bias.to(out.dtype)
     return learn_from_unchosen(out, values, index, shares, partial(last_slot, conv))
 
 

@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 
 from experiments.points import Point, check_points, find_config, leave_out_unread, name_points, read_sweep
-from experiments.published import Published, match, read_published
-from experiments.report import is_finished, write_summary
+from experiments.published import match, read_published
+from experiments.report import NOTHING, Beside, is_finished, write_summary
 from experiments.runner import Sweep, submit, visible_gpus
 from experiments.scaling import scale_points
+from experiments.selection import FOLDER, MEASURES, check_validation, choose, first_stage, read_selection
 from options.parser import OneLineParser, nonempty_path, number_type, parse_yaml
 from runs import RunError
 from runs.files import check_writable
@@ -48,6 +49,19 @@ def make_parser() -> OneLineParser:
         "--published",
         metavar="FILE.csv",
         help="published numbers to put beside ours in the summary, such as docs/published.csv",
+    )
+    parser.add_argument(
+        "--select",
+        action="append",
+        default=[],
+        metavar="NAME=V1,V2",
+        help="choose a value for each row on validation images, in a first stage with seeds of its own; repeatable",
+    )
+    parser.add_argument(
+        "--by", choices=tuple(MEASURES), help="measure of the best epoch that --select goes by (default: val_top1)"
+    )
+    parser.add_argument(
+        "--baseline", metavar="LAYER", help="add differences to this layer, paired by seed, with intervals and p-values"
     )
     parser.add_argument("--dry_run", action="store_true", help="print the points and stop")
     parser.add_argument(
@@ -92,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     small = "" if args.scale is None else f"_scale-{args.scale:g}"  # so that small runs and whole ones never share a folder
     folder = args.output_dir or Path("Output/sweeps") / f"{Path(args.sweep).stem}{small}"
-    scaled, published = "", {}
+    scaled, stage, undecided = "", [], []
     try:
         if args.gpus_per_run > 1 and args.gpus is None and args.slurm is None:
             raise ValueError(f"--gpus_per_run {args.gpus_per_run} goes with --gpus or --slurm")
@@ -101,9 +115,12 @@ def main(argv: list[str] | None = None) -> int:
         points, left_out = leave_out_unread(find_config(name_points(*read_sweep(args.sweep, args.set)), args.sweep))
         if args.scale is not None:
             points, scaled = scale_points(points, args.scale, folder)
-        options = check_points(points, folder)
-        if args.published is not None:
-            published = match(read_published(args.published, points), options)
+        selection = read_selection(args.sweep, args.select, args.by)
+        if selection:
+            stage = first_stage(points, selection)
+            check_validation(check_points(stage, folder / FOLDER))
+            points, undecided = choose(points, folder, selection)
+        beside = check_results(points, folder, args)
         parameters = None if args.slurm is None else slurm_parameters(args.slurm)
         if args.gpus and not args.dry_run and args.gpus > len(visible_gpus()):
             raise ValueError(f"--gpus {args.gpus} is more than the {len(visible_gpus())} GPUs that can be used here")
@@ -113,34 +130,63 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if left_out:
         parser.warn(left_out)
-    if args.published is not None and not published:
+    if args.published is not None and not beside.published:
         parser.warn(f"--published {args.published}: none of its rows matches a run of this sweep")
     if scaled:
         print(scaled, flush=True)
     if args.dry_run:
+        if stage:
+            show_points(stage, folder / FOLDER)
+            print(f"{len(undecided)} of the runs below have no choice yet and are shown with the first values")
         show_points(points, folder)
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     if parameters is not None:
-        return run_on_cluster(points, folder, parameters, args.gpus_per_run, published, parser)
-    from tqdm import tqdm
-
-    slots = args.gpus // args.gpus_per_run if args.gpus else args.jobs
-    sweep = Sweep(points, folder, slots, bool(args.gpus), args.gpus_per_run, published=published)
+        if undecided:
+            print("this submits the first stage; once its jobs have ended, the same command submits the second")
+            return run_on_cluster(stage, folder / FOLDER, parameters, args.gpus_per_run, NOTHING, parser)
+        return run_on_cluster(points, folder, parameters, args.gpus_per_run, beside, parser)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        with tqdm(total=len(points), unit="run", disable=None) as progress:
-            sweep.run(progress)
+        if undecided:
+            run_here(stage, folder / FOLDER, args, NOTHING)
+            points, undecided = choose(points, folder, selection)
+            points = [point for point in points if point.name not in undecided]
+            beside = check_results(points, folder, args)
+        failed = undecided + run_here(points, folder, args, beside)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130
-    is_written = write_summary(points, folder, published=published)
+    except ValueError as error:
+        parser.error(str(error))
+    is_written = write_summary(points, folder, beside=beside)
     if is_written:
         print((folder / "summary.md").read_text(encoding="utf-8"))
-    if sweep.failed:
-        print(f"{len(sweep.failed)} of {len(points)} failed: {', '.join(sweep.failed)}", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} of {len(points)} failed: {', '.join(failed)}", file=sys.stderr)
     print(f"results are in {folder}")
-    return 1 if sweep.failed or not is_written else 0
+    return 1 if failed or not is_written else 0
+
+
+def check_results(points: list[Point], folder: Path, args: argparse.Namespace) -> Beside:
+    """Check the points whose results make the tables; return the numbers to put beside them. Raises ValueError."""
+    options = check_points(points, folder)
+    layers = dict.fromkeys(str(point.varying.get("layer")) for point in points)
+    if args.baseline is not None and args.baseline not in layers:
+        raise ValueError(f"--baseline {args.baseline} is no row of this sweep; its layers are {', '.join(layers)}")
+    published = {} if args.published is None else match(read_published(args.published, points), options)
+    return Beside(published, args.baseline)
+
+
+def run_here(points: list[Point], folder: Path, args: argparse.Namespace, beside: Beside) -> list[str]:
+    """Run the points on this machine; return the names of those that failed."""
+    from tqdm import tqdm
+
+    slots = args.gpus // args.gpus_per_run if args.gpus else args.jobs
+    sweep = Sweep(points, folder, slots, bool(args.gpus), args.gpus_per_run, beside=beside)
+    with tqdm(total=len(points), unit="run", disable=None) as progress:
+        sweep.run(progress)
+    return sweep.failed
 
 
 def run_on_cluster(
@@ -148,11 +194,11 @@ def run_on_cluster(
     folder: Path,
     parameters: dict,
     gpus_per_run: int,
-    published: dict[str, Published],
+    beside: Beside,
     parser: argparse.ArgumentParser,
 ) -> int:
     try:
-        jobs = submit(points, folder, parameters, gpus_per_run, published)
+        jobs = submit(points, folder, parameters, gpus_per_run, beside)
     except ModuleNotFoundError:
         parser.error("--slurm needs the package submitit: pip install submitit")
     except (RuntimeError, NameError, TypeError, ValueError) as error:  # no sbatch here, or a parameter that it does not know

@@ -27,7 +27,7 @@ from runs.export import export
 from runs.folder import RunFolder, costs_of, summarize
 from runs.measure import count_parameters
 from runs.memory import stop_if_out_of_memory
-from runs.metrics import Confusion, Meter, Metrics, history_row
+from runs.metrics import Meter, Metrics, Predictions, by_class, history_row, stalled
 from runs.optimization import autocast_for, compile_for, make_loss, make_mix
 from runs.parameters import start_training
 from runs.processes import Interrupted, Processes, Signals
@@ -163,14 +163,14 @@ def evaluate(
     title: str = "test",
     processes: Processes | None = None,
     check: Callable[[], object] = lambda: None,
-    seen: Callable[[Tensor, Tensor], object] = lambda logits, labels: None,
+    predictions: Predictions | None = None,
 ) -> Metrics:
     """Return means over all images of `batches`, each counted once.
 
     Args:
         compiled: the compiled model, if there is one.
         check: called after every batch, equally often on all processes.
-        seen: called with the logits (B, classes) and labels (B,) of every batch.
+        predictions: receives the predicted classes.
     """
     model.eval()
     compiled = model if compiled is None else compiled
@@ -184,12 +184,16 @@ def evaluate(
             if len(images):
                 with autocast():
                     logits = compiled(images).float()
-                seen(logits, labels)
-                rows[step * processes.world + processes.rank] = meter.tally(loss_function(logits, labels), logits, labels)
+                number = step * processes.world + processes.rank
+                rows[number] = meter.tally(loss_function(logits, labels), logits, labels)
+                if predictions is not None:
+                    predictions.add(number, logits, labels)
             progress.advance(batches.images_in(step))
             check()
             if (step + 1) % READ_EVERY == 0 and progress.due:
                 progress.show(*meter.read(rows.sum(0))[:2])
+    if predictions is not None:
+        processes.sum_(predictions.table)
     return meter.read(processes.sum_(rows).sum(0))
 
 
@@ -230,10 +234,11 @@ def fit(
             folder.save(state, *others)
 
     def ended() -> bool:
-        return training.epoch >= config.num_epochs or _stalled(training.history, split, config.early_stopping)
+        return training.epoch >= config.num_epochs or stalled(training.history, split, config.early_stopping)
 
     def publish() -> None:
         if processes.first:
+            folder.write_predictions(training.predictions)
             folder.epoch_done(training.history, training.best, summarize(training, split, facts, ended()), last=ended())
 
     if training.history and processes.first and folder.is_behind(len(training.history), ended()):
@@ -274,7 +279,8 @@ def fit(
 
 def _evaluate_splits(training: Training, data: Data, loss_function: Callable) -> dict[str, Metrics]:
     training.share_statistics()  # until here they differ between the processes
-    return {
+    predictions = Predictions(data.test, training.device)
+    metrics = {
         name: evaluate(
             training.eval_model,
             batches,
@@ -285,23 +291,19 @@ def _evaluate_splits(training: Training, data: Data, loss_function: Callable) ->
             title=name,
             processes=training.processes,
             check=training.poll,  # raises Interrupted after a signal
+            predictions=predictions if name == "test" else None,
         )
         for name, batches in (("val", data.val), ("test", data.test))
         if batches is not None
     }
+    labels, last = predictions.table.to("cpu", torch.int32)
+    training.predictions |= {"labels": labels, "last": last}
+    return metrics
 
 
 def selection_split(data: Data) -> str:
     """Return the part of the data that chooses the best epoch: "val" where images are held out, else "test"."""
     return "val" if data.val is not None else "test"
-
-
-def _stalled(history: list[dict], split: str, patience: int) -> bool:
-    """Return whether the last `patience` epochs brought no better loss; 0: never."""
-    if not patience or len(history) <= patience:
-        return False
-    losses = [row[f"{split}_loss"] for row in history]
-    return min(losses[-patience:]) >= min(losses[:-patience])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -362,7 +364,7 @@ def _test(request: Request, model: nn.Module, data: Data, path: Path, facts: dic
     """Evaluate a checkpoint on the test images; print and write test_results.json, nothing else."""
     options, processes, device = request.options, request.processes, next(model.parameters()).device
     train = options.train
-    confusion = Confusion(options.model.num_classes, device)
+    predictions = Predictions(data.test, device)
     with stop_if_out_of_memory(f"an evaluation of --batch_size {train.batch_size} images", MEMORY_ADVICE):
         metrics = evaluate(
             model,
@@ -372,13 +374,13 @@ def _test(request: Request, model: nn.Module, data: Data, path: Path, facts: dic
             compiled=compile_for(train, model),
             autocast=autocast_for(train, device),
             processes=processes,
-            seen=confusion.add,
+            predictions=predictions,
         )
-        processes.sum_(confusion.counts)
     if not processes.first:
         return
     if not math.isfinite(metrics.loss):
         raise Stopped(f"the test loss of {path} is not finite: its weights overflow in this model")
+    confusion = predictions.confusion(options.model.num_classes)
     print(f"test top-1 {metrics.top1:.2f} %  top-5 {metrics.top5:.2f} %  loss {metrics.loss:.4f}  ({path})")
     results = {
         **metrics._asdict(),
@@ -387,11 +389,12 @@ def _test(request: Request, model: nn.Module, data: Data, path: Path, facts: dic
         "parameters": count_parameters(model),
         "flops_per_image": facts["flops_per_image"],
         **costs_of(model, facts["image_shape"], device),
-        "classes": confusion.by_class(data.class_names),
-        **({"confusion": confusion.counts.tolist()} if len(data.class_names) <= MOST_CONFUSED else {}),
+        "classes": by_class(confusion, data.class_names),
+        **({"confusion": confusion.tolist()} if len(data.class_names) <= MOST_CONFUSED else {}),
         "options": evaluation_options(options),
         "override": facts["override"],
     }
-    written = RunFolder(train.output_dir).write_test_results(results)
+    labels, predicted = predictions.table.to("cpu", torch.int32)
+    written = RunFolder(train.output_dir).write_test_results(results, {"labels": labels, "predicted": predicted})
     if written.name != "test_results.json":
         print(f"results are in {written}: test_results.json is of other options")

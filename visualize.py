@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from experiments import analysis, figures
+from experiments import analysis, figures, pictures
 from experiments.abilities import draw_abilities, draw_tasks
 from experiments.explorer import LARGEST, explorer_page
 from experiments.pictures import draw_attention, draw_masks, draw_neighbors, draw_samples
@@ -83,7 +83,7 @@ def draw_confusion(args: argparse.Namespace):
     path = args.run / "test_results.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        return figures.draw_confusion(list(results["classes"]), results["confusion"])
+        return pictures.draw_confusion(list(results["classes"]), results["confusion"])
     except FileNotFoundError:
         raise ValueError(f"{args.run} holds no test_results.json; evaluate the run with --test_only first") from None
     except (ValueError, KeyError, TypeError):
@@ -128,7 +128,7 @@ DRAW = {
 
 
 at_least_one, at_least_zero = number_type(int, 1, 2**31 - 1), number_type(int, 0, 2**31 - 1)
-pictures = number_type(int, 1, 400)  # more would be too small to see
+tiles = number_type(int, 1, 400)  # more would be too small to see
 
 
 def place(text: str) -> tuple[float, float]:
@@ -164,7 +164,7 @@ def make_parser() -> OneLineParser:
         "images beside the class token's attention, per block and averaged (default output: attention.png in the run's folder)",
         "run",
         4,
-        pictures,
+        tiles,
     )
     neighbors = add(
         "neighbors",
@@ -172,7 +172,7 @@ def make_parser() -> OneLineParser:
         "(default output: neighbors.png in the run's folder)",
         "run",
         4,
-        pictures,
+        tiles,
     )
     neighbors.add_argument("--queries", nargs="+", type=place, metavar="Y,X", help="places of the tokens, from 0,0 to 1,1")
     neighbors.add_argument("--head", type=at_least_zero, default=0, help="head, where there are several (default: 0)")
@@ -199,7 +199,7 @@ def make_parser() -> OneLineParser:
         "samples",
         "training images with their labels, as a model sees them (default output: ./Output/<dataset>.png)",
         images=24,
-        count=pictures,
+        count=tiles,
     )
     samples.add_argument("--dataset", choices=DATASETS, default="digits", help="data set (default: digits)")
     samples.add_argument("--resize", type=at_least_one, nargs="+", help="side they are resized to, or height and width")

@@ -25,6 +25,7 @@ MARKERS = "os^vDPX*<>ph"
 LINE_STYLES = ("-", "--", ":", "-.")
 COLORS = 20  # of matplotlib's tab20
 LONGEST_LABEL = 60  # letters; a legend of longer ones would leave no room for the curves
+ZOOM = 3  # points below the best row that the zoomed figure shows
 MOST_LINES = 20  # in one panel, where there is an option to split the lines by
 
 
@@ -187,6 +188,9 @@ def draw(rows: list[dict]) -> dict:
     """Return figures by name: accuracy against each cost, and against every option that was swept through numbers."""
     swept = swept_options(rows)
     figures = {"tradeoff": draw_tradeoff(rows, swept)}
+    close = [row for row in rows if row["top1"] > max(one["top1"] for one in rows) - ZOOM]
+    if 2 < len(close) < len(rows):
+        figures["tradeoff_zoom"] = draw_tradeoff(close, swept, rows)
     for option in swept:
         values = [row[option] for row in rows if row[option] != ""]
         if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
@@ -224,15 +228,33 @@ def branches_of(layer: str) -> tuple[str, str]:
     return (layers[0], layers[1]) if len(layers) == 2 else ("", "")
 
 
-def draw_tradeoff(rows: list[dict], swept: list[str]):
-    """Plot top-1 against latency, FLOPs, parameters and memory: a panel each, a point per row."""
+def dominated(rows: list[dict], cost: str) -> list[bool]:
+    """Tell for each row if another one is at least as accurate and as cheap, and better in one of the two."""
+    points = [(row["top1"], -row[cost]) for row in rows]
+    return [any(a >= one[0] and b >= one[1] and (a, b) != one for a, b in points) for one in points]
+
+
+def draw_tradeoff(rows: list[dict], swept: list[str], marked: list[dict] | None = None):
+    """Plot top-1 against latency, FLOPs, parameters and memory: a panel each, a point per row.
+
+    A line joins the Pareto front; dominated points are faint.
+
+    Args:
+        marked: rows of the whole table, whose colors and markers these rows have; default: these.
+    """
     from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
-    marks, sections = mark_rows(rows, swept)
+    marked = marked or rows
+    marks, sections = mark_rows(marked, swept)
+    marks = [mark for row, mark in zip(marked, marks, strict=True) if row in rows]
     figure, axes = make_panels(len(COSTS), 2, 4.5, 3.75)
     for axis, (cost, label) in zip(axes, COSTS.items(), strict=True):
-        for row, (color, marker) in zip(rows, marks, strict=True):
-            axis.errorbar(row[cost], row["top1"], spread_of(row), fmt=marker, color=color, ms=7, lw=1, capsize=2)
+        faint = dominated(rows, cost)
+        front = sorted((row[cost], row["top1"]) for row, is_faint in zip(rows, faint, strict=True) if not is_faint)
+        axis.plot(*zip(*front, strict=True), color="silver", lw=1, zorder=0)
+        for row, (color, marker), is_faint in zip(rows, marks, faint, strict=True):
+            style = {"color": color, "ms": 7, "lw": 1, "capsize": 2, "alpha": 0.35 if is_faint else 1}
+            axis.errorbar(row[cost], row["top1"], spread_of(row), fmt=marker, **style)
         values = [row[cost] for row in rows]
         is_wide = max(values) > 3 * min(values)
         if is_wide:
@@ -366,24 +388,3 @@ def panel_option(rows: list[dict], swept: list[str]) -> str | None:
         if len(set(values)) <= 12 and max(map(values.count, values)) <= MOST_LINES:
             return name
     return None
-
-
-def draw_confusion(names: list[str], counts: list[list[int]]):
-    """Draw the shares of each class's images by predicted class, in percent, and the accuracy of each class."""
-    shares = [[100 * n / max(sum(row), 1) for n in row] for row in counts]
-    size = min(14, max(4.5, 0.45 * len(names)))
-    figure, (axis,) = make_panels(1, 1, size + 1.2, size)
-    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, ax=axis, label="% of the class", shrink=0.8)
-    axis.set(xlabel="predicted", ylabel="class")
-    if len(names) > 60:  # too many to be read
-        return figure
-    labels = [f"{name[:18]} ({row[number]:.0f} %)" for number, (name, row) in enumerate(zip(names, shares, strict=True))]
-    axis.set_xticks(range(len(names)), [name[:18] for name in names], rotation=90, fontsize=7)
-    axis.set_yticks(range(len(names)), labels, fontsize=7)
-    if len(names) <= 20:
-        for y, x in itertools.product(range(len(names)), repeat=2):
-            if counts[y][x]:
-                color = "w" if shares[y][x] > 60 else "k"
-                axis.text(x, y, str(counts[y][x]), ha="center", va="center", fontsize=6, color=color)
-    return figure

@@ -4,6 +4,7 @@ Each function draws the figure that the arguments of `visualize.py` ask for.
 """
 
 import argparse
+import itertools
 
 import torch
 
@@ -144,4 +145,25 @@ def draw_samples(args: argparse.Namespace):
     for axis, image, label in zip(axes, images, labels, strict=True):
         show_picture(axis, as_picture(image, args.dataset))
         axis.set_title(data.class_names[label], fontsize=8)
+    return figure
+
+
+def draw_confusion(names: list[str], counts: list[list[int]]):
+    """Draw the shares of each class's images by predicted class, in percent, and the accuracy of each class."""
+    shares = [[100 * n / max(sum(row), 1) for n in row] for row in counts]
+    size = min(14, max(4.5, 0.45 * len(names)))
+    figure, (axis,) = make_panels(1, 1, size + 1.2, size)
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, ax=axis, label="% of the class", shrink=0.8)
+    axis.set(xlabel="predicted", ylabel="class")
+    if len(names) > 60:  # too many to be read
+        return figure
+    labels = [f"{name[:18]} ({row[number]:.0f} %)" for number, (name, row) in enumerate(zip(names, shares, strict=True))]
+    axis.set_xticks(range(len(names)), [name[:18] for name in names], rotation=90, fontsize=7)
+    axis.set_yticks(range(len(names)), labels, fontsize=7)
+    if len(names) <= 20:
+        for y, x in itertools.product(range(len(names)), repeat=2):
+            if counts[y][x]:
+                color = "w" if shares[y][x] > 60 else "k"
+                axis.text(x, y, str(counts[y][x]), ha="center", va="center", fontsize=6, color=color)
     return figure

@@ -16,7 +16,7 @@ from options.runs import PROGRAMS, Options, Program, parse_options, same_value
 from options.training import RESUME_MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parent.parent  # where the programs are
-KEYS = ("program", "options", "grid", "seed")
+KEYS = ("program", "options", "grid", "seed", "select")
 NOT_IN_A_SWEEP = ("output_dir", "resume", "export", "help")
 
 
@@ -27,6 +27,7 @@ class Point(NamedTuple):
     program: str
     values: dict  # options by name, as in the sweep
     varying: dict  # the values in which the points differ
+    chosen: tuple[tuple[str, object], ...] = ()  # options and the values that a first stage chose on validation images
 
     @property
     def test_only(self) -> bool:
@@ -73,7 +74,7 @@ def read_sweep(path: str, changes: list[str]) -> tuple[list[tuple[str, dict]], l
     return distinct, ["program", *axes] if len(set(programs)) > 1 else axes
 
 
-def parse_change(change: str) -> tuple[str, list]:
+def parse_change(change: str, flag: str = "--set") -> tuple[str, list]:
     """Parse name=v1,v2 into the name and the values, which are written as in YAML."""
     name, _, text = change.partition("=")
     try:
@@ -81,7 +82,7 @@ def parse_change(change: str) -> tuple[str, list]:
     except ValueError:
         values = None
     if not name or not values:
-        raise ValueError(f"--set {change!r} is not name=value or name=value1,value2")
+        raise ValueError(f"{flag} {change!r} is not name=value or name=value1,value2")
     return name, values
 
 
@@ -144,6 +145,14 @@ def name_points(points: list[tuple[str, dict]], axes: list[str]) -> list[Point]:
             varying |= readable(name, of_axis[name])
         named.append(Point(name_of(varying, values), program, values, varying))
     return named
+
+
+def group_points(points: list[Point]) -> list[list[Point]]:
+    """Group the points that differ in their seed only: the rows of a summary."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(json.dumps(point.varying | {"seed": None}, sort_keys=True), []).append(point)
+    return list(groups.values())
 
 
 def readable(name: str, value) -> dict:

@@ -9,11 +9,16 @@ import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from experiments.figures import draw, draw_curves, read_metrics
-from experiments.points import Point, as_word, options_of, resolved
+from experiments import comparison
+from experiments.figures import draw, draw_curves, read_metrics, swept_options
+from experiments.papers import as_tex, draw_ranking
+from experiments.points import Point, as_word, group_points, options_of, resolved
 from experiments.published import NOTE, Published, as_text, put_beside
+from options.fields import specs
 from options.parser import read_yaml
+from options.training import TrainConfig
 from runs import Stopped
 from runs.files import as_csv, as_png, write_atomically
 
@@ -27,8 +32,30 @@ MEASURES = {  # column -> its place in summary.json, and its unit
     "epoch_seconds": (("average_epoch_seconds",), 1),
     "latency_ms_per_image": (("latency_ms_per_image",), 1),
     "peak_memory_mb": (("peak_memory_bytes",), 1e6),
+    "val_top1": (("best", "val_top1"), 1),
 }
+OPTIONAL = ("val_top1",)  # of runs that hold validation images out
+HYPERPARAMETERS = [name for name, spec in specs(TrainConfig).items() if not spec.group and name != "num_epochs"]
+
+
+class Beside(NamedTuple):
+    """Numbers to put beside the rows of a summary: of others, by the name of the point; differences to a layer."""
+
+    published: dict[str, Published]
+    baseline: str | None
+
+
+NOTHING = Beside({}, None)
+
+
 COSTS_OF_MODEL = ("parameters", "flops_per_image", "latency_ms_per_image", "peak_memory_bytes")  # also in an evaluation
+
+
+TOP1_NOTE = (
+    "top1 and top5 are of the last epoch, or of the evaluated checkpoint, on the test set, in percent; means of the runs that "
+    "ended, ± standard deviation. best_top1 is the test top-1 of the epoch with the best top-1 on validation images; without "
+    "them (val_fraction 0) the test images choose that epoch, which flatters it."
+)
 
 
 @functools.cache
@@ -40,15 +67,20 @@ def read_summary(folder: Path) -> dict | None:
     """Read the summary.json of a run; None if there is none or if it is incomplete."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        numbers = [measure_in(summary, name) for name in MEASURES] + [summary["epochs"]]
+        numbers = [measure_in(summary, name) for name in MEASURES if name not in OPTIONAL] + [summary["epochs"]]
         return summary if isinstance(summary["finished"], bool) and all(map(math.isfinite, numbers)) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def measure_in(summary: dict, name: str) -> float:
-    """Return a measure of the table from a run's summary. Raises KeyError or TypeError for anything else."""
+    """Return a measure of the table from a run's summary; NaN for an optional one that is missing.
+
+    Raises KeyError or TypeError for anything else.
+    """
     path, unit = MEASURES[name]
+    if name in OPTIONAL and path[-1] not in summary[path[0]]:
+        return math.nan
     return functools.reduce(operator.getitem, path, summary) / unit
 
 
@@ -104,16 +136,10 @@ def with_earlier(points: list[Point], folder: Path) -> list[Point]:
     return [*points, *earlier]
 
 
-def group_points(points: list[Point]) -> list[list[Point]]:
-    groups: dict[str, list[Point]] = {}
-    for point in points:
-        groups.setdefault(json.dumps(point.varying | {"seed": None}, sort_keys=True), []).append(point)
-    return list(groups.values())
-
-
 def summarize(points: list[Point], folder: Path) -> list[dict]:
     """Return a row for all points that differ in their seed only: means of finished runs, and standard deviations."""
     columns = list(dict.fromkeys(name for point in points for name in point.varying if name != "seed"))
+    chosen = dict.fromkeys(name for point in points for name, _ in point.chosen)
     rows = []
     for group in group_points(points):
         found = [finished_summary(point, folder) for point in group]
@@ -121,14 +147,16 @@ def summarize(points: list[Point], folder: Path) -> list[dict]:
         failed = [point for point, summary in zip(group, found, strict=True) if not summary and failure_of(point, folder)]
         row = {name: as_cell(group[0].varying.get(name, "")) for name in columns}
         row |= {"runs": len(summaries), "of": len(group), "failed": len(failed)}
+        row |= {name: dict(group[0].chosen).get(name, "") for name in chosen}
         for measure in MEASURES:
             values = [value for summary in summaries if not is_nan(value := measure_in(summary, measure))]
             row[measure] = statistics.fmean(values) if values else math.nan
             row[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else math.nan
         rows.append(row)
-    if not any(row["failed"] for row in rows):  # the rule: no column of zeros
-        rows = [{name: value for name, value in row.items() if name != "failed"} for row in rows]
-    return rows
+    unused = [] if any(row["failed"] for row in rows) else ["failed"]  # the rule: no column of zeros
+    unused += [name for name in OPTIONAL if all(math.isnan(row[name]) for row in rows)]
+    unused += [f"{name}_std" for name in unused]
+    return [{name: value for name, value in row.items() if name not in unused} for row in rows]
 
 
 def as_cell(value):
@@ -147,16 +175,13 @@ def failure_of(point: Point, folder: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
 
 
-def write_summary(
-    points: list[Point], folder: Path, draw_plots: bool = True, published: dict[str, Published] | None = None
-) -> bool:
-    """Write summary.csv, summary.md and the plots from the runs that have ended so far.
+def write_summary(points: list[Point], folder: Path, draw_plots: bool = True, beside: Beside = NOTHING) -> bool:
+    """Write summary.csv, summary.md, summary.tex and the plots from the runs that have ended so far.
 
-    published: numbers of others to put beside ours, by the name of the point. Without space on the disk, warn and return False:
-    runs are worth more than tables of them.
+    Without space on the disk, warn and return False: runs are worth more than tables of them.
     """
     try:
-        for name, data in _files_of(with_earlier(points, folder), folder, draw_plots, published or {}):
+        for name, data in _files_of(with_earlier(points, folder), folder, draw_plots, beside):
             write_atomically(folder / name, data)
     except Stopped as error:
         print(f"warning: {error}", file=sys.stderr)
@@ -164,18 +189,40 @@ def write_summary(
     return True
 
 
-def _files_of(points: list[Point], folder: Path, draw_plots: bool, published: dict[str, Published]) -> Iterator[tuple]:
-    groups = group_points(points)
+def _files_of(points: list[Point], folder: Path, draw_plots: bool, beside: Beside) -> Iterator[tuple]:
+    groups, published = group_points(points), beside.published
     rows = summarize(points, folder)
+    swept = swept_options(rows)
     if published:
         rows = put_beside(rows, [next((published[p.name] for p in group if p.name in published), None) for group in groups])
+    notes = [TOP1_NOTE, *[NOTE] * bool(published)]
+    runs = [
+        {
+            point.varying.get("seed"): (measure_in(summary, "top1"), folder / point.name)
+            for point in group
+            if (summary := finished_summary(point, folder))
+        }
+        for group in groups
+    ]
+    if beside.baseline:
+        differences = comparison.compare(rows, runs, swept, beside.baseline)
+        rows = [row | columns for row, columns in zip(rows, differences, strict=True)]
+        notes.append(comparison.note_on(beside.baseline))
+    if tuned := [name for name in HYPERPARAMETERS if name in swept]:
+        notes.append(
+            f"{' and '.join(tuned)} varies in this table: to pick its best row is to choose on test images; `select` chooses "
+            "on validation images."
+        )
     yield "summary.csv", as_csv([{name: "" if is_nan(value) else value for name, value in row.items()} for row in rows])
     failures = {point.name: failure_of(point, folder) for point in points if not is_finished(point, folder)}
-    yield "summary.md", as_markdown(rows, {name: line for name, line in failures.items() if line})
+    yield "summary.md", as_markdown(rows, notes, {name: line for name, line in failures.items() if line})
+    yield "summary.tex", as_tex(rows, swept, notes)
     done = [row for row in rows if row["runs"]]
     if not done or not draw_plots:
         return
-    figures = draw(done)
+    figures = draw(done) | {
+        "ranking": draw_ranking(done, swept, [[top1 for top1, _ in found.values()] for found in runs if found])
+    }
     drawn = [(row, curves) for row, group in zip(rows, groups, strict=True) if (curves := curves_of(group, folder))]
     if drawn:
         figures["curves"] = draw_curves(*map(list, zip(*drawn, strict=True)))
@@ -199,18 +246,15 @@ def is_nan(value) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def as_markdown(rows: list[dict], failures: dict[str, str]) -> str:
+def as_markdown(rows: list[dict], notes: list[str], failures: dict[str, str]) -> str:
     """Return a table of means, with standard deviations over seeds where they are of interest, and the failures by point."""
     columns = [name for name in rows[0] if not name.endswith("_std")]
     columns = [name for name in columns if not name.startswith("published_") or name.removeprefix("published_") in rows[0]]
+    columns = [name.removesuffix("_low") for name in columns if name not in comparison.FOLDED]
     heads = [name.replace("published_", "published ") for name in columns]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(_cell(row, name) for name in columns) + " |" for row in rows]
-    note = (
-        "top1 and top5 are of the last epoch, or of the evaluated checkpoint, on the test set, in percent; means of the "
-        "runs that ended, ± standard deviation."
-    )
-    lines += ["", note, *(["", NOTE] if "published_source" in rows[0] else [])]
+    lines += [line for note in notes for line in ("", note)]
     if failures:
         lines += ["", "Failed, and tried again by the next call of the sweep:", ""]
         lines += [f"- {name}: {why}" for name, why in failures.items()]
@@ -218,6 +262,8 @@ def as_markdown(rows: list[dict], failures: dict[str, str]) -> str:
 
 
 def _cell(row: dict, name: str) -> str:
+    if name in comparison.INTERVALS:
+        return comparison.as_text(row, name)
     value, spread = row[name], row.get(f"{name}_std", math.nan)
     if name.startswith("published_"):
         return as_text(row, name.removeprefix("published_"))
@@ -225,6 +271,8 @@ def _cell(row: dict, name: str) -> str:
         return ""
     if name == "parameters":
         return f"{value:,.0f}"
+    if name == "p_holm":
+        return f"{value:.2g}"
     if name in MEASURES:
         return f"{value:.4g}" + ("" if is_nan(spread) or name == "mflops_per_image" else f" ± {spread:.2g}")
     return str(value)

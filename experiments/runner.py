@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.points import ROOT, Point, program_path
-from experiments.published import Published
-from experiments.report import FAILURE, finished_summary, is_finished, write_summary
+from experiments.report import FAILURE, NOTHING, Beside, finished_summary, is_finished, write_summary
 from options.machine import cpu_cores as cores
 from runs import Stopped
 from runs.files import write_atomically
@@ -50,7 +49,7 @@ class Sweep:
     gpus: bool = False  # each slot has its own GPUs
     gpus_per_run: int = 1  # with more than one, torchrun starts as many processes
     failed: list[str] = field(default_factory=list)
-    published: dict[str, Published] = field(default_factory=dict)  # by the name of the point, for the summary
+    beside: Beside = NOTHING  # for the summary
 
     def start(self, point: Point, slot: int, descriptor: int) -> Running:
         """Start a point, whose lock we hold. Raises OSError or Stopped for a folder that cannot be written to."""
@@ -113,7 +112,7 @@ class Sweep:
                     release(self.folder / run.point.name, run.descriptor)
                     progress.update()
                     is_due = time.monotonic() > draw_again
-                    write_summary(self.points, self.folder, is_due, self.published)
+                    write_summary(self.points, self.folder, is_due, self.beside)
                     draw_again = time.monotonic() + PLOTS_EVERY if is_due else draw_again
                 elsewhere = len(waiting) if len(running) < self.slots else 0
                 note = f", {elsewhere} run by another process" if elsewhere else ""
@@ -165,7 +164,7 @@ class ClusterRun:
         points: list[Point],
         folder: Path,
         gpus_per_run: int,
-        published: dict[str, Published] | None = None,
+        beside: Beside = NOTHING,
     ) -> str:
         descriptor = lock(folder / point.name)
         if descriptor is not None and not is_finished(point, folder):
@@ -179,7 +178,7 @@ class ClusterRun:
                 raise RuntimeError(message)
         if descriptor is not None:
             release(folder / point.name, descriptor)
-        write_summary(points, folder, published=published)
+        write_summary(points, folder, beside=beside)
         return point.name
 
     def checkpoint(self, *arguments):
@@ -197,7 +196,7 @@ def submit(
     folder: Path,
     parameters: dict,
     gpus_per_run: int,
-    published: dict[str, Published] | None = None,
+    beside: Beside = NOTHING,
 ) -> list:
     """Submit one job per point that is not finished, as an array; return submitit's jobs."""
     from submitit import AutoExecutor
@@ -209,4 +208,4 @@ def submit(
     executor = AutoExecutor(folder=folder / "jobs", cluster="slurm")
     executor.update_parameters(name=folder.name, **parameters)
     with executor.batch():
-        return [executor.submit(ClusterRun(), point, points, folder, gpus_per_run, published) for point in points_left]
+        return [executor.submit(ClusterRun(), point, points, folder, gpus_per_run, beside) for point in points_left]

@@ -50,7 +50,7 @@ class LinearAttention(LinearMixer):
         super().__init__(d_model, num_heads, bias=bias)
 
     def weigh(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-        query, key = F.elu(query) + 1, F.elu(key) + 1
+        query, key = (part.relu() + part.clamp(max=0).exp() for part in (query, key))  # elu + 1, not rounded below 0
         total = query @ key.mean(dim=2)[..., None]  # (B, H, N, 1)
         return query @ (key.mT @ value / key.shape[2]) / total
 

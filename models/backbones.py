@@ -243,9 +243,12 @@ def init_for_relu(layer: nn.Module, mode: str = "fan_out") -> None:
         init_for_relu(layer.layer, mode)
     elif isinstance(layer, (nn.Conv2d, CoordConv2d, ConvNN2d, Pooling2d)):
         convolution = layer if isinstance(layer, nn.Conv2d) else layer.conv
-        nn.init.kaiming_normal_(convolution.weight, mode=mode, nonlinearity="relu")
-        if convolution.bias is not None:
-            nn.init.zeros_(convolution.bias)
+        *depthwise, last = convolution if isinstance(convolution, nn.Sequential) else [convolution]
+        for slots in depthwise:
+            nn.init.kaiming_normal_(slots.weight, nonlinearity="linear")
+        nn.init.kaiming_normal_(last.weight, mode=mode if last.groups == 1 else "fan_in", nonlinearity="relu")
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)
     elif isinstance(layer, (Attention2d, ConvNNAttention2d)):
         for linear, gain in ((layer.qkv, 1), (layer.proj, 2)):
             nn.init.normal_(linear.weight, std=math.sqrt(gain / linear.in_features))

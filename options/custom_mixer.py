@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from options.fields import KINDS, Spec, check_option, convert, did_you_mean
-from options.reading import open_regular
+from options.reading import open_regular, sha256_of
 
 
 class CustomMixer(NamedTuple):
@@ -39,6 +39,13 @@ class CustomMixer(NamedTuple):
 
 def is_address(layer: str) -> bool:
     return ":" in layer
+
+
+def file_of(address: str) -> str | None:
+    """Return the absolute path of an address FILE.py:Class, and None for package.module:Class."""
+    place = address.rpartition(":")[0]
+    is_file = place.endswith(".py") or os.sep in place
+    return os.path.abspath(os.path.expanduser(place)) if is_file else None
 
 
 def check_unchanged(layer: str, then: str | None, now: str) -> None:
@@ -65,12 +72,7 @@ def describe_error(error: BaseException, file: str = "") -> str:
     return f"{type(error).__name__}: {' '.join(text.split())}{place}"
 
 
-def _sha256(file: str) -> str:
-    with open_regular(file) as source:
-        return hashlib.sha256(source.read()).hexdigest()
-
-
-_sha256_of_imported = functools.cache(_sha256)  # the file as it was when Python imported it
+_sha256_of_imported = functools.cache(sha256_of)  # the file as it was when Python imported it
 
 
 @functools.cache
@@ -141,15 +143,14 @@ def load(address: str, sizes: tuple[str, str], sources: dict[str, str]) -> Custo
     Raises ValueError if there is no such class or it cannot be a mixer.
     """
     place, _, name = address.rpartition(":")
-    is_file = place.endswith(".py") or os.sep in place
-    if is_file:
-        place = os.path.abspath(os.path.expanduser(place))
-        address = f"{place}:{name}"
+    file = file_of(address)
+    if file:
+        place, address = file, f"{file}:{name}"
     try:
-        module = _import_file(place) if is_file else _import_module(place)
+        module = _import_file(file) if file else _import_module(place)
         cls = _find_class(module, name, place)
         defined = sys.modules[cls.__module__]
-        sha256 = _sha256(place) if is_file and defined is module else _sha256_of_imported(defined.__file__)
+        sha256 = sha256_of(file) if file and defined is module else _sha256_of_imported(defined.__file__)
         takes, arguments = _read_constructor(cls, sizes, sources)
     except OSError as error:
         raise ValueError(f"layer={address!r}: {error.strerror}") from None

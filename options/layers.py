@@ -65,7 +65,7 @@ PERFORMER = (("num_features", "performer_features"), ("kernel", "performer_kerne
 
 LAYERS2D_ROWS = {
     "Conv2d": Row("layers2d:make_conv2d", ("kernel_size", "aggregation_type", "stride", "bias")),
-    "ConvNN": Row("layers2d:ConvNN2d", ("neighbors", "padding", "image_size", "bias", *SHUFFLES)),
+    "ConvNN": Row("layers2d:ConvNN2d", ("neighbors", "convolution_type", "padding", "image_size", "bias", *SHUFFLES)),
     "ConvNN_Attn": Row(
         "layers2d:ConvNNAttention2d",
         ("neighbors", "score_temperature", "topk", "convolution_type", "attention_dropout", "image_size", *SHUFFLES),

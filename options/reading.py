@@ -1,5 +1,6 @@
 """Safe reading of files: regular files only, with limits on their size; and descriptions of invalid paths."""
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -29,6 +30,12 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
         os.close(descriptor)
         raise OSError(0, "Is a directory" if stat.S_ISDIR(mode) else "is not a regular file (a pipe or a device)")
     return open(descriptor, "rb")
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """Hash the content of a regular file. Raises OSError."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_at_most(file: BinaryIO, limit: int) -> bytes:

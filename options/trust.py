@@ -4,17 +4,16 @@ The hashes of files that this user has trained with are kept in the user's cache
 """
 
 import contextlib
-import hashlib
 import os
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from importlib.machinery import PathFinder
 
-from options.custom_mixer import check_unchanged, is_address
+from options.custom_mixer import check_unchanged, file_of, is_address
 from options.layers import layers_of
 from options.machine import cache_folder
-from options.reading import open_regular
+from options.reading import open_regular, sha256_of
 
 _everything: ContextVar[bool] = ContextVar("everything", default=False)
 
@@ -39,21 +38,21 @@ def check_trusted(layer: str, sha256: str | None = None) -> None:
     known = _known() if files else set()
     for file in files:
         try:
-            is_known = _sha256(file) in known
+            is_known = sha256_of(file) in known
         except FileNotFoundError:
             continue  # no code that could run: its import says so
         except OSError:
             is_known = False
         if not is_known:
             if sha256 and files == [file]:
-                check_unchanged(layer, sha256, _sha256(file))
+                check_unchanged(layer, sha256, sha256_of(file))
             raise ValueError(f"the code in {file} would run, and you have not trained with it; read it, then add --trust_code")
 
 
 def remember(layer: str) -> None:
     """Note that this user trains with the files of a layer; without a cache folder that can be written, nothing is noted."""
     with contextlib.suppress(OSError):
-        files = {_sha256(file): file for file in _files_of(layer)}
+        files = {sha256_of(file): file for file in _files_of(layer)}
         lines = [f"{sha256}  {file}\n" for sha256, file in files.items() if sha256 not in _known()]
         if lines:
             path = _notes()
@@ -74,20 +73,12 @@ def _known() -> set[str]:
     return set()
 
 
-def _sha256(file: str) -> str:
-    with open_regular(file) as source:
-        return hashlib.sha256(source.read()).hexdigest()
-
-
 def _files_of(layer: str) -> list[str]:
     """Return the files that importing the classes of a layer runs, those that they import in turn left out."""
     files = []
     for address in filter(is_address, layers_of(layer)):
-        place = address.rpartition(":")[0]
-        if place.endswith(".py") or os.sep in place:
-            files.append(os.path.abspath(os.path.expanduser(place)))
-        else:
-            files += _files_of_module(place)
+        file = file_of(address)
+        files += [file] if file else _files_of_module(address.rpartition(":")[0])
     return files
 
 

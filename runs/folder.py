@@ -1,6 +1,7 @@
 """Output folder of a run: options, model, checkpoints, tables, curves and summary."""
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -102,7 +104,7 @@ class RunFolder:
             options = None
         checkpoints, texts = ([path for name in names if (path := self.path / name).exists()] for names in (CHECKPOINTS, TEXTS))
         if options is not None:
-            texts += self._matching(self.path, r"test_results(-\d+)?\.json")
+            texts += self._matching(self.path, r"test_results(-\d+)?\.json|test_predictions(-\d+)?\.npz")
             checkpoints += self._matching(self.path, r"epoch_\d+\.pt") if options["save_every"] else []
             texts += self._matching(self.path / "tensorboard", r"events\.out\.tfevents\..*") if options["tensorboard"] else []
         return Found(options, checkpoints, texts, summary.get("epochs", 0), summary.get("finished") is True)
@@ -212,12 +214,26 @@ class RunFolder:
         # summary.json comes last: once it says that the run has ended, nothing else remains to be written.
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
-    def write_test_results(self, results: dict) -> Path:
-        """Write test_results.json; beside results of other options or another checkpoint test_results-2.json, and so on."""
+    def write_predictions(self, predictions: dict[str, torch.Tensor], name: str = "test_predictions.npz") -> None:
+        """Write arrays of classes, one number per test image in the order of the data set, for `numpy.load`."""
+        file = io.BytesIO()
+        np.savez_compressed(file, **{name: classes.numpy() for name, classes in predictions.items()})
+        write_atomically(self.path / name, file.getvalue())
+
+    def write_test_results(self, results: dict, predictions: dict[str, torch.Tensor]) -> Path:
+        """Write test_results.json and test_predictions.npz; return the path of the former.
+
+        Beside results of other options or another checkpoint they are test_results-2.json and test_predictions-2.npz, and so
+        on. The predictions of a training stay: beside them the first are test_predictions-1.npz.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         results = json.loads(json.dumps(results, allow_nan=False))
         names = (f"test_results{f'-{number}' * (number > 1)}.json" for number in itertools.count(1))
         path = next(path for name in names if not (path := self.path / name).exists() or self._is_of_same(path, results))
+        number = re.sub(r"\D", "", path.stem)
+        if not number and (self.path / "metrics.csv").exists():
+            number = "1"
+        self.write_predictions(predictions, f"test_predictions{'-' * bool(number)}{number}.npz")
         write_atomically(path, json.dumps(results, indent=2) + "\n")
         return path
 

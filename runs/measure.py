@@ -6,6 +6,7 @@ torch is imported inside functions: programs that measure report a wrong option 
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
 import statistics
 import sys
@@ -34,13 +35,24 @@ def flops_of(function: Callable[[], object]) -> int:
     """Count the FLOPs of a call, a multiply-add as two.
 
     `torch.utils.flop_counter` counts matrix products, convolutions, attention, and the search, the scores and the aggregation
-    of neighbors. It does not see element-wise work, normalization, softmax, top-K and gather.
+    of neighbors. A Fourier transform of n numbers counts as 5 n log2(n), of real numbers as half of it. Element-wise work,
+    normalization, softmax, top-K and gather are not seen.
     """
+    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    def transform(factor: float, result: bool = False) -> Callable[..., int]:
+        def count(shape, dim, *_, out_shape, **__) -> int:
+            shape = out_shape if result else shape  # of the real numbers
+            return round(factor * math.prod(shape) * math.log2(math.prod(shape[axis] for axis in dim)))
+
+        return count
+
+    aten = torch.ops.aten
+    transforms = {aten._fft_c2c: transform(5), aten._fft_r2c: transform(2.5), aten._fft_c2r: transform(2.5, result=True)}
     # The counter does not know every fused attention kernel. The plain form, two products, counts the same on all devices.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False, custom_mapping=transforms) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops()
 

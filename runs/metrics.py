@@ -39,22 +39,42 @@ class Meter:
         return Metrics(loss / seen, 100 * top1 / seen, 100 * top5 / seen)
 
 
-class Confusion:
-    """Counts of (class, predicted class) over images, on the device."""
+class Predictions:
+    """Label and predicted class of every image, in the order of the data set, on the device.
 
-    def __init__(self, classes: int, device: torch.device):
-        self.counts = torch.zeros(classes, classes, device=device, dtype=torch.int64)
+    With several processes each fills in its own batches and leaves zeros elsewhere: their sum is whole.
+    """
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        self.counts.index_put_((labels, logits.argmax(dim=1)), torch.ones_like(labels), accumulate=True)
+    def __init__(self, batches, device: torch.device):
+        self.batch_size = batches.recipe.batch_size
+        self.table = torch.zeros(2, batches.num_samples, device=device, dtype=torch.int64)
 
-    def by_class(self, names: list[str]) -> dict[str, dict]:
-        """Return images and top-1 (percent, None without images) of every class, by name."""
-        images, right = self.counts.sum(dim=1).tolist(), self.counts.diagonal().tolist()
-        return {
-            name: {"images": n, "top1": 100 * correct / n if n else None}
-            for name, n, correct in zip(names, images, right, strict=True)
-        }
+    def add(self, number: int, logits: Tensor, labels: Tensor) -> None:
+        """Note the batch of this number, counted from 0: logits (B, classes), labels (B,)."""
+        start = number * self.batch_size
+        self.table[:, start : start + len(labels)] = torch.stack([labels, logits.argmax(dim=1)])
+
+    def confusion(self, classes: int) -> Tensor:
+        """Count images by (class, predicted class): (classes, classes)."""
+        cells = self.table[0] * classes + self.table[1]
+        return cells.cpu().bincount(minlength=classes**2).view(classes, classes)
+
+
+def by_class(confusion: Tensor, names: list[str]) -> dict[str, dict]:
+    """Return images and top-1 (percent, None without images) of every class, by name."""
+    images, right = confusion.sum(dim=1).tolist(), confusion.diagonal().tolist()
+    return {
+        name: {"images": n, "top1": 100 * correct / n if n else None}
+        for name, n, correct in zip(names, images, right, strict=True)
+    }
+
+
+def stalled(history: list[dict], split: str, patience: int) -> bool:
+    """Return whether the last `patience` epochs brought no better loss; 0: never."""
+    if not patience or len(history) <= patience:
+        return False
+    losses = [row[f"{split}_loss"] for row in history]
+    return min(losses[-patience:]) >= min(losses[:-patience])
 
 
 def history_row(epoch: int, lr: float, metrics: dict[str, Metrics], images: int, seconds: float) -> dict:

@@ -49,6 +49,7 @@ class Training:
         self.step = 0  # steps done in the epoch after those
         self.best: dict = {}  # row of the history
         self.history: list[dict] = []
+        self.predictions: dict[str, torch.Tensor] = {}  # of the test images: labels, and classes of the last and best epoch
         self.fingerprint: dict | None = None  # of the data
 
     def check_finite(self) -> None:
@@ -78,7 +79,7 @@ class Training:
         self.schedule.epoch_done(row[f"{selection_split}_loss"])
         self.history.append(row)
         if not self.best or row[f"{selection_split}_top1"] > self.best[f"{selection_split}_top1"]:
-            self.best = row
+            self.best, self.predictions["best"] = row, self.predictions["last"]
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.meter = Meter(self.device)
 
@@ -105,6 +106,7 @@ class Training:
             "step": self.step,
             "best": self.best,
             "history": self.history,
+            "predictions": self.predictions,
             "config": options,
             "data": self.fingerprint,
         }
@@ -127,6 +129,7 @@ class Training:
             self.average.model.load_state_dict(state["ema"])
         self.seconds, self.epoch_lr = float(state["sampler"]["seconds"]), float(state["sampler"]["lr"])
         self.epoch, self.step, self.best, self.history = epoch, step, state["best"], history
+        self.predictions = state["predictions"]
         rank, sums, rng = self.processes.rank, state["sampler"]["sums"], state["rng"]
         if len(sums) != len(rng) or any(value.shape != (4,) for value in sums):
             raise ValueError("sums and random states of the processes")

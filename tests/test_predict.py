@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import vit_main
 from dataset import load_data, read_image
 from experiments.trained import load_model, read_options
 from options.data import DataConfig
-from runs.metrics import Confusion
+from runs.metrics import Predictions, by_class
 
 LINE = (
     "--dataset digits --num_epochs 1 --train_limit 40 --test_limit 20 --batch_size 20 --device cpu --patch_size 4 --resize 8 "
@@ -143,8 +144,25 @@ def test_test_only_counts_every_class(run, tmp_path):
         right = 100 * row[int(name)] / sum(row)
         assert results["classes"][name] == {"images": sum(row), "top1": pytest.approx(right)}
     assert sum(row[n] for n, row in enumerate(counts)) / 0.2 == pytest.approx(results["top1"])
+    training, evaluation = (np.load(folder / "run" / f"test_predictions{end}.npz") for end in ("", "-1"))
+    assert evaluation["labels"].tolist() == training["labels"].tolist() == labels.tolist()
+    assert evaluation["predicted"].tolist() == training["best"].tolist() == predicted
     assert visualize.main(["confusion", str(folder / "run"), "--output", str(tmp_path / "c.png")]) == 0
     assert (tmp_path / "c.png").stat().st_size > 5000
+
+
+def test_predictions_of_the_last_and_the_best_epoch_outlive_a_resume(tmp_path):
+    words = [*LINE.split(), "--output_dir", str(tmp_path / "run"), "--lr", "0.05", "--scheduler", "step", "--lr_step", "1"]
+    words += ["--lr_gamma", "0.0", "--num_epochs"]
+    assert vit_main.main([*words, "1"]) == 0
+    first = dict(np.load(tmp_path / "run" / "test_predictions.npz"))
+    assert first["last"].tolist() == first["best"].tolist()
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    state["predictions"]["best"] = state["predictions"]["best"] + 1  # recognizable
+    torch.save(state, tmp_path / "run" / "last.pt")
+    assert vit_main.main([*words, "2", "--resume"]) == 0  # with a learning rate of 0: no better epoch
+    second = dict(np.load(tmp_path / "run" / "test_predictions.npz"))
+    assert second["last"].tolist() == first["last"].tolist() == (second["best"] - 1).tolist()
 
 
 def test_confusion_is_asked_for_too_early(run, tmp_path, capsys):
@@ -154,11 +172,14 @@ def test_confusion_is_asked_for_too_early(run, tmp_path, capsys):
 
 
 def test_a_class_without_images_has_no_accuracy():
-    confusion = Confusion(3, torch.device("cpu"))
-    confusion.add(torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 3.0, 1.0]]), torch.tensor([1, 1, 0]))
-    confusion.add(torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([1]))
-    assert confusion.counts.tolist() == [[0, 1, 0], [1, 2, 0], [0, 0, 0]]
-    assert confusion.by_class(["a", "b", "c"]) == {
+    batches = SimpleNamespace(num_samples=4, recipe=SimpleNamespace(batch_size=3))
+    predictions = Predictions(batches, torch.device("cpu"))
+    predictions.add(1, torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([1]))
+    predictions.add(0, torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 3.0, 1.0]]), torch.tensor([1, 1, 0]))
+    assert predictions.table.tolist() == [[1, 1, 0, 1], [1, 0, 1, 1]]
+    confusion = predictions.confusion(3)
+    assert confusion.tolist() == [[0, 1, 0], [1, 2, 0], [0, 0, 0]]
+    assert by_class(confusion, ["a", "b", "c"]) == {
         "a": {"images": 1, "top1": 0.0},
         "b": {"images": 3, "top1": pytest.approx(200 / 3)},
         "c": {"images": 0, "top1": None},

@@ -116,7 +116,9 @@ def test_what_is_overridden_is_said_recorded_and_replaces_nothing(trained, tmp_p
     results = json.loads((tmp_path / "test_results-2.json").read_text())
     assert results["override"] == {"num_heads": {"trained": 2, "here": 4}} and results["options"]["num_heads"] == 4
     assert (tmp_path / "test_results.json").read_bytes() == first
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["test_results-2.json", "test_results.json"]
+    results = ["test_results-2.json", "test_results.json"]
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == results
+    assert sorted(path.name for path in tmp_path.glob("*.npz")) == ["test_predictions-2.npz", "test_predictions.npz"]
     (tmp_path / "test_results.json").write_text("mine")
     assert run(line, tmp_path) == 0 and (tmp_path / "test_results.json").read_text() == "mine"
 
@@ -250,7 +252,7 @@ def test_weights_that_overflow_leave_no_result(trained, tmp_path, capsys):
     assert run(f"--test_only --checkpoint {tmp_path / 'x.pt'} --device cpu --test_limit 20", tmp_path / "run") == 1
     assert "the test loss" in capsys.readouterr().err and not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="JSON"):
-        RunFolder(tmp_path / "run").write_test_results({"loss": math.nan})
+        RunFolder(tmp_path / "run").write_test_results({"loss": math.nan}, {})
 
 
 class Evil:

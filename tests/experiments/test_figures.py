@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from experiments.figures import (
     Mark,
     branches_alone,
+    dominated,
     draw_curves,
     draw_option,
     draw_tradeoff,
@@ -267,3 +268,8 @@ def test_the_table_of_a_run(tmp_path):
     (tmp_path / "metrics.csv").mkdir()
     with pytest.raises(ValueError, match="cannot be read as the table of a run"):
         read_metrics(tmp_path)
+
+
+def test_the_front_joins_what_nothing_dominates():
+    rows = [{"top1": top1, "cost": cost} for top1, cost in ((80, 4), (70, 2), (75, 3), (74, 3), (80, 5), (70, 2))]
+    assert dominated(rows, "cost") == [False, False, False, True, True, False]

@@ -264,6 +264,8 @@ def test_what_does_not_fit_is_an_error(options, message):
         *((layer, {}) for layer in LAYERS),
         ("ConvNN_Attn", {"convolution_type": "depthwise"}),
         ("ConvNN", {"shuffle_pattern": "BA"}),
+        ("ConvNN", {"convolution_type": "depthwise"}),
+        ("ConvNN", {"convolution_type": "depthwise-separable"}),
     ],
 )
 def test_without_batch_norm_layers_keep_the_scale_of_their_input(layer, more):

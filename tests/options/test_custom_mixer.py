@@ -25,6 +25,7 @@ from options.vit import ViTConfig
 from vit import ViT
 
 HEAD = """
+from __future__ import annotations
 from typing import Literal, Optional
 import torch
 from torch import nn

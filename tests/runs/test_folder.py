@@ -275,6 +275,7 @@ EDITED = {
     "epoch": (-5, "1", True, 1.0, 2),
     "step": (-1, None, 3),
     "history": ([], ["x"], None, [{}]),
+    "predictions": ([], None),
     "best": ([], "x", {"epoch": 1}),
     "sampler": ({}, {"seconds": "x", "lr": 1.0, "sums": []}),
     "rng": ([], None, [{"cpu": torch.zeros(3, dtype=torch.uint8)}]),
