@@ -73,7 +73,8 @@ def draw_scene(task: str, draws: Draws, size: int, symbols: int, full: bool) -> 
         return draw_joined(draws, size, symbols, full)
     cells, slots = size**2, np.arange(size**2)
     pattern, color = draws.below(symbols, cells), draws.below(COLORS, cells)
-    least = draws.below(5) + 2 if task == "duplicate" else np.array([[1 if task in ("find", "locate", "count") else 2]])
+    # From 8 cells on, all classes of `count` are possible.
+    least = draws.below(5) + 2 if task == "duplicate" else np.array([[{"find": 1, "locate": 1, "count": 8}.get(task, 2)]])
     count = np.full_like(pattern[:, :1], cells) if full else log_uniform(draws, least, cells)
     partners = partner_cells(task, size)
     first = ()
