@@ -1,4 +1,4 @@
-"""Figures of runs: training curves, attention maps, neighbors and measures of them, a page to explore, masks, samples.
+"""Figures of runs: training curves, attention maps, neighbors and measures, a page to explore, masks, samples, abilities.
 
 python visualize.py curves Output/ViT/*
 python visualize.py neighbors Output/AllConvNet/ConvNN
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from experiments import analysis, figures, pictures
+from experiments.abilities import draw_abilities, draw_tasks
 from experiments.explorer import LARGEST, explorer_page
 from experiments.pictures import draw_attention, draw_masks, draw_neighbors, draw_samples
 from experiments.points import readable
@@ -116,6 +117,8 @@ DRAW = {
     "analyze": draw_analysis,
     "masks": draw_masks,
     "samples": draw_samples,
+    "tasks": lambda args: draw_tasks(),
+    "abilities": lambda args: draw_abilities(args.run),
 }
 
 
@@ -211,6 +214,11 @@ def make_parser() -> OneLineParser:
         "--noise", type=number_type(float), default=0.0, help="standard deviation of noise on pixels from 0 to 1"
     )
     samples.add_argument("--seed", type=at_least_zero, default=0, help="seed of order, augmentation and noise")
+    add("tasks", "the generated tasks: four training and four test images of each (default output: ./Output/tasks.png)")
+    abilities = add(
+        "abilities", "mixers by generated tasks, of a sweep over both (default output: abilities.png in its folder)"
+    )
+    abilities.add_argument("run", type=Path, metavar="SWEEP", help="output folder of the sweep")
     return parser
 
 

@@ -147,7 +147,8 @@ class ModelConfig(NeighborConfig):
         """Drop the values of a YAML file that the command line makes void.
 
         Another layer has other options; the same layer may be defined in another file. A test with the config.yaml of a
-        training evaluates the trained weights, not the ones that training started from, and exports nothing.
+        training evaluates the trained weights, not the ones that training started from, and exports nothing. Generated images
+        of another size are not resized to the former one.
         """
         dropped = set()
         if "layer" in given:
@@ -155,6 +156,8 @@ class ModelConfig(NeighborConfig):
             dropped = {"layer_sha256"} if is_same else {"layer_sha256", "mixer_option"}
         if str(values.get("test_only")).lower() == "false" and str(given.get("test_only")).lower() == "true":
             dropped |= {"checkpoint", "export"}
+        if "task_size" in given:
+            dropped.add("resize")
         return {name: value for name, value in values.items() if name not in dropped}
 
 

@@ -54,10 +54,12 @@ class TrainConfig:
         1.0, "learning rate of each block relative to the next; the embeddings have the lowest", low=0.01, high=1
     )
     freeze: str | None = option(None, "part to freeze; backbone: train the classifier only", kind=str, choices=("backbone",))
+    beta1: float = option(0.9, "adam, adamw: decay of the mean of the gradient", low=0, below=1)
+    beta2: float = option(0.999, "adam, adamw: decay of the mean of the squared gradient", low=0, below=1)
     momentum: float = option(0.9, "sgd: momentum", low=0, below=1)
     scheduler: str = option(
         "none",
-        "step: times lr_gamma every lr_step epochs; cosine: to 0 at the end; plateau: times lr_gamma after lr_step "
+        "step: times lr_gamma every lr_step epochs; cosine: to min_lr at the end; plateau: times lr_gamma after lr_step "
         "epochs without a better loss",
         choices=("step", "cosine", "plateau", "none"),
     )
@@ -66,6 +68,8 @@ class TrainConfig:
     warmup_epochs: int = option(
         0, "epochs over which the learning rate rises linearly from --lr / steps to --lr", low=0, high=EPOCHS
     )
+    warmup_steps: int = option(0, "the same in optimizer steps", low=0, high=EPOCHS)
+    min_lr: float = option(0.0, "cosine: learning rate at the end", low=0, high=LARGEST)
     mixup: float = option(
         0.0, "alpha of mixup; 0: off. With cutmix, each batch takes one of them", low=0, high=1000, least=1e-3
     )
@@ -132,6 +136,10 @@ class TrainConfig:
             raise ValueError(f"accumulate_steps={self.accumulate_steps} is more than batch_size={self.batch_size} images")
         if self.warmup_epochs > self.num_epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} is more than num_epochs={self.num_epochs}")
+        if self.warmup_epochs and self.warmup_steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} and warmup_epochs={self.warmup_epochs}: drop one of them")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is more than lr={self.lr}")
         if self.export and not self.export.endswith((".safetensors", ".onnx")):
             raise ValueError(f"export={self.export!r} must end in .safetensors or .onnx")
         if self.override and not (self.test_only or self.resume):

@@ -133,6 +133,8 @@ def test_schedules_are_those_of_torch_at_every_epoch():
     step = rates(5, scheduler="step", lr_step=4, lr_gamma=0.2)
     assert step == pytest.approx(reference(lambda o: schedulers.StepLR(o, 4, 0.2)))
     assert rates(5, scheduler="cosine") == pytest.approx(reference(lambda o: schedulers.CosineAnnealingLR(o, 12)))
+    with_least = reference(lambda o: schedulers.CosineAnnealingLR(o, 12, eta_min=0.1))
+    assert rates(5, scheduler="cosine", min_lr=0.1) == pytest.approx(with_least)
     assert rates(5, scheduler="none") == [0.5] * 12
     losses = [1, 0.9, 0.9, 0.95, 0.9, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8]
     plateau = rates(5, losses, scheduler="plateau", lr_step=2, lr_gamma=0.2)
@@ -141,9 +143,10 @@ def test_schedules_are_those_of_torch_at_every_epoch():
     assert plateau == pytest.approx([0.5] * 4 + [0.1] * 4 + [0.02] * 2 + [0.004] * 2)
 
 
+@pytest.mark.parametrize("warmup", [{"warmup_epochs": 2}, {"warmup_steps": 10}])
 @pytest.mark.parametrize("scheduler", ["none", "cosine", "plateau"])
-def test_warmup_rises_linearly_step_by_step(scheduler):
-    config = TrainConfig(lr=0.5, num_epochs=4, warmup_epochs=2, scheduler=scheduler)
+def test_warmup_rises_linearly_step_by_step(scheduler, warmup):
+    config = TrainConfig(lr=0.5, num_epochs=4, scheduler=scheduler, **warmup)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
     schedule = LearningRate(optimizer, config, 5)
     seen = []
@@ -162,9 +165,10 @@ def test_warmup_rises_linearly_step_by_step(scheduler):
 def test_a_step_is_the_plain_optimizer_step(name):
     model, twin = make_model(), make_model()
     twin.load_state_dict(model.state_dict())
-    training = make_training(model, optimizer=name, clip_grad_norm=0.5, weight_decay=0.1)
+    betas = {} if name == "sgd" else {"beta1": 0.8, "beta2": 0.9}
+    training = make_training(model, optimizer=name, clip_grad_norm=0.5, weight_decay=0.1, **betas)
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    more = {"momentum": 0.9} if name == "sgd" else {}
+    more = {"momentum": 0.9} if name == "sgd" else {"betas": (0.8, 0.9)}
     optimizer = kinds[name](twin.parameters(), lr=0.01, weight_decay=0.1, fused=False, **more)
     for images, labels in make_batches().epoch(0):
         train_step(training, images, labels, make_loss("CrossEntropy"))
