@@ -397,6 +397,7 @@ def test_a_state_that_is_loaded_goes_on_bit_for_bit(stop, monkeypatch):
         metrics = train_one_epoch(interrupted, make_batches(batch_size=4), loss_function, mix)
         interrupted.history.append({"epoch": 1, "metrics": list(metrics)})
         interrupted.best = interrupted.history[0]
+        interrupted.predictions = dict.fromkeys(("labels", "last", "best"), torch.zeros(1))
         interrupted.epoch, interrupted.step, interrupted.meter = 1, 0, Meter(CPU)
         state = torch_copy(interrupted.state_dict({}))
 
