@@ -6,13 +6,16 @@ torch is imported inside functions: programs that measure report a wrong option 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -244,11 +247,22 @@ class Case:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def commit() -> str | None:
+    """Return the commit of this checkout, with `-dirty` if files have changed since; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    with contextlib.suppress(OSError):
+        if (root / ".git").exists():
+            command = ["git", "describe", "--always", "--dirty", "--tags", "--abbrev=12"]
+            return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or None
+    return None
+
+
 def versions() -> dict:
-    """Return the versions of Python, CUDA and the packages that results depend on."""
+    """Return the versions of this code, Python, CUDA and the packages that results depend on."""
     import torch
 
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    found = {"commit": commit(), "python": platform.python_version(), "cuda": torch.version.cuda}
     for name in ("torch", "torchvision", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):  # small data sets train without torchvision
             found[name] = metadata.version(name)
