@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     from train_eval import run
     from vit import ViT
 
-    warnings = unused_options(options.model, parser.given)
+    warnings = unused_options(options, parser.given)
     return run(options, ViT, load_vit_weights, program=program, stated=parser.stated, warnings=warnings)
 
 

@@ -61,7 +61,7 @@ def timm_mixer(layer: str, **options) -> type[nn.Module]:
                 )
             own = {"d_model": dim, "num_heads": num_heads, "attention_dropout": attn_drop}
             config = dataclasses.replace(base, **own, qkv_bias=qkv_bias, proj_bias=proj_bias)
-            super().__init__(dim, num_heads, **layer_arguments(row, config, layout=layout))
+            super().__init__(dim, num_heads, **layer_arguments(row, config, layout=layout, block=0))
             self.proj_drop = nn.Dropout(proj_drop)
             self.to(device=device, dtype=dtype)
 

@@ -124,7 +124,7 @@ class ViTConfig(ModelConfig):
         low=1,
         high=SIDE,
     )
-    region_size: int = option(2, "BiFormer, BlockTopK, ContextCluster: side of a region in patches", low=1, high=SIDE)
+    region_size: int = option(2, "BiFormer, BlockTopK, ContextCluster, Swin: side of a region in patches", low=1, high=SIDE)
     top_regions: int = option(4, "BiFormer, BlockTopK: attended regions", low=1, high=TOKENS)
     value_convolution: int = option(
         0, "BiFormer: side of a depthwise convolution of the values, odd; 0: no convolution", low=0, high=SIDE
@@ -150,6 +150,7 @@ class ViTConfig(ModelConfig):
         1.0, "GPSA: initial sharpness of attention around the offset of each head", low=0, high=1000
     )
     magnitude_type: str = with_default(NeighborConfig, "magnitude_type", "matmul")
+    similarity_type: str = with_default(NeighborConfig, "similarity_type", "Col", decided=True)
     image_size: int | tuple[int, int] = 224
     d_hidden: InitVar[int | None] = None  # another name of d_model
 
@@ -158,7 +159,7 @@ class ViTConfig(ModelConfig):
             if self.d_model is not NOT_GIVEN:
                 raise ValueError("d_hidden and d_model are two names of one option; drop one of them")
             object.__setattr__(self, "d_model", d_hidden)
-        decide(self, VIT_MODELS.get(str(self.model), {}))
+        decide(self, VIT_MODELS.get(str(self.model), {}) | ({"similarity_type": "Loc_Col"} if self.coordinate_encoding else {}))
         if len(layers_of(str(self.layer))) > 1 and not self.layer.endswith(".py"):
             raise ValueError(
                 f"layer={self.layer!r} must be one layer; only allconvnet_main.py takes two in parallel. "
@@ -174,8 +175,6 @@ class ViTConfig(ModelConfig):
                 f"num_local_layers={self.num_local_layers} must be below num_layers={self.num_layers}; "
                 f"use a smaller number, or none for {self.layer} in every block"
             )
-        if self.coordinate_encoding and self.similarity_type == "Col":
-            object.__setattr__(self, "similarity_type", "Loc_Col")
         if self.num_local_layers != 0:
             self._check_layer()
 
@@ -191,8 +190,9 @@ class ViTConfig(ModelConfig):
             dropped |= VIT_MODELS["convit_ti"].keys()
         if given.get("similarity_type") == "Col":
             dropped.add("coordinate_encoding")
-        if "coordinate_encoding" in given and values.get("coordinate_encoding") is True:
-            dropped |= {"similarity_type"} if values.get("similarity_type") == "Loc_Col" else set()
+        implied = "Loc_Col" if values.get("coordinate_encoding") is True else "Col"
+        if "coordinate_encoding" in given and values.get("similarity_type") == implied:
+            dropped.add("similarity_type")
         return {name: value for name, value in values.items() if name not in dropped}
 
     def layers_in_use(self) -> list[str]:
@@ -228,6 +228,8 @@ class ViTConfig(ModelConfig):
             return
         row = layer_row(self.rows, self.layer, self.branch_ratio)
         grid = sequence_grid(self.grid)
+        if self.class_tokens and not row.mixes:
+            raise ValueError(f"pool=cls with layer={self.layer}: a class token sees no patch without mixing; use --pool mean")
         if row.branches:
             branch_widths(self.d_model, self.num_heads, self.branch_ratio)
         if "neighbors" in row.arguments:
@@ -238,8 +240,10 @@ class ViTConfig(ModelConfig):
                 check_topk(self.topk, self.similarity_type, self.softmax_topk_val)
             if "dilation" in row.arguments:
                 dilate(self.neighbors, self.dilation).check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
-            if self.coordinate_encoding and self.similarity_type == "Loc":
-                raise ValueError("coordinate_encoding=True means similarity_type=Loc_Col, not Loc; drop one of them")
+            if self.coordinate_encoding and self.similarity_type != "Loc_Col":
+                raise ValueError(
+                    f"coordinate_encoding=True means similarity_type=Loc_Col, not {self.similarity_type}; drop one of them"
+                )
         elif "K" in row.arguments:
             NeighborConfig(K=self.K).check_candidates(grid, class_tokens=self.class_tokens)
         if "region_size" in row.arguments:

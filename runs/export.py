@@ -25,9 +25,9 @@ def check_export(train: TrainConfig) -> None:
         raise RunError(f"--export {train.export} needs the packages onnx and onnxscript: pip install onnx onnxscript")
 
 
-def export(path: Path, model: nn.Module, best: Path, image_shape: tuple[int, ...]) -> None:
-    """Write the weights of the checkpoint `best` in the format that the file's suffix names. Raises Stopped."""
-    weights = weights_in(load_checkpoint(best), best)
+def export(path: Path, model: nn.Module, image_shape: tuple[int, ...], best: Path | None = None) -> None:
+    """Write a model, or its weights, as the file's suffix says; of the checkpoint `best` if given. Raises Stopped."""
+    weights = model.state_dict() if best is None else weights_in(load_checkpoint(best), best)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_temporaries(path.parent, path.name)
     if path.suffix == ".onnx":

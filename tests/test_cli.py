@@ -30,10 +30,8 @@ from tests.helpers.forked import Forked
 ROOT = Path(__file__).parent.parent
 SMALL = "--dataset digits --layer Conv2d/ConvNN --channels 4 8 --batch_size 32 --train_limit 100 --test_limit 50 --device cpu"
 pytestmark = pytest.mark.usefixtures("quick_results")  # which `trained` is made without
-OUTPUTS = """
-args.txt config.yaml model.txt train_eval_results.txt metrics.csv metrics.json summary.json curves.png last.pt best.pt
-test_predictions.npz
-""".split()
+OUTPUTS = "args.txt config.yaml model.txt train_eval_results.txt metrics.csv metrics.json summary.json curves.png".split()
+OUTPUTS += ["last.pt", "best.pt", "test_predictions.npz"]
 
 
 def run(line, folder, *, epochs=2):
@@ -209,6 +207,26 @@ def test_save_every_and_export_and_checkpoint(tmp_path):
         )
 
 
+def test_a_test_exports_the_weights_that_it_evaluates_and_says_where_its_results_are(tmp_path, capsys):
+    """Of any checkpoint, also in a folder with a finished run, where a training would be refused."""
+    run("--lr 0.1", tmp_path / "run", epochs=2)
+    for number, name in enumerate(("best.pt", "last.pt"), 1):
+        path, exported = tmp_path / "run" / name, tmp_path / f"{number}.safetensors"
+        capsys.readouterr()
+        assert run(f"--test_only --checkpoint '{path}' --export '{exported}'", tmp_path / "tests") == 0
+        results = tmp_path / "tests" / f"test_results{'-2' * (number == 2)}.json"
+        assert f"results are in {results}" in capsys.readouterr().out and results.exists()
+        weights = weights_in(load_checkpoint(exported), exported)
+        state = weights_in(load_checkpoint(path), path)
+        assert weights.keys() == state.keys() and all(torch.equal(weights[name], state[name]) for name in state)
+    again = f"--test_only --export '{exported}'"
+    assert "exists" in fails(f"{SMALL} {again} --output_dir '{tmp_path / 'run'}'", capsys)
+    assert run(f"{again} --overwrite", tmp_path / "run") == 0
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
+    weights = weights_in(load_checkpoint(exported), exported)
+    assert all(torch.equal(weights[name], value) for name, value in best.items())
+
+
 def test_tensorboard(tmp_path):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run("--tensorboard", tmp_path / "run")
@@ -272,6 +290,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
         ("--dataset imagenette --no-download --data_path nowhere", ["nowhere", "train/", "--dataset digits"]),
         ("--train_limit 5000", ["--train_limit 5000", "1437"]),
         ("--K 20", ["K=20", "1 to 16"]),
+        ("--layer ConvNN --channels 4 6 --convolution_type depthwise", ["16 channels, not 24", "use depthwise-separable"]),
         ("--layr ConvNN", ["--layr", "--layer"]),
     ],
 )
