@@ -96,7 +96,7 @@ ROTARY = {"LocalAttention"}  # the position in the sequence turns queries and ke
 def test_class_and_register_tokens_have_no_order(layer):
     """Permuted before the mixer or after it, they and the patches get the same."""
     sizes = {"d_model": 16, "num_heads": 2, "image_size": 24, "patch_size": 4, "K": 4, "kernel_size": 3, "nystrom_landmarks": 3}
-    config, layout = ViTConfig(layer=layer, linformer_k=4, **sizes), TokenLayout(6, 6, 5)
+    config, layout = ViTConfig(layer=layer, linformer_k=4, pool="mean", **sizes), TokenLayout(6, 6, 5)
     mixer = make_layer1d(config, layout).double().eval()
     if getattr(mixer, "per_token", ""):
         pytest.skip("has parameters for every token")
