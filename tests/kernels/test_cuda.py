@@ -55,7 +55,7 @@ def test_kernels_under_the_interpreter():
 def test_kernels_compile_without_spills(architecture, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     every = all_launches()
-    for name in HEAVIEST:
+    for name in HEAVIEST if architecture == 90 else HEAVIEST[::4]:
         registers, stack, shared = resources(compile_launch(*every[name], architecture))
         assert stack == 0 and registers <= 168, name
         assert shared <= 99 * 1024, name  # what any of them has
