@@ -145,13 +145,13 @@ def build(request: Request, device: torch.device) -> tuple[nn.Module, list[str]]
     with stop_if_out_of_memory(f"the model of --layer {request.options.model.layer}"):
         try:
             warnings = probe(request.options.model, device)
+            model = request.make_model(request.options.model)
         except ValueError as error:
             raise RunError(str(error)) from None
         if warnings and processes.world > 1:
             raise RunError(
                 f"{warnings[0]}; with several processes each parameter needs one: use it, or set its requires_grad to False"
             )
-        model = request.make_model(request.options.model)
     if not train.test_only:
         freeze(model, train.freeze)
         layer_scales(model, train.layer_decay)  # raises for a model without numbered blocks

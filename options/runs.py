@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from options.allconvnet import AllConvNetConfig
 from options.backbones import BACKBONES
-from options.data import DATASETS, DataConfig, sides_of
+from options.data import DATASETS, DataConfig, default_statistics, sides_of
 from options.fields import as_words, build, check_option, specs
 from options.layers import layer_label
 from options.machine import cpu_cores
@@ -15,6 +15,7 @@ from options.models import ModelConfig
 from options.neighbors import as_sides, canonical_metric
 from options.parser import OneLineParser, merge, read_values
 from options.reading import is_hidden, path_problem
+from options.timm import PREFIX, describe, is_timm
 from options.training import KERNELS_IN_ENVIRONMENT, KERNELS_VARIABLE, TrainConfig
 from options.trust import check_trusted, trusting
 from options.vit import CONVITS, ViTConfig
@@ -59,16 +60,20 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
     if train.override:  # accept a changed custom mixer
         values = {name: value for name, value in values.items() if name != "layer_sha256"}
     info = DATASETS[data.dataset]
+    mean, std = data.statistics
     data = dataclasses.replace(
         data,
+        mean=mean,
+        std=std,
         resize=data.resize or info.size,
         num_workers=min(8, cpu_cores()) if data.num_workers is None else data.num_workers,
     )
     classes = info.classes or _count_classes(data.data_path)
-    model = build(model_type, values, image_size=data.resize, in_channels=info.channels, num_classes=classes)
+    model = build(model_type, values, image_size=data.resize, in_channels=len(mean), num_classes=classes)
     if train.output_dir is None:
         name, preset = layer_label(model.layer).replace("/", "-"), getattr(model, "model", None)
         folder = f"{preset}/{name}" if preset in BACKBONES else f"{family}/{preset if preset in CONVITS else name}"
+        folder = f"{family}/{preset.removeprefix(PREFIX)}/{name}" if is_timm(preset) else folder
         train = dataclasses.replace(train, output_dir=f"./Output/{folder}")
     for name, path in (("data_path", data.data_path), ("output_dir", train.output_dir), ("export", train.export)):
         problem = path and path_problem(path)
@@ -83,6 +88,11 @@ class Program(NamedTuple):
     model: type
     family: str
     defaults: dict
+
+    def complete(self, values: dict) -> dict:
+        """Add the defaults of the program to options by name, or those of the model of timm that they name."""
+        model = values.get("model")
+        return self.defaults | (describe(model).data if is_timm(model) else {}) | values
 
 
 PROGRAMS = {
@@ -99,7 +109,7 @@ def parse_options(
     try:
         check_environment()
         try:
-            return resolve(program.model, program.family, program.defaults | values), parser
+            return resolve(program.model, program.family, program.complete(values)), parser
         except ValueError:
             if not values.get("test_only"):
                 raise
@@ -123,7 +133,7 @@ def _without_model(program: Program, values: dict) -> Options | None:
     try:
         for name in values.keys() & model.keys():
             check_option(name, values[name], model[name])
-        options = resolve(program.model, program.family, program.defaults | kept)
+        options = resolve(program.model, program.family, program.complete(kept))
         return options if resize is None else options._replace(data=dataclasses.replace(options.data, resize=resize))
     except ValueError:
         return None
@@ -149,7 +159,7 @@ def program_of(options: dict) -> str | None:
 
 def evaluation_options(options: Options) -> dict:
     """Return the options that decide the result of an evaluation, as plain values."""
-    names = "dataset data_path resize noise test_limit criterion use_amp amp_dtype seed".split()
+    names = "dataset data_path resize interpolation mean std noise test_limit criterion use_amp amp_dtype seed".split()
     values = options.as_dict()
     return {name: values[name] for name in (*specs(type(options.model)), *names)}
 
@@ -170,16 +180,17 @@ def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
     if other and program in PROGRAMS.values() and PROGRAMS[other] is not program:
         raise ValueError(f"it was trained by {other}; evaluate it with that program")
     model = [name for name in specs(program.model) if name in trained]
-    recorded = {name: trained[name] for name in (*model, "dataset", "data_path", "resize", "criterion") if name in trained}
+    of_data = "dataset data_path resize interpolation mean std criterion".split()
+    recorded = {name: trained[name] for name in (*model, *of_data) if name in trained}
     if "dataset" in stated:
-        recorded.pop("data_path", None)
+        recorded = {name: recorded[name] for name in recorded.keys() - default_statistics(trained) - {"data_path"}}
     with trusting(bool(stated.get("trust_code"))):
         noted = {} if "layer" in stated else trained
         check_trusted(str(noted.get("layer", "")), None if stated.get("override") else noted.get("layer_sha256"))
     # Another data set or image size does not change the trained model.
     others = {name: value for name, value in stated.items() if name not in ("dataset", "resize")}
-    values = program.defaults | program.model.drop_overridden(recorded, others)
-    options = resolve(program.model, program.family, merge(values, stated, specs(program.model)))
+    values = merge(program.model.drop_overridden(recorded, others), stated, specs(program.model))
+    options = resolve(program.model, program.family, program.complete(values))
     now = options.as_dict()
     unused = options.model.without_effect().keys() | ONLY_IN_TRAINING
     compared = [name for name in (*model, "resize") if name in recorded and name not in unused]

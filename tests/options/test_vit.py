@@ -143,7 +143,7 @@ def test_what_a_model_decides_is_what_may_be_left_to_it():
 
     fields = ViTConfig.__dataclass_fields__
     left = {name for name, spec in specs(ViTConfig).items() if fields[name].default is not spec.default}
-    assert all(set(values) in (left, set()) for values in VIT_MODELS.values())
+    assert all(set(values) in (left - {"patch_size"}, set()) for values in VIT_MODELS.values())  # a model of timm has its own
     one, two = Other(model="convit_ti", num_heads=2), Other(num_heads=2, dropout=0.1)
     assert (one.layer, one.num_layers, one.dropout, one.num_heads, one.d_mlp) == ("GPSA", 12, 0.0, 2, 64)
     assert (two.layer, two.num_layers, two.dropout, two.num_heads, two.d_mlp) == ("Attention", 8, 0.1, 2, 64)
