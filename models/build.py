@@ -6,7 +6,7 @@ from allconvnet import AllConvNet
 from models.backbones import build_backbone, needed_flags
 from models.pretrained import load_vit_weights
 from models.replace import replace_attention
-from models.timm import load_timm_weights, make_timm
+from models.timm import load_timm_weights, make_timm, name_of_weights
 from options.models import ModelConfig
 from options.vit import ViTConfig
 from runs.checkpoints import Loaded, LoadPolicy, load_state
@@ -38,7 +38,13 @@ def load_network_weights(network: nn.Module, state_dict: dict[str, Tensor], poli
     that the weights belong to.
     """
     if isinstance(network.config, ViTConfig):
-        return (load_timm_weights if network.config.is_backbone else load_vit_weights)(network, state_dict, policy)
+        if network.config.is_backbone:
+            return load_timm_weights(network, state_dict, policy)
+        try:
+            return load_vit_weights(network, state_dict, policy)
+        except ValueError as error:
+            name = name_of_weights(state_dict) if "patch_embed.proj.weight" in state_dict else ""
+            raise ValueError(f"{error}; it is timm's {name}, which --model timm:{name} loads" if name else str(error)) from None
     try:
         return load_state(network, state_dict, policy)
     except ValueError as error:

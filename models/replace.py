@@ -43,14 +43,14 @@ def replace_attention(model: nn.Module, layer: str, **options) -> nn.Module:
     for name, attention in found.items():
         try:
             arguments, weights = library.read(attention)
-            mixer = make(**arguments)
+            mixer = make(**arguments).to(weights["proj.weight"]).train(attention.training)
         except ValueError as error:
             raise ValueError(f"{name} of {type(owner).__name__}: {error}") from None
         init_vit_weights(mixer)
         own = mixer.state_dict()
         fitting = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
         mixer.load_state_dict(fitting, strict=False)
-        model.set_submodule(name, mixer.to(weights["proj.weight"]).train(attention.training))
+        model.set_submodule(name, mixer)
     return model
 
 

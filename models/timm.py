@@ -2,6 +2,7 @@
 
 import copyreg
 import dataclasses
+import importlib.util
 import math
 import re
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from mixers.build import layer_arguments, layer_class
 from models.pretrained import fit_positions
 from options.fields import did_you_mean, specs
 from options.layers import layer_row
-from options.timm import PREFIX
+from options.timm import PREFIX, describe, make_without_weights
 from options.vit import ViTConfig
 from runs.checkpoints import Loaded, LoadPolicy, load_state
 
@@ -162,7 +163,7 @@ def make_timm(config: ViTConfig) -> nn.Module:
     rates = {"proj_drop_rate": config.dropout, "attn_drop_rate": config.attention_dropout, "drop_path_rate": config.drop_path}
     given = {name: rate for name, rate in rates.items() if rate}
     name = config.model.removeprefix(PREFIX)
-    if timm.get_pretrained_cfg_value(name, "input_size")[1:] != config.image_size:
+    if tuple(describe(config.model).data["resize"]) != config.image_size:
         given["img_size"] = config.image_size
     try:
         model = timm.create_model(name, num_classes=config.num_classes, in_chans=config.in_channels, **given)
@@ -183,3 +184,27 @@ def load_timm_weights(model: nn.Module, state_dict: dict[str, Tensor], policy: L
     if table is not None and own is not None and table.ndim == 3 and policy.resample:
         weights["pos_embed"], resampled = fit_positions(table, policy.grid, grid, own.shape[1] - math.prod(grid))
     return load_state(model, weights, policy)._replace(resampled=resampled)
+
+
+WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1408: "giant", 1536: "giant"}  # in names
+
+
+def name_of_weights(weights: dict[str, Tensor]) -> str:
+    """Return the name of a model of timm with weights of these names and shapes, head aside; empty if there is none.
+
+    One with positions of the same shape is preferred.
+    """
+    if importlib.util.find_spec("timm") is None:
+        return ""
+    import timm
+
+    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    names = timm.list_models(f"*{WIDTHS.get(width, '')}*patch{patch}*")
+    found, wanted = "", {name: weights[name].shape for name in weights if not name.startswith("head")}
+    for name in sorted(names, key=lambda name: (not name.startswith("vit"), len(name))):
+        own = {key: value.shape for key, value in make_without_weights(name).state_dict().items() if not key.startswith("head")}
+        if own == wanted:
+            return name
+        if own | {"pos_embed": None} == wanted | {"pos_embed": None}:
+            found = found or name
+    return found

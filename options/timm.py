@@ -24,15 +24,13 @@ def describe(model: str) -> TimmModel:
     """Return the options that follow from `timm:NAME`. Raises ValueError if timm has no such transformer of patches."""
     try:
         import timm
-        import torch
     except ImportError:
         raise ValueError(f"model={model} needs the package timm: pip install timm") from None
     name = model.removeprefix(PREFIX)
     if not timm.is_model(name):
         raise ValueError(f"model={model!r}: timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
     try:
-        with torch.device("meta"):  # allocates nothing
-            network = timm.create_model(name)
+        network = make_without_weights(name)
     except RuntimeError as error:  # of an unknown tag of weights
         raise ValueError(f"model={model!r}: {error}") from None
     config = network.pretrained_cfg
@@ -56,6 +54,15 @@ def describe(model: str) -> TimmModel:
     interpolation = config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic"
     data = {"resize": config["input_size"][1:], "interpolation": interpolation, "mean": config["mean"], "std": config["std"]}
     return TimmModel(sizes, data)
+
+
+def make_without_weights(name: str):
+    """Return a model of timm on the meta device, which takes no memory."""
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        return timm.create_model(name)
 
 
 def _has_bias(attention, part: str) -> bool:
