@@ -29,6 +29,8 @@ from readers.augmentation import (
     ORDER,
     POLICY,
     apply_policy,
+    center_crop,
+    covering,
     crop_and_flip,
     erase,
     image_transform,
@@ -97,6 +99,7 @@ class Recipe:
     world: int = 1
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean and std of the channels; None: the data set's
     interpolation: str = "bilinear"
+    crop: str | None = None
 
 
 class Batches:
@@ -212,8 +215,12 @@ class DeviceBatches(Batches):
                 if recipe.device.type == "cuda":
                     images, labels, index = (tensor.pin_memory() for tensor in (images, labels, index))
                 images, labels, index = (x.to(recipe.device, non_blocking=True) for x in (images, labels, index))
-            native = tuple(images.shape[2:]) == sides_of(recipe.resize)
-            images = images.float() if native else resize_images(images, recipe.resize, recipe.interpolation)
+            size, sides = tuple(images.shape[2:]), sides_of(recipe.resize)
+            if size == sides:
+                images = images.float()
+            else:
+                covered = covering(size, sides) if recipe.crop == "center" else sides
+                images = center_crop(resize_images(images, covered, recipe.interpolation), sides)
             yield self._finish(images, index, self._numbers[rows], epoch), labels
 
 
@@ -224,7 +231,11 @@ class StreamedBatches(Batches):
         super().__init__(index, recipe)
         sides, pin_memory = sides_of(recipe.resize), recipe.device.type == "cuda"
         transform = image_transform(
-            sides, augment=recipe.augment, auto_augment=recipe.auto_augment, interpolation=recipe.interpolation
+            sides,
+            augment=recipe.augment,
+            auto_augment=recipe.auto_augment,
+            interpolation=recipe.interpolation,
+            squash=recipe.crop == "squash",
         )
         self._stream = ImageStream(files, labels, index, recipe.seed, transform, sides, num_workers, pin_memory)
 
@@ -237,12 +248,13 @@ class StreamedBatches(Batches):
 def read_image(path: str | os.PathLike, config: DataConfig) -> Tensor:
     """Read any image file as evaluation under these options would: normalized, (C, *config.resize).
 
-    The image is cropped around its center to the proportions of the model's images, with the margin that folders of images
-    are tested with. Raises DataError for a file that cannot be read.
+    Unless `crop` is squash, the image is cropped around its center to the proportions of the model's images, with the margin
+    that folders of images are tested with. Raises DataError for a file that cannot be read.
     """
     info, (mean, std) = DATASETS[config.dataset], channel_stats(config)
     image = decode_image(os.fspath(path)).convert("L" if info.channels == 1 else "RGB")
-    pixels = image_transform(sides_of(config.resize), margin=info.streamed, interpolation=config.interpolation)(image)
+    how = {"interpolation": config.interpolation, "squash": config.crop == "squash"}
+    pixels = image_transform(sides_of(config.resize), margin=info.streamed, **how)(image)
     return pixels.float().div_(255).sub(mean).div_(std)  # gray pixels become three channels where there are three means
 
 
@@ -344,7 +356,8 @@ def load_data(
         images = source.parts["train" if part == "val" else part]
         names = ("augment", "auto_augment", "random_erasing", "noise") if part == "train" else ("noise",)
         options = {name: getattr(config, name) for name in names}
-        options |= {"rank": rank, "world": world, "statistics": config.statistics, "interpolation": config.interpolation}
+        options |= {"rank": rank, "world": world, "statistics": config.statistics}
+        options |= {"interpolation": config.interpolation, "crop": config.crop}
         recipe = Recipe(config.dataset, part, batch_size, seed, config.resize, device, **options)
         data, labels = images.data[index], images.labels[index]
         if streamed:

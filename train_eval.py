@@ -355,7 +355,7 @@ def _train(training: Training, data: Data, folder: RunFolder, options: Options, 
         if not first:
             return
         if options.train.export:
-            export(Path(options.train.export), training.model, folder.best, facts["image_shape"])
+            export(Path(options.train.export), training.model, folder.best, facts)
         split = data.selection_split
         print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
 

@@ -185,7 +185,7 @@ def load_start(request: Request, model: nn.Module, resumed_from: Path | None) ->
     policy = LoadPolicy(partial=not train.strict, resample=not train.strict, grid=grid_of(state.get("config")))
     loaded = load_weights(model, path, request.load, state=state, policy=policy)
     if first:
-        say_what_differs(request.options.model, state, path)
+        say_what_differs(request.options, state, path)
         say_what_was_loaded(loaded, path, model)
     return list_of_loaded(loaded, path), None if f"{head_of(model)}weight" in loaded.new else {"data": state.get("data")}
 
@@ -242,6 +242,7 @@ def facts_of(request: Request, model: nn.Module, data: Data, device: torch.devic
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "flops_per_image": count_flops(model, torch.zeros(1, *shape, device=device)),
         "image_shape": shape,
+        "preprocessing": getattr(request.options.data, "preprocessing", None),
         "num_classes": request.options.model.num_classes,
         "train_images": data.train.num_samples,
         "test_images": data.test.num_samples,

@@ -47,6 +47,13 @@ class DataConfig:
     resize: int | tuple[int, int] | None = option(
         None, "side the images are resized to, or height and width", kind=int, many=True, low=1, high=SIDE
     )
+    crop: str | None = option(
+        None,
+        "center: resize in proportion, then crop around the center; squash: resize height and width apart (default: squash for "
+        "small data sets, center for folders and in predict.py)",
+        kind=str,
+        choices=("center", "squash"),
+    )
     interpolation: str = option("bilinear", "interpolation of resized images, antialiased", choices=INTERPOLATIONS)
     mean: tuple[float, ...] | None = option(
         None,
@@ -109,6 +116,21 @@ class DataConfig:
         """Mean and standard deviation of the channels: those given, else the data set's."""
         info = DATASETS[self.dataset]
         return self.mean or info.mean, self.std or info.std
+
+    @property
+    def preprocessing(self) -> dict:
+        """Description of how an image file becomes the input of a model, as plain values; `resize` must be set."""
+        info, size = DATASETS[self.dataset], sides_of(self.resize)
+        mean, std = self.statistics
+        return {
+            "mode": "L" if info.channels == 1 else "RGB",
+            "size": list(size),
+            "crop": self.crop or "center",
+            "cover": [round(side * 256 / 224) for side in size] if info.streamed else list(size),
+            "interpolation": self.interpolation,
+            "mean": list(mean),
+            "std": list(std),
+        }
 
 
 def default_statistics(values: dict) -> set[str]:

@@ -159,7 +159,7 @@ def program_of(options: dict) -> str | None:
 
 def evaluation_options(options: Options) -> dict:
     """Return the options that decide the result of an evaluation, as plain values."""
-    names = "dataset data_path resize interpolation mean std noise test_limit criterion use_amp amp_dtype seed".split()
+    names = "dataset data_path resize crop interpolation mean std noise test_limit criterion use_amp amp_dtype seed".split()
     values = options.as_dict()
     return {name: values[name] for name in (*specs(type(options.model)), *names)}
 
@@ -180,7 +180,7 @@ def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
     if other and program in PROGRAMS.values() and PROGRAMS[other] is not program:
         raise ValueError(f"it was trained by {other}; evaluate it with that program")
     model = [name for name in specs(program.model) if name in trained]
-    of_data = "dataset data_path resize interpolation mean std criterion".split()
+    of_data = "dataset data_path resize crop interpolation mean std criterion".split()
     recorded = {name: trained[name] for name in (*model, *of_data) if name in trained}
     if "dataset" in stated:
         recorded = {name: recorded[name] for name in recorded.keys() - default_statistics(trained) - {"data_path"}}
@@ -193,7 +193,9 @@ def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
     options = resolve(program.model, program.family, program.complete(values))
     now = options.as_dict()
     unused = options.model.without_effect().keys() | ONLY_IN_TRAINING
-    compared = [name for name in (*model, "resize") if name in recorded and name not in unused]
+    compared = [
+        name for name in (*model, "resize", "crop", "interpolation", "mean", "std") if name in recorded and name not in unused
+    ]
     changes = {name: (recorded[name], now[name]) for name in compared if not same_value(name, recorded[name], now[name])}
     if "resize" in recorded and isinstance(options.model, AllConvNetConfig):
         # Its layers run on maps of any size. Built for this size, a backbone would have another K and other weights.

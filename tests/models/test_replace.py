@@ -177,19 +177,6 @@ def test_weights_of_timm_at_another_size_are_as_timm_resamples_them(trained, tmp
     assert torch.equal(saved["blocks.1.attn.qkv.weight"], weights["blocks.1.attn.qkv.weight"])
 
 
-def test_exported_to_onnx_in_three_channels(trained, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    from experiments.trained import load_run
-    from runs.export import export_onnx
-
-    one = load_run(trained / "tiny_qk_norm", 3, None)
-    assert one.images.shape == (3, 3, 8, 8)
-    export_onnx(tmp_path / "m.onnx", one.model, (3, 8, 8))
-    logits = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"images": one.images.numpy()})[0]
-    with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(logits), one.model(one.images), atol=1e-5, rtol=1e-4)
-
-
 def test_gray_images_are_repeated_before_they_are_normalized():
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 1.0)
     plain = DataConfig(dataset="digits", resize=8, num_workers=0, mean=(0.0,), std=(1.0,), noise=0.1)
