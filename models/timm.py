@@ -60,7 +60,7 @@ def mixer_class(call: Callable, layer: str, **options) -> type[nn.Module]:
     if unknown := options.keys() - ViTConfig.__dataclass_fields__.keys():
         name = min(unknown)
         raise ValueError(f"{name}={options[name]!r} is no option of a mixer{did_you_mean(name, specs(ViTConfig))}")
-    if known := options.keys() & {"model", "layer", "d_model", "num_heads"}:
+    if known := options.keys() & {"model", "d_model", "num_heads"}:
         raise ValueError(f"{min(known)} comes from the model; drop it")
     base = ViTConfig(layer=layer, d_model=2**16, num_heads=1, **options)  # the model passes the features later
     layout = TokenLayout(*base.grid, base.class_tokens)
