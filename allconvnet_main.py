@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     from train_eval import run
 
     model, given = options.model, parser.given
-    warnings = unused_options(model, given) + oversized_default(model, given)
+    warnings = unused_options(options, given) + oversized_default(model, given)
     return run(options, build_network, load_network_weights, program=program, stated=parser.stated, warnings=warnings)
 
 

@@ -11,6 +11,7 @@ number of classes a row in `options/data.py`.
 """
 
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from options.data import DATASETS, DataConfig, sides_of
+from options.data import DATASETS, TASKS, DataConfig, sides_of
 from readers.augmentation import (
     CROP,
     ERASE,
@@ -40,7 +41,8 @@ from readers.augmentation import (
 from readers.files import Source, read_cifar, read_digits, read_mnist
 from readers.folders import read_folders
 from readers.images import check_images, decode_image
-from readers.stream import ImageStream
+from readers.stream import ImageStream, warnings_of_workers
+from readers.tasks import read_task
 from runs import DataError
 from runs.fingerprint import make_fingerprint
 from utils import gaussian, keys, uniform
@@ -65,6 +67,7 @@ ROWS = {
     "imagenette": Row(read_folders),
     "folder": Row(read_folders),
 }
+ROWS |= {f"task_{task}": Row(read_task, flip=False) for task in TASKS}
 
 
 def channel_stats(config: DataConfig) -> tuple[Tensor, Tensor]:
@@ -285,6 +288,7 @@ def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, n
 
 def _limited(labels: np.ndarray, config: DataConfig, part: str) -> np.ndarray:
     """Return the rows that --train_limit or --test_limit leaves. Raises DataError for more than there are."""
+    part = "test" if part == "val" else part
     limit = getattr(config, f"{part}_limit")
     if limit is None:
         return np.arange(len(labels))
@@ -302,7 +306,7 @@ class Data(NamedTuple):
     """Batches of each part, and the names of the classes in the order of their labels."""
 
     train: Batches | None  # None if only the test set was asked for
-    val: Batches | None  # None without --val_fraction
+    val: Batches | None  # None without --val_fraction, except for generated tasks
     test: Batches
     class_names: list[str]
     fingerprint: dict  # of all images, before limits and splits; see `runs.fingerprint`
@@ -339,21 +343,23 @@ def load_data(
         source = ROWS[config.dataset].read(config, parts)
     except OSError as error:
         raise DataError(f"--data_path {config.data_path}: {error}") from None
-    for warning in source.warnings if rank == 0 else ():
+    streamed, warnings = DATASETS[config.dataset].streamed, list(source.warnings)
+    if streamed:
+        warnings += warnings_of_workers(config.num_workers, batch_size * 3 * math.prod(sides_of(config.resize)))
+    for warning in warnings if rank == 0 else ():
         print(f"warning: {warning}", file=sys.stderr)
     classes = len(source.class_names)
     counts = {part: np.bincount(images.labels, minlength=classes).tolist() for part, images in source.parts.items()}
     fingerprint = make_fingerprint(source.class_names, counts, source.hashes)
-    streamed = DATASETS[config.dataset].streamed
     rows = {}
-    for part in parts:
+    for part in source.parts:
         rows[part] = _limited(source.parts[part].labels, config, part)
         if streamed:  # now, not in the middle of the first epoch or at its end
             files, threads = source.parts[part].data[rows[part]], max(config.num_workers, 1)
             check_images(files, threads=threads, quiet=rank > 0, rank=rank, world=world)
 
     def batches(part: str, index: np.ndarray) -> Batches:
-        images = source.parts["train" if part == "val" else part]
+        images = source.parts[part if part in source.parts else "train"]  # val is held out
         names = ("augment", "auto_augment", "random_erasing", "noise") if part == "train" else ("noise",)
         options = {name: getattr(config, name) for name in names}
         options |= {"rank": rank, "world": world, "statistics": config.statistics}

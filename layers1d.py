@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layers2d import Attention2d, ConvNN2d, ConvNNAttention2d, make_convolution, make_slot_convolution, slot_convolution
-from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, both_biases, check_at_least, layout_argument, mixing_matrix
+from mixers.base import (
+    Bias,
+    MultiHeadMixer,
+    TokenLayout,
+    ValueMixer,
+    attend,
+    both_biases,
+    check_at_least,
+    layout_argument,
+    mixing_matrix,
+)
 from mixers.selection import select_tokens
 from mixers.topk import find_learned_neighbors, learn_from_unchosen
 from neighbors import find_scored_neighbors, neighbor_weights, weighted_sum
@@ -182,7 +192,7 @@ class MultiHeadKvtAttention(MultiHeadMixer):
         return out.unflatten(0, heads), mixing_matrix(index, weights, self.num_heads) if output_matrix else None
 
 
-class MultiHeadConv1dAttention(MultiHeadMixer):
+class MultiHeadConv1dAttention(ValueMixer):
     """Convolution along the sequence in place of attention: values projected, convolved head by head, projected.
 
     `conv`, shared by all heads, runs over the features of one head and the `kernel_size` tokens around each. The class token
@@ -211,12 +221,6 @@ class MultiHeadConv1dAttention(MultiHeadMixer):
         check_at_least(1, kernel_size=kernel_size)
         self.reach = (kernel_size - 1) // 2, kernel_size // 2  # tokens before and after
         self.conv = make_convolution(self.head_dim, self.head_dim, kernel_size, convolution_type)
-
-    def make_projection(self, d_model: int, bias: bool) -> None:
-        self.value = nn.Linear(d_model, d_model, bias=bias)
-
-    def project(self, x: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, ...]:
-        return (self.split_heads(self.value(x)),)
 
     def mix(self, value: Tensor, output_matrix: bool, layout: TokenLayout | None = None) -> tuple[Tensor, None]:
         heads = value.shape[:2]

@@ -47,11 +47,14 @@ class ConvNN2d(ImageMixer):
     Args:
         neighbors: rules of the search, or its fields by keyword; the token itself is always slot 0 (`Loc` among all: raster
             order).
+        convolution_type: over the slots, standard, depthwise (groups of one input channel, as in `nn.Conv2d`), or
+            depthwise-separable.
         shuffle_pattern, shuffle_scale: B unshuffles before, A shuffles after, BA both, NA neither.
         padding: width of a ring of zero tokens that takes part in the search.
         image_size: size of the input if known, to make tables and raise errors at construction.
 
-    Raises ValueError if K, the samples or the shuffle do not fit the tokens.
+    Raises ValueError if K, the samples or the shuffle do not fit the tokens, for an unknown convolution_type, and for depthwise
+    with out_channels that are no multiple of in_channels.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class ConvNN2d(ImageMixer):
         out_channels: int,
         neighbors: NeighborConfig | None = None,
         *,
+        convolution_type: str = "standard",
         shuffle_pattern: str = "NA",
         shuffle_scale: int = 2,
         padding: int = 0,
@@ -75,7 +79,8 @@ class ConvNN2d(ImageMixer):
         self.select = NeighborSelection(neighbors, axes=self.axes, self_first=True, padding=padding, grid=grid)
         inputs, outputs = self.token_channels
         inputs += self.axes * (neighbors.aggregation_type == "Loc_Col")
-        self.conv = nn.Conv1d(inputs, outputs, neighbors.K, stride=neighbors.K, bias=bias)
+        check_slots(convolution_type, neighbors.aggregation_type)
+        self.conv = make_convolution(inputs, outputs, neighbors.K, convolution_type, stride=neighbors.K, bias=bias)
         window = (2 * padding + 1) ** self.axes
         self.is_convolution = (
             neighbors.similarity_type == "Loc" and neighbors.sampling == "all" and neighbors.K == window and padding <= 2
@@ -95,7 +100,7 @@ class ConvNN2d(ImageMixer):
         """Convolve a whole window: its K slots, in raster order, are the taps of a kernel."""
         convolution = F.conv1d if self.axes == 1 else F.conv2d
         kernel = self.conv.weight.unflatten(2, (2 * self.padding + 1,) * self.axes)
-        return convolution(values.transpose(1, 2).unflatten(2, grid), kernel, self.conv.bias)
+        return convolution(values.transpose(1, 2).unflatten(2, grid), kernel, self.conv.bias, groups=self.conv.groups)
 
 
 class ConvNNAttention2d(ImageMixer):
@@ -277,14 +282,23 @@ class Branching2d(nn.Module):
         return self.join(torch.cat([first, second], dim=1))
 
 
-def make_convolution(in_channels: int, out_channels: int, kernel_size: int, convolution_type: str, **geometry) -> nn.Module:
-    """Make a 1-D convolution without bias: standard, depthwise, or depthwise-separable (depthwise, then 1 x 1)."""
-    if convolution_type == "standard":
-        return nn.Conv1d(in_channels, out_channels, kernel_size, bias=False, **geometry)
-    depthwise = nn.Conv1d(in_channels, in_channels, kernel_size, groups=in_channels, bias=False, **geometry)
-    if convolution_type == "depthwise":
-        return depthwise
-    pointwise = nn.Conv1d(in_channels, out_channels, 1, bias=False)
+def make_convolution(
+    in_channels: int, out_channels: int, kernel_size: int, convolution_type: str, *, stride: int = 1, bias: bool = False
+) -> nn.Module:
+    """Make a 1-D convolution: standard, depthwise, or depthwise-separable (depthwise without bias, then 1 x 1).
+
+    Raises ValueError for depthwise with out_channels that are no multiple of in_channels.
+    """
+    if convolution_type == "depthwise" and out_channels % in_channels:
+        raise ValueError(
+            f"convolution_type=depthwise makes a multiple of its {in_channels} channels, not {out_channels}; "
+            "use depthwise-separable"
+        )
+    if convolution_type != "depthwise-separable":
+        groups = in_channels if convolution_type == "depthwise" else 1
+        return nn.Conv1d(in_channels, out_channels, kernel_size, stride=stride, groups=groups, bias=bias)
+    depthwise = nn.Conv1d(in_channels, in_channels, kernel_size, stride=stride, groups=in_channels, bias=False)
+    pointwise = nn.Conv1d(in_channels, out_channels, 1, bias=bias)
     nn.init.xavier_uniform_(pointwise.weight)  # a projection of features, initialized as all are
     return nn.Sequential(depthwise, pointwise)
 
@@ -314,7 +328,10 @@ def slot_convolution(
     """
     first, *rest = conv if is_plain(conv, nn.Sequential) else [conv]
     if is_plain(first, nn.Conv1d):
-        out = aggregate(values, index, first.weight, weights, depthwise=first.groups > 1)
+        depthwise = first.groups > 1
+        if depthwise and first.out_channels > first.in_channels:  # each value serves several outputs
+            values = values.repeat_interleave(first.out_channels // first.in_channels, dim=2)
+        out = aggregate(values, index, first.weight, weights, depthwise=depthwise)
         if first.bias is not None:
             out = out + first.bias.to(out.dtype)
     else:

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from options.parser import OneLineParser, number_type
+from options.parser import OneLineParser, nonempty_path, number_type
 from options.reading import is_hidden
 from options.trust import trusting
 from runs.streams import run_program
@@ -22,9 +22,15 @@ SHEET = 64  # most images on the contact sheet
 
 def make_parser() -> OneLineParser:
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="image files, and folders of them")
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="output folder of a run, whose best.pt predicts")
-    parser.add_argument("--output", type=Path, metavar="FILE.csv", help="table (default: predictions.csv in the run's folder)")
+    parser.add_argument(
+        "images", nargs="+", type=nonempty_path, metavar="IMAGE|FOLDER", help="image files, and folders of them"
+    )
+    parser.add_argument(
+        "--run", type=nonempty_path, required=True, metavar="DIR", help="output folder of a run, whose best.pt predicts"
+    )
+    parser.add_argument(
+        "--output", type=nonempty_path, metavar="FILE.csv", help="table (default: predictions.csv in the run's folder)"
+    )
     count = number_type(int, low=1)
     parser.add_argument("--top", type=count, default=5, help="classes per image, the likeliest first (default: 5)")
     parser.add_argument("--batch_size", type=count, default=64, help="images at a time (default: 64)")
@@ -103,21 +109,16 @@ def predict(run: Path, files: list[Path], device: str, batch_size: int, top: int
 
 def draw_sheet(rows: list[dict], pictures: list):
     """Draw a contact sheet: each image with its three likeliest classes."""
-    from matplotlib.figure import Figure
-
+    from experiments.figures import make_panels
     from experiments.pictures import show_picture
+    from runs.files import drawable
 
-    columns = min(8, len(pictures))
-    lines = -(-len(pictures) // columns)
-    figure = Figure(figsize=(1.7 * columns, 2.2 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis in axes[len(pictures) :]:
-        axis.axis("off")
+    figure, axes = make_panels(len(pictures), min(8, len(pictures)), 1.7, 2.2)
     for axis, row, picture in zip(axes, rows, pictures, strict=False):
         show_picture(axis, picture)
         likeliest = [(row[f"class_{rank}"], row[f"probability_{rank}"]) for rank in (1, 2, 3) if f"class_{rank}" in row]
-        axis.set_title("\n".join(f"{name[:18]} {100 * share:.0f} %" for name, share in likeliest), fontsize=7)
-        axis.set_xlabel(Path(row["file"]).name[:24], fontsize=6)
+        axis.set_title("\n".join(f"{drawable(name, 18)} {100 * share:.0f} %" for name, share in likeliest), fontsize=7)
+        axis.set_xlabel(drawable(Path(row["file"]).name, 24), fontsize=6)
     return figure
 
 

@@ -47,6 +47,7 @@ def make_parser() -> OneLineParser:
     )
     parser.add_argument(
         "--published",
+        type=nonempty_path,
         metavar="FILE.csv",
         help="published numbers to put beside ours in the summary, such as docs/published.csv",
     )

@@ -7,14 +7,13 @@ synchronizes with it every 20 steps.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from tqdm import tqdm
 
 from dataset import Data
 from launch.given import Given, as_batches
@@ -124,7 +123,7 @@ def train_one_epoch(
     try:
         with Progress(title, batches.num_samples, done, quiet=not processes.first) as progress:
             training.poll()  # raises Interrupted for a signal that has come between two epochs
-            for images, targets in batches.epoch(training.epoch, start=training.step):
+            for images, targets in training.awaiting(batches.epoch(training.epoch, start=training.step)):
                 if mix is not None and len(images):
                     images, targets = mix(images, targets)
                 total = batches.images_in(training.step)
@@ -155,8 +154,8 @@ def evaluate(
     autocast: Callable = nullcontext,
     title: str = "test",
     processes: Processes | None = None,
-    check: Callable[[], object] = lambda: None,
     predictions: Predictions | None = None,
+    polled: Callable[[Iterator], Iterator] = iter,
 ) -> Metrics:
     """Return means over all images of `batches`, each counted once.
 
@@ -164,8 +163,8 @@ def evaluate(
         batches: those of `load_data`, or any iterable of (images, labels).
         device: of the model; None: that of its first parameter.
         compiled: the compiled model, if there is one.
-        check: called after every batch, equally often on all processes.
         predictions: receives the predicted classes.
+        polled: yields the batches until a signal.
     """
     device = device or next(model.parameters()).device
     batches = as_batches(batches, device)
@@ -177,7 +176,7 @@ def evaluate(
     # floating point would not give exactly the same result with another number of processes.
     rows = meter.sums.new_zeros(batches.num_batches, 4)
     with Progress(title, batches.num_samples, quiet=not processes.first) as progress:
-        for step, (images, labels) in enumerate(batches.epoch(0)):
+        for step, (images, labels) in enumerate(polled(batches.epoch(0))):
             if len(images):
                 with autocast():
                     logits = compiled(images).float()
@@ -186,7 +185,6 @@ def evaluate(
                 if predictions is not None:
                     predictions.add(number, logits, labels)
             progress.advance(batches.images_in(step))
-            check()
             if (step + 1) % READ_EVERY == 0 and progress.due:
                 progress.show(*meter.read(rows.sum(0))[:2])
     if predictions is not None:
@@ -212,7 +210,6 @@ def fit(training: Training, data: Data, folder: RunFolder, options: dict, facts:
     loss_function, plain_loss = make_loss(config.criterion, config.label_smoothing), make_loss(config.criterion)
     mix = make_mix(config.mixup, config.cutmix, facts["num_classes"])
     split = data.selection_split
-    board = Board(folder.path, training.epoch) if config.tensorboard and processes.first else None
 
     def save(*others):
         training.check_finite()
@@ -225,10 +222,14 @@ def fit(training: Training, data: Data, folder: RunFolder, options: dict, facts:
 
     def publish() -> None:
         if processes.first:
+            for receiver in filter(None, (board, tracker)):
+                receiver.epoch_done(training.history[-1])
             folder.write_predictions(training.predictions)
             folder.epoch_done(training.history, training.best, summarize(training, split, facts, ended()), last=ended())
 
-    if training.history and processes.first and folder.is_behind(len(training.history), ended()):
+    is_behind = bool(training.history) and processes.first and folder.is_behind(training.epoch, ended())
+    board = Board(folder.path, training.epoch - is_behind) if config.tensorboard and processes.first else None
+    if is_behind:
         publish()  # the results of a run that was killed between its last checkpoint and its results
     try:
         with training.signals.deferred():  # from here on there is something to save: a signal waits for the end of a step
@@ -248,14 +249,12 @@ def fit(training: Training, data: Data, folder: RunFolder, options: dict, facts:
                 publish()
                 if processes.first:
                     left = (config.num_epochs - epoch) * (row["seconds"] + time.monotonic() - trained)
-                    eta = "" if ended() else f"  ETA {tqdm.format_interval(left)}"
-                    print(epoch_line(row) + eta, flush=True)
-                for receiver in filter(None, (board, tracker)):
-                    receiver.epoch_done(row)
-    except Interrupted as interrupted:  # by all processes at the same step
-        save()
-        processes.finish()
-        interrupted.resumable = True
+                    print(epoch_line(row, 0 if ended() else left), flush=True)
+    except (Interrupted, DataError) as error:  # a signal stops all processes at the same step, missing data only one of them
+        if isinstance(error, Interrupted) or processes.world == 1:
+            save()
+            processes.finish()
+            error.resumable = True
         raise
     return training.best
 
@@ -273,8 +272,8 @@ def _evaluate_splits(training: Training, data: Data, loss_function: Callable) ->
             autocast=training.autocast,
             title=name,
             processes=training.processes,
-            check=training.poll,  # raises Interrupted after a signal
             predictions=predictions if name == "test" else None,
+            polled=training.polled,  # raises Interrupted after a signal
         )
         for name, batches in (("val", data.val), ("test", data.test))
         if batches is not None
@@ -355,7 +354,7 @@ def _train(training: Training, data: Data, folder: RunFolder, options: Options, 
         if not first:
             return
         if options.train.export:
-            export(Path(options.train.export), training.model, folder.best, facts)
+            export(Path(options.train.export), training.model, facts, folder.best)
         split = data.selection_split
         print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
 
@@ -393,5 +392,8 @@ def _test(request: Request, model: nn.Module, data: Data, path: Path, facts: dic
         "override": facts["override"],
     }
     written = RunFolder(train.output_dir).write_test_results(results, predictions.columns("predicted"))
-    if written.name != "test_results.json":
-        print(f"results are in {written}: test_results.json is of other options")
+    if train.export:
+        export(Path(train.export), model, facts)
+    others = ": test_results.json is of other options" * (written.name != "test_results.json")
+    if others or train.checkpoint:
+        print(f"results are in {written}{others}")

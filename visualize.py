@@ -1,4 +1,4 @@
-"""Figures of runs: training curves, attention maps, neighbors and measures of them, a page to explore, masks, samples.
+"""Figures of runs: training curves, attention maps, neighbors and measures, a page to explore, masks, samples, abilities.
 
 python visualize.py curves Output/ViT/*
 python visualize.py neighbors Output/AllConvNet/ConvNN
@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 
 from experiments import analysis, figures, pictures
+from experiments.abilities import draw_abilities, draw_tasks
 from experiments.explorer import LARGEST, explorer_page
 from experiments.pictures import draw_attention, draw_masks, draw_neighbors, draw_samples
 from experiments.points import readable
 from experiments.trained import read_config
 from options.data import DATASETS
-from options.parser import OneLineParser, number_type, output_path
+from options.parser import OneLineParser, nonempty_path, number_type, output_path
 from options.trust import trusting
 from runs import DataError, RunError, Stopped
 from runs.files import as_csv, as_png, write_atomically
@@ -102,7 +103,7 @@ def draw_analysis(args: argparse.Namespace):
     rows = analysis.analyze_runs(args.runs, args.images, args.pairs, args.noise, args.data_path)
     table = (args.output or default_output(args)).with_suffix(".csv")
     table.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(table, as_csv(rows, analysis.COLUMNS).encode())
+    write_atomically(table, as_csv(rows, analysis.COLUMNS))
     print(table)
     return analysis.draw_analysis(rows)
 
@@ -116,6 +117,8 @@ DRAW = {
     "analyze": draw_analysis,
     "masks": draw_masks,
     "samples": draw_samples,
+    "tasks": lambda args: draw_tasks(),
+    "abilities": lambda args: draw_abilities(args.run),
 }
 
 
@@ -146,7 +149,9 @@ def make_parser() -> OneLineParser:
         one = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         one.add_argument("--output", type=output_path, metavar=f"FILE{Path(file_name(name)).suffix}", help="file to write")
         if run:
-            one.add_argument(run, nargs="+" if run == "runs" else None, type=Path, metavar="DIR", help="output folder of a run")
+            one.add_argument(
+                run, nargs="+" if run == "runs" else None, type=nonempty_path, metavar="DIR", help="output folder of a run"
+            )
         if images:
             one.add_argument("--images", type=count, default=images, help=f"number of images (default: {images})")
             one.add_argument("--data_path", help="folder of the data set, if not where the run found it (default: ./Data)")
@@ -209,6 +214,11 @@ def make_parser() -> OneLineParser:
         "--noise", type=number_type(float), default=0.0, help="standard deviation of noise on pixels from 0 to 1"
     )
     samples.add_argument("--seed", type=at_least_zero, default=0, help="seed of order, augmentation and noise")
+    add("tasks", "the generated tasks: four training and four test images of each (default output: ./Output/tasks.png)")
+    abilities = add(
+        "abilities", "mixers by generated tasks, of a sweep over both (default output: abilities.png in its folder)"
+    )
+    abilities.add_argument("run", type=Path, metavar="SWEEP", help="output folder of the sweep")
     return parser
 
 
@@ -236,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
         with trusting(getattr(args, "trust_code", False)):
             figure = DRAW[args.figure](args)
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, figure.encode() if isinstance(figure, str) else as_png(figure))
+        write_atomically(output, figure if isinstance(figure, str) else as_png(figure))
     except Exception as error:
         if is_out_of_memory(error):
             parser.error(f"out of memory while drawing {args.figure}; smaller or fewer images need less")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mixers.base import MultiHeadMixer, TokenLayout, accepts_layout, layout_argument
+from mixers.base import TokenLayout, TokenMixer, accepts_layout, layout_argument
 from mixers.build import build_layer, layer_class
 from mixers.tables import GridTables, PerGrid
 from options.checks import check_patches
@@ -99,7 +99,7 @@ class ViT(nn.Module):
 
     def why_fixed(self, mixer: nn.Module | None, name: str) -> str:
         """Return the reason why a mixer runs on the grid of the config only, or an empty text."""
-        if isinstance(mixer, MultiHeadMixer):
+        if isinstance(mixer, TokenMixer):
             if mixer.per_token:
                 return f"has parameters for every token ({name}.{mixer.per_token})"
             return "" if mixer.runs_on_any_layout else "does not set takes_layout"
@@ -154,7 +154,7 @@ def make_layer1d(config: ViTConfig, layout: TokenLayout, block: int = 0) -> nn.M
     """Make the mixer of a block: `config.layer`, after the first `num_local_layers` blocks attention."""
     is_local = config.num_local_layers is None or block < config.num_local_layers
     row = layer_row(config.rows, config.layer if is_local else "Attention", config.branch_ratio)
-    return build_layer(row, config, config.d_model, config.num_heads, layout=layout)
+    return build_layer(row, config, config.d_model, config.num_heads, layout=layout, block=block)
 
 
 def prepend(token: Tensor, x: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ def init_vit_weights(model: nn.Module, std: float | None = None, token_std: floa
         if name.endswith(("class_token", "pos_embedding")):
             init_token(parameter)
     for module in model.modules():
-        if isinstance(module, MultiHeadMixer):
+        if isinstance(module, TokenMixer):
             module.init_weights()
 
 

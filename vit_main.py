@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     from models.build import build_network, load_network_weights
     from train_eval import run
 
-    warnings = unused_options(options.model, parser.given)
+    warnings = unused_options(options, parser.given)
     return run(options, build_network, load_network_weights, program=program, stated=parser.stated, warnings=warnings)
 
 

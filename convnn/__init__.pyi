@@ -25,12 +25,29 @@ from mixers.base import (
     PixelShuffle as PixelShuffle,
     PixelUnshuffle as PixelUnshuffle,
     TokenLayout as TokenLayout,
+    TokenMixer as TokenMixer,
     attend as attend,
     mixing_matrix as mixing_matrix,
+)
+from mixers.classical import (
+    CrossCovarianceAttention as CrossCovarianceAttention,
+    FocalModulation as FocalModulation,
+    FourierMixer as FourierMixer,
+    GlobalFilterMixer as GlobalFilterMixer,
+    MlpMixer as MlpMixer,
+)
+from mixers.controls import (
+    Identity as Identity,
+    MeanMixing as MeanMixing,
+    Pointwise as Pointwise,
+    Pooling as Pooling,
+    Pooling2d as Pooling2d,
+    RandomMixing as RandomMixing,
 )
 from mixers.graph import AxialGraphMixer as AxialGraphMixer, GraphConv2d as GraphConv2d, GraphMixer as GraphMixer
 from mixers.linear import (
     HybridAttention as HybridAttention,
+    LinearAttention as LinearAttention,
     LinformerAttention as LinformerAttention,
     NystromformerAttention as NystromformerAttention,
     PerformerAttention as PerformerAttention,
@@ -47,6 +64,7 @@ from mixers.region import (
     BlockTopKAttention as BlockTopKAttention,
     ContextClusterMixer as ContextClusterMixer,
     PatchToClusterAttention as PatchToClusterAttention,
+    ShiftedWindowAttention as ShiftedWindowAttention,
 )
 from mixers.selection import NeighborSelection as NeighborSelection
 from mixers.tables import PerGrid as PerGrid

@@ -29,6 +29,7 @@ from experiments.measures import (
 from experiments.mixing import ABSENT, Mixing, record_mixing, record_run
 from experiments.trained import Run, load_model, load_runs
 from neighbors import grid_locations, location_neighbors
+from runs.files import drawable
 
 COLUMNS = ["run", "layer", "measure", "of", "value"]
 REFERENCES = {"window": {"color": "black", "ls": "--"}, "chance": {"color": "gray", "ls": ":"}}
@@ -163,20 +164,20 @@ def _between_runs(one: str, other: str, layers: list[Mixing], others: list[Mixin
 
 def draw_analysis(rows: list[dict]):
     """Draw a panel of distances per run, then one per measure by layer, of the runs and of the references."""
-    from matplotlib import rc_context
-
+    rows = [row | {name: drawable(row[name]) for name in ("run", "of")} for row in rows]
     names = [name for name in dict.fromkeys(row["run"] for row in rows) if name not in REFERENCES]
     measures = {row["measure"] for row in rows}
     drawings = [(_draw_distances, name) for name in names]
     drawings += [(_draw_measure, name) for name in PANELS if any(_values(rows, run, name) for run in names)]
     drawings += [(_draw_runs, "")] * ("overlap of runs" in measures) + [(_draw_epochs, "")] * ("overlap of epochs" in measures)
-    with rc_context({"axes.labelsize": 8}):
-        figure, axes = make_panels(len(drawings), min(4, len(drawings)), 3.4, 2.9)
+    figure, axes = make_panels(len(drawings), min(4, len(drawings)), 3.4, 2.9)
     figure.set_figheight(figure.get_figheight() + 0.3)  # for the legend
     for axis, (draw, name) in zip(axes, drawings, strict=True):
         draw(axis, rows, names, name)
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=7)
+        axis.xaxis.label.set_fontsize(8)
+        axis.yaxis.label.set_fontsize(8)
     handles, labels = axes[len(names)].get_legend_handles_labels()  # of the first measure
     labels = [f"{number}: {label}" if label in names else label for number, label in enumerate(labels, 1)]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)

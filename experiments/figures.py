@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from options.layers import LAYERS1D_ROWS, layers_of
+from runs.files import drawable, figure_fonts
 
 COSTS = {
     "latency_ms_per_image": "latency (ms per image)",
@@ -38,6 +39,7 @@ def make_panels(count: int, columns: int, width: float, height: float, **shared)
     """Return a figure and the axes of `count` panels in rows of `columns`, each width x height inches."""
     from matplotlib.figure import Figure
 
+    figure_fonts()
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **shared).flatten()
@@ -71,7 +73,8 @@ def look_of(number: int, runs: list[list[float]]) -> dict:
 
 def label_of(row: dict, names: list[str]) -> str:
     plain = ("program", "layer")
-    return ", ".join(str(row[name]) if name in plain else f"{name} {row[name]}" for name in names if row[name] != "") or "all"
+    words = (str(row[name]) if name in plain else f"{name} {row[name]}" for name in names if row[name] != "")
+    return drawable(", ".join(words)) or "all"
 
 
 def numbered(values) -> dict:
@@ -92,7 +95,7 @@ def mark_rows(rows: list[dict], swept: list[str]) -> tuple[list[Mark], list[Sect
         markers = numbered(label_of(row, rest) for row in rows)
         if 1 < len(markers) <= len(MARKERS) and len(colors) <= COLORS and len(colors) + len(markers) < len(rows):
             marks = [Mark(color_of(colors[row[name]]), MARKERS[markers[label_of(row, rest)]]) for row in rows]
-            by_color = {"none" if value == "" else str(value): Mark(color_of(n), "o") for value, n in colors.items()}
+            by_color = {"none" if value == "" else drawable(str(value)): Mark(color_of(n), "o") for value, n in colors.items()}
             by_marker = {label: Mark("dimgray", MARKERS[n]) for label, n in markers.items()}
             return marks, [Section(name, by_color), Section(", ".join(rest), by_marker)]
     marks = [Mark(color_of(number), MARKERS[number // COLORS % len(MARKERS)]) for number in range(len(rows))]
@@ -130,7 +133,8 @@ def label_groups(kinds: list[dict], folders: list[list[Path]]) -> list[str]:
         labels.append(label_of(kind, own) if own else str(kind.get("layer", "run")))
     if max(map(len, labels)) > LONGEST_LABEL or len(set(labels)) < len(labels):
         parent = os.path.commonpath([group[0].resolve() for group in folders])
-        labels = [re.sub(r"[_-]?seed-?\d+$", "", os.path.relpath(group[0].resolve(), parent)) for group in folders]
+        paths = [os.path.relpath(group[0].resolve(), parent) for group in folders]
+        labels = [drawable(re.sub(r"[_-]?seed-?\d+$", "", path)) for path in paths]
     seeds = [f" ({len(group)} seeds)" if len(group) > 1 else "" for group in folders]
     return [label + note for label, note in zip(labels, seeds, strict=True)]
 

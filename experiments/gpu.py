@@ -1,7 +1,7 @@
 """Checks and measurements on a GPU, in under ten minutes: `make gpu`.
 
 Tests on the device, the targets of the benchmark, epochs of ViT-Tiny, and profiles of training steps. Tables and traces go to
-Output/gpu, and the tables into docs/gpu.md between its marks `<!-- measured -->`. Without a GPU it names the parts it skips.
+Output/gpu, and tables into docs/dev/gpu.md between its marks `<!-- measured -->`. Without a GPU it names the parts it skips.
 """
 
 import json
@@ -96,7 +96,7 @@ def main() -> int:
     about = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, `make gpu`"
     measured = "\n\n".join([about, *(part() for part in PARTS.values())])
     (ROOT / FOLDER / "measured.md").write_text(measured + "\n", encoding="utf-8")
-    page = ROOT / "docs" / "gpu.md"
+    page = ROOT / "docs" / "dev" / "gpu.md"
     text = page.read_text(encoding="utf-8")
     page.write_text(MARKED.sub(lambda marks: f"{marks[1]}{measured}\n{marks[2]}", text), encoding="utf-8")
     print(f"results are in {FOLDER} and {page.relative_to(ROOT)}")

@@ -146,7 +146,8 @@ def _of_image(mixer: nn.Module, x: Tensor, pairs: int) -> Mixing:
     features = mixer.select.search_features(tokens, grid)
     index = mixer.select(mixer.select.drop_padding(features, grid), features, grid)[:, None]
     # The K values are not weighted: each has its own matrix, whose norm bounds the contribution of the slot.
-    norms = mixer.conv.weight.norm(dim=(0, 1))
+    slots = mixer.conv[0] if isinstance(mixer.conv, nn.Sequential) else mixer.conv
+    norms = slots.weight.norm(dim=(0, 1))
     rule = f"{_rule_of(mixer.select.neighbors, 'features')}, a matrix each; their weight is the norm of the slot's matrix"
     return _whole(index, (norms / norms.sum()).expand(index.shape), rule=rule, **where)
 

@@ -14,8 +14,9 @@ from experiments.mixing import Mixing, record_mixing
 from experiments.trained import as_picture, load_run
 from mixers.local import local_mask
 from options.data import DATASETS, DataConfig
-from options.layers import MASK_TYPES
+from options.layers import LOCAL_MASKS
 from options.vit import ViTConfig
+from runs.files import drawable
 
 QUERIES = ((0.3, 0.3), (0.3, 0.7), (0.6, 0.5))  # places of tokens: down and right, from 0 to 1
 
@@ -28,6 +29,7 @@ def show_picture(axis, picture) -> None:
 def title_of(axis, truth: str, prediction: str) -> None:
     """Set the class as the title, green where the model is right, red where it is wrong."""
     right = truth == prediction
+    truth, prediction = drawable(truth, 18), drawable(prediction, 18)
     axis.set_title(truth if right else f"{prediction}\n(is {truth})", color="tab:green" if right else "tab:red", fontsize=8)
 
 
@@ -113,9 +115,9 @@ def draw_masks(args: argparse.Namespace):
     height, width = args.grid
     row, column = height // 2, width // 2
     steps = args.expansion_step
-    figure, axes = make_panels(2 * len(MASK_TYPES) * len(steps), 2 * len(steps), 1.7, 1.9)
+    figure, axes = make_panels(2 * len(LOCAL_MASKS) * len(steps), 2 * len(steps), 1.7, 1.9)
     panels = iter(axes.reshape(-1, 2))
-    for name in MASK_TYPES:
+    for name in LOCAL_MASKS:
         for step in steps:
             mask = local_mask(name, step, height, width).numpy()
             of_patch = mask[row * width + column].reshape(height, width)
@@ -144,7 +146,7 @@ def draw_samples(args: argparse.Namespace):
     figure, axes = make_panels(len(images), min(8, len(images)), 1.25, 1.5)
     for axis, image, label in zip(axes, images, labels, strict=True):
         show_picture(axis, as_picture(image, config))
-        axis.set_title(data.class_names[label], fontsize=8)
+        axis.set_title(drawable(data.class_names[label], 18), fontsize=8)
     return figure
 
 
@@ -153,13 +155,15 @@ def draw_confusion(names: list[str], counts: list[list[int]]):
     shares = [[100 * n / max(sum(row), 1) for n in row] for row in counts]
     size = min(14, max(4.5, 0.45 * len(names)))
     figure, (axis,) = make_panels(1, 1, size + 1.2, size)
+    figure.set_layout_engine("compressed")  # which knows of square cells; "constrained" cuts the labels off
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, ax=axis, label="% of the class", shrink=0.8)
     axis.set(xlabel="predicted", ylabel="class")
     if len(names) > 60:  # too many to be read
         return figure
-    labels = [f"{name[:18]} ({row[number]:.0f} %)" for number, (name, row) in enumerate(zip(names, shares, strict=True))]
-    axis.set_xticks(range(len(names)), [name[:18] for name in names], rotation=90, fontsize=7)
+    names = [drawable(name, 18) for name in names]
+    labels = [f"{name} ({row[number]:.0f} %)" for number, (name, row) in enumerate(zip(names, shares, strict=True))]
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axis.set_yticks(range(len(names)), labels, fontsize=7)
     if len(names) <= 20:
         for y, x in itertools.product(range(len(names)), repeat=2):

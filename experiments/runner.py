@@ -49,6 +49,7 @@ class Sweep:
     gpus: bool = False  # each slot has its own GPUs
     gpus_per_run: int = 1  # with more than one, torchrun starts as many processes
     failed: list[str] = field(default_factory=list)
+    awaited: set[str] = field(default_factory=set)  # points that another process was found to run
     beside: Beside = NOTHING  # for the summary
 
     def start(self, point: Point, slot: int, descriptor: int) -> Running:
@@ -88,6 +89,11 @@ class Sweep:
             try:
                 descriptor = lock(self.folder / point.name) if free else None
                 if descriptor is None:
+                    if free and point.name not in self.awaited:
+                        self.awaited.add(point.name)
+                        log = self.folder / point.name / "log.txt"
+                        progress.write(f"{point.name}: waiting for another process that runs it (see {log})")
+                        sys.stdout.flush()
                     continue
                 waiting.remove(point)
                 if not is_finished(point, self.folder):  # looked at under the lock, so that nobody else is about to run it

@@ -47,7 +47,8 @@ def scaled_epochs(options: Options, scale: float) -> dict:
     train = options.train
     names = ["num_epochs", *["lr_step"] * (train.scheduler in ("step", "plateau"))]
     names += [name for name in ("warmup_epochs", "early_stopping") if getattr(train, name)]
-    return {name: share(getattr(train, name), scale) for name in names}
+    warmup = {"warmup_steps": share(train.warmup_steps, scale**2)} if train.warmup_steps else {}  # fewer images an epoch too
+    return {name: share(getattr(train, name), scale) for name in names} | warmup
 
 
 def images_of(point: Point, options: Options) -> dict[str, int]:

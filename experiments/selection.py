@@ -77,7 +77,7 @@ def first_stage(points: list[Point], selection: Selection) -> list[Point]:
 def check_validation(options: dict[str, dict]) -> None:
     """Raise ValueError for a run of the first stage without validation images. options: of each run, by name."""
     for name, values in options.items():
-        if not values["val_fraction"]:
+        if not values["val_fraction"] and not values["dataset"].startswith("task_"):
             raise ValueError(f"{name} has no validation images to choose on; set val_fraction, such as 0.1")
 
 

@@ -145,13 +145,13 @@ def build(request: Request, device: torch.device) -> tuple[nn.Module, list[str]]
     with stop_if_out_of_memory(f"the model of --layer {request.options.model.layer}"):
         try:
             warnings = probe(request.options.model, device)
+            if warnings and processes.world > 1:
+                raise RunError(
+                    f"{warnings[0]}; with several processes each parameter needs one: use it, or set its requires_grad to False"
+                )
             model = request.make_model(request.options.model)
         except ValueError as error:
             raise RunError(str(error)) from None
-        if warnings and processes.world > 1:
-            raise RunError(
-                f"{warnings[0]}; with several processes each parameter needs one: use it, or set its requires_grad to False"
-            )
     if not train.test_only:
         freeze(model, train.freeze)
         layer_scales(model, train.layer_decay)  # raises for a model without numbered blocks
@@ -300,4 +300,5 @@ def begin_test(request: Request, program: Program, stated: dict) -> tuple[Reques
     check_same_classes(state, data.fingerprint, path, train.override, quiet=not processes.first)
     override = {name: {"trained": before, "here": after} for name, (before, after) in changes.items()}
     facts = {"image_shape": shape, "flops_per_image": flops, "override": override}
+    facts |= {"preprocessing": options.data.preprocessing, "class_names": data.class_names}
     return request, model.to(device), data, path, facts

@@ -73,7 +73,7 @@ def trials(config: ModelConfig) -> Iterator[Trial]:
     if isinstance(config, ViTConfig) and is_address(config.layer) and config.num_local_layers != 0:
         layout = TokenLayout(*config.grid, config.class_tokens)
         shape, row = (2, layout.num_tokens, config.d_model), config.rows[config.layer]
-        make = partial(build_layer, row, config, config.d_model, config.num_heads, layout=layout)
+        make = partial(build_layer, row, config, config.d_model, config.num_heads, layout=layout, block=0)
         yield Trial(config.layer, row, make, shape, shape, config.num_heads)
     elif isinstance(config, AllConvNetConfig):
         for one, before, after, stride in dict.fromkeys(layers2d(config)):

@@ -1,6 +1,6 @@
 """Base classes of the mixers: the layout of tokens, projections and heads, softmax attention, images as tokens.
 
-A mixer on (B, N, d_model) is a `MultiHeadMixer` with a `mix` of the values of its heads.
+A mixer on (B, N, d_model) is a `MultiHeadMixer` with a `mix` of the values of its heads, or a `TokenMixer` without heads.
 """
 
 import inspect
@@ -63,6 +63,16 @@ class TokenLayout:
         return sequence_grid((self.height, self.width))
 
 
+def as_image(x: Tensor, layout: TokenLayout) -> Tensor:
+    """Arrange the patches of tokens (B, N, d) on their grid: (B, d, height, width)."""
+    return x[:, layout.class_tokens :].mT.unflatten(2, (layout.height, layout.width))
+
+
+def join_tokens(first: Tensor, image: Tensor, layout: TokenLayout) -> Tensor:
+    """Put `first` (B, 1, d) for every class token before the patches of (B, d, height, width): (B, N, d)."""
+    return torch.cat([first.expand(-1, layout.class_tokens, -1).to(image.dtype), image.flatten(2).mT], dim=1)
+
+
 @torch.compiler.assume_constant_result
 def accepts_layout(module: nn.Module) -> bool:
     """Return True if the forward pass of a block or mixer has an argument `layout`, or takes any by name."""
@@ -116,46 +126,28 @@ def both_biases(bias: Bias) -> tuple[bool, bool]:
     return bias if isinstance(bias, tuple) else (bias, bias)
 
 
-class MultiHeadMixer(nn.Module):
-    """Base of mixers of tokens, (B, N, d_model) -> (B, N, d_model): projections, heads, and the mixing matrix.
+class TokenMixer(nn.Module):
+    """Base of mixers of tokens, (B, N, d_model) -> (B, N, d_model), that override `mix_tokens`.
 
-    A mixer overrides `mix`, and, for other projections, `make_projection` and `project`. With `takes_layout`, both get the
-    layout of the tokens as their last argument, and the mixer runs on every grid, unless `per_token` names a parameter with
-    as many rows or columns as there are tokens.
+    With `takes_layout`, `mix_tokens` gets the layout of the tokens as its last argument, and the mixer runs on every grid,
+    unless `per_token` names a parameter with as many rows or columns as there are tokens.
 
     Args:
-        num_heads: heads of d_model / num_heads features each.
+        num_heads: heads of the mixing matrix.
         layout: layout of the tokens, for mixers that need it; `forward` takes another. Without, tokens are a sequence.
-        attention_dropout: probability of dropping a weight of a pair of tokens.
-        bias: of all projections, or (of the ones before mixing, of the one after).
 
-    Raises ValueError if num_heads does not divide d_model, or attention_dropout is not in [0, 1).
+    Raises ValueError without a layout where `per_token` needs one.
     """
 
     takes_layout = False
     per_token = ""
 
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        *,
-        layout: TokenLayout | None = None,
-        attention_dropout: float = 0.0,
-        bias: Bias = True,
-    ):
+    def __init__(self, num_heads: int, layout: TokenLayout | None = None):
         super().__init__()
-        check_heads(d_model, num_heads)
-        check_dropout(attention_dropout)
         if layout is None and self.per_token:
             raise ValueError(f"{type(self).__name__} has parameters for every token; give layout=TokenLayout(height, width)")
         self.num_heads = num_heads
-        self.head_dim = d_model // num_heads
         self.layout = layout
-        self.attention_dropout = attention_dropout
-        before, after = both_biases(bias)
-        self.make_projection(d_model, before)
-        self.proj = nn.Linear(d_model, d_model, bias=after)
 
     def forward(
         self, x: Tensor, output_attentions: bool = False, layout: TokenLayout | None = None
@@ -170,19 +162,60 @@ class MultiHeadMixer(nn.Module):
         if self.layout is not None and x.shape[1] != layout.num_tokens:
             raise ValueError(f"{x.shape[1]} tokens were given, and the layer was made for {layout}")
         given = (layout or TokenLayout(1, x.shape[1]),) if self.takes_layout else ()
-        out, matrix = self.mix(*self.project(x, *given), output_attentions, *given)  # (B, H, N, d)
-        out = self.proj(out.transpose(1, 2).flatten(2))
+        out, matrix = self.mix_tokens(x, output_attentions, *given)
         return (out, matrix) if output_attentions else out
+
+    def mix_tokens(self, x: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
+        """x (B, N, d_model) -> mixed tokens (B, N, d_model), and with output_matrix the matrix (B, H, N, N)."""
+        raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Initialize parameters in the mixer's own way, after the model has initialized its linears."""
 
     @property
     def runs_on_any_layout(self) -> bool:
         return self.layout is None or (self.takes_layout and not self.per_token)
 
+
+class MultiHeadMixer(TokenMixer):
+    """Base of mixers with projections and heads.
+
+    A mixer overrides `mix`, and, for other projections, `make_projection` and `project`. With `takes_layout`, `project` and
+    `mix` get the layout of the tokens as their last argument.
+
+    Args:
+        num_heads: heads of d_model / num_heads features each.
+        layout: layout of the tokens, for mixers that need it; `forward` takes another. Without, tokens are a sequence.
+        attention_dropout: probability of dropping a weight of a pair of tokens.
+        bias: of all projections, or (of the ones before mixing, of the one after).
+
+    Raises ValueError if num_heads does not divide d_model, or attention_dropout is not in [0, 1).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        layout: TokenLayout | None = None,
+        attention_dropout: float = 0.0,
+        bias: Bias = True,
+    ):
+        super().__init__(num_heads, layout)
+        check_heads(d_model, num_heads)
+        check_dropout(attention_dropout)
+        self.head_dim = d_model // num_heads
+        self.attention_dropout = attention_dropout
+        before, after = both_biases(bias)
+        self.make_projection(d_model, before)
+        self.proj = nn.Linear(d_model, d_model, bias=after)
+
+    def mix_tokens(self, x: Tensor, output_matrix: bool, *layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
+        out, matrix = self.mix(*self.project(x, *layout), output_matrix, *layout)  # (B, H, N, d)
+        return self.proj(out.transpose(1, 2).flatten(2)), matrix
+
     def make_projection(self, d_model: int, bias: bool) -> None:
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)
-
-    def init_weights(self) -> None:
-        """Initialize parameters in the mixer's own way, after the model has initialized its linears."""
 
     def project(self, x: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, ...]:
         """(B, N, d_model) -> inputs of `mix`, here query, key and value of every head: (B, H, N, d) each."""
@@ -200,6 +233,16 @@ class MultiHeadMixer(nn.Module):
     def dropout(self) -> float:
         """Probability of dropping a weight: 0 in evaluation."""
         return self.attention_dropout if self.training else 0.0
+
+
+class ValueMixer(MultiHeadMixer):
+    """Base of mixers whose weights do not depend on the tokens: only values are projected, and `mix` gets nothing else."""
+
+    def make_projection(self, d_model: int, bias: bool) -> None:
+        self.value = nn.Linear(d_model, d_model, bias=bias)
+
+    def project(self, x: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, ...]:
+        return (self.split_heads(self.value(x)),)
 
 
 def mixing_matrix(index: Tensor, weights: Tensor, heads: int, num_keys: int | None = None) -> Tensor:

@@ -1,9 +1,9 @@
 """Attention with a cost linear in the number of tokens N, on (B, N, d_model).
 
-Linformer compresses keys and values, Performer replaces the softmax by random features, Nystromformer goes through
-landmarks, Hybrid adds up neighborhoods and a Performer. None holds an (N, N) matrix, except to return the mixing matrix: the
-output for an identity in place of the values. `attention_dropout` drops weights of a query: of the compressed keys, of the
-features, of the landmarks.
+LinearAttention replaces the softmax by a product of features, Performer by random features; Linformer compresses keys and
+values, Nystromformer goes through landmarks, Hybrid adds up neighborhoods and a Performer. None holds an (N, N) matrix, except
+to return the mixing matrix: the output for an identity in place of the values. `attention_dropout` drops weights of a query: of
+the compressed keys, of the features, of the landmarks.
 """
 
 import math
@@ -38,6 +38,30 @@ def identity_values(value: Tensor) -> Tensor:
     """(B, H, N, d) -> identities (B, H, N, N); mixing them gives the mixing matrix."""
     B, H, N, _ = value.shape
     return torch.eye(N, dtype=value.dtype, device=value.device).expand(B, H, N, N)
+
+
+def feature_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Attention by products of positive features: query and key (B, H, N, m), their logarithms, value (B, H, N, e) -> the same.
+
+    Two softmaxes, over the tokens for every feature, then over the features for every query, are the quotient of the sums. They
+    cannot overflow.
+    """
+    total = key.logsumexp(dim=2, keepdim=True)  # (B, H, 1, m): sum of a feature over all keys
+    values = (key - total).exp().mT.to(value.dtype) @ value  # (B, H, m, e)
+    weights = (query + total).softmax(dim=-1)  # (B, H, N, m)
+    return F.dropout(weights, dropout).to(value.dtype) @ values
+
+
+class LinearAttention(LinearMixer):
+    """Linear attention (Katharopoulos et al., arXiv 2006.16236): weights phi(q) phi(k), phi = elu + 1, over their sum. O(N d).
+
+    A class token is one of the tokens.
+    """
+
+    def weigh(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        logs = [part.clamp(max=0) + part.relu().log1p() for part in (query.to(wide), key.to(wide))]
+        return feature_attention(*logs, value, dropout)
 
 
 class LinformerAttention(LinearMixer):
@@ -76,8 +100,7 @@ class RandomFeatures(nn.Module):
     """FAVOR+ (Choromanski et al., arXiv 2009.14794): attention by a kernel of positive random features.
 
     `softmax` features estimate softmax(q k^T / sqrt(d)) without bias, `relu` features are another kernel. Both run on the
-    logarithms of the features, as two softmaxes: over the tokens for every feature, then over the features for every query.
-    The result equals the quotient of the paper, needs neither its stabilizers nor its small constants, and cannot overflow.
+    logarithms of the features; the result equals the quotient of the paper without its stabilizers and small constants.
 
     `features` (m, d), orthogonal in blocks of d, are drawn at construction, saved with the model, and drawn anew by
     `redraw(seed)`.
@@ -110,11 +133,7 @@ class RandomFeatures(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """query and key (B, H, N, d), value (B, H, N, e) -> (B, H, N, e)."""
-        query, key = self.log_features(query), self.log_features(key)
-        total = key.logsumexp(dim=2, keepdim=True)  # (B, H, 1, m): sum of a feature over all keys
-        values = (key - total).exp().mT.to(value.dtype) @ value  # (B, H, m, e)
-        weights = (query + total).softmax(dim=-1)  # (B, H, N, m)
-        return F.dropout(weights, dropout).to(value.dtype) @ values
+        return feature_attention(self.log_features(query), self.log_features(key), value, dropout)
 
 
 def orthogonal_features(num_features: int, dim: int, generator: torch.Generator | None = None) -> Tensor:

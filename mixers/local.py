@@ -243,7 +243,7 @@ class MultiHeadMaskedAttention(PatternAttention):
 
     Args:
         mask_type: `2d_cardinal`, patches at most `expansion_step` above, below, left or right; `2d_all_neighbors`, patches
-            in a square; `1d_cardinal` and `1d_all_neighbors`, as many neighbors in a window on the sequence.
+            in a square; `1d_cardinal` and `1d_all_neighbors`, as many neighbors in a window on the sequence; `full`, all.
 
     Raises ValueError for an unknown mask_type or a negative expansion_step.
     """

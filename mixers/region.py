@@ -1,9 +1,10 @@
-"""Attention through regions of a grid, or through clusters: BiFormer, block-sparse top-k, PaCa, Context Cluster.
+"""Attention through regions of a grid, or through clusters: Swin, BiFormer, block-sparse top-k, PaCa, Context Cluster.
 
 Regions are squares of patches (stretches of a sequence). Class tokens attend to all, and, where tokens choose regions, are
 attended by all.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixers.base import Bias, MultiHeadMixer, TokenLayout, attend, check_at_least, is_plain, mixing_matrix
+from mixers.linear import LinearMixer
 from mixers.tables import GridTables, PerGrid
 from neighbors import find_neighbors, neighbor_scores, neighbor_weights, weighted_sum
 from options.checks import check_value_convolution, region_sides
@@ -186,6 +188,76 @@ class BlockTopKAttention(RegionMixer):
             out = torch.cat([of_classes, out], dim=2)
             matrix = torch.cat([whole, matrix], dim=2) if output_matrix else None
         return out, matrix
+
+
+class ShiftedWindowAttention(LinearMixer):
+    """Attention within windows (Swin, Liu et al., arXiv 2103.14030, section 3.2): squares of `region_size` patches a side.
+
+    Odd blocks shift the windows by half a side, round the border; there, patches see only those of their own corner. A learned
+    bias for each offset and head is added to the scores. Class tokens attend to all, and every window attends to them, without
+    a bias. One window over the whole grid is not shifted.
+
+    Args:
+        block: number of the block, from 0.
+
+    Raises ValueError if windows do not divide the grid.
+    """
+
+    takes_layout = True
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        layout: TokenLayout,
+        region_size: int,
+        block: int = 0,
+        attention_dropout: float = 0.0,
+        bias: Bias = True,
+    ):
+        super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
+        tables = partial(window_tables, region_size, block % 2 == 1)
+        self.tables = PerGrid(partial(GridTables, tables), layout.sides)
+        self.offsets = nn.Parameter(torch.empty((2 * region_size - 1) ** 2, num_heads))
+        nn.init.trunc_normal_(self.offsets, std=0.02)
+
+    def weigh(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, layout: TokenLayout) -> Tensor:
+        c, tables = layout.class_tokens, self.tables.at(layout.sides, query.device)
+        windows = [by_region(part, tables.regions, c) for part in (query, key, value)]  # (B, H, R, s, d) each
+        keys, values = (
+            torch.cat([part[:, :, None, :c].expand(-1, -1, windows[0].shape[2], -1, -1), window], dim=3)
+            for part, window in zip((key, value), windows[1:], strict=True)
+        )  # (B, H, R, c + s, d)
+        bias = self.offsets[tables.offset].movedim(2, 0)[:, None]  # (H, 1, s, s)
+        bias = F.pad(bias.masked_fill(~tables.sees, -math.inf), (c, 0)).flatten(0, 1)  # (H * R, s, c + s)
+        queries, keys, values = (part.flatten(1, 2) for part in (windows[0], keys, values))
+        out = attend(queries, keys, values, mask=bias.to(query.dtype), dropout=dropout)[0]  # (B, H * R, s, d)
+        out = out.unflatten(1, (self.num_heads, -1)).flatten(2, 3).index_select(2, tables.order)
+        return torch.cat([attend(query[:, :, :c], key, value, dropout=dropout)[0], out], dim=2) if c else out
+
+
+def window_tables(region_size: int, shifted: bool, height: int, width: int, class_tokens: int) -> dict[str, Tensor]:
+    """Make tables of the windows of a grid.
+
+    `regions` (R, s), the patches of each window; `order` (P,), the place of each patch in them; `sees` (R, s, s), True for
+    pairs in one piece of the image; `offset` (s, s), the row of each pair in a table of (2 region_size - 1)^2 offsets.
+    """
+    sides = region_sides(region_size, (height, width))
+    shift = [part // 2 if shifted and part < side else 0 for part, side in zip(sides, (height, width), strict=True)]
+    patches = torch.arange(height * width).view(height, width).roll((-shift[0], -shift[1]), (0, 1))
+    regions = patches.unfold(0, sides[0], sides[0]).unfold(1, sides[1], sides[1]).reshape(-1, math.prod(sides))
+    # Of a window at the border, a part has come round from the other side.
+    rows, columns = regions // width, regions % width
+    piece = 2 * (rows < shift[0]) + (columns < shift[1])
+    place = torch.cartesian_prod(*map(torch.arange, sides)).view(-1, 2)
+    offset = place[:, None] - place + region_size - 1  # (s, s, 2)
+    return {
+        "regions": regions,
+        "order": regions.flatten().argsort(),
+        "sees": piece[:, :, None] == piece[:, None],
+        "offset": offset[..., 0] * (2 * region_size - 1) + offset[..., 1],
+    }
 
 
 class PatchToClusterAttention(MultiHeadMixer):

@@ -68,7 +68,9 @@ def sparse_tilings(mode: str, context: int, height: int, width: int) -> list[Til
 
 
 def mask_tilings(mask_type: str, reach: int, height: int, width: int) -> list[Tiling]:
-    """Tile the pairs that a mask of this type and expansion step allows."""
+    """Tile the pairs that a mask of this type and expansion step allows; without a tiling, every patch sees every other."""
+    if mask_type == "full":
+        return []
     if mask_type == "1d_cardinal":
         return [window_tiling(height * width, 2 * reach)]  # as many neighbors as the cross has, 4 * reach
     if mask_type == "1d_all_neighbors":

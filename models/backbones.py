@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from allconvnet import make_layer2d
 from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d, CoordConv2d, Strided2d
+from mixers.controls import Pooling2d
 from mixers.graph import GraphConv2d
 from options.allconvnet import AllConvNetConfig
 from options.backbones import DENSENET, RESNET, VGG
@@ -240,11 +241,14 @@ def init_for_relu(layer: nn.Module, mode: str = "fan_out") -> None:
             nn.init.zeros_(layer.join.bias)
     elif isinstance(layer, Strided2d):
         init_for_relu(layer.layer, mode)
-    elif isinstance(layer, (nn.Conv2d, CoordConv2d, ConvNN2d)):
+    elif isinstance(layer, (nn.Conv2d, CoordConv2d, ConvNN2d, Pooling2d)):
         convolution = layer if isinstance(layer, nn.Conv2d) else layer.conv
-        nn.init.kaiming_normal_(convolution.weight, mode=mode, nonlinearity="relu")
-        if convolution.bias is not None:
-            nn.init.zeros_(convolution.bias)
+        *depthwise, last = convolution if isinstance(convolution, nn.Sequential) else [convolution]
+        for slots in depthwise:
+            nn.init.kaiming_normal_(slots.weight, nonlinearity="linear")
+        nn.init.kaiming_normal_(last.weight, mode=mode if last.groups == 1 else "fan_in", nonlinearity="relu")
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)
     elif isinstance(layer, (Attention2d, ConvNNAttention2d)):
         for linear, gain in ((layer.qkv, 1), (layer.proj, 2)):
             nn.init.normal_(linear.weight, std=math.sqrt(gain / linear.in_features))

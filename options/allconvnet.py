@@ -70,7 +70,7 @@ class AllConvNetConfig(ModelConfig):
     attention_dropout: float = option(
         0.0, "ConvNN_Attn, Attention: probability of dropping a weight of a pair of tokens", low=0, below=1
     )
-    convolution_type: str = option("standard", "ConvNN_Attn: convolution over the K slots", choices=CONVOLUTION_TYPES)
+    convolution_type: str = option("standard", "ConvNN, ConvNN_Attn: convolution over the K slots", choices=CONVOLUTION_TYPES)
     shuffle_pattern: str = preset_option(
         "BA",
         "pixel-unshuffle before (B), shuffle after (A), both (BA) or neither (NA, the default in a backbone)",

@@ -32,6 +32,12 @@ DATASETS = {
     "digits": DatasetInfo(8, 1, 10, False, (1_437, 360), (0.3054,), (0.3760,)),
     "folder": DatasetInfo(224, 3, None, True, None),
 }
+CELL = 4  # side of a cell of a generated task in pixels
+TASKS = {"find": 4, "locate": 9, "beside": 4, "opposite": 4, "recall": 4, "count": 8, "duplicate": 2, "joined": 2}  # classes
+DATASETS |= {
+    f"task_{task}": DatasetInfo(6 * CELL, 3, classes, False, (50_000, 5_000), (0.16,) * 3, (0.22,) * 3)
+    for task, classes in TASKS.items()
+}
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,15 @@ class DataConfig:
     heading = "data"
 
     dataset: str = option(
-        "cifar10", "data set; digits comes with the code, folder reads train/ and val/ in --data_path", choices=tuple(DATASETS)
+        "cifar10",
+        "data set; digits comes with the code, folder reads train/ and val/ in --data_path, task_* are generated",
+        choices=tuple(DATASETS),
     )
-    data_path: str = option("./Data", "folder that holds the data sets")
+    task_size: int = option(6, "task_*: cells of 4 x 4 pixels along a side", low=3, high=32)
+    task_symbols: int | None = option(
+        None, "task_*: patterns that a cell can hold (default: 8; task_recall: 6)", kind=int, low=6, high=15
+    )
+    data_path: str = option("./Data", "folder that holds the data sets", path=True)
     resize: int | tuple[int, int] | None = option(
         None, "side the images are resized to, or height and width", kind=int, many=True, low=1, high=SIDE
     )
@@ -89,7 +101,9 @@ class DataConfig:
         None, "processes that read images (default: one per core, at most 8)", kind=int, low=0, high=1024
     )
     train_limit: int | None = option(None, "train on the first n images, balanced by class", kind=int, low=1, high=IMAGES)
-    test_limit: int | None = option(None, "test on the first n images, balanced by class", kind=int, low=1, high=IMAGES)
+    test_limit: int | None = option(
+        None, "test (and validate task_*) on the first n images, balanced by class", kind=int, low=1, high=IMAGES
+    )
 
     def __post_init__(self):
         if self.resize is not None and not isinstance(self.resize, (list, tuple)):
@@ -110,6 +124,22 @@ class DataConfig:
             raise ValueError(
                 f"mean={as_words(self.statistics[0])} and std={as_words(self.statistics[1])} differ in length; give both"
             )
+        for name in ("val_fraction", "augment"):
+            if self.is_task and getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} does not fit dataset={self.dataset}, which has validation images of its own "
+                    "and classes that cropping and flipping would change; drop it"
+                )
+
+    @property
+    def is_task(self) -> bool:
+        """Whether the images are generated."""
+        return self.dataset.startswith("task_")
+
+    @property
+    def size(self) -> int:
+        """Side of the images in pixels before `resize`."""
+        return CELL * self.task_size if self.is_task else DATASETS[self.dataset].size
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

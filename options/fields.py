@@ -7,6 +7,7 @@ import difflib
 import math
 import numbers
 import operator
+import os
 import re
 from dataclasses import Field, field, fields
 from typing import NamedTuple
@@ -34,6 +35,7 @@ class Spec(NamedTuple):
     metavar: str = ""  # what --help calls a value; empty: its choices or its kind
     repeat: bool = False  # the flag can be repeated, and adds to the values of a file
     flag: bool = True  # False: only files can set it
+    path: bool = False  # "~" stands for the home folder
 
 
 NOT_GIVEN = object()  # stands for the default of an option that its config decides (`option(decided=True)`)
@@ -58,10 +60,10 @@ def decide(config, values: dict) -> None:
             object.__setattr__(config, name, values.get(name, spec.default))
 
 
-def with_default(config: type, name: str, default) -> Field:
-    """Redeclare an inherited option with another default."""
+def with_default(config: type, name: str, default, decided: bool = False) -> Field:
+    """Redeclare an inherited option with another default; `decided` as in `option`."""
     spec = config.__dataclass_fields__[name].metadata["option"]
-    return field(default=default, metadata={"option": spec._replace(default=default)})
+    return field(default=NOT_GIVEN if decided else default, metadata={"option": spec._replace(default=default)})
 
 
 def specs(config: type) -> dict[str, Spec]:
@@ -141,6 +143,8 @@ def check_one(name: str, value, spec: Spec):
         raise ValueError(f"{name}={value!r} is not {KINDS[spec.kind]}")
     if spec.kind is str:
         _check_text(name, value)
+    if spec.path:
+        value = os.path.expanduser(value)
     if spec.kind is float and not math.isfinite(value):
         raise ValueError(f"{name}={value} is not a finite number")
     if spec.choices and value not in spec.choices:

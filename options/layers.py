@@ -9,7 +9,8 @@ from options.fields import did_you_mean, specs
 from options.neighbors import NeighborConfig
 
 SHUFFLE_PATTERNS = ("BA", "NA", "B", "A")
-MASK_TYPES = ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors")
+LOCAL_MASKS = ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors")
+MASK_TYPES = (*LOCAL_MASKS, "full")
 PERFORMER_KERNELS = ("softmax", "relu")
 BRANCH_JOINS = ("relu", "conv1x1")
 GRAPH_AGGREGATIONS = ("max", "mean", "edge")
@@ -22,6 +23,7 @@ READS = {
     "neighbors": {*specs(NeighborConfig), "coordinate_encoding"},  # a NeighborConfig
     "bias": {"attention_bias", "qkv_bias", "proj_bias"},  # 1-D: of the projections; 2-D: as the backbone asks for it
     "layout": set(),  # 1-D: the TokenLayout
+    "block": set(),  # 1-D: the number of the block
     "image_size": set(),  # 2-D: sides of the map
     "stride": set(),  # 2-D: of a convolution in a backbone
 }
@@ -39,6 +41,8 @@ class Row(NamedTuple):
     renamed: tuple[tuple[str, str], ...] = ()  # (argument, option), where their names differ
     fixed: tuple[tuple[str, object], ...] = ()  # (argument, value)
     branches: tuple[str, ...] = ()  # of two layers side by side: the layers built at branch_ratio 1 and at 0
+    mixes: bool = True  # False: no token sees another
+    heads: bool = True  # False: num_heads has no effect
 
     @property
     def arguments(self) -> dict[str, str]:
@@ -62,13 +66,15 @@ PERFORMER = (("num_features", "performer_features"), ("kernel", "performer_kerne
 
 LAYERS2D_ROWS = {
     "Conv2d": Row("layers2d:make_conv2d", ("kernel_size", "aggregation_type", "stride", "bias")),
-    "ConvNN": Row("layers2d:ConvNN2d", ("neighbors", "padding", "image_size", "bias", *SHUFFLES)),
+    "ConvNN": Row("layers2d:ConvNN2d", ("neighbors", "convolution_type", "padding", "image_size", "bias", *SHUFFLES)),
     "ConvNN_Attn": Row(
         "layers2d:ConvNNAttention2d",
         ("neighbors", "score_temperature", "topk", "convolution_type", "attention_dropout", "image_size", *SHUFFLES),
     ),
     "Attention": Row("layers2d:Attention2d", ("num_heads", "attention_dropout", *SHUFFLES)),
     "ViG": Row("mixers.graph:GraphConv2d", ("num_heads", "neighbors", "image_size", *SHUFFLES), renamed=GRAPH),
+    "Identity": Row("layers2d:make_conv2d", ("stride", "bias"), fixed=(("kernel_size", 1),)),
+    "Pooling": Row("mixers.controls:Pooling2d", ("bias",)),
 }
 
 
@@ -112,6 +118,18 @@ LAYERS1D_ROWS = {
     "BlockTopK": Row("mixers.region:BlockTopKAttention", REGIONS),
     "PaCa": Row("mixers.region:PatchToClusterAttention", ("num_clusters", *PAIRS)),
     "ContextCluster": Row("mixers.region:ContextClusterMixer", ("layout", "region_size", "bias")),
+    "Identity": Row("mixers.controls:Identity", (), mixes=False, heads=False),
+    "Pointwise": Row("mixers.controls:Pointwise", ("bias",), mixes=False, heads=False),
+    "MeanMixing": Row("mixers.controls:MeanMixing", ("bias",), heads=False),
+    "RandomMixing": Row("mixers.controls:RandomMixing", ("layout", "bias"), heads=False),
+    "Pooling": Row("mixers.controls:Pooling", ("layout",), heads=False),
+    "MlpMixer": Row("mixers.classical:MlpMixer", ("layout", "bias"), heads=False),
+    "FNet": Row("mixers.classical:FourierMixer", (), heads=False),
+    "GFNet": Row("mixers.classical:GlobalFilterMixer", ("layout",), heads=False),
+    "XCiT": Row("mixers.classical:CrossCovarianceAttention", PAIRS),
+    "LinearAttention": Row("mixers.linear:LinearAttention", PAIRS),
+    "Swin": Row("mixers.region:ShiftedWindowAttention", ("layout", "region_size", "block", *PAIRS)),
+    "FocalModulation": Row("mixers.classical:FocalModulation", ("layout", "bias"), heads=False),
 }
 
 
@@ -187,7 +205,15 @@ WITHOUT_EFFECT = (
     ("lambda_param", "similarity_type", ("Col", "Loc")),
     ("shuffle_scale", "shuffle_pattern", ("NA",)),
     ("sparse_context_window", "sparse_mode", ("all",)),
+    ("expansion_step", "mask_type", ("full",)),
     ("score_temperature", "softmax_topk_val", (False,)),
+    # Options of data and training, checked by `options.runs.unused_options`.
+    ("data_path", "dataset", ("digits",)),
+    ("momentum", "optimizer", ("adam", "adamw")),
+    ("lr_step", "scheduler", ("cosine", "none")),
+    ("lr_gamma", "scheduler", ("cosine", "none")),
+    ("compile_mode", "use_compiled", (False,)),
+    ("amp_dtype", "use_amp", (False,)),
 )
 
 

@@ -137,6 +137,8 @@ class ModelConfig(NeighborConfig):
         if self.similarity_type == "Loc" and searching <= self.unscored:  # they rank by distance then
             found.setdefault("magnitude_type", "similarity_type")
         with_heads = {layer for layer, row in rows.items() if "num_heads" in self.sizes or "num_heads" in row.options}
+        if not any(rows[layer].heads for layer in with_heads):
+            found.setdefault("num_heads", "layer")
         if with_heads == {"ViG"} and self.graph_aggregation == "edge":  # one linear for all features
             found["num_heads"] = "graph_aggregation"
         return found
@@ -147,7 +149,7 @@ class ModelConfig(NeighborConfig):
 
         Another data set has other statistics, another layer other options; the same layer may be defined in another file. A
         test with the config.yaml of a training evaluates the trained weights, not the ones that training started from, and
-        exports nothing.
+        exports nothing. Generated images of another size are not resized to the former one.
         """
         dropped = default_statistics(values) if "dataset" in given else set()
         if "layer" in given:
@@ -155,6 +157,8 @@ class ModelConfig(NeighborConfig):
             dropped |= {"layer_sha256"} if is_same else {"layer_sha256", "mixer_option"}
         if str(values.get("test_only")).lower() == "false" and str(given.get("test_only")).lower() == "true":
             dropped |= {"checkpoint", "export"}
+        if "task_size" in given:
+            dropped.add("resize")
         return {name: value for name, value in values.items() if name not in dropped}
 
 

@@ -83,18 +83,18 @@ def make_parser(
 
 
 def nonempty_path(text: str) -> Path:
-    """`argparse` type: a path that is not empty, as `Path("")` is the working directory."""
+    """`argparse` type: a path that is not empty, as `Path("")` is the working directory; "~" is the home folder."""
     if not text:
         raise argparse.ArgumentTypeError("'' is empty")
-    return Path(text)
+    return Path(text).expanduser()
 
 
 def output_path(text: str) -> Path:
     """`argparse` type: a path that can be written to, as far as its name shows."""
-    problem = path_problem(text)
-    if problem:
+    path = nonempty_path(text)
+    if problem := path_problem(str(path)):
         raise argparse.ArgumentTypeError(f"{text!r}: {problem}")
-    return nonempty_path(text)
+    return path
 
 
 def number_type(kind: type, low: float | None = None, high: float | None = None):
@@ -253,7 +253,7 @@ def read_values(
     if len(paths) > 1:
         parser.error(f"--config is given more than once ({', '.join(paths)}); a run takes one file")
     parser.given = frozenset(given)
-    parser.file = paths[0] if paths else None
+    parser.file = os.path.expanduser(paths[0]) if paths else None
     try:
         values = {} if parser.file is None else _read_options(parser.file, known)
     except ValueError as error:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from options.allconvnet import AllConvNetConfig
 from options.backbones import BACKBONES
-from options.data import DATASETS, DataConfig, default_statistics, sides_of
+from options.data import CELL, DATASETS, DataConfig, default_statistics, sides_of
 from options.fields import as_words, build, check_option, specs
-from options.layers import layer_label
+from options.layers import WITHOUT_EFFECT, layer_label
 from options.machine import cpu_cores
 from options.models import ModelConfig
 from options.neighbors import as_sides, canonical_metric
@@ -65,7 +65,7 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
         data,
         mean=mean,
         std=std,
-        resize=data.resize or info.size,
+        resize=data.resize or data.size,
         num_workers=min(8, cpu_cores()) if data.num_workers is None else data.num_workers,
     )
     classes = info.classes or _count_classes(data.data_path)
@@ -89,10 +89,14 @@ class Program(NamedTuple):
     family: str
     defaults: dict
 
-    def complete(self, values: dict) -> dict:
-        """Add the defaults of the program to options by name, or those of the model of timm that they name."""
-        model = values.get("model")
-        return self.defaults | (describe(model).data if is_timm(model) else {}) | values
+    def defaults_for(self, values: dict) -> dict:
+        """Return the defaults for these options.
+
+        A model of timm has its preprocessing. A cell of a generated task is a patch, and its images keep their size.
+        """
+        model, is_task = values.get("model"), str(values.get("dataset")).startswith("task_")
+        of_task = {"patch_size": CELL, "resize": None} if is_task else {}
+        return self.defaults | (describe(model).data if is_timm(model) else of_task)
 
 
 PROGRAMS = {
@@ -109,7 +113,7 @@ def parse_options(
     try:
         check_environment()
         try:
-            return resolve(program.model, program.family, program.complete(values)), parser
+            return resolve(program.model, program.family, program.defaults_for(values) | values), parser
         except ValueError:
             if not values.get("test_only"):
                 raise
@@ -133,7 +137,7 @@ def _without_model(program: Program, values: dict) -> Options | None:
     try:
         for name in values.keys() & model.keys():
             check_option(name, values[name], model[name])
-        options = resolve(program.model, program.family, program.complete(kept))
+        options = resolve(program.model, program.family, program.defaults_for(kept) | kept)
         return options if resize is None else options._replace(data=dataclasses.replace(options.data, resize=resize))
     except ValueError:
         return None
@@ -157,11 +161,15 @@ def program_of(options: dict) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+# Options of the data that an evaluation takes from the training.
+OF_DATA = ("dataset", "task_size", "task_symbols", "data_path", "resize", "crop", "interpolation", "mean", "std")
+
+
 def evaluation_options(options: Options) -> dict:
     """Return the options that decide the result of an evaluation, as plain values."""
-    names = "dataset data_path resize crop interpolation mean std noise test_limit criterion use_amp amp_dtype seed".split()
+    names = "noise test_limit criterion use_amp amp_dtype seed".split()
     values = options.as_dict()
-    return {name: values[name] for name in (*specs(type(options.model)), *names)}
+    return {name: values[name] for name in (*specs(type(options.model)), *OF_DATA, *names)}
 
 
 class AsTrained(NamedTuple):
@@ -180,17 +188,18 @@ def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
     if other and program in PROGRAMS.values() and PROGRAMS[other] is not program:
         raise ValueError(f"it was trained by {other}; evaluate it with that program")
     model = [name for name in specs(program.model) if name in trained]
-    of_data = "dataset data_path resize crop interpolation mean std criterion".split()
-    recorded = {name: trained[name] for name in (*model, *of_data) if name in trained}
+    recorded = {name: trained[name] for name in (*model, *OF_DATA, "criterion") if name in trained}
     if "dataset" in stated:
         recorded = {name: recorded[name] for name in recorded.keys() - default_statistics(trained) - {"data_path"}}
+    if "task_size" in stated:
+        stated = {"resize": CELL * stated["task_size"]} | stated
     with trusting(bool(stated.get("trust_code"))):
         noted = {} if "layer" in stated else trained
         check_trusted(str(noted.get("layer", "")), None if stated.get("override") else noted.get("layer_sha256"))
     # Another data set or image size does not change the trained model.
     others = {name: value for name, value in stated.items() if name not in ("dataset", "resize")}
-    values = merge(program.model.drop_overridden(recorded, others), stated, specs(program.model))
-    options = resolve(program.model, program.family, program.complete(values))
+    values = program.defaults_for(recorded | stated) | program.model.drop_overridden(recorded, others)
+    options = resolve(program.model, program.family, merge(values, stated, specs(program.model)))
     now = options.as_dict()
     unused = options.model.without_effect().keys() | ONLY_IN_TRAINING
     compared = [
@@ -237,11 +246,15 @@ def assumed_options(model: ModelConfig) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def unused_options(model: ModelConfig, given: frozenset[str]) -> list[str]:
-    """Return a warning for every option on the command line that the model does not read; files may serve several layers."""
+def unused_options(options: Options, given: frozenset[str]) -> list[str]:
+    """Return a warning for every option on the command line that the run does not read; files may serve several layers."""
+    values, unused = options.as_dict(), options.model.without_effect()
+    for name, other, switching_off in WITHOUT_EFFECT:
+        if name in specs(DataConfig) | specs(TrainConfig) and values[other] in switching_off:
+            unused[name] = other
     return [
-        f"--{name} {as_words(getattr(model, name))} is not used by --{other} {as_words(getattr(model, other))}"
-        for name, other in model.without_effect().items()
+        f"--{name} {as_words(values[name])} is not used by --{other} {as_words(values[other])}"
+        for name, other in unused.items()
         if name in given
     ]
 

@@ -54,10 +54,12 @@ class TrainConfig:
         1.0, "learning rate of each block relative to the next; the embeddings have the lowest", low=0.01, high=1
     )
     freeze: str | None = option(None, "part to freeze; backbone: train the classifier only", kind=str, choices=("backbone",))
+    beta1: float = option(0.9, "adam, adamw: decay of the mean of the gradient", low=0, below=1)
+    beta2: float = option(0.999, "adam, adamw: decay of the mean of the squared gradient", low=0, below=1)
     momentum: float = option(0.9, "sgd: momentum", low=0, below=1)
     scheduler: str = option(
         "none",
-        "step: times lr_gamma every lr_step epochs; cosine: to 0 at the end; plateau: times lr_gamma after lr_step "
+        "step: times lr_gamma every lr_step epochs; cosine: to min_lr at the end; plateau: times lr_gamma after lr_step "
         "epochs without a better loss",
         choices=("step", "cosine", "plateau", "none"),
     )
@@ -66,6 +68,8 @@ class TrainConfig:
     warmup_epochs: int = option(
         0, "epochs over which the learning rate rises linearly from --lr / steps to --lr", low=0, high=EPOCHS
     )
+    warmup_steps: int = option(0, "the same in optimizer steps", low=0, high=EPOCHS)
+    min_lr: float = option(0.0, "cosine: learning rate at the end", low=0, high=LARGEST)
     mixup: float = option(
         0.0, "alpha of mixup; 0: off. With cutmix, each batch takes one of them", low=0, high=1000, least=1e-3
     )
@@ -81,7 +85,9 @@ class TrainConfig:
     kernels: str = option("auto", KERNELS_HELP, choices=KERNELS, **SYSTEM)
     seed: int = option(0, "seed of weights, order of images and augmentation", low=0, below=2**31, **SYSTEM)
     deterministic: bool = option(False, "use deterministic algorithms only", **SYSTEM)
-    output_dir: str | None = option(None, "folder for the results (default: ./Output/<model>/<layer>)", kind=str, **SYSTEM)
+    output_dir: str | None = option(
+        None, "folder for the results (default: ./Output/<model>/<layer>)", kind=str, path=True, **SYSTEM
+    )
     resume: bool = option(False, "resume from last.pt in the output directory, or start if it does not exist", **SYSTEM)
     overwrite: bool = option(
         False,
@@ -89,7 +95,11 @@ class TrainConfig:
         **SYSTEM,
     )
     checkpoint: str | None = option(
-        None, "weights to start from, or to evaluate with --test_only: FILE.pt or FILE.safetensors", kind=str, **SYSTEM
+        None,
+        "weights to start from, or to evaluate with --test_only: FILE.pt or FILE.safetensors",
+        kind=str,
+        path=True,
+        **SYSTEM,
     )
     strict: bool = option(False, "require the checkpoint to match the names and shapes of all weights of the model", **SYSTEM)
     save_minutes: float = option(
@@ -97,7 +107,11 @@ class TrainConfig:
     )
     save_every: int = option(0, "keep epoch_<n>.pt every n epochs; 0: none", low=0, high=EPOCHS, **SYSTEM)
     export: str | None = option(
-        None, "write the best weights to FILE.safetensors, or the model with them to FILE.onnx", kind=str, **SYSTEM
+        None,
+        "write the best weights, or those that test_only evaluates, to FILE.safetensors, or the model with them to FILE.onnx",
+        kind=str,
+        path=True,
+        **SYSTEM,
     )
     test_only: bool = option(
         False,
@@ -122,16 +136,16 @@ class TrainConfig:
             raise ValueError(f"accumulate_steps={self.accumulate_steps} is more than batch_size={self.batch_size} images")
         if self.warmup_epochs > self.num_epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} is more than num_epochs={self.num_epochs}")
+        if self.warmup_epochs and self.warmup_steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} and warmup_epochs={self.warmup_epochs}: drop one of them")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is more than lr={self.lr}")
         if self.export and not self.export.endswith((".safetensors", ".onnx")):
             raise ValueError(f"export={self.export!r} must end in .safetensors or .onnx")
         if self.override and not (self.test_only or self.resume):
             raise ValueError("override=True works only with test_only=True or resume=True; drop it")
         if self.freeze and self.layer_decay != 1:
             raise ValueError(f"layer_decay={self.layer_decay} has no effect with freeze={self.freeze}; drop one of them")
-        if self.export and self.test_only:
-            raise ValueError(
-                f"export={self.export!r} does not work with test_only=True, which trains nothing; drop one of them"
-            )
         if self.checkpoint and not self.checkpoint.endswith((".pt", ".pth", ".safetensors")):
             raise ValueError(f"checkpoint={self.checkpoint!r} must end in .pt, .pth or .safetensors")
         if self.checkpoint and not self.resume:  # a resumed run does not read it

@@ -133,7 +133,7 @@ class ViTConfig(ModelConfig):
         low=1,
         high=SIDE,
     )
-    region_size: int = option(2, "BiFormer, BlockTopK, ContextCluster: side of a region in patches", low=1, high=SIDE)
+    region_size: int = option(2, "BiFormer, BlockTopK, ContextCluster, Swin: side of a region in patches", low=1, high=SIDE)
     top_regions: int = option(4, "BiFormer, BlockTopK: attended regions", low=1, high=TOKENS)
     value_convolution: int = option(
         0, "BiFormer: side of a depthwise convolution of the values, odd; 0: no convolution", low=0, high=SIDE
@@ -141,7 +141,7 @@ class ViTConfig(ModelConfig):
     num_clusters: int = option(16, "PaCa: attended clusters", low=1, high=TOKENS)
     branch_ratio: float = option(0.5, "BranchConv, BranchAttention: share of the ConvNN branch", low=0, high=1)
     mask_type: str = option(
-        "2d_all_neighbors", "MaskedAttention: tokens or patches that count as neighbors", choices=MASK_TYPES
+        "2d_all_neighbors", "MaskedAttention: tokens or patches that count as neighbors; full: all", choices=MASK_TYPES
     )
     expansion_step: int = option(
         1, "MaskedAttention: steps to the farthest neighbor; 0: the token itself only", low=0, high=SIDE
@@ -159,6 +159,7 @@ class ViTConfig(ModelConfig):
         1.0, "GPSA: initial sharpness of attention around the offset of each head", low=0, high=1000
     )
     magnitude_type: str = with_default(NeighborConfig, "magnitude_type", "matmul")
+    similarity_type: str = with_default(NeighborConfig, "similarity_type", "Col", decided=True)
     image_size: int | tuple[int, int] = 224
     prefix_tokens: int | None = None  # tokens before the patches in a model of another library: class token and registers
     d_hidden: InitVar[int | None] = None  # another name of d_model
@@ -169,7 +170,8 @@ class ViTConfig(ModelConfig):
                 raise ValueError("d_hidden and d_model are two names of one option; drop one of them")
             object.__setattr__(self, "d_model", d_hidden)
         sizes = describe(self.model).sizes if self.is_backbone else {}
-        decide(self, TIMM | sizes if self.is_backbone else VIT_MODELS.get(str(self.model), {}))
+        decided = TIMM | sizes if self.is_backbone else VIT_MODELS.get(str(self.model), {})
+        decide(self, decided | ({"similarity_type": "Loc_Col"} if self.coordinate_encoding else {}))
         for name, value in sizes.items():
             if getattr(self, name) not in (None, value):
                 raise ValueError(f"{name}={getattr(self, name)}: model={self.model} has {value}; drop {name}")
@@ -191,8 +193,6 @@ class ViTConfig(ModelConfig):
                 f"num_local_layers={self.num_local_layers} must be below num_layers={self.num_layers}; "
                 f"use a smaller number, or none for {self.layer} in every block"
             )
-        if self.coordinate_encoding and self.similarity_type == "Col":
-            object.__setattr__(self, "similarity_type", "Loc_Col")
         if self.num_local_layers != 0:
             self._check_layer()
 
@@ -210,8 +210,9 @@ class ViTConfig(ModelConfig):
                 dropped |= {"patch_size", "qkv_bias", "proj_bias", "resize", "mean", "std", "interpolation"}
         if given.get("similarity_type") == "Col":
             dropped.add("coordinate_encoding")
-        if "coordinate_encoding" in given and values.get("coordinate_encoding") is True:
-            dropped |= {"similarity_type"} if values.get("similarity_type") == "Loc_Col" else set()
+        implied = "Loc_Col" if values.get("coordinate_encoding") is True else "Col"
+        if "coordinate_encoding" in given and values.get("similarity_type") == implied:
+            dropped.add("similarity_type")
         return {name: value for name, value in values.items() if name not in dropped}
 
     def layers_in_use(self) -> list[str]:
@@ -263,6 +264,8 @@ class ViTConfig(ModelConfig):
             return
         row = layer_row(self.rows, self.layer, self.branch_ratio)
         grid = sequence_grid(self.grid)
+        if self.class_tokens and not row.mixes:
+            raise ValueError(f"pool=cls with layer={self.layer}: a class token sees no patch without mixing; use --pool mean")
         if row.branches:
             branch_widths(self.d_model, self.num_heads, self.branch_ratio)
         if "neighbors" in row.arguments:
@@ -273,8 +276,10 @@ class ViTConfig(ModelConfig):
                 check_topk(self.topk, self.similarity_type, self.softmax_topk_val)
             if "dilation" in row.arguments:
                 dilate(self.neighbors, self.dilation).check_candidates(grid, axes=len(grid), class_tokens=self.class_tokens)
-            if self.coordinate_encoding and self.similarity_type == "Loc":
-                raise ValueError("coordinate_encoding=True means similarity_type=Loc_Col, not Loc; drop one of them")
+            if self.coordinate_encoding and self.similarity_type != "Loc_Col":
+                raise ValueError(
+                    f"coordinate_encoding=True means similarity_type=Loc_Col, not {self.similarity_type}; drop one of them"
+                )
         elif "K" in row.arguments:
             NeighborConfig(K=self.K).check_candidates(grid, class_tokens=self.class_tokens)
         if "region_size" in row.arguments:

@@ -47,10 +47,10 @@ class Images(NamedTuple):
 class Source(NamedTuple):
     """A data set as its reader returns it."""
 
-    parts: dict[str, Images]  # train and test, or test only
+    parts: dict[str, Images]  # train and test, or test only; val where the data set has one
     class_names: list[str]
     warnings: tuple[str, ...] = ()  # for the user, one line each
-    hashes: Mapping[str, str] = MappingProxyType({})  # of the list of files of each part, where images are files
+    hashes: Mapping[str, str] = MappingProxyType({})  # of the list of files of each part, or of generated images
 
 
 # ---------------------------------------------------------------------------------------------------------------

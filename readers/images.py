@@ -4,10 +4,13 @@ import contextlib
 import hashlib
 import io
 import itertools
+import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -20,14 +23,41 @@ from runs.progress import Progress
 
 # Formats that cameras and scanners write. PIL reads more; for EPS it would start another program.
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+LARGE = Image.MAX_IMAGE_PIXELS  # PIL warns above this, and raises above twice as many
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 
 
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[tuple]:
-    """Open an image and read its header: (PIL image, file). Raises DataError, also for errors in the block."""
+warnings.filterwarnings("ignore", module="PIL")  # one for each image, of metadata that is not read
+
+PNG = b"\x89PNG\r\n\x1a\n"
+PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}  # chunks of a PNG that decide its pixels and orientation
+
+
+def _open(raw: BinaryIO, load: bool):
+    """Open an image; a PNG with other chunks that PIL does not accept, as damaged or large texts, without these."""
     try:
-        with open_regular(path) as raw, Image.open(raw, formats=FORMATS) as image:
+        image = Image.open(raw, formats=FORMATS)
+        if load:
+            image.load()
+        return image
+    except Exception:
+        raw.seek(0)
+        data = raw.read()
+        if not data.startswith(PNG):
+            raise
+        kept, place = [PNG], len(PNG)
+        while place < len(data):
+            end = place + 12 + int.from_bytes(data[place : place + 4])
+            kept += [data[place:end]] * (data[place + 4 : place + 8] in PIXELS)
+            place = end
+        return Image.open(io.BytesIO(b"".join(kept)), formats=("PNG",))
+
+
+@contextlib.contextmanager
+def _opened(path: str, load: bool = False) -> Iterator[tuple]:
+    """Open an image and read its header, or all of it: (PIL image, file). Raises DataError, also for errors in the block."""
+    try:
+        with open_regular(path) as raw, _open(raw, load) as image:
             # PIL opens 16-bit grayscale as I or I;16. In a TIFF, I has 32 bits, and the value of white is unknown.
             is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
             if image.mode not in MODES and not is_16_bit:
@@ -46,14 +76,13 @@ def decode_image(path: str):
     Raises:
         DataError: The file cannot be read. The message names it.
     """
-    with _opened(path) as (image, raw):
-        image.load()
+    with _opened(path, load=True) as (image, raw):
         if image.format in ("JPEG", "MPO") and _ends_gray(image):
             raw.seek(0)
             if _lacks_data(raw.read()):
                 raise ValueError("its data ends early; the rest would be gray")
         # In place, so that the image is turned before PIL rewrites its EXIF, which fails where other tags are damaged.
-        with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+        with contextlib.suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # PIL would clip 16-bit grayscale to white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -93,14 +122,24 @@ def _end_of_scan(raw: bytes) -> int:
     return len(raw)
 
 
-def check_image(path: str) -> None:
-    """Check an image by its header and its last bytes, or by decoding it where these do not tell. Raises DataError."""
+def check_image(path: str) -> int:
+    """Check an image by its header and its last bytes, or by decoding it where these do not tell; return its pixels.
+
+    Raises DataError.
+    """
     with _opened(path) as (image, raw):
+        if image.format == "JPEG":  # decode no data, which gives gray, by the process and the tables in the header
+            start = raw.tell()
+            raw.seek(0)
+            with Image.open(io.BytesIO(raw.read(start) + b"\xff\xd9"), formats=("JPEG",)) as header:
+                header.draft(None, (1, 1))
+                header.load()
         raw.seek(max(os.fstat(raw.fileno()).st_size - 12, 0))
         end = raw.read()
         is_complete = {"JPEG": end.endswith(b"\xff\xd9"), "PNG": end[4:8] == b"IEND", "GIF": end.endswith(b";")}
     if not is_complete.get(image.format):
         decode_image(path)
+    return math.prod(image.size)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -134,13 +173,14 @@ def check_images(files: np.ndarray, *, threads: int, quiet: bool, rank: int = 0,
     for path in cache.glob(f"{name}-*.txt"):
         with contextlib.suppress(OSError):
             known.update(path.read_bytes().split())
-    sound = known.copy()
+    sound, large = known.copy(), []
 
     def check(chunk: list[bytes]) -> bytes:
         key = _key(chunk)
         if key not in known:
             for file in chunk:
-                check_image(os.fsdecode(file))
+                if check_image(os.fsdecode(file)) > LARGE:
+                    large.append(file)
         return key
 
     with Progress("checking images", sum(map(len, chunks)), quiet=quiet) as progress, ThreadPoolExecutor(threads) as pool:
@@ -150,6 +190,9 @@ def check_images(files: np.ndarray, *, threads: int, quiet: bool, rank: int = 0,
                 progress.advance(len(chunk))
                 if progress.due:
                     progress.show()
+            if large:
+                line = f"{len(large)} images have more than {LARGE:,} pixels, which takes seconds to decode, as"
+                print(f"warning: {line} {os.fsdecode(min(large))}", file=sys.stderr)
         finally:
             if sound != known:
                 with contextlib.suppress(OSError, Stopped):

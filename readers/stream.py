@@ -1,31 +1,54 @@
 """Decode image files in worker processes, which live for all epochs."""
 
 import atexit
+import contextlib
 import os
+import pickle
+import shutil
 import signal
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from options.machine import cpu_cores
 from readers.augmentation import WORKER, seeded
 from readers.images import decode_image
 from runs import DataError
+from runs.endings import is_of_worker, lost_worker
 from runs.processes import Signals
 from utils import keys
 
+PREFETCHED = 2  # batches that each worker prepares
+warnings.filterwarnings("ignore", message="This DataLoader will create")  # see `warnings_of_workers`
+
+
+class _Packed:
+    """A batch pickled by a worker's main thread, which can catch the errors: no shared memory, socket or file descriptor.
+
+    The thread of the worker's queue would print the error and send nothing, and the main process would wait for ever.
+    """
+
+    def __init__(self, batch: tuple[Tensor, ...]):
+        self._pickled = bytes(ForkingPickler.dumps(batch))
+
+    def __reduce__(self):
+        return pickle.loads, (self._pickled,)
+
 
 class _ImageFiles(Dataset):
-    """(epoch, rows (B,)) -> images (B, 3, H, W) uint8, labels (B,) and index (B,), or the DataError of a damaged file."""
+    """(epoch, rows (B,)) -> images (B, 3, H, W) uint8, labels (B,) and index (B,), or the DataError that prevents it."""
 
     def __init__(self, files: np.ndarray, labels: np.ndarray, index: np.ndarray, seed: int, transform: Callable, sides):
         self.files, self.labels, self.index = files, labels, index
         self.seed, self.transform, self.sides = seed, transform, sides
 
-    def __getitem__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, Tensor] | DataError:
+    def __getitem__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, Tensor] | _Packed | DataError:
         epoch, rows = batch
         index = torch.from_numpy(self.index[rows])
         images = torch.empty(len(rows), 3, *self.sides, dtype=torch.uint8)
@@ -34,7 +57,11 @@ class _ImageFiles(Dataset):
                 image.copy_(self.transform(decode_image(os.fsdecode(self.files[row]))))
             except DataError as error:
                 return DataError(str(error))  # a copy without traceback, which would keep this frame alive
-        return images, torch.from_numpy(self.labels[rows]), index
+        found = images, torch.from_numpy(self.labels[rows]), index
+        try:
+            return found if get_worker_info() is None else _Packed(found)
+        except (RuntimeError, OSError) as error:
+            return lost_worker(error)
 
 
 def start_worker(worker: int) -> None:
@@ -48,6 +75,21 @@ def _end_workers(loader: weakref.ref) -> None:
     iterator = getattr(loader(), "_iterator", None)
     if iterator is not None:
         iterator._shutdown_workers()
+
+
+def warnings_of_workers(num_workers: int, batch_bytes: int) -> list[str]:
+    """Return warnings if worker processes outnumber the cores, or may fill the shared memory with batches of this size."""
+    lines = []
+    if num_workers > cpu_cores():
+        lines.append(f"--num_workers {num_workers} exceeds the number of CPU cores, {cpu_cores()}; reading may slow down")
+    with contextlib.suppress(OSError):  # no /dev/shm, as on macOS
+        need, free = num_workers * PREFETCHED * batch_bytes, shutil.disk_usage("/dev/shm").free
+        if need > free:
+            lines.append(
+                f"/dev/shm has {free / 2**20:,.0f} MiB free, and batches of --num_workers {num_workers} may need "
+                f"{need / 2**20:,.0f}: enlarge it (docker --shm-size), or use fewer workers or a smaller --batch_size"
+            )
+    return lines
 
 
 class ImageStream:
@@ -81,6 +123,7 @@ class ImageStream:
             sampler=self._plan,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            prefetch_factor=PREFETCHED if num_workers else None,
             pin_memory=pin_memory,
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # else each epoch draws from the global generator, and a resumed one twice
@@ -95,11 +138,14 @@ class ImageStream:
         """
         self._plan[:] = [(epoch, rows.numpy()) for rows in chunks]
         try:
-            for batch in self.loader:
+            iterator = iter(self.loader)
+            for worker in getattr(iterator, "_workers", ()):
+                worker.terminate = worker.kill  # it ignores SIGTERM; stuck, it would hold up the exit for ever
+            for batch in iterator:
                 if isinstance(batch, DataError):
                     raise DataError(str(batch))  # a copy: `batch` would hold its own traceback, and that the workers
                 yield tuple(batch)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError) as error:
+            if not is_of_worker(error):
                 raise
-            raise DataError(f"a process that reads images died ({error}); try --num_workers 0") from None
+            raise lost_worker(error) from None

@@ -11,6 +11,23 @@ from runs.folder import RunFolder
 from runs.processes import Processes
 from runs.streams import announce
 
+# Words of the errors of torch and multiprocessing about processes that read images.
+OF_WORKERS = ("DataLoader worker", "Too many open files", "ancdata")
+
+
+def is_of_worker(error: BaseException) -> bool:
+    """Return whether an error says that a process that reads images has died, or cannot be started or reached."""
+    return isinstance(error, OSError) or (isinstance(error, RuntimeError) and any(words in str(error) for words in OF_WORKERS))
+
+
+def lost_worker(error: BaseException) -> DataError:
+    """Return the line for a process that reads images and died, or cannot be started or hand over its batch."""
+    reason = " ".join(str(error).split())[:150]
+    return DataError(
+        f"a process that reads images failed ({reason}); use --num_workers 0, a smaller --batch_size, more shared memory "
+        "(docker --shm-size) or open files (ulimit -n), or a shorter TMPDIR"
+    )
+
 
 def exit_status(error: BaseException, options: Options, processes: Processes, begun: bool) -> int:
     """Print one line for an error that is being handled; return 1, or 128 + number for a signal.
@@ -23,8 +40,8 @@ def exit_status(error: BaseException, options: Options, processes: Processes, be
     if isinstance(error, RuntimeError) and options.train.deterministic and "deterministic" in text:
         layer = options.model.layer
         error = RunError(f"--deterministic: --layer {layer} has a step without a deterministic form here ({text[:150]})")
-    elif isinstance(error, RuntimeError) and "DataLoader worker" in text:  # from torch's signal handler, at any line
-        error = DataError(f"a process that reads images died ({text[:150]}); try --num_workers 0")
+    elif isinstance(error, RuntimeError) and is_of_worker(error):  # from torch's signal handler, at any line
+        error = lost_worker(error)
     if isinstance(error, RunError) or (isinstance(error, DataError) and not begun):
         if not processes.local_rank:
             announce("error", str(error))

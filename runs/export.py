@@ -26,13 +26,13 @@ def check_export(train: TrainConfig) -> None:
         raise RunError(f"--export {train.export} needs the packages onnx and onnxscript: pip install onnx onnxscript")
 
 
-def export(path: Path, model: nn.Module, best: Path, facts: dict) -> None:
-    """Write the weights of the checkpoint `best` in the format that the file's suffix names. Raises Stopped.
+def export(path: Path, model: nn.Module, facts: dict, best: Path | None = None) -> None:
+    """Write a model, or its weights, as the file's suffix says; of the checkpoint `best` if given. Raises Stopped.
 
     facts: of model and data, as in summary.json; the file holds `preprocessing` and `class_names` as JSON in its metadata.
     """
     notes = {name: json.dumps(facts[name]) for name in ("preprocessing", "class_names")}
-    weights = weights_in(load_checkpoint(best), best)
+    weights = model.state_dict() if best is None else weights_in(load_checkpoint(best), best)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_temporaries(path.parent, path.name)
     if path.suffix == ".onnx":

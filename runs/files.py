@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import io
 import os
 import tempfile
@@ -74,6 +75,36 @@ def as_png(figure, dpi: int = 110) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
+
+
+# Fonts that systems have for Chinese, Japanese and Korean; matplotlib's own font has no such letters.
+CJK_FONTS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "IPAGothic",
+    "Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Arial Unicode MS",
+)  # fmt: skip
+
+
+@functools.cache
+def figure_fonts() -> list:
+    """Make matplotlib take dollar signs literally and use the fonts above, in texts made from now on; return the fonts."""
+    from matplotlib import font_manager, rcParams
+
+    there = {font.name for font in font_manager.fontManager.ttflist}
+    rcParams["text.parse_math"] = False
+    rcParams["font.family"] = ["DejaVu Sans", *(name for name in CJK_FONTS if name in there)]
+    return [font_manager.get_font(font_manager.findfont(name)) for name in rcParams["font.family"]]
+
+
+@functools.cache
+def _drawable_letter(letter: str) -> str:
+    if any(font.get_char_index(ord(letter)) for font in figure_fonts()):
+        return letter
+    return letter.encode("unicode_escape").decode()
+
+
+def drawable(name: str, most: int | None = None) -> str:
+    """Return the first letters of a class, file or run's name as figures show them: without a font, as escapes."""
+    return "".join(map(_drawable_letter, name))[:most]
 
 
 def check_writable(folder: Path, flag: str) -> None:

@@ -34,7 +34,8 @@ COLUMNS = (
 )  # and, where a validation set is held out, val_loss val_top1 val_top5
 
 
-TEXTS = ["args.txt", "config.yaml", "model.txt", "train_eval_results.txt", "metrics.csv", "summary.json", "curves.png", ID_FILE]
+RESULTS = ["metrics.csv", "metrics.json", "summary.json", "curves.png"]
+TEXTS = ["args.txt", "config.yaml", "model.txt", "train_eval_results.txt", *RESULTS, ID_FILE]
 CHECKPOINTS = "last.pt previous.pt best.pt".split()
 # Options that every config.yaml of a run holds, and files of options seldom.
 ALWAYS = {"layer", "dataset", "num_epochs", "seed", "output_dir", "batch_size", "lr", "save_every", "tensorboard"}
@@ -206,6 +207,7 @@ class RunFolder:
         write_atomically(self.path / "train_eval_results.txt", results_text(history, best))
         columns = COLUMNS + [name for name in best if name not in COLUMNS]
         write_atomically(self.path / "metrics.csv", as_csv(history, columns))
+        write_atomically(self.path / "metrics.json", json.dumps(history, indent=1, allow_nan=False) + "\n")
         if last or time.monotonic() - self._drawn > self.CURVES_EVERY:
             draw_curves(history, self.path / "curves.png")
             self._drawn = time.monotonic()

@@ -6,12 +6,16 @@ torch is imported inside functions: programs that measure report a wrong option 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,13 +38,24 @@ def flops_of(function: Callable[[], object]) -> int:
     """Count the FLOPs of a call, a multiply-add as two.
 
     `torch.utils.flop_counter` counts matrix products, convolutions, attention, and the search, the scores and the aggregation
-    of neighbors. It does not see element-wise work, normalization, softmax, top-K and gather.
+    of neighbors. A Fourier transform of n numbers counts as 5 n log2(n), of real numbers as half of it. Element-wise work,
+    normalization, softmax, top-K and gather are not seen.
     """
+    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    def transform(factor: float, result: bool = False) -> Callable[..., int]:
+        def count(shape, dim, *_, out_shape, **__) -> int:
+            shape = out_shape if result else shape  # of the real numbers
+            return round(factor * math.prod(shape) * math.log2(math.prod(shape[axis] for axis in dim)))
+
+        return count
+
+    aten = torch.ops.aten
+    transforms = {aten._fft_c2c: transform(5), aten._fft_r2c: transform(2.5), aten._fft_c2r: transform(2.5, result=True)}
     # The counter does not know every fused attention kernel. The plain form, two products, counts the same on all devices.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False, custom_mapping=transforms) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops()
 
@@ -232,11 +247,22 @@ class Case:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def commit() -> str | None:
+    """Return the commit of this checkout, with `-dirty` if files have changed since; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    with contextlib.suppress(OSError):
+        if (root / ".git").exists():
+            command = ["git", "describe", "--always", "--dirty", "--tags", "--abbrev=12"]
+            return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or None
+    return None
+
+
 def versions() -> dict:
-    """Return the versions of Python, CUDA and the packages that results depend on."""
+    """Return the versions of this code, Python, CUDA and the packages that results depend on."""
     import torch
 
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    found = {"commit": commit(), "python": platform.python_version(), "cuda": torch.version.cuda}
     for name in ("torch", "torchvision", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):  # small data sets train without torchvision
             found[name] = metadata.version(name)

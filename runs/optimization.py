@@ -50,7 +50,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
             for parameter in (parameter for group in groups for parameter in group["params"]):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](groups, fused=True)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
+        groups, betas=(config.beta1, config.beta2), fused=True
+    )
 
 
 class LearningRate:
@@ -59,7 +61,7 @@ class LearningRate:
     def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int):
         self.optimizer = optimizer
         self.config = config
-        self.warmup_steps = config.warmup_epochs * steps_per_epoch
+        self.warmup_steps = config.warmup_steps or config.warmup_epochs * steps_per_epoch
         self.steps_per_epoch = steps_per_epoch
         schedulers = torch.optim.lr_scheduler
         # Both exist always, so that checkpoints of all schedules have one form; `step` and `epoch_done` choose.
@@ -77,8 +79,10 @@ class LearningRate:
         if cfg.scheduler == "step":
             return cfg.lr_gamma ** (step // (self.steps_per_epoch * cfg.lr_step))
         if cfg.scheduler == "cosine":
-            total = (cfg.num_epochs - cfg.warmup_epochs) * self.steps_per_epoch
-            return 0.5 * (1 + math.cos(math.pi * min(1, step / max(total, 1))))
+            total = cfg.num_epochs * self.steps_per_epoch - self.warmup_steps
+            share = 0.5 * (1 + math.cos(math.pi * min(1, step / max(total, 1))))
+            least = cfg.min_lr / cfg.lr if cfg.min_lr else 0.0  # --lr may be 0
+            return least + (1 - least) * share
         return 1.0
 
     def step(self) -> None:

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,8 @@ class Signals:
     """Context that handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP (unless nohup ignores it).
 
     A signal raises Interrupted at once, except within `deferred()`: there its number is kept in `received` (else 0), and the
-    loop stops at the end of a step. A second signal ends the process immediately, with exit status 128 + its number.
+    loop stops at the end of a step, or in `interruptible` before the next one. A second signal ends the process immediately,
+    with exit status 128 + its number.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -45,6 +46,7 @@ class Signals:
     def __init__(self):
         self.received = 0
         self._deferring = False
+        self._waiting = False
         self._before: dict = {}
 
     def __enter__(self) -> "Signals":
@@ -77,10 +79,24 @@ class Signals:
         finally:
             self._deferring = False
 
+    def interruptible(self, items: Iterator) -> Iterator:
+        """Yield the items. A signal raises Interrupted while the next one is awaited, which may be for ever."""
+        while True:
+            self._waiting = True
+            try:
+                if self.received:
+                    raise Interrupted(self.received)
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self._waiting = False
+            yield item
+
     def _handle(self, number: int, _frame) -> None:
         if not self.received:
             self.received = number
-            if not self._deferring:
+            if self._waiting or not self._deferring:
                 raise Interrupted(number)
 
     def _watch(self, pipe: int) -> None:

@@ -68,10 +68,10 @@ class Timer:
         return is_over
 
 
-def epoch_line(row: dict) -> str:
-    """Return a row of the history as text: losses per image, accuracies in percent."""
+def epoch_line(row: dict, left: float = 0) -> str:
+    """Return a row of the history as text: losses per image, accuracies in percent. left: seconds, for the ETA."""
     line = f"epoch {row['epoch']:3d}  time {row['seconds']:7.2f} s"
     for name in ("train", "val", "test"):
         if f"{name}_loss" in row:
             line += f"  {name} loss {row[f'{name}_loss']:.4f} top-1 {row[f'{name}_top1']:6.2f} top-5 {row[f'{name}_top5']:6.2f}"
-    return line
+    return line + (f"  ETA {tqdm.format_interval(left)}" if left else "")

@@ -50,6 +50,7 @@ def run_program(main: Callable[[], int]) -> int:
         stream = getattr(sys, name)
         if stream is None:
             stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  as long as the program lasts
+        stream.reconfigure(errors="backslashreplace")  # a locale may lack the letters of a name
         setattr(sys, name, Stream(stream))
     try:
         return main()

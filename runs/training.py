@@ -1,6 +1,7 @@
 """State of a training: model, optimizer, schedule, averages and history, which `last.pt` holds."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -68,6 +69,16 @@ class Training:
             raise Interrupted(number)
         return bool(sync), bool(save)
 
+    def awaiting(self, batches: Iterator) -> Iterator:
+        """Yield the batches; a signal to a single process does not wait for the next one. Several stop by `poll`."""
+        return self.signals.interruptible(batches) if self.processes.world == 1 else batches
+
+    def polled(self, batches: Iterator) -> Iterator:
+        """Yield the batches of an evaluation, and poll after each."""
+        for batch in self.awaiting(batches):
+            yield batch
+            self.poll()
+
     def epoch_done(self, row: dict, selection_split: str) -> None:
         """Add the row of a trained and evaluated epoch to the history; `selection_split` chooses the best one.
 
@@ -123,6 +134,8 @@ class Training:
             raise ValueError(f"a history that does not lead to epoch {epoch}")
         if not 0 <= step <= self.steps_per_epoch or (history and state["best"] not in history):
             raise ValueError(f"step {step} of {self.steps_per_epoch}, or a best epoch that is not in the history")
+        if history and not state["predictions"].keys() >= {"labels", "last", "best"}:
+            raise ValueError("predictions of the test images that are missing")
         self.schedule.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average:

@@ -7,12 +7,15 @@ from torch.nn import functional as F
 
 from allconvnet import AllConvNet, make_layer2d
 from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d
+from mixers.controls import Pooling2d
 from mixers.graph import GraphConv2d
 from options.allconvnet import AllConvNetConfig
 from options.layers import LAYERS2D_NAMES
 from runs.measure import count_flops, count_parameters
 
-PAIRS = [f"{a}/{b}" for a, b in itertools.permutations(LAYERS2D_NAMES, 2)]
+CONTROLS = ("Identity", "Pooling")
+MIXERS = [name for name in LAYERS2D_NAMES if name not in CONTROLS]
+PAIRS = [*(f"{a}/{b}" for a, b in itertools.permutations(MIXERS, 2)), *(f"{name}/ConvNN" for name in CONTROLS)]
 LAYERS = [*LAYERS2D_NAMES, *PAIRS]
 
 
@@ -24,7 +27,7 @@ def make(**options):
 def combinations():
     """Every layer with every value of the options that it looks at."""
     for layer in LAYERS:
-        patterns = ["BA"] if layer == "Conv2d" else ["BA", "NA"]
+        patterns = ["BA"] if layer in ("Conv2d", *CONTROLS) else ["BA", "NA"]
         samplings = [("all", -1), ("random", 5), ("spatial", 2)] if "ConvNN" in layer else [("all", -1)]
         metrics = ["similarity", "distance", "matmul"] if "ConvNN" in layer else ["similarity"]
         yield from ((layer, *sampling, *rest) for sampling, *rest in itertools.product(samplings, metrics, patterns))
@@ -55,7 +58,7 @@ def test_every_layer_trains_a_step(layer, sampling, samples, magnitude_type, pat
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers_are_what_the_name_says(layer):
     types = {"Conv2d": nn.Conv2d, "ConvNN": ConvNN2d, "ConvNN_Attn": ConvNNAttention2d, "Attention": Attention2d}
-    types["ViG"] = GraphConv2d
+    types |= {"ViG": GraphConv2d, "Identity": nn.Conv2d, "Pooling": Pooling2d}
     config = AllConvNetConfig(layer=layer, channels=[8], K=3, image_size=4, branch_ratio=0.25)
     mixer = make_layer2d(config, 3, 8)
     if "/" not in layer:

@@ -30,7 +30,8 @@ from tests.helpers.forked import Forked
 ROOT = Path(__file__).parent.parent
 SMALL = "--dataset digits --layer Conv2d/ConvNN --channels 4 8 --batch_size 32 --train_limit 100 --test_limit 50 --device cpu"
 pytestmark = pytest.mark.usefixtures("quick_results")  # which `trained` is made without
-OUTPUTS = "args.txt config.yaml model.txt train_eval_results.txt metrics.csv summary.json curves.png last.pt best.pt".split()
+OUTPUTS = "args.txt config.yaml model.txt train_eval_results.txt metrics.csv metrics.json summary.json curves.png".split()
+OUTPUTS += ["last.pt", "best.pt", "test_predictions.npz"]
 
 
 def run(line, folder, *, epochs=2):
@@ -80,6 +81,8 @@ def test_outputs_are_all_there(trained):
         "epoch lr train_loss train_top1 train_top5 test_loss test_top1 test_top5 seconds images_per_s".split()
     )
     assert [row["epoch"] for row in table] == ["1", "2"]
+    epochs = json.loads((trained / "metrics.json").read_text())
+    assert [{name: str(value) for name, value in epoch.items()} for epoch in epochs] == table
     assert all(0 <= float(row[name]) <= 100 for row in table for name in row if "top" in name)
     results = (trained / "train_eval_results.txt").read_text().splitlines()
     assert results[0].startswith("epoch   1") and results[1].startswith("epoch   2")
@@ -204,6 +207,26 @@ def test_save_every_and_export_and_checkpoint(tmp_path):
         )
 
 
+def test_a_test_exports_the_weights_that_it_evaluates_and_says_where_its_results_are(tmp_path, capsys):
+    """Of any checkpoint, also in a folder with a finished run, where a training would be refused."""
+    run("--lr 0.1", tmp_path / "run", epochs=2)
+    for number, name in enumerate(("best.pt", "last.pt"), 1):
+        path, exported = tmp_path / "run" / name, tmp_path / f"{number}.safetensors"
+        capsys.readouterr()
+        assert run(f"--test_only --checkpoint '{path}' --export '{exported}'", tmp_path / "tests") == 0
+        results = tmp_path / "tests" / f"test_results{'-2' * (number == 2)}.json"
+        assert f"results are in {results}" in capsys.readouterr().out and results.exists()
+        weights = weights_in(load_checkpoint(exported), exported)
+        state = weights_in(load_checkpoint(path), path)
+        assert weights.keys() == state.keys() and all(torch.equal(weights[name], state[name]) for name in state)
+    again = f"--test_only --export '{exported}'"
+    assert "exists" in fails(f"{SMALL} {again} --output_dir '{tmp_path / 'run'}'", capsys)
+    assert run(f"{again} --overwrite", tmp_path / "run") == 0
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
+    weights = weights_in(load_checkpoint(exported), exported)
+    assert all(torch.equal(weights[name], value) for name, value in best.items())
+
+
 def test_tensorboard(tmp_path):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run("--tensorboard", tmp_path / "run")
@@ -267,6 +290,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
         ("--dataset imagenette --no-download --data_path nowhere", ["nowhere", "train/", "--dataset digits"]),
         ("--train_limit 5000", ["--train_limit 5000", "1437"]),
         ("--K 20", ["K=20", "1 to 16"]),
+        ("--layer ConvNN --channels 4 6 --convolution_type depthwise", ["16 channels, not 24", "use depthwise-separable"]),
         ("--layr ConvNN", ["--layr", "--layer"]),
     ],
 )
@@ -557,8 +581,9 @@ def test_without_a_terminal_there_is_one_line_per_epoch(tmp_path):
     assert [line.split()[0] for line in out.splitlines()] == ["Conv2d/ConvNN", "epoch", "epoch", "best"]
 
 
-# test_custom_mixers.py runs docs/custom_mixers.md, whose commands need the mixer that it adds.
-PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "custom_mixers.md")]
+# test_custom_mixers.py and test_tutorial.py run these pages, whose commands need the files that the pages add.
+RUN_ELSEWHERE = ("custom_mixers.md", "tutorial.md")
+PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in RUN_ELSEWHERE)]
 
 
 def blocks(language):

@@ -103,7 +103,7 @@ for line in sys.argv[1].splitlines():
 for layer in ("CosineAttention", "Performer"):
     line = ["--layer", layer, "--cosine_temperature", "0.2"]
     resolved, parser = parse_options(PROGRAMS["vit_main.py"], "", line)
-    for line in unused_options(resolved.model, parser.given):
+    for line in unused_options(resolved, parser.given):
         parser.warn(line)
     print(layer, resolved.as_dict()["cosine_temperature"])
 """

@@ -5,6 +5,7 @@ import torch
 
 from options.layers import LAYERS1D_NAMES
 from options.vit import ViTConfig
+from tests.helpers.pools import pool_of
 from vit import ViT
 
 SMALL = {
@@ -23,7 +24,7 @@ SMALL = {
     "hybrid_dilations": (1, 2),
 }
 VARIANTS = [
-    *({"layer": layer} for layer in LAYERS1D_NAMES),
+    *({"layer": layer, "pool": pool_of(layer)} for layer in LAYERS1D_NAMES),
     *(
         {"layer": layer, "convolution_type": kind}
         for layer in ("ConvNN", "ConvNNAttention", "BranchAttention", "BranchConv", "Conv1d", "Conv1dAttention")
@@ -52,8 +53,9 @@ def variances(model):
 
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(map(str, options.values())))
 def test_blocks_keep_the_scale_of_their_input_and_mixers_have_a_say(options):
+    most = 5 if options["layer"] == "Identity" else 3  # the same tokens twice have four times the variance
     for ratio, mixed in variances(ViT(ViTConfig(**SMALL | options))):
-        assert 1 / 3 < ratio < 3
+        assert 1 / 3 < ratio < most
         # A mixer works on tokens of variance one; a mean of all 65 of them, where they have nothing in common, has 1/65.
         assert mixed > 0.003
 

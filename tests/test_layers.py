@@ -55,6 +55,56 @@ def test_convnn_by_location_is_conv1d(p):
     torch.testing.assert_close(layer(x), conv(x), atol=1e-9, rtol=0)
 
 
+def matching(kind, sides, K, convolution_type, groups):
+    """A ConvNN by location and the convolutions, one after the other, that it must be: 3 channels to 6."""
+    layer = kind(3, 6, NeighborConfig(K=K, similarity_type="Loc"), convolution_type=convolution_type, padding=1).double()
+    parts = layer.conv if isinstance(layer.conv, nn.Sequential) else [layer.conv]
+    convolution = {1: nn.Conv1d, 2: nn.Conv2d}[sides]
+    convs = [convolution(3, parts[0].out_channels, 3, padding=1, groups=groups, bias=parts[0].bias is not None)]
+    convs += [convolution(3, 6, 1) for _ in parts[1:]]
+    for conv, part in zip(convs, parts, strict=True):
+        conv.load_state_dict({name: value.view_as(conv.state_dict()[name]) for name, value in part.state_dict().items()})
+    return layer, nn.Sequential(*convs).double()
+
+
+@pytest.mark.parametrize("convolution_type", ["depthwise", "depthwise-separable"])
+@pytest.mark.parametrize(("kind", "size"), [(ConvNN2d, (5, 8)), (ConvNN2d, (3, 1)), (ConvNN1d, (7,))])
+def test_depthwise_convnn_by_location_is_the_depthwise_convolution(kind, size, convolution_type):
+    """Outputs and gradients, with two output channels for each input channel."""
+    layer, convs = matching(kind, len(size), 3 ** len(size), convolution_type, groups=3)
+    x = torch.randn(2, 3, *size).double().requires_grad_()
+    expected = convs(x)
+    direction = torch.randn_like(expected)
+    theirs = torch.autograd.grad(expected, [x, *convs.parameters()], direction, retain_graph=True)
+    assert layer.is_convolution
+    for layer.is_convolution in (True, False):  # PyTorch's convolution, and the general path through the table of places
+        out = layer(x)
+        torch.testing.assert_close(out, expected, atol=1e-9, rtol=0)
+        ours = torch.autograd.grad(out, [x, *layer.parameters()], direction)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.flatten(), b.flatten(), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(("pattern", "channels"), [("NA", (3, 6)), ("BA", (2, 2)), ("NA", (1, 4))])
+def test_depthwise_convnn_by_content_is_the_standard_one_with_other_weights_zero(pattern, channels):
+    options = {"neighbors": NeighborConfig(K=4), "shuffle_pattern": pattern}
+    layer, standard = ConvNN2d(*channels, **options, convolution_type="depthwise"), ConvNN2d(*channels, **options)
+    weight = torch.zeros_like(standard.conv.weight)
+    for channel, row in enumerate(layer.conv.weight):
+        weight[channel, channel * weight.shape[1] // weight.shape[0]] = row[0]
+    standard.conv.load_state_dict({"weight": weight, "bias": layer.conv.bias})
+    x = torch.randn(2, channels[0], 4, 6).double().requires_grad_()
+    outs = layer.double()(x), standard.double()(x)
+    torch.testing.assert_close(*outs, atol=1e-9, rtol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in outs), atol=1e-9, rtol=0)
+
+
+def test_depthwise_convnn_of_channels_that_do_not_divide():
+    with pytest.raises(ValueError, match="a multiple of its 3 channels, not 8; use depthwise-separable"):
+        ConvNN2d(3, 8, NeighborConfig(K=4), convolution_type="depthwise")
+    assert ConvNN2d(3, 8, NeighborConfig(K=4), convolution_type="depthwise-separable")(torch.randn(1, 3, 4, 4)).shape[1] == 8
+
+
 def test_convnn_by_location_without_padding_uses_the_nearest_inside():
     cfg = NeighborConfig(K=5, similarity_type="Loc")
     layer = ConvNN2d(2, 3, cfg).double()

@@ -23,9 +23,10 @@ from options.runs import PROGRAMS, parse_options
 from options.vit import ViTConfig
 from readers.augmentation import resize_images
 from tests.helpers.narrow import narrow_backbones
+from tests.helpers.pools import pool_of
 from vit import ViT
 
-ALONG_THE_SEQUENCE = ("ConvNN", "Conv1d", "Linformer")  # parameters for every token
+ALONG_THE_SEQUENCE = ("ConvNN", "Conv1d", "Linformer", "RandomMixing", "MlpMixer", "GFNet")  # parameters for every token
 SMALL = {"patch_size": 4, "num_layers": 1, "num_heads": 2, "d_model": 16, "d_mlp": 16, "pos_embedding": "learned"}
 SMALL |= {"K": 3, "kernel_size": 3, "hybrid_dilations": (1,)}
 
@@ -111,7 +112,7 @@ def interpolated(positions, old, new, class_tokens):
 @pytest.mark.parametrize("layer", LAYERS1D_NAMES)
 def test_a_vit_on_images_of_another_size(layer):
     """It is the model made for that size, with its weights and interpolated positions; and then itself again."""
-    pool = ("cls", "mean")[LAYERS1D_NAMES.index(layer) % 2]
+    pool = pool_of(layer, ("cls", "mean")[LAYERS1D_NAMES.index(layer) % 2])
     options = {"sampling_type": "spatial", "num_samples": 3, "similarity_type": "Loc_Col"} if pool == "cls" else {}
     config = ViTConfig(layer=layer, pool=pool, image_size=(16, 24), **SMALL, **options)
     model = ViT(config).double().eval()

@@ -18,6 +18,8 @@ from experiments import runner
 from experiments.points import check_points, leave_out_unread, name_points, read_sweep, resolved
 from experiments.report import summarize, write_summary
 from experiments.runner import ClusterRun, lock
+from options.data import TASKS
+from options.layers import LAYERS1D_NAMES
 from tests.helpers.forked import Forked
 
 ROOT = Path(run_experiments.__file__).parent
@@ -131,13 +133,17 @@ def test_the_sweeps_that_are_shipped(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     sizes = {}
     (tmp_path / "last.pt").touch()
-    trained = {"kvt_without_training": [f"checkpoint={tmp_path / 'last.pt'}"]}  # which the one it names is not yet
+    changes = {
+        "abilities": ["seed=0"],
+        "kvt_without_training": [f"checkpoint={tmp_path / 'last.pt'}"],
+    }  # which the one it names is not yet
     for path in sorted(Path("configs/sweeps").glob("*.yaml")):
-        points = name_points(*read_sweep(str(path), trained.get(path.stem, [])))
+        points = name_points(*read_sweep(str(path), changes.get(path.stem, [])))
         check_points(points, Path("Output/nowhere"))
         sizes[path.stem] = len(points)
         assert f"python run_experiments.py {path}" in path.read_text()
-    assert sizes == {"fashion_mnist": 62, "mixers": 32, "k_test": 24, "local_masks": 51, "kvt_without_training": 7, "topk": 18}
+    several = {"fashion_mnist": 62, "mixers": 32, "k_test": 24, "local_masks": 51, "kvt_without_training": 7, "topk": 18}
+    assert sizes == several | {"abilities": len(TASKS) * len(LAYERS1D_NAMES)}
 
 
 def test_a_sweep_of_several_programs(monkeypatch):

@@ -12,7 +12,6 @@ import train_eval
 import vit
 from dataset import DeviceBatches, Recipe
 from options.allconvnet import AllConvNetConfig
-from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES
 from options.training import TrainConfig
 from options.vit import ViTConfig
 from runs import Stopped
@@ -20,7 +19,8 @@ from runs.metrics import Meter, stalled
 from runs.optimization import Average, LearningRate, make_loss, make_mix, make_optimizer
 from runs.processes import Processes
 from runs.training import Training
-from tests.helpers.side_by_side import SideBySide, in_groups
+from tests.helpers.pools import pool_of
+from tests.helpers.side_by_side import SideBySide
 from train_eval import evaluate, train_one_epoch, train_step
 
 CPU = torch.device("cpu")
@@ -133,6 +133,8 @@ def test_schedules_are_those_of_torch_at_every_epoch():
     step = rates(5, scheduler="step", lr_step=4, lr_gamma=0.2)
     assert step == pytest.approx(reference(lambda o: schedulers.StepLR(o, 4, 0.2)))
     assert rates(5, scheduler="cosine") == pytest.approx(reference(lambda o: schedulers.CosineAnnealingLR(o, 12)))
+    with_least = reference(lambda o: schedulers.CosineAnnealingLR(o, 12, eta_min=0.1))
+    assert rates(5, scheduler="cosine", min_lr=0.1) == pytest.approx(with_least)
     assert rates(5, scheduler="none") == [0.5] * 12
     losses = [1, 0.9, 0.9, 0.95, 0.9, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8]
     plateau = rates(5, losses, scheduler="plateau", lr_step=2, lr_gamma=0.2)
@@ -141,9 +143,10 @@ def test_schedules_are_those_of_torch_at_every_epoch():
     assert plateau == pytest.approx([0.5] * 4 + [0.1] * 4 + [0.02] * 2 + [0.004] * 2)
 
 
+@pytest.mark.parametrize("warmup", [{"warmup_epochs": 2}, {"warmup_steps": 10}])
 @pytest.mark.parametrize("scheduler", ["none", "cosine", "plateau"])
-def test_warmup_rises_linearly_step_by_step(scheduler):
-    config = TrainConfig(lr=0.5, num_epochs=4, warmup_epochs=2, scheduler=scheduler)
+def test_warmup_rises_linearly_step_by_step(scheduler, warmup):
+    config = TrainConfig(lr=0.5, num_epochs=4, scheduler=scheduler, **warmup)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
     schedule = LearningRate(optimizer, config, 5)
     seen = []
@@ -162,9 +165,10 @@ def test_warmup_rises_linearly_step_by_step(scheduler):
 def test_a_step_is_the_plain_optimizer_step(name):
     model, twin = make_model(), make_model()
     twin.load_state_dict(model.state_dict())
-    training = make_training(model, optimizer=name, clip_grad_norm=0.5, weight_decay=0.1)
+    betas = {} if name == "sgd" else {"beta1": 0.8, "beta2": 0.9}
+    training = make_training(model, optimizer=name, clip_grad_norm=0.5, weight_decay=0.1, **betas)
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    more = {"momentum": 0.9} if name == "sgd" else {}
+    more = {"momentum": 0.9} if name == "sgd" else {"betas": (0.8, 0.9)}
     optimizer = kinds[name](twin.parameters(), lr=0.01, weight_decay=0.1, fused=False, **more)
     for images, labels in make_batches().epoch(0):
         train_step(training, images, labels, make_loss("CrossEntropy"))
@@ -365,6 +369,7 @@ def test_a_state_that_is_loaded_goes_on_bit_for_bit(stop, monkeypatch):
             metrics = train_one_epoch(training, make_batches(batch_size=4), loss_function, mix)
             training.history.append({"epoch": training.epoch + 1, "metrics": list(metrics)})
             training.best = training.history[0]
+            training.predictions = dict.fromkeys(("labels", "last", "best"), torch.zeros(1))
             training.epoch, training.step, training.meter = training.epoch + 1, 0, Meter(CPU)
 
     torch.manual_seed(0)
@@ -392,6 +397,7 @@ def test_a_state_that_is_loaded_goes_on_bit_for_bit(stop, monkeypatch):
         metrics = train_one_epoch(interrupted, make_batches(batch_size=4), loss_function, mix)
         interrupted.history.append({"epoch": 1, "metrics": list(metrics)})
         interrupted.best = interrupted.history[0]
+        interrupted.predictions = dict.fromkeys(("labels", "last", "best"), torch.zeros(1))
         interrupted.epoch, interrupted.step, interrupted.meter = 1, 0, Meter(CPU)
         state = torch_copy(interrupted.state_dict({}))
 
@@ -441,7 +447,7 @@ def make_vit(*layers):
     """One block, whose mixers are these layers side by side."""
     options = SMALL | {"patch_size": 2, "num_layers": 1, "num_heads": 2, "d_model": 8, "d_mlp": 8, "kernel_size": 3}
     options |= {"hybrid_dilations": (1,), "nystrom_landmarks": 4}
-    models = [vit.ViT(ViTConfig(**options, layer=layer)) for layer in layers]
+    models = [vit.ViT(ViTConfig(**options, layer=layer, pool=pool_of(layer))) for layer in layers]
     models[0].blocks[0].mixer = SideBySide([model.blocks[0].mixer for model in models])
     return models[0]
 
@@ -455,8 +461,8 @@ def make_allconvnet(*layers):
 @pytest.mark.parametrize(
     ("make", "layers", "sizes"),
     [
-        *((make_vit, layers, 1) for layers in in_groups(LAYERS1D_NAMES, 3)),
-        (make_allconvnet, (*LAYERS2D_NAMES, "Conv2d/ConvNN"), 1),
+        (make_vit, ("ConvNNAttention", "LocalAttention", "PaCa"), 1),  # the others: test_vit.py
+        (make_allconvnet, ("ConvNN", "Conv2d/ConvNN"), 1),
         (make_vit, ("BranchConv",), 2),
     ],
 )

@@ -18,6 +18,7 @@ from options.allconvnet import AllConvNetConfig
 from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES
 from options.neighbors import NeighborConfig
 from options.vit import ViTConfig
+from tests.helpers.pools import pool_of
 from tests.helpers.side_by_side import SideBySide, in_groups
 from vit import ViT
 
@@ -48,7 +49,7 @@ NEIGHBORS = (
 
 def make(kind, **options):
     if kind is ViT:
-        return ViT(ViTConfig(**SMALL | options))
+        return ViT(ViTConfig(**SMALL | {"pool": pool_of(options["layer"])} | options))
     return AllConvNet(AllConvNetConfig(**{"channels": (8,), "K": 4, "image_size": 16, "in_channels": 1} | options))
 
 

@@ -18,7 +18,7 @@ from experiments.trained import as_picture, load_run
 from mixers.local import local_mask
 from mixers.selection import NeighborSelection
 from options.data import DataConfig
-from options.layers import MASK_TYPES
+from options.layers import LOCAL_MASKS
 from options.neighbors import NeighborConfig
 from runs.files import as_png
 
@@ -194,7 +194,7 @@ def test_neighbors_are_drawn_where_they_are(class_tokens, padding):
 def test_masks(line, grid, patch, steps):
     figure = drawn("masks", *line.split())
     axes = iter(figure.axes)
-    for name in MASK_TYPES:
+    for name in LOCAL_MASKS:
         for step in steps:
             mask = local_mask(name, step, *grid)
             whole, around = next(axes), next(axes)

@@ -8,6 +8,7 @@ import torch
 import torchvision
 import yaml
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from layers1d import (
@@ -34,6 +35,7 @@ from options.layers import LAYERS1D_NAMES, LAYERS1D_ROWS
 from options.vit import ViTConfig
 from runs.measure import count_flops, count_parameters
 from runs.optimization import make_optimizer
+from tests.helpers.pools import pool_of
 from tests.helpers.side_by_side import SideBySide, in_groups
 from vit import ViT, make_layer1d
 
@@ -56,7 +58,8 @@ TYPES = {
     "BranchConv": BranchingConv,
     "BranchAttention": BranchingAttention,
 }
-WITHOUT_MATRIX = ("Conv1d", "Conv1dAttention", "ViG", "GreedyViG")
+WITHOUT_MATRIX = ("Conv1d", "Conv1dAttention", "ViG", "GreedyViG", "Identity", "Pointwise")
+WITHOUT_MATRIX += ("MlpMixer", "FNet", "GFNet", "XCiT", "FocalModulation")
 
 
 def make_config(**options):
@@ -83,6 +86,7 @@ def make_config(**options):
         "attention_dropout": 0.0,
         "num_classes": 5,
         "initializer_range": 0.2,
+        "pool": pool_of(options.get("layer", "Attention")),
     }
     return ViTConfig(**defaults | options)
 
@@ -134,7 +138,7 @@ def test_layers_are_what_the_name_says_and_follow_the_flags(layer):
         magnitude_type="distance",
         num_heads=4,
     )
-    mixer = make_layer1d(config, TokenLayout(3, 4, 1))
+    mixer = make_layer1d(config, TokenLayout(3, 4, config.class_tokens))
     # A layer that is new, and not in the list above, is what its row says.
     assert type(mixer) is TYPES[layer] if layer in TYPES else LAYERS1D_ROWS[layer].target.endswith(type(mixer).__name__)
     assert not any("bias" in name for name, _ in mixer.named_parameters() if name != "pos_proj.bias")
@@ -194,15 +198,18 @@ def test_branch_ratio_of_0_and_1_builds_the_single_layer(ratio, kinds):
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 @pytest.mark.parametrize("layer", LAYERS1D_NAMES)
 def test_every_layer_trains_a_step(layer, pool):
-    model = make(layer=layer, pool=pool, pos_embedding="learned")
-    tokens = 13 if pool == "cls" else 12  # odd and even
-    x, labels = images(4), torch.arange(4)
+    pool = pool_of(layer, pool)
+    windows = {"image_size": (16, 16), "region_size": 2} if layer == "Swin" else {}  # of more than one patch
+    model = make(layer=layer, pool=pool, pos_embedding="learned", **windows)
+    tokens = math.prod(model.config.grid) + (pool == "cls")  # odd and even
+    x, labels = images(4, size=model.config.image_size), torch.arange(4)
     before = F.cross_entropy(model(x), labels)
     before.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         # What the last block does with places alone does not reach the class token.
         by_place = {"GPSA": ("blocks.1.mixer.gate", "blocks.1.mixer.pos_proj"), "BiFormer": ("blocks.1.mixer.conv",)}
+        by_place |= {"GFNet": ("blocks.1.mixer.filter",), "Swin": ("blocks.1.mixer.offsets",)}
         unread = pool == "cls" and name.startswith(by_place.get(layer, ()))
         assert unread or parameter.grad.abs().sum() > 0, name
     torch.optim.SGD(model.parameters(), lr=0.01).step()
@@ -216,7 +223,8 @@ def test_every_layer_trains_a_step(layer, pool):
         else:
             assert matrix.shape == (4, 2, tokens, tokens)
             if layer not in ("Linformer", "Nystromformer", "ContextCluster"):
-                torch.testing.assert_close(matrix.sum(3), torch.ones(4, 2, tokens))
+                total = torch.zeros if layer == "Pooling" else torch.ones  # an average, minus the token
+                torch.testing.assert_close(matrix.sum(3), total(4, 2, tokens))
 
 
 @pytest.mark.parametrize("magnitude_type", ["cosine", "distance"])
@@ -263,7 +271,7 @@ def test_bfloat16_autocast(layer):
 
 @pytest.mark.parametrize("layers", in_groups(LAYERS1D_NAMES, 3), ids="-".join)
 def test_compiles_without_a_graph_break(layers):
-    """In training, with activations that are recomputed and candidates that are drawn inside the graph."""
+    """Once for all batches, in training, with activations that are recomputed and candidates drawn inside the graph."""
     options = {"sampling_type": "random", "num_samples": 5, "similarity_type": "Loc_Col"}
     model, x = make(num_layers=1), images().double()
     model.blocks[0].mixer = SideBySide([make(layer=layer, num_layers=1, **options).blocks[0].mixer for layer in layers])
@@ -271,13 +279,16 @@ def test_compiles_without_a_graph_break(layers):
     model.blocks[0].drop_path.rate = 0.5  # which the last of several blocks has
     model.recompute = True
     torch._dynamo.reset()
-    results = []
-    for call in (torch.compile(model, backend="aot_eager", fullgraph=True), model):
+    results, counter = [], CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for call in (compiled, model):
         torch.manual_seed(1)
         logits = call(x)
         results.append((logits, *torch.autograd.grad(logits.square().sum(), model.parameters())))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+    compiled(torch.randn_like(x))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("layer", ["ConvNNAttention", "SparseAttention"])
@@ -311,9 +322,10 @@ def test_copies_and_state_dicts(layer):
     x = images()
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), twin):
         assert torch.equal(copied(x), model(x))
-    buffers = {name for name in model.state_dict() if name.endswith(".features")}  # random ones, saved with the model
+    # Random ones, saved with the model.
+    buffers = {name for name in model.state_dict() if name.endswith((".features", ".random_matrix"))}
     assert set(model.state_dict()) - buffers == {name for name, _ in model.named_parameters()}
-    assert len(buffers) == (2 if layer in ("Performer", "Hybrid") else 0)
+    assert len(buffers) == (2 if layer in ("Performer", "Hybrid", "RandomMixing") else 0)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------

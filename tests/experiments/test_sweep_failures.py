@@ -17,6 +17,7 @@ from experiments.points import find_config, name_points, read_sweep
 from experiments.report import summarize, with_earlier
 from runs import Stopped
 from runs.files import write_atomically
+from runs.lock import release
 from tests import test_run_experiments
 from tests.test_run_experiments import ROOT, SWEEP, in_own_process, notes, read_csv
 
@@ -150,6 +151,24 @@ def test_a_point_that_cannot_be_started_fails_alone(sweep, monkeypatch, capsys):
     assert "ConvNN_seed-0 failed: cannot be started: [Errno 28] No space left on device" in out
     assert err.strip().endswith("1 of 4 failed: ConvNN_seed-0") and "Traceback" not in err
     assert sum(what == "end" for what, *_ in notes()) == 3
+
+
+def test_a_point_that_another_process_runs_is_waited_for_and_named_once(sweep, monkeypatch, capsys):
+    """As after a kill of another sweep, whose run goes on."""
+    folder, sleeps, real = FOLDER / "Attention_seed-0", [], runner.time.sleep
+    descriptor = runner.lock(folder)
+
+    def sleep(seconds):
+        sleeps.append(seconds)
+        if len(sleeps) == 3:
+            release(folder, descriptor)
+        real(seconds)
+
+    monkeypatch.setattr(runner.time, "sleep", sleep)
+    assert run_experiments.main(["sweep.yaml"]) == 0
+    line = f"Attention_seed-0: waiting for another process that runs it (see {folder / 'log.txt'})"
+    assert capsys.readouterr().out.splitlines().count(line) == 1
+    assert sum(what == "end" for what, *_ in notes()) == 4
 
 
 def test_a_note_that_cannot_be_written_gives_its_lock_back(sweep, monkeypatch, capsys):

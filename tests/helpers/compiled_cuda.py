@@ -1,6 +1,6 @@
 """What `kernels/cuda.py` launches, found on fake CUDA tensors and compiled on a machine without a GPU.
 
-`python -m tests.helpers.compiled_cuda` prints the table of registers that docs/gpu.md holds (about 4 minutes).
+`python -m tests.helpers.compiled_cuda` prints the table of registers that docs/dev/gpu.md holds (about 4 minutes).
 """
 
 import functools

@@ -19,6 +19,7 @@ from mixers import block_masks
 from options.allconvnet import AllConvNetConfig
 from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES
 from options.vit import ViTConfig
+from tests.helpers.pools import pool_of
 from vit import ViT
 
 SIZES = {"image_size": 32, "patch_size": 4, "num_layers": 1, "num_heads": 2, "d_model": 16, "d_mlp": 16, "kernel_size": 3}
@@ -30,7 +31,7 @@ NEIGHBORS = (
 PLACED = ("LocalAttention", "SparseAttention", "MaskedAttention", "NeighborhoodAttention", "Hybrid")
 LONG = SIZES | {"patch_size": 2, "d_model": 32}  # 257 tokens: several blocks of pairs
 MODELS = [
-    *((ViT, ViTConfig(layer=layer, **SIZES)) for layer in LAYERS1D_NAMES),
+    *((ViT, ViTConfig(layer=layer, pool=pool_of(layer), **SIZES)) for layer in LAYERS1D_NAMES),
     *((ViT, ViTConfig(layer=layer, attention_dropout=0.0, **LONG)) for layer in PLACED),
     *((ViT, ViTConfig(layer="ConvNNAttention", **SIZES, **options)) for options in NEIGHBORS),
     (ViT, ViTConfig(layer="GPSA", **SIZES | {"num_layers": 2, "num_local_layers": 1})),

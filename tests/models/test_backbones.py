@@ -264,6 +264,8 @@ def test_what_does_not_fit_is_an_error(options, message):
         *((layer, {}) for layer in LAYERS),
         ("ConvNN_Attn", {"convolution_type": "depthwise"}),
         ("ConvNN", {"shuffle_pattern": "BA"}),
+        ("ConvNN", {"convolution_type": "depthwise"}),
+        ("ConvNN", {"convolution_type": "depthwise-separable"}),
     ],
 )
 def test_without_batch_norm_layers_keep_the_scale_of_their_input(layer, more):
@@ -279,7 +281,8 @@ def test_without_batch_norm_layers_keep_the_scale_of_their_input(layer, more):
             module.register_forward_hook(record)
     with torch.no_grad():
         model(F.interpolate(torch.randn(2, 3, 8, 8), (32, 32), mode="bicubic"))
-    assert len(ratios) == 3 and all(1 / 3 < ratio < 3 for ratio in ratios), ratios
+    least = 0.03 if layer == "Pooling" else 1 / 3  # averages are about the pixels they are subtracted from
+    assert len(ratios) == 3 and all(least < ratio < 3 for ratio in ratios), ratios
 
 
 # --- coordinates and strides ----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "
 BOOLEANS += ("overwrite", "override", "trust_code", "strict", "decay_norms", "batch_norm", "wandb")
 
 
-LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention", "ViG")
+LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention", "ViG", "Identity", "Pooling")
 
 
 NOTED = ("layer_sha256",)  # what a run notes in its files, and no flag gives
@@ -60,6 +60,8 @@ DEFAULTS = {
     "lambda_param": 0.5,
     # data
     "dataset": "cifar10",
+    "task_size": 6,
+    "task_symbols": None,
     "data_path": "./Data",
     "resize": 32,
     "crop": None,
@@ -89,11 +91,15 @@ DEFAULTS = {
     "optimizer": "adamw",
     "lr": 1e-3,
     "weight_decay": 1e-6,
+    "beta1": 0.9,
+    "beta2": 0.999,
     "momentum": 0.9,
     "scheduler": "none",
     "lr_step": 20,
     "lr_gamma": 0.1,
     "warmup_epochs": 0,
+    "warmup_steps": 0,
+    "min_lr": 0.0,
     "mixup": 0.0,
     "cutmix": 0.0,
     "ema_decay": 0.0,
@@ -139,7 +145,8 @@ CHOICES = {
     "aggregation_type": ("Col", "Loc_Col"),
     "dataset": (
         *("cifar10", "cifar100", "imagenet", "imagenet100", "imagenette"),
-        *("mnist", "fashion_mnist", "digits", "folder"),
+        *("mnist", "fashion_mnist", "digits", "folder", "task_find", "task_locate", "task_beside", "task_opposite"),
+        *("task_recall", "task_count", "task_duplicate", "task_joined"),
     ),
     "auto_augment": ("none", "rand", "trivial"),
     "amp_dtype": ("bfloat16", "float16"),
@@ -267,13 +274,15 @@ VIT_CHOICES = {name: choices for name, choices in CHOICES.items() if name not in
         *("Attention", "ConvNN", "ConvNNAttention", "Conv1d", "Conv1dAttention", "KvtAttention", "LocalAttention"),
         *("SparseAttention", "MaskedAttention", "NeighborhoodAttention", "Linformer", "Performer", "Nystromformer", "Hybrid"),
         *("GPSA", "BranchConv", "BranchAttention", "ViG", "GreedyViG", "BiFormer", "BlockTopK", "PaCa", "ContextCluster"),
+        *("Identity", "Pointwise", "MeanMixing", "RandomMixing", "Pooling"),
+        *("MlpMixer", "FNet", "GFNet", "XCiT", "LinearAttention", "Swin", "FocalModulation"),
     ),
     "model": ("vit", "convit_ti", "convit_ti_plus", "convit_s", "convit_s_plus", "convit_b", "convit_b_plus"),
     "pos_embedding": ("sinusoidal", "learned", "none"),
     "pool": ("cls", "mean"),
     "convolution_type": ("standard", "depthwise", "depthwise-separable"),
     "sparse_mode": ("all", "local", "strided"),
-    "mask_type": ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors"),
+    "mask_type": ("1d_cardinal", "1d_all_neighbors", "2d_cardinal", "2d_all_neighbors", "full"),
     "performer_kernel": ("softmax", "relu"),
 }
 

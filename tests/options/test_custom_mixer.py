@@ -206,7 +206,7 @@ def test_two_side_by_side_and_an_option_of_both():
 def test_flags_that_the_class_does_not_read_are_named(capsys):
     line = "--layer mine.py:Kinds --window_size 4 --attention_dropout 0.2 --K 3"
     resolved, parser = parse_options(PROGRAMS["vit_main.py"], "", line.split())
-    for line in unused_options(resolved.model, parser.given):
+    for line in unused_options(resolved, parser.given):
         parser.warn(line)
     assert capsys.readouterr().err.count("warning") == 1 and resolved.model.without_effect()["K"] == "layer"
 

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+from options.data import TASKS
+from options.runs import PROGRAMS, parse_options
 from tests.options.reference import assert_says, error_of, parse
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -30,3 +33,22 @@ def test_classes_of_a_folder_are_counted(capsys):
     Path("pets/train/notes.txt").touch()
     Path("pets/train/dog").mkdir()
     assert parse("--dataset folder --data_path pets").model.num_classes == 2
+
+
+def test_a_cell_of_a_generated_task_is_a_patch():
+    vit = PROGRAMS["vit_main.py"]
+    for task, classes in TASKS.items():
+        model, data, _ = parse(f"--dataset task_{task} --task_size 5")
+        assert data.resize == 20 and (model.in_channels, model.num_classes) == (3, classes)
+        model = parse_options(vit, "", ["--dataset", f"task_{task}"])[0].model
+        assert (model.image_size, model.patch_size, model.num_classes) == ((24, 24), 4, classes)
+    model = parse_options(vit, "", "--dataset task_find --resize 48 --patch_size 8".split())[0].model
+    assert (model.image_size, model.patch_size) == ((48, 48), 8)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_config_of_a_run_keeps_no_size_of_another_task_size(name):
+    options = parse_options(PROGRAMS[name], "", ["--dataset", "task_find"])[0].as_dict()
+    Path("config.yaml").write_text(yaml.safe_dump(options))
+    for words, size in ("", 24), ("--task_size 9", 36), ("--task_size 9 --resize 48", 48):
+        assert parse_options(PROGRAMS[name], "", ["--config", "config.yaml", *words.split()])[0].data.resize == size

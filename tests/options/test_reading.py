@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import predict
+import run_experiments
+import visualize
 from options.reading import open_regular, path_problem, read_at_most, read_text
 from options.runs import PROGRAMS, oversized_default, parse_options
 
@@ -85,6 +88,24 @@ def test_paths_that_nothing_can_be_at_are_refused_with_their_flag(flag, tmp_path
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.count("\n") == 1 and f"error: {flag[2:]}=" in err, err
     assert sorted(os.listdir()) == ["dangling.onnx", "loop.onnx"]
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "w.pt").write_bytes(b"")
+    (tmp_path / "c.yaml").write_text("data_path: ~/data\nexport: ~/a.onnx\n")
+    line = ["--config=~/c.yaml", "--output_dir=~/run", "--checkpoint=~/w.pt"]
+    options = parse_options(PROGRAMS["allconvnet_main.py"], "Train.", line)[0]
+    found = [options.data.data_path, *(getattr(options.train, name) for name in ("export", "output_dir", "checkpoint"))]
+    assert found == [str(tmp_path / name) for name in ("data", "a.onnx", "run", "w.pt")]
+    for module, line in (
+        (predict, ["--run=~/run", "--output=~/run", "~/run"]),
+        (visualize, ["confusion", "--output=~/run", "~/run"]),
+        (run_experiments, ["x.yaml", "--output_dir=~/run", "--published=~/run"]),
+    ):
+        given = vars(module.make_parser().parse_args(line)).values()
+        paths = [path for value in given for path in (value if isinstance(value, list) else [value]) if isinstance(path, Path)]
+        assert len(paths) >= 2 and set(paths) == {tmp_path / "run"}
 
 
 def test_the_default_network_warns_of_images_that_it_is_too_large_for(capsys, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ def one_process(monkeypatch):
 def warnings(line, capsys, program="vit_main.py"):
     """What follows "warning: " in the lines on stderr."""
     resolved, parser = parse_options(PROGRAMS[program], "", shlex.split(line), prog=program)
-    for line in unused_options(resolved.model, parser.given):
+    for line in unused_options(resolved, parser.given):
         parser.warn(line)
     out, err = capsys.readouterr()
     assert out == "" and all(each.startswith(f"{program}: warning: ") for each in err.splitlines())
@@ -37,6 +37,7 @@ VIT = [
     ("", []),
     ("--mask_type 2d_cardinal --expansion_step 2", ["--mask_type 2d_cardinal", "--expansion_step 2"]),
     ("--layer MaskedAttention --mask_type 2d_cardinal --expansion_step 2", []),
+    ("--layer MaskedAttention --mask_type full --expansion_step 2", ["--expansion_step 2 is not used by --mask_type full"]),
     ("--K 5 --layer Linformer", ["--K 5"]),
     ("--K 5 --layer KvtAttention --magnitude_type cosine", ["--magnitude_type cosine"]),
     ("--layer ConvNNAttention --kernel_size 3 --K 5 --no-softmax_topk_val", ["--kernel_size 3"]),
@@ -73,7 +74,15 @@ VIT = [
     ("--layer ViG --graph_aggregation edge --num_heads 2", ["--num_heads 2 is not used by --graph_aggregation edge"]),
     ("--layer ViG --graph_aggregation mean --num_heads 2", []),
     ("--layer ViG --graph_aggregation edge --num_local_layers 1 --num_heads 2", []),  # of the Attention after it
-    ("--pool mean --lr 0.1 --patch_size 32 --momentum 0.5 --d_hidden 64 --num_heads 2", []),
+    ("--pool mean --lr 0.1 --patch_size 32 --d_hidden 64 --num_heads 2", []),
+    ("--momentum 0.5 --lr_step 5", ["--momentum 0.5 is not used by --optimizer adamw", "--lr_step 5"]),
+    ("--momentum 0.5 --optimizer sgd --lr_step 5 --lr_gamma 0.5 --scheduler plateau", []),
+    ("--lr_step 20 --lr_gamma 0.5 --scheduler cosine", ["--lr_step 20 is not used by --scheduler cosine", "--lr_gamma 0.5"]),
+    ("--compile_mode reduce-memory", ["--compile_mode reduce-memory is not used by --use_compiled False"]),
+    ("--compile_mode reduce-memory --use_compiled --amp_dtype bfloat16 --use_amp", []),
+    ("--amp_dtype bfloat16 --no-use_amp", ["--amp_dtype bfloat16 is not used by --use_amp False"]),
+    ("--dataset digits --data_path ./Data", ["--data_path ./Data is not used by --dataset digits"]),
+    ("--dataset mnist --data_path ./Data", []),
 ]  # fmt: skip
 ALLCONVNET = [
     ("--layer Conv2d --K 3 --kernel_size 5 --shuffle_pattern NA", ["--shuffle_pattern NA", "--K 3"]),

@@ -50,7 +50,7 @@ def test_vit_choices_are_those_of_the_reference(name, capsys):
     Path("val").mkdir()
     Path("train/a").mkdir(parents=True)
     Path("train/b").mkdir()
-    more = "--convolution_type standard" if name == "aggregation_type" else ""
+    more = {"aggregation_type": "--convolution_type standard", "layer": "--pool mean"}.get(name, "")
     for choice in VIT_CHOICES[name]:
         assert parse_vit(f"--data_path . {more} --{name} {choice}").as_dict()[name] == choice
     line = error_of(parse_vit, f"--{name} no-such", capsys=capsys)
@@ -86,6 +86,8 @@ def test_coordinate_encoding_and_what_it_is_short_for_give_way_to_either_flag():
     assert parse_vit("--config c.yaml --no-coordinate_encoding").model == ViTConfig()
     for same in ("--coordinate_encoding", "--similarity_type Loc_Col"):
         assert parse_vit(f"--config c.yaml {same}") == parse_vit("--config c.yaml")
+    Path("c.yaml").write_text(yaml.safe_dump(parse_vit("").as_dict()))
+    assert parse_vit("--config c.yaml --coordinate_encoding").model == parse_vit("--coordinate_encoding").model
     Path("c.yaml").write_text("similarity_type: Loc_Col\n")
     assert parse_vit("--config c.yaml --no-coordinate_encoding").model.similarity_type == "Loc_Col"
     trained = parse_vit("--layer ConvNNAttention --coordinate_encoding").as_dict()
@@ -143,7 +145,8 @@ def test_what_a_model_decides_is_what_may_be_left_to_it():
 
     fields = ViTConfig.__dataclass_fields__
     left = {name for name, spec in specs(ViTConfig).items() if fields[name].default is not spec.default}
-    assert all(set(values) in (left - {"patch_size"}, set()) for values in VIT_MODELS.values())  # a model of timm has its own
+    left -= {"similarity_type", "patch_size"}  # which coordinate_encoding and a model of timm decide
+    assert all(set(values) in (left, set()) for values in VIT_MODELS.values())
     one, two = Other(model="convit_ti", num_heads=2), Other(num_heads=2, dropout=0.1)
     assert (one.layer, one.num_layers, one.dropout, one.num_heads, one.d_mlp) == ("GPSA", 12, 0.0, 2, 64)
     assert (two.layer, two.num_layers, two.dropout, two.num_heads, two.d_mlp) == ("Attention", 8, 0.1, 2, 64)
@@ -196,6 +199,7 @@ VIT_BAD = [
     ("--layer ConvNNAttention --aggregation_type Loc_Col", "aggregation_type=Loc_Col; convolution_type=standard"),
     ("--layer BranchAttention --aggregation_type Loc_Col", "aggregation_type=Loc_Col"),
     ("--layer ConvNN --coordinate_encoding --similarity_type Loc", "coordinate_encoding=True; similarity_type=Loc_Col"),
+    ("--layer ViG --coordinate_encoding --similarity_type Col", "coordinate_encoding=True; similarity_type=Loc_Col, not Col"),
     ("--layer ConvNN --topk gumbel --similarity_type Loc", "topk=gumbel; similarity_type=Loc; topk=hard"),
     ("--layer BranchConv --topk gumbel --no-softmax_topk_val", "topk=gumbel; softmax_topk_val=True; topk=hard"),
     ("--layer NeighborhoodAttention --kernel_size 4", "kernel_size=4; odd"),

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,7 @@ def test_16_bits_of_gray_are_turned_too(tmp_path, suffix):
     assert np.array_equal(np.asarray(decode_image(path)), np.repeat((gray >> 8)[:, :, None], 3, axis=2))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_orientations_that_do_not_exist_and_damaged_exif_leave_an_image_as_it_is(tmp_path):
     assert np.array_equal(np.asarray(decode_image(save_tagged(tmp_path / "odd.png", UPRIGHT, 200))), UPRIGHT)
     Image.fromarray(UPRIGHT).save(tmp_path / "damaged.png", exif=b"Exif\0\0II*\0\xff\xff\xff\x7fnothing")
@@ -115,6 +117,83 @@ def test_a_jpeg_whose_data_ends_in_the_middle_is_named(mode, how, place, tmp_pat
     path.write_bytes(raw[: int(place * len(raw))] + b"\xff\xd9 and what a camera appends")
     with pytest.raises(DataError):
         check_image(str(path))
+
+
+def segments(raw: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
+    """Marker and bytes of each segment of a JPEG, up to the start of its scan, and the rest."""
+    found, place = [], 2
+    while not found or found[-1][0] != 0xDA:
+        end = place + 2 + int.from_bytes(raw[place + 2 : place + 4])
+        found.append((raw[place + 1], raw[place:end]))
+        place = end
+    return found, raw[place:]
+
+
+def edited(marker: int, edit) -> bytes:
+    """A JPEG with every segment of this kind changed."""
+    found, rest = segments(photo())
+    return b"\xff\xd8" + b"".join(edit(segment) if kind == marker else segment for kind, segment in found) + rest
+
+
+UNDECODABLE = {
+    "no quantization table": (0xDB, lambda segment: b""),
+    "a table that is not there": (0xC0, lambda segment: segment[:12] + b"\3" + segment[13:]),
+    "lossless": (0xC0, lambda segment: b"\xff\xc3" + segment[2:]),
+    "hierarchical": (0xC0, lambda segment: b"\xff\xc5" + segment[2:]),
+    "Huffman codes of 255 a length": (0xC4, lambda segment: segment[:5] + b"\xff" * 16 + segment[21:]),
+    "three Huffman codes of one bit": (0xC4, lambda segment: b"\xff\xc4\0\x16" + segment[4:5] + b"\3" + bytes(15) + b"\1\2\3"),
+    "more pixels than the limit": (0xC0, lambda segment: segment[:5] + b"\x4e\x20" * 2 + segment[9:]),
+}
+
+
+@pytest.mark.parametrize("damage", UNDECODABLE)
+def test_a_jpeg_that_cannot_be_decoded_is_named_before_training(damage, tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(edited(0xC0, lambda segment: segment))
+    check_image(str(path))
+    path.write_bytes(edited(*UNDECODABLE[damage]))
+    with pytest.raises(DataError, match="cannot be read as an image") as caught:
+        check_image(str(path))
+    assert str(path) in str(caught.value) and str(caught.value) == says(path)
+
+
+def test_pixels_beyond_the_limit_of_a_warning_are_one_line(tmp_path, monkeypatch, capsys):
+    _, files = files_in(tmp_path)
+    monkeypatch.setenv("CONVNN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(image_files, "LARGE", 24 * 20 - 1)
+    for _ in range(2):  # the second time nothing is checked
+        check_images(files, threads=2, quiet=True)
+    line = f"warning: 8 images have more than 479 pixels, which takes seconds to decode, as {os.fsdecode(files[0])}"
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+def chunk(kind: bytes, data: bytes, checksum: bytes = b"") -> bytes:
+    return len(data).to_bytes(4) + kind + data + (checksum or zlib.crc32(kind + data).to_bytes(4))
+
+
+MEGABYTES = zlib.compress(bytes(3_000_000))
+CHUNKS = {
+    "large zTXt": chunk(b"zTXt", b"key\0\0" + MEGABYTES),
+    "large iTXt": chunk(b"iTXt", b"key\0\1\0\0\0" + MEGABYTES),
+    "checksum": chunk(b"tEXt", b"key\0text", b"fail"),
+    "method": chunk(b"zTXt", b"key\0\7text"),
+    "profile": chunk(b"iCCP", b"key\0\0" + MEGABYTES),
+    "length": chunk(b"pHYs", b"\0"),
+}
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("kind", CHUNKS)
+def test_chunks_of_a_png_that_are_no_pixels_are_no_damage(kind, place, tmp_path):
+    path = save_tagged(tmp_path / "a.png", STORED[6](UPRIGHT), 6)
+    raw = Path(path).read_bytes()
+    start = raw.index(b"IDAT" if place == "before" else b"IEND") - 4
+    Path(path).write_bytes(raw[:start] + CHUNKS[kind] + raw[start:])
+    check_image(path)
+    assert np.array_equal(np.asarray(decode_image(path)), UPRIGHT)
+    Path(path).write_bytes(raw[:33] + CHUNKS[kind] + raw[33 : raw.index(b"IDAT") + 10])
+    with pytest.raises(DataError, match=r"a\.png"):
+        check_image(path)
 
 
 @pytest.mark.parametrize(("mode", "how"), SOUND)

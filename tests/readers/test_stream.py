@@ -1,8 +1,13 @@
 """Images that worker processes decode: the same in any number of them, and an end in every case."""
 
 import contextlib
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+import allconvnet_main
 import dataset
+from readers import stream
 from runs import DataError
+from runs.processes import Interrupted, Signals
 from tests.helpers.data import everything, load, pixels, write_folder
 
 # Workers on a machine with one core are as good a test as on any other.
@@ -118,9 +126,72 @@ def test_a_worker_that_dies_is_one_line(tmp_path, monkeypatch):
         list(train.epoch(0))
 
 
+CANNOT = {  # what fails in the worker or beside it, and the words of the reason
+    "AF_UNIX path too long": None,
+    "unable to allocate shared memory": ("torch.UntypedStorage._share_fd_cpu_", RuntimeError),
+    "Resource temporarily unavailable": ("multiprocessing.process.BaseProcess.start", BlockingIOError),
+    "Too many open files": ("multiprocessing.queues.Queue.get", RuntimeError),
+}
+
+
+@pytest.mark.parametrize("reason", CANNOT)
+def test_a_worker_that_cannot_hand_over_its_batch_ends_the_run_with_its_state_saved(reason, tmp_path, quick_results, capsys):
+    write_folder(tmp_path / "data")
+    line = "--layer Conv2d --channels 4 --dataset folder --resize 8 --batch_size 4 --num_epochs 1 --device cpu".split()
+    line += ["--data_path", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run")]
+    with pytest.MonkeyPatch.context() as patch:
+        if CANNOT[reason] is None:
+            patch.setitem(multiprocessing.current_process()._config, "tempdir", str(tmp_path / ("x" * 120)))
+        else:
+            target, error = CANNOT[reason]
+            patch.setattr(target, lambda *_, **__: (_ for _ in ()).throw(error(reason)))
+        assert allconvnet_main.main([*line, "--num_workers", "1"]) == 1
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("stopped: a process that reads images failed") and reason in error
+    assert "--num_workers 0" in error and f"--resume continues from {tmp_path / 'run' / 'last.pt'}" in error
+    assert allconvnet_main.main([*line, "--num_workers", "0", "--resume"]) == 0
+
+
+def test_a_signal_ends_the_wait_for_a_worker_that_is_stuck(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    data = load("folder", tmp_path, resize=16, num_workers=1)
+
+    def stuck(image):
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(3600)
+
+    monkeypatch.setattr(data.train._stream.loader.dataset, "transform", stuck)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    with Signals() as signals, signals.deferred():
+        batches = signals.interruptible(data.train.epoch(0))
+        with contextlib.suppress(Interrupted):
+            next(batches)
+        assert signals.received == signal.SIGTERM
+    worker = data.train._stream.loader._iterator._workers[0]
+    assert worker.is_alive()
+    del data, batches
+    worker.join()
+    assert worker.exitcode == -signal.SIGKILL  # it ignores SIGTERM
+
+
+def test_workers_beyond_the_cores_or_the_shared_memory_are_warned_of_once(tmp_path, monkeypatch, capfd):
+    write_folder(tmp_path)
+    monkeypatch.setattr(stream, "cpu_cores", lambda: 2)
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3 * 2**20))
+    load("folder", tmp_path, resize=256, batch_size=4, num_workers=2)  # 2 batches x 2 workers x 4 images of 192 KiB
+    assert "warning" not in capfd.readouterr().err
+    load("folder", tmp_path, resize=256, batch_size=5, num_workers=3)
+    cores, memory = capfd.readouterr().err.splitlines()
+    assert cores == "warning: --num_workers 3 exceeds the number of CPU cores, 2; reading may slow down"
+    assert memory.startswith("warning: /dev/shm has 3 MiB free, and batches of --num_workers 3 may need 6: ")
+    load("digits", tmp_path, num_workers=3)
+    assert capfd.readouterr().err == ""
+
+
 WORKER_SCRIPT = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 import dataset, torch
 from options.data import DataConfig
 assert "torchvision" not in sys.modules and "sklearn" not in sys.modules
@@ -154,9 +225,13 @@ except RuntimeError:  # torch's handler of SIGCHLD
 
 def test_workers_leave_signals_to_the_main_process_and_end_quietly_with_it(tmp_path):
     write_folder(tmp_path)
-    command = [sys.executable, "-W", "ignore::UserWarning", "-c", WORKER_SCRIPT, str(tmp_path)]
+    command = [sys.executable, "-c", WORKER_SCRIPT, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(dataset.__file__).parent, timeout=1800)
-    assert done.stdout.split() == ["True", "0", "True", "True"] and done.stderr == "" and done.returncode == 0
+    assert done.stdout.split() == ["True", "0", "True", "True"] and done.returncode == 0
+    # Nothing of torch's on the number of workers.
+    assert done.stderr.splitlines() == 2 * [
+        "warning: --num_workers 2 exceeds the number of CPU cores, 1; reading may slow down"
+    ]
 
 
 @pytest.mark.parametrize("corrupt", [False, True])

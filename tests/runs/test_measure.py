@@ -53,6 +53,17 @@ def test_the_mode_of_a_model_comes_back_after_an_error():
     assert model.training and torch.is_grad_enabled()
 
 
+def test_flops_of_fourier_transforms():
+    """5 n log2(n) for n complex numbers in each transform, half of it for real ones: 3 transforms of 4 x 8 numbers."""
+    real, half = torch.zeros(3, 4, 8), torch.zeros(3, 4, 5, dtype=torch.complex64)
+    for function, flops in (
+        (lambda: torch.fft.fft2(real + 0j), 3 * 5 * 32 * 5),
+        (lambda: torch.fft.rfft2(real), 3 * 2.5 * 32 * 5),
+        (lambda: torch.fft.irfft2(half, s=(4, 8)), 3 * 2.5 * 32 * 5),
+    ):
+        assert flops_of(function) == flops
+
+
 def test_functions_take_turns_and_the_first_round_is_dropped(monkeypatch):
     clock(monkeypatch, [50, 60, 1, 2, 3, 4])
     calls = []

@@ -166,6 +166,7 @@ from options.allconvnet import AllConvNetConfig
 from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES
 from options.training import TrainConfig
 from options.vit import ViTConfig
+from tests.helpers.pools import pool_of
 from allconvnet import AllConvNet
 from vit import ViT
 from runs.processes import Processes, Signals
@@ -222,7 +223,7 @@ with Signals(), Processes.from_environment() as processes:
     # Every layer under DDP, whose second step fails if a parameter had no gradient in the first.
     for name in LAYERS1D_NAMES:
         torch.manual_seed(2)
-        run = training(processes, Exact(ViTConfig(**SMALL, layer=name)).double())
+        run = training(processes, Exact(ViTConfig(**SMALL, layer=name, pool=pool_of(name))).double())
         for images, labels in batches("train", processes, n=14).epoch(0):
             train_step(run, images, labels, loss_function, 7)
             if run.step == 1:

@@ -34,6 +34,7 @@ from runs.metrics import Meter
 from runs.resume import resumable_state
 from runs.training import Training
 from tests.helpers.forked import Forked
+from tests.helpers.pools import pool_of
 
 ROOT = Path(__file__).parent.parent.parent
 CONVNET = "--dataset digits --layer Conv2d/ConvNN --channels 4 8 --batch_size 16 --train_limit 100 --test_limit 37"
@@ -612,7 +613,7 @@ def layers():
     from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES
 
     vit = f"{VIT} --K 4 --kernel_size 3 --hybrid_dilations 1 --nystrom_landmarks 4"
-    return [(vit_main, f"{vit} --layer {name}") for name in LAYERS1D_NAMES] + [
+    return [(vit_main, f"{vit} --layer {name} --pool {pool_of(name)}") for name in LAYERS1D_NAMES] + [
         (allconvnet_main, f"{CONVNET} --layer {name} --augment") for name in (*LAYERS2D_NAMES, "Conv2d/ConvNN")
     ]
 

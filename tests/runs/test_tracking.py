@@ -127,6 +127,35 @@ def test_a_resumed_run_has_the_id_and_one_that_is_written_over_another(tmp_path,
     assert [value for name, value in package.calls if name == "log"] == [1, 2, 1]
 
 
+def test_the_epoch_that_a_run_was_killed_after_is_tracked_by_resuming(tmp_path, monkeypatch):
+    """Killed between the checkpoint and the results: wandb and TensorBoard have each epoch once."""
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    package = Failing(None)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    package.Settings = dict
+    monkeypatch.setattr("launch.prepare.is_installed", lambda: True)
+    original = tracking.Tracker.epoch_done
+    for at in ("before", "after"):  # of what is sent
+
+        def killed(self, row, at=at):
+            if row["epoch"] == 2:
+                if at == "after":
+                    original(self, row)
+                raise KeyboardInterrupt
+            original(self, row)
+
+        package.calls.clear()
+        folder = tmp_path / at
+        monkeypatch.setattr(tracking.Tracker, "epoch_done", killed)
+        assert run(folder, 3, "--tensorboard") == 130
+        monkeypatch.setattr(tracking.Tracker, "epoch_done", original)
+        assert run(folder, 3, "--tensorboard --resume") == 0
+        assert [value for name, value in package.calls if name == "log"] == [1, 2] + [2] * (at == "after") + [3]
+        events = accumulators.EventAccumulator(str(folder / "tensorboard")).Reload()
+        steps = [(event.step, event.value) for event in events.Scalars("test_loss")]
+        assert steps == [(row["epoch"], pytest.approx(row["test_loss"])) for row in metrics(folder)]
+
+
 def test_a_run_that_fails_is_marked(tmp_path, monkeypatch, capsys):
     package = Failing(None)
     monkeypatch.setitem(sys.modules, "wandb", package)
