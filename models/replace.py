@@ -40,10 +40,10 @@ def replace_attention(model: nn.Module, layer: str, **options) -> nn.Module:
     if twice := sizes.keys() & options:
         raise ValueError(f"{min(twice)} comes from the model; drop it")
     make = mixer_class(library.call, layer, **sizes, **options)
-    for name, attention in found.items():
+    for number, (name, attention) in enumerate(found.items()):
         try:
             arguments, weights = library.read(attention)
-            mixer = make(**arguments).to(weights["proj.weight"]).train(attention.training)
+            mixer = make(**arguments, block=number).to(weights["proj.weight"]).train(attention.training)
         except ValueError as error:
             raise ValueError(f"{name} of {type(owner).__name__}: {error}") from None
         init_vit_weights(mixer)

@@ -85,6 +85,7 @@ def mixer_class(call: Callable, layer: str, **options) -> type[nn.Module]:
             norm_layer: type[nn.Module] | None = None,
             device=None,
             dtype=None,
+            block: int = 0,
         ):
             if scale_norm:
                 raise ValueError(f"{layer} has no norm of its output: scale_norm must be False")
@@ -92,7 +93,7 @@ def mixer_class(call: Callable, layer: str, **options) -> type[nn.Module]:
                 raise ValueError(f"{layer} has no norm of queries and keys: qk_norm must be False; KvtAttention has")
             own = {"d_model": dim, "num_heads": num_heads, "attention_dropout": attn_drop}
             config = dataclasses.replace(base, **own, qkv_bias=qkv_bias, proj_bias=proj_bias)
-            super().__init__(dim, num_heads, **layer_arguments(row, config, layout=layout, block=0))
+            super().__init__(dim, num_heads, **layer_arguments(row, config, layout=layout, block=block))
             if qk_norm:
                 self.q_norm, self.k_norm = norm_layer(dim // num_heads), norm_layer(dim // num_heads)
             self.proj_drop = nn.Dropout(proj_drop)

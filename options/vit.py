@@ -265,7 +265,8 @@ class ViTConfig(ModelConfig):
         row = layer_row(self.rows, self.layer, self.branch_ratio)
         grid = sequence_grid(self.grid)
         if self.class_tokens and not row.mixes:
-            raise ValueError(f"pool=cls with layer={self.layer}: a class token sees no patch without mixing; use --pool mean")
+            remedy = "--pool mean" if self.prefix_tokens is None else "a model without one"
+            raise ValueError(f"pool=cls with layer={self.layer}: a class token sees no patch without mixing; use {remedy}")
         if row.branches:
             branch_widths(self.d_model, self.num_heads, self.branch_ratio)
         if "neighbors" in row.arguments:

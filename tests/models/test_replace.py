@@ -20,8 +20,10 @@ from dataset import load_data
 from experiments.trained import read_options
 from models.build import build_network
 from options.data import DataConfig
-from options.layers import LAYERS1D_NAMES
+from options.layers import LAYERS1D_ROWS
+from options.vit import ViTConfig
 from runs.parameters import freeze, layer_scales
+from vit import ViT
 
 timm = pytest.importorskip("timm")
 from tests.helpers.timm_models import FAMILIES  # noqa: E402  it needs timm
@@ -82,13 +84,21 @@ def test_logits_of_hugging_face_stay(qkv_bias):
     assert not torch.allclose(replace_attention(model, "KvtAttention", K=3)(x).logits, before)
 
 
-@pytest.mark.parametrize("layer", LAYERS1D_NAMES)
-def test_every_mixer_beside_registers_has_gradients_and_a_location(layer):
-    """The mixer in timm's block computes what it computes in ours, where registers count as class tokens."""
+@pytest.mark.parametrize("layer", [layer for layer, row in LAYERS1D_ROWS.items() if row.mixes])
+def test_every_mixer_trains_beside_registers(layer):
     options = {"K": 3, "kernel_size": 3, "hybrid_dilations": (1,), "num_clusters": 4, "linformer_k": 4}
     model = replace_attention(timm.create_model("tiny_registers", num_classes=5), layer, **options)
     model(torch.randn(2, 3, 8, 8)).square().sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "attn" in name)
+
+
+def test_windows_shift_in_every_second_block():
+    model = replace_attention(timm.create_model("tiny_plain"), "Swin")
+    ours = ViT(ViTConfig(layer="Swin", image_size=8, patch_size=2, num_layers=2, d_model=16, num_heads=4, d_mlp=32)).blocks
+    x = torch.randn(1, 17, 16)
+    for block, attention in zip(ours, (block.attn for block in model.blocks), strict=True):
+        block.mixer.load_state_dict(attention.state_dict())
+        torch.testing.assert_close(attention.eval()(x), block.mixer.eval()(x))
 
 
 def test_a_dynamic_image_size_is_the_grid_of_that_size():
@@ -219,6 +229,7 @@ def test_freezing_and_layer_decay_take_timms_names(trained):
         "--model timm:tiny_plain --mean 0.5": "mean=0.5 and std=0.229 0.224 0.225 differ in length; give both",
         "--model timm:tiny_plain --interpolation cubic": "interpolation='cubic' is not one of bilinear, bicubic",
         "--model timm:tiny_qk_norm --layer ViG --K 3": "ViG has no norm of queries and keys",
+        "--model timm:tiny_plain --layer Identity": "a class token sees no patch without mixing; use a model without one",
         "--model timm:tiny_scale_norm --layer KvtAttention --K 3": "its output has a gate or a norm, and no mixer has one",
         "--model timm:eva02_tiny_patch14_224 --layer KvtAttention --resize 28 --K 3": "Eva has no attention that a mixer can",
         "--model timm:tiny_plain --checkpoint W.pt": "of another architecture: it has no cls_token",
