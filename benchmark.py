@@ -21,10 +21,11 @@ from typing import NamedTuple
 from experiments.tables import as_markdown
 from options.allconvnet import AllConvNetConfig
 from options.benchmark import BenchmarkConfig
-from options.fields import build
+from options.fields import build, specs
 from options.layers import LAYERS1D_NAMES, LAYERS2D_NAMES, layer_label
 from options.parser import OneLineParser, read_values
 from options.runs import check_environment
+from options.timm import describe, is_timm
 from options.vit import ViTConfig
 from runs import RunError, Stopped
 from runs.files import as_csv, as_png, check_writable, write_atomically
@@ -61,7 +62,8 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
     try:
         check_environment()
         bench = build(BenchmarkConfig, values)
-        values = family.defaults | values
+        timm = describe(values["model"]).sizes if is_timm(values.get("model")) else {}
+        values = ({} if timm else family.defaults) | values
         one_layer = family.config is AllConvNetConfig and values.get("model", "allconvnet") == "allconvnet"
         if one_layer and len(values["channels"]) != 2:
             raise ValueError(
@@ -74,7 +76,7 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
         given = mixer_options(family, layers, values.pop("mixer_option", None) or ())
         for side, layer in itertools.product(bench.resolution, layers):
             if family.config is ViTConfig:
-                side *= values.get("patch_size", ViTConfig.patch_size)
+                side *= (timm or values).get("patch_size", specs(ViTConfig)["patch_size"].default)
             configs.append(build(family.config, values, layer=layer, mixer_option=given[layer] or None, image_size=side))
     except ValueError as error:
         parser.error(str(error))
@@ -111,13 +113,16 @@ def make_mixers(
     import torch
     from torch import nn
 
-    if isinstance(config, AllConvNetConfig):
-        from allconvnet import make_layer2d
+    if config.is_backbone:
         from models.build import build_network
 
-        channels = config.in_channels if config.is_backbone else config.channels[0]
-        x = torch.randn(batch_size, channels, *config.image_size)
-        yield config.title, build_network(config) if config.is_backbone else make_layer2d(config, *config.channels), x
+        yield config.title, build_network(config), torch.randn(batch_size, config.in_channels, *config.image_size)
+        return
+    if isinstance(config, AllConvNetConfig):
+        from allconvnet import make_layer2d
+
+        x = torch.randn(batch_size, config.channels[0], *config.image_size)
+        yield config.title, make_layer2d(config, *config.channels), x
         return
     from layers1d import MultiHeadAttention
     from mixers.base import TokenLayout
@@ -159,7 +164,8 @@ def measure(bench: BenchmarkConfig, configs: list, device, progress) -> list[dic
             if bench.against and has_naive_form(mixer):
                 mixers.append((f"{label} (naive)", Naive(mixer), x.to(device)))
         for label, mixer, x in mixers:
-            tokens = config.image_size[0] * config.image_size[1] if isinstance(config, AllConvNetConfig) else x.shape[1]
+            sides = config.image_size if isinstance(config, AllConvNetConfig) else config.grid
+            tokens = math.prod(sides) + (0 if isinstance(config, AllConvNetConfig) else config.class_tokens)
             # FLOPs are per image, and the same in every precision and execution.
             facts = {"parameters": count_parameters(mixer), "forward_mflops": count_flops(mixer, x[:1]) / 1e6}
             facts["forward_backward_mflops"] = training_flops(mixer, x[:1].clone()) / 1e6

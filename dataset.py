@@ -30,6 +30,8 @@ from readers.augmentation import (
     ORDER,
     POLICY,
     apply_policy,
+    center_crop,
+    covering,
     crop_and_flip,
     erase,
     image_transform,
@@ -47,33 +49,34 @@ from utils import gaussian, keys, uniform
 
 
 class Row(NamedTuple):
-    """Reader, normalization and augmentation of one data set."""
+    """Reader and augmentation of one data set."""
 
     read: Callable[[DataConfig, tuple[str, ...]], Source]
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # per channel, of pixels from 0 to 1; ImageNet's by default
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     flip: bool = True  # False for digits: a mirrored 2 is no digit
     border: int = 4  # black pixels around an image that is cropped
 
 
 ROWS = {
-    "cifar10": Row(read_cifar, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": Row(read_cifar, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "mnist": Row(read_mnist, (0.1307,), (0.3081,), flip=False),
-    "fashion_mnist": Row(read_mnist, (0.2860,), (0.3530,)),
-    "digits": Row(read_digits, (0.3054,), (0.3760,), flip=False, border=1),
+    "cifar10": Row(read_cifar),
+    "cifar100": Row(read_cifar),
+    "mnist": Row(read_mnist, flip=False),
+    "fashion_mnist": Row(read_mnist),
+    "digits": Row(read_digits, flip=False, border=1),
     "imagenet": Row(read_folders),
     "imagenet100": Row(read_folders),
     "imagenette": Row(read_folders),
     "folder": Row(read_folders),
 }
-ROWS |= {f"task_{task}": Row(read_task, (0.16,) * 3, (0.22,) * 3, flip=False) for task in TASKS}
+ROWS |= {f"task_{task}": Row(read_task, flip=False) for task in TASKS}
 
 
-def channel_stats(dataset: str) -> tuple[Tensor, Tensor]:
+def channel_stats(config: DataConfig) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of the channels, (C, 1, 1) each, of pixels from 0 to 1."""
-    mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (ROWS[dataset].mean, ROWS[dataset].std))
-    return mean, std
+    return _as_channels(*config.statistics)
+
+
+def _as_channels(*statistics: tuple[float, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(numbers).view(-1, 1, 1) for numbers in statistics)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -97,6 +100,9 @@ class Recipe:
     noise: float = 0.0  # standard deviation, of pixels from 0 to 1
     rank: int = 0  # number of this process among `world`
     world: int = 1
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean and std of the channels; None: the data set's
+    interpolation: str = "bilinear"
+    crop: str | None = None
 
 
 class Batches:
@@ -111,7 +117,9 @@ class Batches:
     def __init__(self, index: np.ndarray, recipe: Recipe):
         self.num_samples = len(index)
         self.recipe = recipe
-        self._mean, self._std = (numbers.to(recipe.device) for numbers in channel_stats(recipe.dataset))
+        info = DATASETS[recipe.dataset]
+        statistics = _as_channels(*(recipe.statistics or (info.mean, info.std)))
+        self._mean, self._std = (numbers.to(recipe.device) for numbers in statistics)
         self._epochs = itertools.count()
         self._images_per_step = recipe.batch_size * (1 if recipe.part == "train" else recipe.world)
 
@@ -164,13 +172,18 @@ class Batches:
         raise NotImplementedError
 
     def _finish(self, images: Tensor, index: Tensor, numbers: Tensor, epoch: int) -> Tensor:
-        """Add noise to pixels from 0 to 255, normalize and erase, in place. `numbers` is `index` (B,) on the CPU."""
+        """Add noise to pixels from 0 to 255, normalize and erase, in place unless gray images are repeated to three channels.
+
+        numbers: `index` (B,) on the CPU.
+        """
         recipe = self.recipe
         images.div_(255)
         if recipe.noise:
             drawn_in = epoch if recipe.part == "train" else 0
             noise = gaussian(recipe.seed, drawn_in, index, images.shape[1:].numel(), NOISE[recipe.part])
             images.add_(noise.view(images.shape), alpha=recipe.noise)
+        if len(self._mean) > images.shape[1]:
+            images = images.repeat(1, len(self._mean), 1, 1)
         images.sub_(self._mean).div_(self._std)
         if recipe.random_erasing:
             erase(images, recipe.random_erasing, keys(recipe.seed, epoch, numbers, ERASE))
@@ -205,8 +218,12 @@ class DeviceBatches(Batches):
                 if recipe.device.type == "cuda":
                     images, labels, index = (tensor.pin_memory() for tensor in (images, labels, index))
                 images, labels, index = (x.to(recipe.device, non_blocking=True) for x in (images, labels, index))
-            native = tuple(images.shape[2:]) == sides_of(recipe.resize)
-            images = images.float() if native else resize_images(images, recipe.resize)
+            size, sides = tuple(images.shape[2:]), sides_of(recipe.resize)
+            if size == sides:
+                images = images.float()
+            else:
+                covered = covering(size, sides) if recipe.crop == "center" else sides
+                images = center_crop(resize_images(images, covered, recipe.interpolation), sides)
             yield self._finish(images, index, self._numbers[rows], epoch), labels
 
 
@@ -216,7 +233,13 @@ class StreamedBatches(Batches):
     def __init__(self, files: np.ndarray, labels: np.ndarray, index: np.ndarray, recipe: Recipe, num_workers: int):
         super().__init__(index, recipe)
         sides, pin_memory = sides_of(recipe.resize), recipe.device.type == "cuda"
-        transform = image_transform(sides, augment=recipe.augment, auto_augment=recipe.auto_augment)
+        transform = image_transform(
+            sides,
+            augment=recipe.augment,
+            auto_augment=recipe.auto_augment,
+            interpolation=recipe.interpolation,
+            squash=recipe.crop == "squash",
+        )
         self._stream = ImageStream(files, labels, index, recipe.seed, transform, sides, num_workers, pin_memory)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -228,13 +251,14 @@ class StreamedBatches(Batches):
 def read_image(path: str | os.PathLike, config: DataConfig) -> Tensor:
     """Read any image file as evaluation under these options would: normalized, (C, *config.resize).
 
-    The image is cropped around its center to the proportions of the model's images, with the margin that folders of images
-    are tested with. Raises DataError for a file that cannot be read.
+    Unless `crop` is squash, the image is cropped around its center to the proportions of the model's images, with the margin
+    that folders of images are tested with. Raises DataError for a file that cannot be read.
     """
-    info, (mean, std) = DATASETS[config.dataset], channel_stats(config.dataset)
+    info, (mean, std) = DATASETS[config.dataset], channel_stats(config)
     image = decode_image(os.fspath(path)).convert("L" if info.channels == 1 else "RGB")
-    pixels = image_transform(sides_of(config.resize), margin=info.streamed)(image)
-    return pixels.float().div_(255).sub_(mean).div_(std)
+    how = {"interpolation": config.interpolation, "squash": config.crop == "squash"}
+    pixels = image_transform(sides_of(config.resize), margin=info.streamed, **how)(image)
+    return pixels.float().div_(255).sub(mean).div_(std)  # gray pixels become three channels where there are three means
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -338,7 +362,9 @@ def load_data(
         images = source.parts[part if part in source.parts else "train"]  # val is held out
         names = ("augment", "auto_augment", "random_erasing", "noise") if part == "train" else ("noise",)
         options = {name: getattr(config, name) for name in names}
-        recipe = Recipe(config.dataset, part, batch_size, seed, config.resize, device, **options, rank=rank, world=world)
+        options |= {"rank": rank, "world": world, "statistics": config.statistics}
+        options |= {"interpolation": config.interpolation, "crop": config.crop}
+        recipe = Recipe(config.dataset, part, batch_size, seed, config.resize, device, **options)
         data, labels = images.data[index], images.labels[index]
         if streamed:
             return StreamedBatches(data, labels, index, recipe, config.num_workers)

@@ -94,7 +94,7 @@ def predict(run: Path, files: list[Path], device: str, batch_size: int, top: int
         for start in range(0, len(files), batch_size):
             batch = files[start : start + batch_size]
             images = torch.stack([read_image(file, options.data) for file in batch])
-            pictures += [as_picture(image, options.data.dataset) for image in images[: SHEET - len(pictures)]]
+            pictures += [as_picture(image, options.data) for image in images[: SHEET - len(pictures)]]
             shares, classes = model(images.to(device)).float().softmax(dim=1).topk(min(top, len(names)), dim=1)
             for file, of_image, numbers in zip(batch, shares.tolist(), classes.tolist(), strict=True):
                 row = {"file": str(file)}

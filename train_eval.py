@@ -354,7 +354,7 @@ def _train(training: Training, data: Data, folder: RunFolder, options: Options, 
         if not first:
             return
         if options.train.export:
-            export(Path(options.train.export), training.model, facts["image_shape"], folder.best)
+            export(Path(options.train.export), training.model, facts, folder.best)
         split = data.selection_split
         print(f"best {split} top-1 {best[f'{split}_top1']:.2f} % in epoch {best['epoch']}; results are in {folder.path}")
 
@@ -393,7 +393,7 @@ def _test(request: Request, model: nn.Module, data: Data, path: Path, facts: dic
     }
     written = RunFolder(train.output_dir).write_test_results(results, predictions.columns("predicted"))
     if train.export:
-        export(Path(train.export), model, facts["image_shape"])
+        export(Path(train.export), model, facts)
     others = ": test_results.json is of other options" * (written.name != "test_results.json")
     if others or train.checkpoint:
         print(f"results are in {written}{others}")

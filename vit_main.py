@@ -15,12 +15,11 @@ def main(argv: list[str] | None = None) -> int:
     program = PROGRAMS["vit_main.py"]
     options, parser = parse_options(program, __doc__, argv)
     # Import torch, which takes seconds, only once the options are valid.
-    from models.pretrained import load_vit_weights
+    from models.build import build_network, load_network_weights
     from train_eval import run
-    from vit import ViT
 
     warnings = unused_options(options, parser.given)
-    return run(options, ViT, load_vit_weights, program=program, stated=parser.stated, warnings=warnings)
+    return run(options, build_network, load_network_weights, program=program, stated=parser.stated, warnings=warnings)
 
 
 if __name__ == "__main__":

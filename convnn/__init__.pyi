@@ -71,6 +71,7 @@ from mixers.tables import PerGrid as PerGrid
 from models.build import build_network as build_network, load_network_weights as load_network_weights
 from models.convit import ConViTConfig as ConViTConfig, ConViTWithLinearClassifier as ConViTWithLinearClassifier
 from models.pretrained import load_vit_weights as load_vit_weights
+from models.replace import replace_attention as replace_attention
 from models.timm import timm_mixer as timm_mixer
 from neighbors import (
     aggregate as aggregate,

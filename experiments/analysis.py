@@ -116,7 +116,7 @@ def _window(mixing: Mixing) -> Tensor:
 
 def _under_changes(run: Run, found: list[Mixing], K: int, noise: float) -> list[dict]:
     """Measure the overlap with neighbors on flipped images (flipped back), and on images with noise on the pixels."""
-    _, std = channel_stats(run.options.data.dataset)
+    _, std = channel_stats(run.options.data)
     drawn = torch.randn(run.images.shape, generator=torch.Generator().manual_seed(0))
     _, flipped = record_mixing(run.model, run.images.flip(3), K)
     _, noisy = record_mixing(run.model, run.images + drawn * noise / std, K)

@@ -29,11 +29,10 @@ def explorer_page(folders: list[Path], images: int, pairs: int | None, data_path
     """
     runs = load_runs(folders, images, data_path)
     first = runs[0]
-    dataset = first.options.data.dataset
     page = {
-        "dataset": dataset,
+        "dataset": first.options.data.dataset,
         "images": [
-            {"src": _as_url(as_picture(image, dataset)), "label": first.class_names[label]}
+            {"src": _as_url(as_picture(image, first.options.data)), "label": first.class_names[label]}
             for image, label in zip(first.images, first.labels, strict=True)
         ],
         "runs": [_as_json(run, pairs or run.options.model.K) for run in runs],

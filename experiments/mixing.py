@@ -13,6 +13,7 @@ from layers2d import Attention2d, ConvNN2d, ConvNNAttention2d
 from mixers.base import MultiHeadMixer
 from mixers.graph import AxialGraphMixer, GraphAggregation, GraphConv2d, GraphMixer
 from neighbors import find_neighbors, gather_neighbors, neighbor_scores, neighbor_weights
+from options.vit import ViTConfig
 from vit import ViT
 
 KINDS = (MultiHeadMixer, ConvNN2d, ConvNNAttention2d, Attention2d, GraphConv2d)
@@ -50,22 +51,27 @@ def record_mixing(model: nn.Module, images: Tensor, pairs: int) -> tuple[Tensor,
     Where a layer mixes all pairs, the `pairs` strongest of each token are kept.
     """
     found: list[Mixing] = []
-    is_vit = isinstance(model, ViT)
+    is_vit = isinstance(model.config, ViTConfig)
 
     def record(name: str, module: nn.Module, inputs: tuple, output) -> None:
         x = inputs[0]
-        mixing = _of_sequence(module, x, output[1], model.config.grid, pairs) if is_vit else _of_image(module, x, pairs)
+        if is_vit:
+            mixed = output if isinstance(output, tuple) else getattr(module, "mixed", module.forward)(x, True)
+            mixing = _of_sequence(module, x, mixed[1], model.config.grid, pairs)
+        else:
+            mixing = _of_image(module, x, pairs)
         if mixing is not None:
             mixing.name = layer_name(name, "block" if is_vit else "layer")
             found.append(mixing)
 
     parts = {name: part for name, part in model.named_modules() if isinstance(part, KINDS)}
     if is_vit:  # custom mixers too, by their matrix
-        custom = {f"blocks.{number}.mixer": block.mixer for number, block in enumerate(model.blocks)}
+        place = "attn" if model.config.is_backbone else "mixer"
+        custom = {f"blocks.{number}.{place}": getattr(block, place) for number, block in enumerate(model.blocks)}
         parts |= {name: part for name, part in custom.items() if not any(isinstance(one, KINDS) for one in part.modules())}
     handles = [part.register_forward_hook(partial(record, name)) for name, part in parts.items()]
     with torch.no_grad():
-        logits = model(images, output_attentions=True)[0] if is_vit else model(images)
+        logits = model(images, output_attentions=True)[0] if isinstance(model, ViT) else model(images)
     for handle in handles:
         handle.remove()
     return logits, found

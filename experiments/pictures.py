@@ -54,7 +54,7 @@ def draw_attention(args: argparse.Namespace):
 
     figure, axes = make_panels(len(run.images) * (len(maps) + 1), len(maps) + 1, 1.5, 1.75)
     for image, row in enumerate(axes.reshape(len(run.images), -1)):
-        show_picture(row[0], as_picture(run.images[image], run.options.data.dataset))
+        show_picture(row[0], as_picture(run.images[image], run.options.data))
         title_of(row[0], *(run.class_names[number] for number in (run.labels[image], logits[image].argmax())))
         for axis, (name, of_images) in zip(row[1:], maps.items(), strict=True):
             axis.imshow(of_images[image].numpy(), cmap="viridis", extent=(0, 1, 1, 0))
@@ -78,7 +78,7 @@ def draw_neighbors(args: argparse.Namespace):
     figure, axes = make_panels(len(run.images) * len(layers), len(layers), 2.2, 2.45)
     for image, row in enumerate(axes.reshape(len(run.images), -1)):
         for layer, axis in zip(layers, row, strict=True):
-            show_picture(axis, as_picture(run.images[image], run.options.data.dataset))
+            show_picture(axis, as_picture(run.images[image], run.options.data))
             head = min(args.head, layer.index.shape[1] - 1)  # the last one of layers with fewer heads
             for number, place in enumerate(args.queries or QUERIES):
                 draw_lines(axis, layer, layer.index[image, head], place, f"C{number}")
@@ -145,7 +145,7 @@ def draw_samples(args: argparse.Namespace):
     images, labels = next(iter(data.train.epoch(0)))
     figure, axes = make_panels(len(images), min(8, len(images)), 1.25, 1.5)
     for axis, image, label in zip(axes, images, labels, strict=True):
-        show_picture(axis, as_picture(image, args.dataset))
+        show_picture(axis, as_picture(image, config))
         axis.set_title(drawable(data.class_names[label], 18), fontsize=8)
     return figure
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from dataset import channel_stats, load_data
 from models.build import build_network
+from models.replace import replace_attention
+from options.data import DataConfig
 from options.parser import read_yaml
 from options.runs import PROGRAMS, Options, resolve
 from options.trust import check_trusted
@@ -17,7 +19,6 @@ from options.vit import ViTConfig
 from runs.checkpoints import load_checkpoint, load_weights
 from runs.fingerprint import describe_classes, noted_classes
 from runs.provenance import check_same_class
-from vit import ViT
 
 
 class Run(NamedTuple):
@@ -64,7 +65,7 @@ def load_model(folder: Path, options: Options, weights: str = "best.pt") -> nn.M
     path = folder / weights
     if not path.exists():
         raise ValueError(f"{folder} holds no {weights}; its run has not ended its first epoch")
-    model = (ViT if isinstance(options.model, ViTConfig) else build_network)(options.model)
+    model = build_network(options.model)
     state = load_checkpoint(path)
     check_same_class(options.as_dict(), state.get("config") or {}, path, weights)
     load_weights(model, path, flag=weights, state=state)
@@ -75,6 +76,8 @@ def load_run(folder: Path, images: int, data_path: str | None) -> Run:
     """Load a run with its best weights and a number of test images (n, C, H, W), all on the CPU."""
     options = read_options(folder, data_path)
     model = load_model(folder, options)
+    if isinstance(options.model, ViTConfig) and options.model.is_backbone and options.model.layer == "Attention":
+        replace_attention(model, "Attention")  # timm's own does not tell its weights
     config = dataclasses.replace(options.data, test_limit=images, num_workers=0, download=False)
     data = load_data(config, batch_size=images, seed=options.train.seed, device=torch.device("cpu"), test_only=True)
     check_classes(folder, data.class_names)
@@ -100,8 +103,8 @@ def load_runs(folders: list[Path], images: int, data_path: str | None) -> list[R
     return runs
 
 
-def as_picture(image: Tensor, dataset: str) -> np.ndarray:
+def as_picture(image: Tensor, config: DataConfig) -> np.ndarray:
     """Return a normalized image (C, H, W) as matplotlib shows it: (H, W) gray or (H, W, 3), from 0 to 1."""
-    mean, std = channel_stats(dataset)
+    mean, std = channel_stats(config)
     pixels = (image * std + mean).clamp(0, 1)
     return pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()

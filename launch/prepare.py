@@ -185,7 +185,7 @@ def load_start(request: Request, model: nn.Module, resumed_from: Path | None) ->
     policy = LoadPolicy(partial=not train.strict, resample=not train.strict, grid=grid_of(state.get("config")))
     loaded = load_weights(model, path, request.load, state=state, policy=policy)
     if first:
-        say_what_differs(request.options.model, state, path)
+        say_what_differs(request.options, state, path)
         say_what_was_loaded(loaded, path, model)
     return list_of_loaded(loaded, path), None if f"{head_of(model)}weight" in loaded.new else {"data": state.get("data")}
 
@@ -242,6 +242,7 @@ def facts_of(request: Request, model: nn.Module, data: Data, device: torch.devic
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "flops_per_image": count_flops(model, torch.zeros(1, *shape, device=device)),
         "image_shape": shape,
+        "preprocessing": getattr(request.options.data, "preprocessing", None),
         "num_classes": request.options.model.num_classes,
         "train_images": data.train.num_samples,
         "test_images": data.test.num_samples,
@@ -299,4 +300,5 @@ def begin_test(request: Request, program: Program, stated: dict) -> tuple[Reques
     check_same_classes(state, data.fingerprint, path, train.override, quiet=not processes.first)
     override = {name: {"trained": before, "here": after} for name, (before, after) in changes.items()}
     facts = {"image_shape": shape, "flops_per_image": flops, "override": override}
+    facts |= {"preprocessing": options.data.preprocessing, "class_names": data.class_names}
     return request, model.to(device), data, path, facts

@@ -40,29 +40,32 @@ TIMM = {
 FOREIGN = {"conv_proj.weight": TORCHVISION, "patch_embed.proj.weight": TIMM}  # by the name of their first weight
 
 
-def fit_positions(model: nn.Module, table: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, str]:
-    """Return learned positions resampled to the grid of this model, and a note on it.
+def fit_positions(table: Tensor, grid: tuple[int, int] | None, new: tuple[int, int], ours: int) -> tuple[Tensor, str]:
+    """Return learned positions resampled to the grid of a model, and a note on it.
 
-    A class token that joins after the local layers has no position: a surplus position is dropped, and a missing one is zero.
+    Tokens without a position, such as a class token that joins after the local layers, come first: surplus positions are
+    dropped, and missing ones are zero.
 
     Args:
         table: positions (1, tokens, d) of the other model.
         grid: rows and columns of its patches; None: a square, or those of this model if its shape agrees and is no square's.
+        new: rows and columns of the patches of this model.
+        ours: positions before the patches in this model.
 
     Raises ValueError if the grid cannot be derived.
     """
-    new, count, ours = model.config.grid, table.shape[1], model.config.class_tokens
+    count = table.shape[1]
     if grid is None:
         side = math.isqrt(count)  # of a square grid, with or without a class token
-        is_own = table.shape == model.pos_embedding.shape and math.isqrt(count - ours) ** 2 != count - ours
+        is_own = count == ours + math.prod(new) and math.isqrt(count - ours) ** 2 != count - ours
         grid = new if is_own else (side, side)
     theirs = count - math.prod(grid)
-    if theirs not in (0, 1) or 0 in grid:
+    if theirs not in (0, 1, ours) or 0 in grid:
         raise ValueError(
             f"of an unknown grid: its {count} positions are not of a square of patches, with or without a class token"
         )
     table = resample_positions(table, grid, new, theirs)
-    table = table[:, 1:] if theirs > ours else F.pad(table, (0, 0, ours - theirs, 0))
+    table = table[:, theirs - ours :] if theirs > ours else F.pad(table, (0, 0, ours - theirs, 0))
     return table, "" if grid == new else f"{grid[0]} x {grid[1]} to {new[0]} x {new[1]} patches"
 
 
@@ -96,7 +99,8 @@ def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], policy: Lo
         if table is not None and table.ndim == 3 and model.config.pos_embedding == "learned":
             has_grid = (stem or policy.grid) and table.shape == model.pos_embedding.shape  # the shape does not tell another one
             if policy.resample or has_grid:
-                weights["pos_embedding"], resampled = fit_positions(model, table, policy.grid)
+                config = model.config
+                weights["pos_embedding"], resampled = fit_positions(table, policy.grid, config.grid, config.class_tokens)
             if resampled and not policy.resample:
                 raise ValueError(f"of another architecture: pos_embedding is of another grid, {resampled}")
         return load_state(model, weights, policy)._replace(resampled=resampled)

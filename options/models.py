@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from options.custom_mixer import CustomMixer, check_unchanged, help_of, is_address, load, settle
+from options.data import default_statistics
 from options.fields import SIDE, WIDTH, as_words, check_value, option, specs
 from options.layers import WITHOUT_EFFECT, Row, check_layer, layer_label, layer_row, layers_of
 from options.neighbors import NeighborConfig
@@ -146,14 +147,14 @@ class ModelConfig(NeighborConfig):
     def drop_overridden(values: dict, given: dict) -> dict:
         """Drop the values of a YAML file that the command line makes void.
 
-        Another layer has other options; the same layer may be defined in another file. A test with the config.yaml of a
-        training evaluates the trained weights, not the ones that training started from, and exports nothing. Generated images
-        of another size are not resized to the former one.
+        Another data set has other statistics, another layer other options; the same layer may be defined in another file. A
+        test with the config.yaml of a training evaluates the trained weights, not the ones that training started from, and
+        exports nothing. Generated images of another size are not resized to the former one.
         """
-        dropped = set()
+        dropped = default_statistics(values) if "dataset" in given else set()
         if "layer" in given:
             is_same = layer_label(str(given["layer"])) == layer_label(str(values.get("layer")))
-            dropped = {"layer_sha256"} if is_same else {"layer_sha256", "mixer_option"}
+            dropped |= {"layer_sha256"} if is_same else {"layer_sha256", "mixer_option"}
         if str(values.get("test_only")).lower() == "false" and str(given.get("test_only")).lower() == "true":
             dropped |= {"checkpoint", "export"}
         if "task_size" in given:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from options.allconvnet import AllConvNetConfig
 from options.backbones import BACKBONES
-from options.data import CELL, DATASETS, DataConfig, sides_of
+from options.data import CELL, DATASETS, DataConfig, default_statistics, sides_of
 from options.fields import as_words, build, check_option, specs
 from options.layers import WITHOUT_EFFECT, layer_label
 from options.machine import cpu_cores
@@ -15,6 +15,7 @@ from options.models import ModelConfig
 from options.neighbors import as_sides, canonical_metric
 from options.parser import OneLineParser, merge, read_values
 from options.reading import is_hidden, path_problem
+from options.timm import PREFIX, describe, is_timm
 from options.training import KERNELS_IN_ENVIRONMENT, KERNELS_VARIABLE, TrainConfig
 from options.trust import check_trusted, trusting
 from options.vit import CONVITS, ViTConfig
@@ -59,16 +60,20 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
     if train.override:  # accept a changed custom mixer
         values = {name: value for name, value in values.items() if name != "layer_sha256"}
     info = DATASETS[data.dataset]
+    mean, std = data.statistics
     data = dataclasses.replace(
         data,
+        mean=mean,
+        std=std,
         resize=data.resize or data.size,
         num_workers=min(8, cpu_cores()) if data.num_workers is None else data.num_workers,
     )
     classes = info.classes or _count_classes(data.data_path)
-    model = build(model_type, values, image_size=data.resize, in_channels=info.channels, num_classes=classes)
+    model = build(model_type, values, image_size=data.resize, in_channels=len(mean), num_classes=classes)
     if train.output_dir is None:
         name, preset = layer_label(model.layer).replace("/", "-"), getattr(model, "model", None)
         folder = f"{preset}/{name}" if preset in BACKBONES else f"{family}/{preset if preset in CONVITS else name}"
+        folder = f"{family}/{preset.removeprefix(PREFIX)}/{name}" if is_timm(preset) else folder
         train = dataclasses.replace(train, output_dir=f"./Output/{folder}")
     for name, path in (("data_path", data.data_path), ("output_dir", train.output_dir), ("export", train.export)):
         problem = path and path_problem(path)
@@ -85,9 +90,13 @@ class Program(NamedTuple):
     defaults: dict
 
     def defaults_for(self, values: dict) -> dict:
-        """Return the defaults for these options: a cell of a generated task is a patch, and images keep their size."""
-        is_task = str(values.get("dataset")).startswith("task_")
-        return self.defaults | ({"patch_size": CELL, "resize": None} if is_task else {})
+        """Return the defaults for these options.
+
+        A model of timm has its preprocessing. A cell of a generated task is a patch, and its images keep their size.
+        """
+        model, is_task = values.get("model"), str(values.get("dataset")).startswith("task_")
+        of_task = {"patch_size": CELL, "resize": None} if is_task else {}
+        return self.defaults | (describe(model).data if is_timm(model) else of_task)
 
 
 PROGRAMS = {
@@ -153,7 +162,7 @@ def program_of(options: dict) -> str | None:
 
 
 # Options of the data that an evaluation takes from the training.
-OF_DATA = ("dataset", "task_size", "task_symbols", "data_path", "resize")
+OF_DATA = ("dataset", "task_size", "task_symbols", "data_path", "resize", "crop", "interpolation", "mean", "std")
 
 
 def evaluation_options(options: Options) -> dict:
@@ -181,7 +190,7 @@ def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
     model = [name for name in specs(program.model) if name in trained]
     recorded = {name: trained[name] for name in (*model, *OF_DATA, "criterion") if name in trained}
     if "dataset" in stated:
-        recorded.pop("data_path", None)
+        recorded = {name: recorded[name] for name in recorded.keys() - default_statistics(trained) - {"data_path"}}
     if "task_size" in stated:
         stated = {"resize": CELL * stated["task_size"]} | stated
     with trusting(bool(stated.get("trust_code"))):
@@ -193,7 +202,9 @@ def as_trained(program: Program, stated: dict, trained: dict) -> AsTrained:
     options = resolve(program.model, program.family, merge(values, stated, specs(program.model)))
     now = options.as_dict()
     unused = options.model.without_effect().keys() | ONLY_IN_TRAINING
-    compared = [name for name in (*model, "resize") if name in recorded and name not in unused]
+    compared = [
+        name for name in (*model, "resize", "crop", "interpolation", "mean", "std") if name in recorded and name not in unused
+    ]
     changes = {name: (recorded[name], now[name]) for name in compared if not same_value(name, recorded[name], now[name])}
     if "resize" in recorded and isinstance(options.model, AllConvNetConfig):
         # Its layers run on maps of any size. Built for this size, a backbone would have another K and other weights.

@@ -16,7 +16,7 @@ from options.checks import (
     region_sides,
     sequence_grid,
 )
-from options.fields import LAYERS, NOT_GIVEN, SIDE, TOKENS, WIDTH, decide, option, with_default
+from options.fields import LAYERS, NOT_GIVEN, SIDE, TOKENS, WIDTH, Spec, check_one, decide, option, with_default
 from options.layers import (
     CONVOLUTION_TYPES,
     CUSTOM_LAYER,
@@ -27,11 +27,13 @@ from options.layers import (
     PERFORMER_KERNELS,
     TOPKS,
     Row,
+    layer_label,
     layer_row,
     layers_of,
 )
 from options.models import GRAPH_AGGREGATION, LAYER_SHA256, MIXER_OPTION, SCORE_TEMPERATURE, TOPK, ModelConfig, preset_option
 from options.neighbors import NeighborConfig
+from options.timm import describe, is_timm
 
 CONVIT_SIZES = {"Ti": (192, 4), "Ti_plus": (256, 4), "S": (432, 9), "S_plus": (576, 9), "B": (768, 16), "B_plus": (1024, 16)}
 
@@ -58,6 +60,8 @@ VIT_MODELS = {"vit": {}} | {
 
 
 CONVITS = VIT_MODELS.keys() - {"vit"}
+TIMM = {"dropout": 0.0, "attention_dropout": 0.0}  # defaults of the options by a model of timm, besides its sizes
+NOT_OF_TIMM = "attention_bias pos_embedding patch_norm final_norm pool initializer_range".split()  # its own model decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +76,18 @@ class ViTConfig(ModelConfig):
     sizes: ClassVar[tuple[str, str]] = ("d_model", "num_heads")
     unscored: ClassVar[frozenset[str]] = frozenset({"ViG"})
 
-    model: str = option("vit", "ViT or a ConViT size; other flags override its options", choices=tuple(VIT_MODELS))
+    model: str = option(
+        "vit",
+        "ViT or a ConViT size, whose options other flags override; or a transformer of timm, with --layer in its blocks "
+        "(Attention: its own)",
+        metavar="{" + ",".join(VIT_MODELS) + ",timm:NAME}",
+    )
     layer: str = preset_option(
         "Attention", f"token mixer of the blocks{CUSTOM_LAYER}", metavar="{" + ",".join(LAYERS1D_NAMES) + "}"
     )
     mixer_option: tuple[str, ...] | None = option(None, MIXER_OPTION, kind=str, many=True, metavar="NAME=VALUE", repeat=True)
     layer_sha256: str | None = option(None, LAYER_SHA256, kind=str, flag=False)
-    patch_size: int = option(16, "side of a patch in pixels", low=1, high=SIDE)
+    patch_size: int = preset_option(16, "side of a patch in pixels", low=1, high=SIDE)
     num_layers: int = preset_option(8, "blocks", low=1, high=LAYERS)
     num_heads: int = preset_option(8, "heads; 1 gives ConvNN attention without head splitting", low=1, high=WIDTH)
     d_model: int = preset_option(512, "features per token", low=1, high=WIDTH, aliases=("d_hidden",))
@@ -152,6 +161,7 @@ class ViTConfig(ModelConfig):
     magnitude_type: str = with_default(NeighborConfig, "magnitude_type", "matmul")
     similarity_type: str = with_default(NeighborConfig, "similarity_type", "Col", decided=True)
     image_size: int | tuple[int, int] = 224
+    prefix_tokens: int | None = None  # tokens before the patches in a model of another library: class token and registers
     d_hidden: InitVar[int | None] = None  # another name of d_model
 
     def __post_init__(self, d_hidden: int | None):
@@ -159,13 +169,21 @@ class ViTConfig(ModelConfig):
             if self.d_model is not NOT_GIVEN:
                 raise ValueError("d_hidden and d_model are two names of one option; drop one of them")
             object.__setattr__(self, "d_model", d_hidden)
-        decide(self, VIT_MODELS.get(str(self.model), {}) | ({"similarity_type": "Loc_Col"} if self.coordinate_encoding else {}))
+        sizes = describe(self.model).sizes if self.is_backbone else {}
+        decided = TIMM | sizes if self.is_backbone else VIT_MODELS.get(str(self.model), {})
+        decide(self, decided | ({"similarity_type": "Loc_Col"} if self.coordinate_encoding else {}))
+        for name, value in sizes.items():
+            if getattr(self, name) not in (None, value):
+                raise ValueError(f"{name}={getattr(self, name)}: model={self.model} has {value}; drop {name}")
+            object.__setattr__(self, name, value)
         if len(layers_of(str(self.layer))) > 1 and not self.layer.endswith(".py"):
             raise ValueError(
                 f"layer={self.layer!r} must be one layer; only allconvnet_main.py takes two in parallel. "
                 "Write a folder with the name of a layer as ./Attention/file.py:Class"
             )
         self._check_ranges()
+        if not self.is_backbone:
+            check_one("model", self.model, Spec(str, "", choices=tuple(VIT_MODELS)))
         check_patches(self.patch_size, self.image_size)
         check_heads(self.d_model, self.num_heads)
         if self.initializer_range == 0:
@@ -188,6 +206,8 @@ class ViTConfig(ModelConfig):
         values, dropped = ModelConfig.drop_overridden(values, given), set()
         if "model" in values and given.get("model", values["model"]) != values["model"]:
             dropped |= VIT_MODELS["convit_ti"].keys()
+            if is_timm(values["model"]) or is_timm(given["model"]):
+                dropped |= {"patch_size", "qkv_bias", "proj_bias", "resize", "mean", "std", "interpolation"}
         if given.get("similarity_type") == "Col":
             dropped.add("coordinate_encoding")
         implied = "Loc_Col" if values.get("coordinate_encoding") is True else "Col"
@@ -201,10 +221,21 @@ class ViTConfig(ModelConfig):
 
     def without_effect(self, *, defaults: bool = False) -> dict[str, str]:
         found = super().without_effect(defaults=defaults)
+        if self.is_backbone:
+            found |= dict.fromkeys(NOT_OF_TIMM, "model")
         if self.num_layers == 1:
             found["drop_path"] = "num_layers"  # its rate is 0 in the first block
         no_layer = self.num_local_layers == 0
         return {name: "num_local_layers" if no_layer and other == "layer" else other for name, other in found.items()}
+
+    @property
+    def is_backbone(self) -> bool:
+        """True for a model of timm."""
+        return is_timm(self.model)
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} with {layer_label(self.layer)}" if self.is_backbone else layer_label(self.layer)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -219,7 +250,12 @@ class ViTConfig(ModelConfig):
 
     @property
     def class_tokens(self) -> int:
-        """Number of class tokens in the blocks that use `layer`; with num_local_layers the token joins after them."""
+        """Number of tokens before the patches in the blocks that use `layer`.
+
+        With num_local_layers the class token joins after them.
+        """
+        if self.prefix_tokens is not None:
+            return self.prefix_tokens
         return int(self.pool == "cls" and self.num_local_layers is None)
 
     def _check_layer(self) -> None:
@@ -229,7 +265,8 @@ class ViTConfig(ModelConfig):
         row = layer_row(self.rows, self.layer, self.branch_ratio)
         grid = sequence_grid(self.grid)
         if self.class_tokens and not row.mixes:
-            raise ValueError(f"pool=cls with layer={self.layer}: a class token sees no patch without mixing; use --pool mean")
+            remedy = "--pool mean" if self.prefix_tokens is None else "a model without one"
+            raise ValueError(f"pool=cls with layer={self.layer}: a class token sees no patch without mixing; use {remedy}")
         if row.branches:
             branch_widths(self.d_model, self.num_heads, self.branch_ratio)
         if "neighbors" in row.arguments:

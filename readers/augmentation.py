@@ -17,7 +17,7 @@ from readers.files import import_torchvision
 # Streams of random numbers: independent numbers for independent purposes (`utils.keys`).
 CROP, ORDER, WORKER, TRAIN_NOISE, VAL_NOISE, TEST_NOISE, POLICY, ERASE = range(8)
 NOISE = {"train": TRAIN_NOISE, "val": VAL_NOISE, "test": TEST_NOISE}
-BILINEAR = 2  # PIL's number
+INTERPOLATION = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 POLICIES = {"rand": "RandAugment", "trivial": "TrivialAugmentWide"}  # names in torchvision.transforms.v2
 
 
@@ -38,22 +38,40 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, paddi
     return padded.gather(2, pixel.view(B, 1, H * W).expand(B, C, H * W)).view(B, C, H, W)
 
 
-def resize_images(images: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Resize pixels from 0 to 255 (B, C, H, W) to float32 (B, C, *size), whole numbers as by PIL's bilinear resize."""
-    images = F.interpolate(images.float(), size=sides_of(size), mode="bilinear", align_corners=False, antialias=True)
+def resize_images(images: Tensor, size: int | tuple[int, int], interpolation: str = "bilinear") -> Tensor:
+    """Resize pixels from 0 to 255 (B, C, H, W) to float32 (B, C, *size), whole numbers as by PIL's resize."""
+    images = F.interpolate(images.float(), size=sides_of(size), mode=interpolation, align_corners=False, antialias=True)
     return images.round_().clamp_(0, 255)
 
 
-def _cover(sides: tuple[int, int], image):
-    """Resize a PIL image, in its own proportions, to the smallest that covers (height, width)."""
-    (width, height), (rows, columns) = image.size, sides
+def center_crop(images: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Crop images (B, C, H, W) around their center to (B, C, *sides), rounding as torchvision's CenterCrop."""
+    top, left = (round((size - side) / 2) for size, side in zip(images.shape[2:], sides, strict=True))
+    return images[:, :, top : top + sides[0], left : left + sides[1]]
+
+
+def covering(size: tuple[int, int], sides: tuple[int, int]) -> tuple[int, int]:
+    """Return the smallest height and width, in the proportions of `size`, that cover `sides`."""
+    (height, width), (rows, columns) = size, sides
     if rows * width >= columns * height:
-        return image.resize((rows * width // height, rows), BILINEAR)
-    return image.resize((columns, columns * height // width), BILINEAR)
+        return rows, rows * width // height
+    return columns * height // width, columns
+
+
+def _resize(sides: tuple[int, int], interpolation: int, squash: bool, image):
+    """Resize a PIL image to (height, width), or in its own proportions to cover them."""
+    height, width = sides if squash else covering(image.size[::-1], sides)
+    return image.resize((width, height), interpolation)
 
 
 def image_transform(
-    sides: tuple[int, int], *, augment: bool = False, auto_augment: str = "none", margin: bool = True
+    sides: tuple[int, int],
+    *,
+    augment: bool = False,
+    auto_augment: str = "none",
+    margin: bool = True,
+    interpolation: str = "bilinear",
+    squash: bool = False,
 ) -> Callable:
     """Return a transform of PIL images to (C, *sides) uint8, drawing from torch's CPU generator.
 
@@ -62,13 +80,14 @@ def image_transform(
             around its center.
         auto_augment: Policy that follows: none, rand or trivial.
         margin: Resize to cover 256/224 of the sides before the center crop.
+        squash: Resize to the sides instead, without a crop.
     """
-    v2 = import_torchvision().transforms.v2
+    v2, mode = import_torchvision().transforms.v2, INTERPOLATION[interpolation]
     if augment:
-        steps = [v2.RandomResizedCrop(sides), v2.RandomHorizontalFlip()]
+        steps = [v2.RandomResizedCrop(sides, interpolation=mode), v2.RandomHorizontalFlip()]
     else:
-        covered = tuple(round(side * 256 / 224) for side in sides) if margin else sides
-        steps = [partial(_cover, covered), v2.CenterCrop(sides)]
+        covered = tuple(round(side * 256 / 224) for side in sides) if margin and not squash else sides
+        steps = [partial(_resize, covered, mode, squash), v2.CenterCrop(sides)]
     if auto_augment != "none":
         steps.append(make_policy(auto_augment))
     return v2.Compose([*steps, v2.PILToTensor()])

@@ -1,5 +1,6 @@
 """Checkpoint files: tensors and plain values, written atomically, read without running any code in them."""
 
+import json
 import re
 import warnings
 import zipfile
@@ -42,9 +43,12 @@ def load_checkpoint(path: Path) -> dict:
         raise DamagedError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, not a checkpoint")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            from safetensors import safe_open
 
-            return {"model": load_file(path)}
+            with safe_open(path, "pt") as file:
+                notes = file.metadata() or {}
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            return {"model": weights} | {name: json.loads(notes[name]) for name in ("preprocessing",) if name in notes}
         # torch.load does not verify checksums and would return numbers in which some bits have changed.
         if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"checksum of {part}")

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -25,26 +26,30 @@ def check_export(train: TrainConfig) -> None:
         raise RunError(f"--export {train.export} needs the packages onnx and onnxscript: pip install onnx onnxscript")
 
 
-def export(path: Path, model: nn.Module, image_shape: tuple[int, ...], best: Path | None = None) -> None:
-    """Write a model, or its weights, as the file's suffix says; of the checkpoint `best` if given. Raises Stopped."""
+def export(path: Path, model: nn.Module, facts: dict, best: Path | None = None) -> None:
+    """Write a model, or its weights, as the file's suffix says; of the checkpoint `best` if given. Raises Stopped.
+
+    facts: of model and data, as in summary.json; the file holds `preprocessing` and `class_names` as JSON in its metadata.
+    """
+    notes = {name: json.dumps(facts[name]) for name in ("preprocessing", "class_names")}
     weights = model.state_dict() if best is None else weights_in(load_checkpoint(best), best)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_temporaries(path.parent, path.name)
     if path.suffix == ".onnx":
         load_state(model, weights)
-        export_onnx(path, model, image_shape)
+        export_onnx(path, model, facts["image_shape"], notes)
     else:
-        export_weights(path, weights)
+        export_weights(path, weights, notes)
 
 
-def export_weights(path: Path, weights: dict) -> None:
-    """Write a state dict as safetensors."""
+def export_weights(path: Path, weights: dict, notes: dict[str, str] | None = None) -> None:
+    """Write a state dict as safetensors, with notes in its metadata."""
     from safetensors.torch import save
 
-    write_atomically(path, save({name: value.contiguous() for name, value in weights.items()}))
+    write_atomically(path, save({name: value.contiguous() for name, value in weights.items()}, metadata=notes))
 
 
-def export_onnx(path: Path, model: nn.Module, image_shape: tuple[int, ...]) -> None:
+def export_onnx(path: Path, model: nn.Module, image_shape: tuple[int, ...], notes: dict[str, str] | None = None) -> None:
     """Write the model, in eval mode, as ONNX: input `images` (batch, channels, height, width), output `logits`.
 
     The graph holds plain operators: nothing of this project is needed to run it.
@@ -58,4 +63,7 @@ def export_onnx(path: Path, model: nn.Module, image_shape: tuple[int, ...]) -> N
         output_names=["logits"],
         verbose=False,
     )
-    write_atomically(path, program.model_proto.SerializeToString())
+    proto = program.model_proto
+    for name, text in (notes or {}).items():
+        proto.metadata_props.add(key=name, value=text)
+    write_atomically(path, proto.SerializeToString())

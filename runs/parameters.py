@@ -9,7 +9,8 @@ from runs import RunError
 
 HEAD = "classifier."  # unless the model has an attribute `head`
 BLOCK = re.compile(r"(?:blocks|layers)\.(\d+)\.")
-UNDECAYED = ("pos_embedding", "class_token")  # and all vectors: norms, biases, gates
+UNDECAYED = ("pos_embedding", "class_token", "pos_embed", "cls_token", "reg_token", "dist_token")  # here, and in timm
+# and all vectors: norms, biases, gates
 
 
 def head_of(model: nn.Module) -> str:
@@ -57,10 +58,11 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
     number = {name: int(found[1]) + 1 for name in names if (found := BLOCK.match(name))}
     if decay == 1:
         return dict.fromkeys(names, 1.0)
-    if not number or not any(name.startswith(HEAD) for name in names):
-        raise RunError(f"--layer_decay {decay}: this model has no blocks.* or layers.* before a {HEAD}*; leave it out")
+    head = head_of(model)
+    if not number or not any(name.startswith(head) for name in names):
+        raise RunError(f"--layer_decay {decay}: this model has no blocks.* or layers.* before a {head}*; leave it out")
     last = max(number.values())
-    others = {name: last + 1 if name.startswith(HEAD) else last if name.startswith("norm.") else 0 for name in names}
+    others = {name: last + 1 if name.startswith(head) else last if "norm." in name else 0 for name in names}
     return {name: decay ** (last + 1 - number.get(name, others[name])) for name in names}
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from torch import nn
 
 from options.fields import as_words
-from options.models import ModelConfig
 from options.runs import Options, Program, as_trained, assumed_options, same_value
 from runs import RunError
 from runs.checkpoints import Loaded
@@ -91,12 +90,13 @@ def say_what_is_assumed(options: Options, state: dict, path: Path, changes: dict
         print(f"warning: {'--override: ' * options.train.override}{path} was trained with {words}", file=sys.stderr)
 
 
-def say_what_differs(model: ModelConfig, state: dict, path: Path) -> None:
-    """Warn where the weights that a training starts from belong to another model, though they fit."""
-    trained = state["config"] if isinstance(state.get("config"), dict) else {}
+def say_what_differs(options: Options, state: dict, path: Path) -> None:
+    """Warn where the weights that a training starts from belong to another model, though they fit, or to other images."""
+    trained = state["config"] if isinstance(state.get("config"), dict) else state.get("preprocessing") or {}
+    of_images = {name: getattr(options.data, name) for name in ("interpolation", "mean", "std") if hasattr(options.data, name)}
     differences = [
         f"--{name} {as_words(trained[name])}, here {as_words(value)}"
-        for name, value in assumed_options(model).items()
+        for name, value in (assumed_options(options.model) | of_images).items()
         if name in trained and not same_value(name, trained[name], value)
     ]
     if differences:

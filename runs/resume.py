@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from options.data import DATASETS, DataConfig
 from options.fields import as_words, specs
 from options.models import ModelConfig
 from options.runs import program_of, same_value
@@ -15,7 +16,7 @@ from runs.processes import Processes
 from runs.provenance import check_same_class
 from runs.training import Training
 
-DEFAULTS = {name: spec.default for config in (ModelConfig, TrainConfig) for name, spec in specs(config).items()}
+DEFAULTS = {name: spec.default for config in (ModelConfig, DataConfig, TrainConfig) for name, spec in specs(config).items()}
 
 
 def resumable_state(folder: RunFolder, options: dict, quiet: bool = False) -> tuple[dict, Path] | None:
@@ -48,6 +49,8 @@ def _check_options(options: dict, trained: dict, path: Path) -> None:
     if program and program_of(options) not in (None, program):
         raise RunError(f"--resume: {path} is of a run of {program}; resume it with that, or use another --output_dir")
     check_same_class(options, trained, path, "--resume")
+    info = DATASETS.get(trained.get("dataset"))
+    trained = ({"mean": info.mean, "std": info.std} if info else {}) | trained
     for name, value in options.items():
         before = trained.get(name, DEFAULTS.get(name))  # an option that is newer than the run
         if name not in RESUME_MAY_CHANGE and not same_value(name, before, value):

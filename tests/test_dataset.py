@@ -23,7 +23,7 @@ def one_thread():
 def test_normalisation():
     images = random_images(5)
     out, places = everything(device_batches(images, part="test"))
-    mean, std = (np.array(numbers).reshape(1, 3, 1, 1) for numbers in (ROWS["cifar10"].mean, ROWS["cifar10"].std))
+    mean, std = (np.array(numbers).reshape(1, 3, 1, 1) for numbers in (DATASETS["cifar10"].mean, DATASETS["cifar10"].std))
     assert out.dtype == torch.float32 and places.dtype == torch.int64
     np.testing.assert_allclose(out.numpy(), (images / 255 - mean) / std, atol=2e-6)
     assert places.tolist() == [0, 1, 2, 3, 4]
@@ -188,5 +188,5 @@ def test_limits_and_validation_split_of_digits(tmp_path):
 
 def test_every_data_set_has_a_row():
     assert set(ROWS) == set(DATASETS)
-    for name, row in ROWS.items():
-        assert len(row.mean) == len(row.std) == DATASETS[name].channels
+    for info in DATASETS.values():
+        assert len(info.mean) == len(info.std) == info.channels

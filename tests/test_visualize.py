@@ -217,7 +217,7 @@ def test_samples_are_the_first_training_images(more):
     images, labels = next(iter(data.train.epoch(0)))
     assert len(axes) == 16 and not any(axis.images for axis in axes[10:])  # two rows of eight
     for axis, image, label in zip(axes, images, labels, strict=False):
-        shown, expected = axis.images[0].get_array(), as_picture(image, "digits")
+        shown, expected = axis.images[0].get_array(), as_picture(image, DataConfig(dataset="digits"))
         torch.testing.assert_close(torch.tensor(shown), torch.tensor(expected))
         assert axis.get_title() == data.class_names[label]
 
@@ -228,7 +228,7 @@ def test_a_picture_is_the_image_before_it_was_normalized():
     images, _ = next(iter(data.test.epoch(0)))
     raw = data.test._images[:3, 0].float() / 255
     for image, pixels in zip(images, raw, strict=True):
-        torch.testing.assert_close(torch.tensor(as_picture(image, "digits")), pixels)
+        torch.testing.assert_close(torch.tensor(as_picture(image, DataConfig(dataset="digits"))), pixels)
 
 
 def test_default_places_of_figures(runs, monkeypatch, tmp_path, capsys):

@@ -10,6 +10,7 @@ from dataset import channel_stats
 from experiments.analysis import PANELS, analyze_runs, draw_analysis, kept_epochs
 from experiments.trained import load_run
 from neighbors import grid_locations
+from options.data import DataConfig
 from tests.helpers.tiny_runs import write_run
 
 VIT = {"resize": 8, "patch_size": 2, "num_layers": 2, "num_heads": 2, "d_model": 8, "d_mlp": 8, "K": 4, "kernel_size": 3}
@@ -82,7 +83,7 @@ def test_overlaps_are_those_with_the_changed_images(runs):
     rows = rows_of(runs, "convnn", noise=0.3)
     model, images, _, _ = load_run(runs / "convnn", 3, None)[3:]
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * 0.3
-    _, std = channel_stats("digits")
+    _, std = channel_stats(DataConfig(dataset="digits"))
     order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.arange(16).view(4, 4).flip(1).flatten()])
     with torch.no_grad():
         one, flipped, noisy = (model(x, output_attentions=True)[1] for x in (images, images.flip(3), images + noise / std))

@@ -40,7 +40,7 @@ def everything(batches, epoch=0, start=0):
 
 def pixels(images, name):
     """Normalised images back to 0 to 255."""
-    mean, std = channel_stats(name)
+    mean, std = channel_stats(DataConfig(dataset=name))
     return (images * std + mean) * 255
 
 

@@ -163,8 +163,10 @@ def test_a_blocks_attention_is_replaced_in_place():
 
 def test_what_a_mixer_cannot_do_is_said():
     make = timm_mixer("KvtAttention", K=3, **MIXER)
-    with pytest.raises(ValueError, match="qk_norm and scale_norm must be False"):
-        make(16, num_heads=4, qk_norm=True)
+    with pytest.raises(ValueError, match="scale_norm must be False"):
+        make(16, num_heads=4, scale_norm=True)
+    with pytest.raises(ValueError, match="ViG has no norm of queries and keys: qk_norm must be False"):
+        timm_mixer("ViG", K=3, **MIXER)(16, num_heads=4, qk_norm=True, norm_layer=nn.LayerNorm)
     with pytest.raises(ValueError, match="takes no mask"):
         make(16, num_heads=4)(torch.randn(1, 17, 16), is_causal=True)
     with pytest.raises(ValueError, match="num_heads=3 does not divide d_model=16"):
@@ -173,8 +175,8 @@ def test_what_a_mixer_cannot_do_is_said():
         timm_mixer("KvtAttention", K=18, **MIXER)
     with pytest.raises(ValueError, match="layer='Kvt' is not one of"):
         timm_mixer("Kvt")
-    with pytest.raises(ValueError, match="10 tokens were given, and the layer was made for"):
-        timm_mixer("ConvNNAttention", K=3, **MIXER)(16, num_heads=4)(torch.randn(1, 10, 16))
+    with pytest.raises(ValueError, match="11 tokens were given, and the layer was made for"):
+        timm_mixer("ConvNNAttention", K=3, **MIXER)(16, num_heads=4)(torch.randn(1, 11, 16))
 
 
 def test_the_example_swaps_and_fine_tunes(monkeypatch, capsys):

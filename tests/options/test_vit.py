@@ -145,7 +145,7 @@ def test_what_a_model_decides_is_what_may_be_left_to_it():
 
     fields = ViTConfig.__dataclass_fields__
     left = {name for name, spec in specs(ViTConfig).items() if fields[name].default is not spec.default}
-    left -= {"similarity_type"}  # which coordinate_encoding decides
+    left -= {"similarity_type", "patch_size"}  # which coordinate_encoding and a model of timm decide
     assert all(set(values) in (left, set()) for values in VIT_MODELS.values())
     one, two = Other(model="convit_ti", num_heads=2), Other(num_heads=2, dropout=0.1)
     assert (one.layer, one.num_layers, one.dropout, one.num_heads, one.d_mlp) == ("GPSA", 12, 0.0, 2, 64)

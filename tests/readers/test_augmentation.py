@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomErasing, v2
 
 from dataset import DeviceBatches, Recipe, channel_stats
-from options.data import DATASETS
+from options.data import DATASETS, DataConfig
 from readers.augmentation import ERASE, POLICY, WORKER, crop_and_flip, resize_images
 from tests.helpers.data import CPU, device_batches, everything, load, pixels, random_images
 from utils import keys
@@ -25,7 +25,7 @@ def seeded(index, epoch, stream, seed=0):
 
 
 def normalized(image, name):
-    mean, std = channel_stats(name)
+    mean, std = channel_stats(DataConfig(dataset=name))
     return (image / 255 - mean) / std
 
 
