@@ -15,7 +15,7 @@ from runs.measure import count_flops, count_parameters
 
 CONTROLS = ("Identity", "Pooling")
 MIXERS = [name for name in LAYERS2D_NAMES if name not in CONTROLS]
-PAIRS = [*(f"{a}/{b}" for a, b in itertools.permutations(MIXERS, 2)), *(f"{name}/ConvNN" for name in CONTROLS)]
+PAIRS = [*(f"{a}/{b}" for a, b in itertools.combinations(MIXERS, 2)), *(f"{name}/ConvNN" for name in CONTROLS)]
 LAYERS = [*LAYERS2D_NAMES, *PAIRS]
 
 
@@ -30,6 +30,8 @@ def combinations():
         patterns = ["BA"] if layer in ("Conv2d", *CONTROLS) else ["BA", "NA"]
         samplings = [("all", -1), ("random", 5), ("spatial", 2)] if "ConvNN" in layer else [("all", -1)]
         metrics = ["similarity", "distance", "matmul"] if "ConvNN" in layer else ["similarity"]
+        if "/" in layer:
+            samplings, metrics = samplings[1:2] or samplings, metrics[:1]
         yield from ((layer, *sampling, *rest) for sampling, *rest in itertools.product(samplings, metrics, patterns))
 
 

@@ -133,8 +133,15 @@ CHANGES = (adapt, pruned, quantized, with_new_parts, with_an_identity, shortened
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of quantization
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@every_layer
+@pytest.mark.parametrize(
+    ("change", "layer"),
+    [
+        (change, layer)
+        for change in CHANGES
+        for layer in (RESIZABLE if change is adapt else ("ConvNNAttention", "GPSA", "PaCa"))
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_a_changed_model_is_changed_at_every_size(layer, change):
     model = make(layer)
     before, other = model(images(SECOND)), made_for(SECOND, model)

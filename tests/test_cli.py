@@ -115,7 +115,10 @@ def test_summary(trained):
 def test_checkpoints_hold_what_the_design_names(trained):
     for name in ("last.pt", "best.pt"):
         state = torch.load(trained / name, weights_only=True)
-        assert list(state) == "model optimizer scheduler scaler ema sampler rng epoch step best history config data".split()
+        assert (
+            list(state)
+            == "model optimizer scheduler scaler ema sampler rng epoch step best history predictions config data".split()
+        )
     assert (state["epoch"], state["step"]) == (state["best"]["epoch"], 0)
 
 
@@ -246,7 +249,8 @@ def test_test_only_gives_the_number_of_the_best_epoch_and_writes_nothing_else(mo
     assert (results["top1"], results["top5"]) == (best["test_top1"], best["test_top5"])
     assert results["loss"] == pytest.approx(best["test_loss"]) and results["images"] == 50
     assert f"top-1 {best['test_top1']:.2f}" in capsys.readouterr().out
-    (folder / "test_results.json").unlink()
+    for name in ("test_results.json", "test_predictions-1.npz"):
+        (folder / name).unlink()
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

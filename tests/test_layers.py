@@ -317,8 +317,9 @@ def test_autocast(layer_type, dtype):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
-@pytest.mark.parametrize(("sampling", "samples"), SAMPLING)
-@pytest.mark.parametrize("layer_type", [ConvNN2d, ConvNNAttention2d])
+@pytest.mark.parametrize(
+    ("layer_type", "sampling", "samples"), [*((ConvNN2d, *one) for one in SAMPLING), (ConvNNAttention2d, *SAMPLING[1])]
+)
 def test_compiles_without_a_graph_break(layer_type, sampling, samples):
     """In training, with random candidates drawn inside the graph.
 

@@ -164,14 +164,15 @@ def many(kind, every):
     return models[0]
 
 
+# test_ties.py exports layers that search, too.
 EXPORTED = {
     **{" ".join(names): (ViT, [{"layer": name} for name in names]) for names in in_groups(LAYERS1D_NAMES, 3)},
     "class token after local layers": (ViT, [{"layer": "GPSA", "num_layers": 2, "num_local_layers": 1}]),
-    "neighbors of tokens": (ViT, [{"layer": "ConvNNAttention", **options} for options in NEIGHBORS]),
+    "neighbors of tokens": (ViT, [{"layer": "ConvNNAttention", **options} for options in NEIGHBORS[::2]]),
     "layers of AllConvNet and neighbors of pixels": (
         AllConvNet,
-        [{"layer": name} for name in (*LAYERS2D_NAMES, "Conv2d/ConvNN")]
-        + [{"layer": "ConvNN", **options} for options in NEIGHBORS],
+        [{"layer": name} for name in ("Attention", "Identity", "Pooling", "Conv2d/ConvNN_Attn")]
+        + [{"layer": "ConvNN", **options} for options in NEIGHBORS[1::2]],
     ),
 }
 

@@ -288,7 +288,9 @@ def test_jobs_of_a_cluster_get_the_small_points_and_the_published(sweep, monkeyp
     assert run_experiments.main(argv) == 0
     ((points, folder, parameters, gpus_per_run, found),) = calls
     assert folder == Path("Output/sweeps/sweep_scale-0.5") and parameters == {"timeout_min": 5} and gpus_per_run == 1
-    assert {point.values["num_epochs"] for point in points} == {1} and found.keys() == {point.name for point in points}
+    assert {point.values["num_epochs"] for point in points} == {1} and found.published.keys() == {
+        point.name for point in points
+    }
     run = ClusterRun()
     assert run(points[0], points, folder, 1, found) == points[0].name
     assert read_csv(folder / "summary.csv")[0]["published_top1"] == "53.0"
