@@ -38,6 +38,14 @@ OPTIONAL = ("val_top1",)  # of runs that hold validation images out
 HYPERPARAMETERS = [name for name, spec in specs(TrainConfig).items() if not spec.group and name != "num_epochs"]
 
 
+COSTS_OF_MODEL = ("parameters", "flops_per_image", "latency_ms_per_image", "peak_memory_bytes")  # also in an evaluation
+TOP1_NOTE = (
+    "top1 and top5 are of the last epoch, or of the evaluated checkpoint, on the test set, in percent; means of the runs that "
+    "ended, ± standard deviation. best_top1 is the test top-1 of the epoch with the best top-1 on validation images; without "
+    "them (val_fraction 0) the test images choose that epoch, which flatters it."
+)
+
+
 class Beside(NamedTuple):
     """Numbers to put beside the rows of a summary: of others, by the name of the point; differences to a layer."""
 
@@ -46,16 +54,6 @@ class Beside(NamedTuple):
 
 
 NOTHING = Beside({}, None)
-
-
-COSTS_OF_MODEL = ("parameters", "flops_per_image", "latency_ms_per_image", "peak_memory_bytes")  # also in an evaluation
-
-
-TOP1_NOTE = (
-    "top1 and top5 are of the last epoch, or of the evaluated checkpoint, on the test set, in percent; means of the runs that "
-    "ended, ± standard deviation. best_top1 is the test top-1 of the epoch with the best top-1 on validation images; without "
-    "them (val_fraction 0) the test images choose that epoch, which flatters it."
-)
 
 
 @functools.cache
@@ -117,6 +115,12 @@ def finished_summary(point: Point, folder: Path) -> dict | None:
     return summary if options.get("early_stopping") or summary["epochs"] == options.get("num_epochs") else None
 
 
+def finished_summaries(points: list[Point], folder: Path) -> dict[str, dict]:
+    """Return the summaries of the points that have ended, by name. Each point's options are resolved for it."""
+    found = {point.name: finished_summary(point, folder) for point in points}
+    return {name: summary for name, summary in found.items() if summary}
+
+
 def is_finished(point: Point, folder: Path) -> bool:
     return finished_summary(point, folder) is not None
 
@@ -136,15 +140,18 @@ def with_earlier(points: list[Point], folder: Path) -> list[Point]:
     return [*points, *earlier]
 
 
-def summarize(points: list[Point], folder: Path) -> list[dict]:
-    """Return a row for all points that differ in their seed only: means of finished runs, and standard deviations."""
+def summarize(points: list[Point], folder: Path, finished: dict[str, dict] | None = None) -> list[dict]:
+    """Return a row for all points that differ in their seed only: means of finished runs, and standard deviations.
+
+    finished: the result of `finished_summaries`, where it is known already.
+    """
+    finished = finished_summaries(points, folder) if finished is None else finished
     columns = list(dict.fromkeys(name for point in points for name in point.varying if name != "seed"))
     chosen = dict.fromkeys(name for point in points for name, _ in point.chosen)
     rows = []
     for group in group_points(points):
-        found = [finished_summary(point, folder) for point in group]
-        summaries = [summary for summary in found if summary]
-        failed = [point for point, summary in zip(group, found, strict=True) if not summary and failure_of(point, folder)]
+        summaries = [finished[point.name] for point in group if point.name in finished]
+        failed = [point for point in group if point.name not in finished and failure_of(point, folder)]
         row = {name: as_cell(group[0].varying.get(name, "")) for name in columns}
         row |= {"runs": len(summaries), "of": len(group), "failed": len(failed)}
         row |= {name: dict(group[0].chosen).get(name, "") for name in chosen}
@@ -191,16 +198,17 @@ def write_summary(points: list[Point], folder: Path, draw_plots: bool = True, be
 
 def _files_of(points: list[Point], folder: Path, draw_plots: bool, beside: Beside) -> Iterator[tuple]:
     groups, published = group_points(points), beside.published
-    rows = summarize(points, folder)
+    finished = finished_summaries(points, folder)
+    rows = summarize(points, folder, finished)
     swept = swept_options(rows)
     if published:
         rows = put_beside(rows, [next((published[p.name] for p in group if p.name in published), None) for group in groups])
     notes = [TOP1_NOTE, *[NOTE] * bool(published)]
     runs = [
         {
-            point.varying.get("seed"): (measure_in(summary, "top1"), folder / point.name)
+            point.varying.get("seed"): (measure_in(finished[point.name], "top1"), folder / point.name)
             for point in group
-            if (summary := finished_summary(point, folder))
+            if point.name in finished
         }
         for group in groups
     ]
@@ -214,7 +222,7 @@ def _files_of(points: list[Point], folder: Path, draw_plots: bool, beside: Besid
             "on validation images."
         )
     yield "summary.csv", as_csv([{name: "" if is_nan(value) else value for name, value in row.items()} for row in rows])
-    failures = {point.name: failure_of(point, folder) for point in points if not is_finished(point, folder)}
+    failures = {point.name: failure_of(point, folder) for point in points if point.name not in finished}
     yield "summary.md", as_markdown(rows, notes, {name: line for name, line in failures.items() if line})
     yield "summary.tex", as_tex(rows, swept, notes)
     done = [row for row in rows if row["runs"]]
@@ -223,7 +231,8 @@ def _files_of(points: list[Point], folder: Path, draw_plots: bool, beside: Besid
     figures = draw(done) | {
         "ranking": draw_ranking(done, swept, [[top1 for top1, _ in found.values()] for found in runs if found])
     }
-    drawn = [(row, curves) for row, group in zip(rows, groups, strict=True) if (curves := curves_of(group, folder))]
+    trained = [[point for point in group if point.name in finished and not point.test_only] for group in groups]
+    drawn = [(row, curves) for row, group in zip(rows, trained, strict=True) if (curves := curves_of(group, folder))]
     if drawn:
         figures["curves"] = draw_curves(*map(list, zip(*drawn, strict=True)))
     for name, figure in figures.items():
@@ -231,14 +240,13 @@ def _files_of(points: list[Point], folder: Path, draw_plots: bool, beside: Besid
 
 
 def curves_of(group: list[Point], folder: Path) -> list[list[float]]:
-    """Return test top-1 by epoch of the points that have ended; warn about a table that cannot be read."""
+    """Return test top-1 by epoch of trainings that have ended; warn about a table that cannot be read."""
     curves = []
     for point in group:
-        if not point.test_only and is_finished(point, folder):
-            try:
-                curves.append([row["test_top1"] for row in read_metrics(folder / point.name)])
-            except ValueError as error:
-                warn_once(f"{error}; the curves are drawn without it")
+        try:
+            curves.append([row["test_top1"] for row in read_metrics(folder / point.name)])
+        except ValueError as error:
+            warn_once(f"{error}; the curves are drawn without it")
     return curves
 
 

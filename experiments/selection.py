@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from experiments.points import Point, check_values, group_points, name_of, parse_change
 from experiments.report import as_cell, finished_summary
+from options.data import is_task
 from options.parser import read_yaml
 
 MEASURES = {"val_top1": max, "val_loss": min}
@@ -48,9 +49,8 @@ def rows_of(points: list[Point], selection: Selection) -> list[list[Point]]:
     """Return the trainings of each row. Raises ValueError if a row sets an option that is to be chosen."""
     rows = [group for group in group_points(points) if not group[0].test_only]
     for name in selection.axes:
-        for point in points:
-            if name in point.varying:
-                raise ValueError(f"{name} varies in the sweep and is to be chosen by select; drop one of them")
+        if any(name in point.varying for point in points):
+            raise ValueError(f"{name} varies in the sweep and is to be chosen by select; drop one of them")
     return rows
 
 
@@ -77,7 +77,7 @@ def first_stage(points: list[Point], selection: Selection) -> list[Point]:
 def check_validation(options: dict[str, dict]) -> None:
     """Raise ValueError for a run of the first stage without validation images. options: of each run, by name."""
     for name, values in options.items():
-        if not values["val_fraction"] and not values["dataset"].startswith("task_"):
+        if not values["val_fraction"] and not is_task(values["dataset"]):
             raise ValueError(f"{name} has no validation images to choose on; set val_fraction, such as 0.1")
 
 

@@ -40,6 +40,11 @@ DATASETS |= {
 }
 
 
+def is_task(dataset: object) -> bool:
+    """Return True for a data set of generated images."""
+    return str(dataset).startswith("task_")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Data set, image size, augmentation and limits."""
@@ -133,8 +138,8 @@ class DataConfig:
 
     @property
     def is_task(self) -> bool:
-        """Whether the images are generated."""
-        return self.dataset.startswith("task_")
+        """True for generated images."""
+        return is_task(self.dataset)
 
     @property
     def size(self) -> int:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from options.allconvnet import AllConvNetConfig
 from options.backbones import BACKBONES
-from options.data import CELL, DATASETS, DataConfig, default_statistics, sides_of
+from options.data import CELL, DATASETS, DataConfig, default_statistics, is_task, sides_of
 from options.fields import as_words, build, check_option, specs
 from options.layers import WITHOUT_EFFECT, layer_label
 from options.machine import cpu_cores
@@ -94,8 +94,8 @@ class Program(NamedTuple):
 
         A model of timm has its preprocessing. A cell of a generated task is a patch, and its images keep their size.
         """
-        model, is_task = values.get("model"), str(values.get("dataset")).startswith("task_")
-        of_task = {"patch_size": CELL, "resize": None} if is_task else {}
+        model = values.get("model")
+        of_task = {"patch_size": CELL, "resize": None} if is_task(values.get("dataset")) else {}
         return self.defaults | (describe(model).data if is_timm(model) else of_task)
 
 

@@ -1,4 +1,3 @@
-import csv
 import json
 import math
 import os
@@ -13,7 +12,6 @@ import yaml
 from PIL import Image
 
 import run_experiments
-from experiments import points as sweep_points
 from experiments import runner
 from experiments.points import check_points, leave_out_unread, name_points, read_sweep, resolved
 from experiments.report import summarize, write_summary
@@ -21,6 +19,7 @@ from experiments.runner import ClusterRun, lock
 from options.data import TASKS
 from options.layers import LAYERS1D_NAMES
 from tests.helpers.forked import Forked
+from tests.helpers.sweeps import make_sweep, read_csv
 
 ROOT = Path(run_experiments.__file__).parent
 
@@ -64,10 +63,7 @@ SWEEP = {
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
     """A sweep file, with a program that takes no time."""
-    (tmp_path / "vit_main.py").write_text(PROGRAM)
-    monkeypatch.setattr(sweep_points, "ROOT", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    Path("sweep.yaml").write_text(yaml.safe_dump(SWEEP))
+    make_sweep(tmp_path, monkeypatch, PROGRAM, SWEEP)
     return tmp_path
 
 
@@ -75,11 +71,6 @@ def notes(folder="Output/sweeps/sweep"):
     """(what, point) in order."""
     path = Path(folder) / "notes.txt"
     return [tuple(line.split()) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def read_csv(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
 
 
 def points_of(text, *changes):

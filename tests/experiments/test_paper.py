@@ -14,7 +14,8 @@ from experiments.runner import ClusterRun
 from experiments.scaling import LEAST_PER_CLASS, scale_points, share
 from options.data import DATASETS
 from tests import test_run_experiments
-from tests.test_run_experiments import ROOT, notes, points_of, read_csv
+from tests.helpers.sweeps import read_csv
+from tests.test_run_experiments import ROOT, notes, points_of
 
 sweep = test_run_experiments.sweep
 FOLDER = Path("Output/sweeps/sweep")

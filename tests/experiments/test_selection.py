@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 import run_experiments
-from experiments import points as sweep_points
-from tests.test_run_experiments import read_csv
+from tests.helpers.sweeps import make_sweep, read_csv
 
 ROOT = Path(run_experiments.__file__).parent
 # Accuracies by layer and learning rate: validation, test. By test images ConvNN would win with 0.1 (62), by validation images
@@ -45,10 +44,7 @@ SWEEP = {
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    (tmp_path / "vit_main.py").write_text(PROGRAM)
-    monkeypatch.setattr(sweep_points, "ROOT", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    Path("sweep.yaml").write_text(yaml.safe_dump(SWEEP))
+    make_sweep(tmp_path, monkeypatch, PROGRAM, SWEEP)
     return tmp_path / "Output/sweeps/sweep"
 
 

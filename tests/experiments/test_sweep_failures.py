@@ -19,7 +19,8 @@ from runs import Stopped
 from runs.files import write_atomically
 from runs.lock import release
 from tests import test_run_experiments
-from tests.test_run_experiments import ROOT, SWEEP, in_own_process, notes, read_csv
+from tests.helpers.sweeps import read_csv
+from tests.test_run_experiments import ROOT, SWEEP, in_own_process, notes
 
 FOLDER = Path("Output/sweeps/sweep")
 sweep = test_run_experiments.sweep
