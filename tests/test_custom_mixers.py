@@ -87,7 +87,7 @@ def test_by_path_from_an_empty_folder(tmp_path, monkeypatch, capsys):
     assert Path(drawn).read_bytes().startswith(b"\x89PNG")
 
 
-# What the copy runs, in one process: the commands of the page, two mistakes, and the option beside two layers.
+# Commands of the copy, in one process: the commands of the page, two mistakes, and the option beside two layers.
 DRIVER = """
 import shlex, sys
 import pytest, vit_main
