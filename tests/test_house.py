@@ -89,5 +89,7 @@ def test_every_folder_of_tests_is_a_package():
 def test_no_docstring_or_comment_opens_with_a_question_word():
     opening = re.compile(r'(?:"""|#:?\s)\s*(?:What|Which|Whether|Whose|How|Those|That)\b')
     paths = [path for pattern in ("*.py", "*/*.py", "tests/*/*.py") for path in ROOT.glob(pattern)]
-    found = [f"{path}: {line}" for path in paths for line in path.read_text(encoding="utf-8").splitlines() if opening.search(line)]
+    found = [
+        f"{path}: {line}" for path in paths for line in path.read_text(encoding="utf-8").splitlines() if opening.search(line)
+    ]
     assert not found

@@ -26,7 +26,7 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 
 
 def launches(function: Callable, *arguments) -> tuple[object, list]:
-    """Return the output of a function of `kernels.cuda` for fake tensors, and (kernel, arguments, options) of each of its launches."""
+    """Return the output of a function of `kernels.cuda` for fake tensors, and (kernel, arguments, options) of its launches."""
     found, launch = [], triton_common.launch
     triton_common.launch = lambda kernel, grid, *given, device, **options: found.append((kernel, given, options))
     try:
