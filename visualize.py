@@ -21,7 +21,7 @@ from options.data import DATASETS
 from options.parser import OneLineParser, nonempty_path, number_type, output_path
 from options.trust import trusting
 from runs import DataError, RunError, Stopped
-from runs.files import as_csv, as_png, write_atomically
+from runs.files import FIGURE_SUFFIXES, as_csv, as_figure, write_atomically
 from runs.memory import is_out_of_memory
 from runs.streams import run_program
 
@@ -48,7 +48,7 @@ def draw_curves(args: argparse.Namespace):
 
     # Many lines leave no room for training curves; the styles then tell lines of one color apart.
     parts = {"train": (":", 0.08), "test": ("-", 0.2)} if len(groups) <= MOST_WITH_TRAINING else {"test": (None, 0.2)}
-    figure, axes = figures.make_panels(2, 2, 4.5, min(8, max(4.2, 0.14 * len(groups))))
+    figure, axes = figures.make_panels(2, 1, figures.COLUMN, 1.8)
     for axis, key, name in zip(axes, ("loss", "top1"), ("loss", "top-1 accuracy (%)"), strict=True):
         for number, (label, group) in enumerate(zip(labels, groups.values(), strict=True)):
             for part, (style, band) in parts.items():
@@ -61,7 +61,7 @@ def draw_curves(args: argparse.Namespace):
     if len(parts) > 1:
         axes[0].plot([], [], "k-", label="test")
         axes[0].plot([], [], "k:", label="training")
-    figures.legend_beside(figure, *axes[0].get_legend_handles_labels())
+    figures.legend_below(figure, *axes[0].get_legend_handles_labels())
     return figure
 
 
@@ -147,7 +147,7 @@ def make_parser() -> OneLineParser:
 
     def add(name: str, help: str, run: str | None = None, images: int | None = None, count=at_least_one):
         one = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        one.add_argument("--output", type=output_path, metavar=f"FILE{Path(file_name(name)).suffix}", help="file to write")
+        one.add_argument("--output", type=output_path, metavar=f"FILE{'|'.join(suffixes_of(name))}", help="file to write")
         if run:
             one.add_argument(
                 run, nargs="+" if run == "runs" else None, type=nonempty_path, metavar="DIR", help="output folder of a run"
@@ -177,7 +177,7 @@ def make_parser() -> OneLineParser:
         tiles,
     )
     neighbors.add_argument("--queries", nargs="+", type=place, metavar="Y,X", help="places of the tokens, from 0,0 to 1,1")
-    neighbors.add_argument("--head", type=at_least_zero, default=0, help="head, where there are several (default: 0)")
+    neighbors.add_argument("--head", type=at_least_one, default=1, help="head, where there are several (default: 1)")
     explore = add(
         "explore", "a page that shows the neighbors of any token (default output: explorer.html beside the runs)", "runs", 16
     )
@@ -226,6 +226,10 @@ def file_name(figure: str) -> str:
     return {"explore": "explorer.html", "analyze": "analysis.png"}.get(figure, f"{figure}.png")
 
 
+def suffixes_of(figure: str) -> tuple[str, ...]:
+    return (".html",) if figure == "explore" else FIGURE_SUFFIXES
+
+
 def default_output(args: argparse.Namespace) -> Path:
     name = file_name(args.figure)
     if "runs" in args:
@@ -239,14 +243,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     output = args.output or default_output(args)
-    suffix = Path(file_name(args.figure)).suffix
-    if output.suffix.lower() != suffix:
-        parser.error(f"--output {output} is not a {suffix} file")
+    suffixes = suffixes_of(args.figure)
+    if output.suffix.lower() not in suffixes:
+        parser.error(f"--output {output} is not a file of {' or '.join(suffixes)}")
     try:
         with trusting(getattr(args, "trust_code", False)):
             figure = DRAW[args.figure](args)
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, figure if isinstance(figure, str) else as_png(figure))
+        write_atomically(output, figure if isinstance(figure, str) else as_figure(figure, output.suffix))
     except Exception as error:
         if is_out_of_memory(error):
             parser.error(f"out of memory while drawing {args.figure}; smaller or fewer images need less")

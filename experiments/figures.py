@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from options.layers import LAYERS1D_ROWS, layers_of
-from runs.files import drawable, figure_fonts
+from runs.files import drawable, paper_style
 
 COSTS = {
     "latency_ms_per_image": "latency (ms per image)",
@@ -25,6 +25,7 @@ TOP1 = "test top-1 (%)"
 MARKERS = "os^vDPX*<>ph"
 LINE_STYLES = ("-", "--", ":", "-.")
 COLORS = 20  # of matplotlib's tab20
+COLUMN, PAGE = 3.3, 6.9  # inches: widths of one column of a paper, and of both
 LONGEST_LABEL = 60  # letters; a legend of longer ones would leave no room for the curves
 ZOOM = 3  # points below the best row that the zoomed figure shows
 MOST_LINES = 20  # in one panel, where there is an option to split the lines by
@@ -37,9 +38,10 @@ MOST_LINES = 20  # in one panel, where there is an option to split the lines by
 
 def make_panels(count: int, columns: int, width: float, height: float, **shared):
     """Return a figure and the axes of `count` panels in rows of `columns`, each width x height inches."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    figure_fonts()
+    rcParams.update(paper_style())
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **shared).flatten()
@@ -139,23 +141,24 @@ def label_groups(kinds: list[dict], folders: list[list[Path]]) -> list[str]:
     return [label + note for label, note in zip(labels, seeds, strict=True)]
 
 
-def legend_beside(figure, handles: list, labels: list[str], titles: tuple[int, ...] = ()):
-    """Add a legend on the right, in as many columns as its height asks for; the figure becomes wider by it.
+def legend_below(figure, handles: list, labels: list[str], titles: tuple[int, ...] = ()):
+    """Add a legend below the axes, in as many columns as fit; the figure becomes taller by it, and wider for a long label.
 
     titles: numbers of the entries that head a section.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     renderer = FigureCanvasAgg(figure).get_renderer()  # measures texts
-    for columns in range(1, len(labels) + 1):
-        legend = figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False, ncols=columns)
+    for columns in range(min(len(labels), 8), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
         for number in titles:
             legend.get_texts()[number].set_fontweight("bold")
         box = legend.get_window_extent(renderer)
-        if box.height < 0.97 * figure.bbox.height or columns == len(labels):
+        if box.width < 0.97 * figure.bbox.width or columns == 1:
             break
         legend.remove()
-    figure.set_figwidth(figure.get_figwidth() + box.width / figure.dpi)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(max(width, 1.03 * box.width / figure.dpi), height + box.height / figure.dpi)
     return legend
 
 
@@ -168,9 +171,9 @@ def legend_of_sections(figure, sections: list[Section]):
             titles.append(len(labels))
             handles.append(Line2D([], [], alpha=0))
             labels.append(title)
-        handles += [Line2D([], [], color=mark.color, marker=mark.marker, ls="", ms=6) for mark in entries.values()]
+        handles += [Line2D([], [], color=mark.color, marker=mark.marker, ls="") for mark in entries.values()]
         labels += entries
-    return legend_beside(figure, handles, labels, tuple(titles))
+    return legend_below(figure, handles, labels, tuple(titles))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -251,13 +254,13 @@ def draw_tradeoff(rows: list[dict], swept: list[str], marked: list[dict] | None 
     marked = marked or rows
     marks, sections = mark_rows(marked, swept)
     marks = [mark for row, mark in zip(marked, marks, strict=True) if row in rows]
-    figure, axes = make_panels(len(COSTS), 2, 4.5, 3.75)
+    figure, axes = make_panels(len(COSTS), 2, PAGE / 2, 2.4)
     for axis, (cost, label) in zip(axes, COSTS.items(), strict=True):
         faint = dominated(rows, cost)
         front = sorted((row[cost], row["top1"]) for row, is_faint in zip(rows, faint, strict=True) if not is_faint)
         axis.plot(*zip(*front, strict=True), color="silver", lw=1, zorder=0)
         for row, (color, marker), is_faint in zip(rows, marks, faint, strict=True):
-            style = {"color": color, "ms": 7, "lw": 1, "capsize": 2, "alpha": 0.35 if is_faint else 1}
+            style = {"color": color, "capsize": 2, "alpha": 0.35 if is_faint else 1}
             axis.errorbar(row[cost], row["top1"], spread_of(row), fmt=marker, **style)
         values = [row[cost] for row in rows]
         is_wide = max(values) > 3 * min(values)
@@ -265,16 +268,16 @@ def draw_tradeoff(rows: list[dict], swept: list[str], marked: list[dict] | None 
             axis.set_xscale("log")
             axis.minorticks_off()
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_wide else MaxNLocator(5))
-        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        axis.set(xlabel=label, ylabel=TOP1)
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.9g}"))
+        axis.set(xlabel=label, ylabel=TOP1 + " ± deviation" * any(map(spread_of, rows)))
         axis.grid(alpha=0.3)
-    legend_of_sections(figure, sections)
+    legend_of_sections(figure, [*sections, Section("", {"Pareto front; other points are faint": Mark("silver", "_")})])
     return figure
 
 
 def draw_option(rows: list[dict], option: str, others: list[str]):
     """Plot accuracy against one option, a line for every combination of the others."""
-    figure, (axis,) = make_panels(1, 1, 6, 4.2)
+    figure, (axis,) = make_panels(1, 1, COLUMN, 2.4)
     rows = [row for row in rows if row[option] != ""]
     lines: dict[str, list[dict]] = {}
     for row in rows:
@@ -284,7 +287,7 @@ def draw_option(rows: list[dict], option: str, others: list[str]):
         points = sorted((row[option], row["top1"], spread_of(row)) for row in of_line)
         x, top1, spreads = zip(*points, strict=True)
         axis.errorbar(x, top1, spreads, color=color, marker=marker, capsize=2, label=label)
-    axis.set(xlabel=option, ylabel=TOP1)
+    axis.set(xlabel=option, ylabel=TOP1 + " ± deviation" * any(map(spread_of, rows)))
     values = sorted({row[option] for row in rows})
     if 0 < 16 * values[0] <= values[-1]:  # as 1, 2, 4, ..., 64, which would lie upon each other
         axis.set_xscale("log", base=2)
@@ -347,20 +350,20 @@ def draw_curves(rows: list[dict], curves: list[list[list[float]]]):
     numbers = numbered(label for lines in panels.values() for label in lines)
     if len(numbers) > COLORS:  # too many for a label to have its own color in all panels: colors are of one panel each
         numbers = {}
-    columns = min(3, len(panels))
-    of_legend = 1 if max(len(label) for lines in panels.values() for label in lines) > 26 else 2  # columns
-    below = 0 if len(panels) == 1 else 0.4 + 0.18 * max(map(len, panels.values())) / of_legend  # inches under each panel
-    figure, axes = make_panels(len(panels), columns, max(7 / columns, 4.2), 4.2 + below, sharey=True)
+    columns = min(2, len(panels))
+    of_legend = 1 if max(len(label) for lines in panels.values() for label in lines) > 18 else 2  # columns
+    below = 0 if len(panels) == 1 else 0.35 + 0.15 * max(map(len, panels.values())) / of_legend  # inches under each panel
+    figure, axes = make_panels(len(panels), columns, PAGE / 2, 2.4 + below, sharey=True)
     for number, (axis, (value, lines)) in enumerate(zip(axes, panels.items(), strict=True)):
         handles, labels = draw_panel(axis, lines, numbers)
         if number % columns == 0:
             axis.set_ylabel(TOP1)
         if len(panels) == 1:
-            legend_beside(figure, handles, labels)
+            legend_below(figure, handles, labels)
         else:
-            axis.set_title(label_of({by: value}, [by]) if value != "" else f"no {by}", fontsize=10)
+            axis.set_title(label_of({by: value}, [by]) if value != "" else f"no {by}")
             where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5}  # under the axis and its label
-            axis.legend(handles, labels, **where, ncols=of_legend if len(labels) > 3 else 1, fontsize=8, frameon=False)
+            axis.legend(handles, labels, **where, ncols=of_legend if len(labels) > 3 else 1)
     return figure
 
 

@@ -9,13 +9,14 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from experiments.figures import (
+    PAGE,
     Mark,
     branches_alone,
     dominated,
     draw_curves,
     draw_option,
     draw_tradeoff,
-    legend_beside,
+    legend_below,
     mark_rows,
     panel_option,
     plot_seeds,
@@ -63,17 +64,18 @@ def texts_inside(figure, legends):
 @pytest.mark.parametrize(
     ("rows", "entries"),
     [
-        (rows_of(layer=LAYERS[:2]), 2),
-        (rows_of(layer=LAYERS[:6], lr=[0.1, 0.2]), 6 + 2 + 2),
-        (several_programs(), 25 + 3),
-        (rows_of(**SIXTY), 6 + 10 + 2),
-        (rows_of(layer=[f"A layer whose name is long, number {number}" for number in range(60)]), 60),
+        (rows_of(layer=LAYERS[:2]), 2 + 1),  # and the front
+        (rows_of(layer=LAYERS[:6], lr=[0.1, 0.2]), 6 + 2 + 2 + 1),
+        (several_programs(), 25 + 3 + 1),
+        (rows_of(**SIXTY), 6 + 10 + 2 + 1),
+        (rows_of(layer=[f"A layer whose name is long, number {number}" for number in range(60)]), 60 + 1),
     ],
 )
 def test_the_legend_of_the_tradeoff_is_whole(rows, entries):
     figure = draw_tradeoff(rows, swept_options(rows))
     assert len(texts_inside(figure, figure.legends)) == entries
     assert all(axis.bbox.width > 200 and axis.bbox.height > 200 for axis in figure.axes)
+    assert figure.get_figwidth() == PAGE
 
 
 @pytest.mark.parametrize("axes", [{"layer": LAYERS}, {"layer": LAYERS, "K": list(range(3))}, SIXTY, {"K": list(range(60))}])
@@ -200,13 +202,16 @@ def test_what_panels_are_made_of():
     assert panel_option(rows_of(layer=LAYERS * 3), ["layer"]) is None
 
 
-def test_a_legend_of_many_entries_takes_columns():
+@pytest.mark.parametrize(("letters", "is_wider"), [(1, False), (90, True)])
+def test_a_legend_of_many_entries_takes_columns_and_a_long_label_room(letters, is_wider):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 2), layout="constrained")
     handles = figure.subplots().plot([[0] * 30, [1] * 30])
-    legend_beside(figure, handles, [f"line {number}" for number in range(30)])
-    assert figure.get_figwidth() > 7 and len(texts_inside(figure, figure.legends)) == 30
+    legend = legend_below(figure, handles, [f"line {number}" + "m" * letters for number in range(30)])
+    assert len(texts_inside(figure, figure.legends)) == 30 and (figure.get_figwidth() > 5) == is_wider
+    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) > 2 or is_wider
+    assert figure.get_figheight() > 3
 
 
 # --- curves.png of a sweep ------------------------------------------------------------------------------------------
