@@ -112,7 +112,6 @@ def make_mixers(
     With `baseline`, Attention is followed by attention with separate projections of q, k and v.
     """
     import torch
-    from torch import nn
 
     if config.is_backbone:
         from models.build import build_network
@@ -125,25 +124,15 @@ def make_mixers(
         x = torch.randn(batch_size, config.channels[0], *config.image_size)
         yield config.title, make_layer2d(config, *config.channels), x
         return
-    from layers1d import MultiHeadAttention
     from mixers.base import TokenLayout
     from vit import make_layer1d
-
-    class Separate(MultiHeadAttention):
-        """Attention with three projections instead of a merged one."""
-
-        def make_projection(self, d_model: int, bias: bool) -> None:
-            self.parts = nn.ModuleList(nn.Linear(d_model, d_model, bias=bias) for _ in range(3))
-
-        def project(self, x):
-            return tuple(self.split_heads(part(x)) for part in self.parts)
 
     layout = TokenLayout(*config.grid, config.class_tokens)
     x = torch.randn(batch_size, layout.num_tokens, config.d_model)
     yield layer_label(config.layer), make_layer1d(config, layout), x
     if baseline and config.layer == "Attention":
-        apart = Separate(config.d_model, config.num_heads, attention_dropout=config.attention_dropout, bias=config.bias)
-        yield "Attention (q, k, v apart)", apart, x.clone()
+        apart = dataclasses.replace(config, separate_qkv=True)
+        yield "Attention (q, k, v apart)", make_layer1d(apart, layout), x.clone()
 
 
 def measure(bench: BenchmarkConfig, configs: list, device, progress) -> list[dict]:

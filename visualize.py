@@ -66,17 +66,24 @@ def draw_curves(args: argparse.Namespace):
 
 
 def folders_of_runs(paths: list[Path]) -> list[Path]:
-    """Return the paths without files, and without folders of runs in their first epoch, which stderr names.
+    """Return the folders of runs: the paths and, for the folder of a sweep, the folders in it.
 
-    `Output/ViT/*` has both. A path that does not exist is kept, to be an error.
+    Files, and folders of runs in their first epoch, which stderr names, are left out: `Output/ViT/*` has both. A path that does
+    not exist is kept, to be an error.
     """
-    folders = [path for path in paths if not path.is_file()]
+    folders = [run for path in paths if not path.is_file() for run in runs_in(path)]
     begun = [path for path in folders if path.is_dir() and not (path / "metrics.csv").exists()]
     if len(begun) == len(folders):
         raise ValueError(f"{paths[0]} holds no metrics.csv; give folders of runs that have ended an epoch")
     if begun:
         print(f"left out, as there is no metrics.csv in them: {', '.join(map(str, begun))}", file=sys.stderr)
     return [path for path in folders if path not in begun]
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """Return the folders of runs in the folder of a sweep; any other folder as it is."""
+    is_run = (folder / "config.yaml").exists() or (folder / "metrics.csv").exists()
+    return [folder] if is_run else sorted(path.parent for path in folder.glob("*/config.yaml")) or [folder]
 
 
 def draw_confusion(args: argparse.Namespace):
@@ -159,7 +166,11 @@ def make_parser() -> OneLineParser:
             one.add_argument("--trust_code", action="store_true", help="run the custom mixer's file, whoever wrote it")
         return one
 
-    add("curves", "loss and accuracy of one or many runs, seeds as a band (default output: curves.png beside them)", "runs")
+    add(
+        "curves",
+        "loss and accuracy of runs, or of all runs of a sweep's folder; seeds as a band (default output: curves.png beside them)",
+        "runs",
+    )
     add("confusion", "predicted by true classes of an evaluated run (default output: confusion.png in its folder)", "run")
     add(
         "attention",

@@ -12,6 +12,7 @@ from dataset import load_data
 from experiments.figures import COLUMN, PAGE, legend_below, make_panels
 from experiments.mixing import Mixing, record_mixing
 from experiments.trained import as_picture, load_run
+from launch.mask import draw_pairs, draw_patches
 from mixers.local import local_mask
 from options.data import DATASETS, DataConfig
 from options.layers import LOCAL_MASKS
@@ -133,21 +134,14 @@ def draw_masks(args: argparse.Namespace):
     panels = iter(axes.reshape(-1, 2))
     for name in LOCAL_MASKS:
         for step in steps:
-            mask = local_mask(name, step, height, width).numpy()
-            of_patch = mask[row * width + column].reshape(height, width)
+            mask = local_mask(name, step, height, width)
             whole, around = next(panels)
-            whole.imshow(mask, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-            whole.set(xticks=[], yticks=[])
+            draw_pairs(whole, mask)
             if step == steps[0]:
                 whole.set_ylabel(name)
             if name == "1d_cardinal":
                 whole.set_title(f"expansion step {step}", fontweight="bold")
-            around.imshow(of_patch, cmap="Blues", vmin=0, vmax=1)
-            around.plot(column, row, "*", color="tab:red", ms=5)
-            around.set(xticks=[x - 0.5 for x in range(width)], yticks=[y - 0.5 for y in range(height)])
-            around.tick_params(length=0, labelbottom=False, labelleft=False)
-            around.grid(color="lightgray", lw=0.4)
-            around.set_title(f"{int(of_patch.sum())} patches")
+            draw_patches(around, mask[row * width + column].view(height, width), row, column)
     return figure
 
 

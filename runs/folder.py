@@ -35,7 +35,7 @@ COLUMNS = (
 
 
 RESULTS = ["metrics.csv", "metrics.json", "summary.json", "curves.png"]
-TEXTS = ["args.txt", "config.yaml", "model.txt", "train_eval_results.txt", *RESULTS, ID_FILE]
+TEXTS = ["args.txt", "config.yaml", "model.txt", "train_eval_results.txt", "mask.png", *RESULTS, ID_FILE]
 CHECKPOINTS = "last.pt previous.pt best.pt".split()
 # Options that every config.yaml of a run holds, and files of options seldom.
 ALWAYS = {"layer", "dataset", "num_epochs", "seed", "output_dir", "batch_size", "lr", "save_every", "tensorboard"}
@@ -248,8 +248,7 @@ class RunFolder:
 
 def costs_of(model: nn.Module, image_shape: tuple[int, ...], device: torch.device) -> dict:
     """Measure the latency of one image, for a second, and the peak memory of this process so far."""
-    image = torch.zeros(1, *image_shape, device=device)
-    return {**process_peak_memory(device), "latency_ms_per_image": measure_latency(model, image)}
+    return process_peak_memory(device) | measure_latency(model, torch.zeros(1, *image_shape, device=device))
 
 
 def summarize(training: Training, selection_split: str, facts: dict, ended: bool) -> dict:
@@ -263,9 +262,11 @@ def summarize(training: Training, selection_split: str, facts: dict, ended: bool
         "note": "" if selection_split == "val" else note,
         "final": history[-1],
         "best": training.best,
-        "average_epoch_seconds": sum(row["seconds"] for row in history) / len(history),
+        "training_seconds": sum(row["seconds"] for row in history),
+        "average_epoch_seconds": statistics.fmean(row["seconds"] for row in history),
         **facts,
         "latency_ms_per_image": None,
+        "latency_std_ms": None,
         **(costs_of(training.model, facts["image_shape"], device) if ended else process_peak_memory(device)),
         "device": device_name(device),
         "versions": versions(),

@@ -17,6 +17,7 @@ from experiments.mixing import Mixing
 from experiments.pictures import draw_attention, draw_lines, draw_neighbors
 from experiments.trained import as_picture, load_run
 from mixers.local import local_mask
+from launch.mask import draw_mask
 from mixers.selection import NeighborSelection
 from options.data import DataConfig
 from options.layers import LOCAL_MASKS
@@ -36,6 +37,7 @@ def runs(tmp_path_factory):
         "convnn-1": (vit_main, f"{vit} --layer ConvNNAttention --seed 1"),
         "gpsa": (vit_main, f"{vit} --layer GPSA --num_local_layers 1"),
         "mean": (vit_main, f"{vit} --pool mean"),
+        "masked": (vit_main, f"{vit} --layer MaskedAttention --mask_type 2d_cardinal --expansion_step 2"),
         "vig": (vit_main, f"{vit} --layer ViG --dilation 3"),
         "conv": (vit_main, f"{vit} --layer Conv1dAttention"),
         "images": (allconvnet_main, f"{COMMON} --layer Conv2d/ConvNN --channels 4 6 --K 4 --padding 1 --shuffle_pattern NA"),
@@ -98,6 +100,31 @@ def test_seeds_are_one_line_in_a_band(runs):
     assert list(mean.get_ydata()) == pytest.approx([(a + b) / 2 for a, b in zip(*seeds, strict=True)])
     only, bands = lines_of_curves([runs / "mean"])
     assert list(only) == ["Attention"] and not bands
+
+
+def test_the_folder_of_a_sweep_is_its_runs(runs, tmp_path):
+    names = ["convnn", "convnn-1", "mean"]
+    for name in names:
+        (tmp_path / name).symlink_to(runs / name)
+    (tmp_path / "summary.csv").write_text("layer\n")
+    (tmp_path / "not_a_run").mkdir()
+    lines, bands = lines_of_curves([tmp_path])
+    expected, _ = lines_of_curves([runs / name for name in names])
+    assert list(lines) == list(expected) and len(bands) == 2
+    for label, line in lines.items():
+        assert list(line.get_ydata()) == list(expected[label].get_ydata())
+
+
+def test_a_run_with_a_mask_leaves_its_picture(runs):
+    (mixer, *_) = (block.mixer for block in load_run(runs / "masked", 1, None).model.blocks)
+    figure = draw_mask(mixer)
+    whole, around = (axis.images[0].get_array() for axis in figure.axes)
+    query = [[(y == 2) + (x == 2) for x in range(4)] for y in range(4)]  # the row and the column of the patch in the middle
+    assert around.tolist() == [[min(one, 1) for one in row] for row in query]
+    assert whole.shape == (17, 17) and whole[0].all() and whole[:, 0].all()  # the class token
+    assert whole[11, 1:].tolist() == around.flatten().tolist()
+    assert (runs / "masked" / "mask.png").read_bytes() == as_figure(figure)
+    assert not list(runs.glob("[!m]*/mask.png"))
 
 
 def test_attention_maps_are_those_of_the_patches(runs):
