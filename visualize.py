@@ -168,7 +168,7 @@ def make_parser() -> OneLineParser:
 
     add(
         "curves",
-        "loss and accuracy of runs, or of all runs of a sweep's folder; seeds as a band (default output: curves.png beside them)",
+        "loss and accuracy of runs, or of all runs of a sweep; seeds as a band (default output: curves.png beside them)",
         "runs",
     )
     add("confusion", "predicted by true classes of an evaluated run (default output: confusion.png in its folder)", "run")

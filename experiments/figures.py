@@ -9,6 +9,7 @@ import math
 import os
 import re
 import statistics
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ MARKERS = "os^vDPX*<>ph"
 LINE_STYLES = ("-", "--", ":", "-.")
 COLORS = 20  # of matplotlib's tab20
 COLUMN, PAGE = 3.3, 6.9  # inches: widths of one column of a paper, and of both
+LETTER = 0.07  # inches, more than the mean width of a letter in a legend
 LONGEST_LABEL = 60  # letters; a legend of longer ones would leave no room for the curves
 ZOOM = 3  # points below the best row that the zoomed figure shows
 MOST_LINES = 20  # in one panel, where there is an option to split the lines by
@@ -142,12 +144,13 @@ def label_groups(kinds: list[dict], folders: list[list[Path]]) -> list[str]:
 
 
 def legend_below(figure, handles: list, labels: list[str], titles: tuple[int, ...] = ()):
-    """Add a legend below the axes, in as many columns as fit; the figure becomes taller by it, and wider for a long label.
+    """Add a legend below the axes, in as many columns as fit; the figure becomes taller by it. Long labels are wrapped.
 
     titles: numbers of the entries that head a section.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    labels = [textwrap.fill(label, int(figure.get_figwidth() / LETTER)) for label in labels]
     renderer = FigureCanvasAgg(figure).get_renderer()  # measures texts
     for columns in range(min(len(labels), 8), 0, -1):
         legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)

@@ -13,14 +13,14 @@ LARGEST = 2000  # tokens; a mask of more pairs is not drawn
 
 def draw_pairs(axis, mask: Tensor) -> None:
     """Draw a mask (N, N), rows attend to columns."""
-    axis.imshow(mask.float(), cmap="Blues", vmin=0, vmax=1)
+    axis.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.set(xticks=[], yticks=[])
 
 
 def draw_patches(axis, allowed: Tensor, row: int, column: int) -> None:
     """Draw the patches (height, width) that the patch with the star, in this row and column, attends to."""
     height, width = allowed.shape
-    axis.imshow(allowed.float(), cmap="Blues", vmin=0, vmax=1)
+    axis.imshow(allowed.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.plot(column, row, "*", color="tab:red", ms=5)
     axis.set(xticks=[x - 0.5 for x in range(width)], yticks=[y - 0.5 for y in range(height)])
     axis.tick_params(length=0, labelbottom=False, labelleft=False)

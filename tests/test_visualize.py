@@ -16,8 +16,8 @@ from dataset import load_data
 from experiments.mixing import Mixing
 from experiments.pictures import draw_attention, draw_lines, draw_neighbors
 from experiments.trained import as_picture, load_run
-from mixers.local import local_mask
 from launch.mask import draw_mask
+from mixers.local import local_mask
 from mixers.selection import NeighborSelection
 from options.data import DataConfig
 from options.layers import LOCAL_MASKS

@@ -15,6 +15,7 @@ from mixers.local import (
     MultiHeadMaskedAttention,
     MultiHeadSparseAttention,
     NeighborhoodAttention,
+    local_mask,
     rotate,
 )
 from options.layers import LOCAL_MASKS, MASK_TYPES
