@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.figures import PAGE, legend_below, make_panels
+from experiments.panels import PAGE, legend_below, make_panels, short_number, wrapped
 from experiments.tables import as_markdown
 from options.allconvnet import AllConvNetConfig
 from options.benchmark import BenchmarkConfig
@@ -200,7 +200,7 @@ def add_ratios(rows: list[dict]) -> list[dict]:
 def draw_scaling(rows: list[dict], title: str):
     """Plot time and peak memory against the number of tokens, all axes logarithmic."""
     from matplotlib import cycler, rcParams
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
+    from matplotlib.ticker import LogLocator
 
     lines: dict[str, list[dict]] = {}
     many = [name for name in ("precision", "execution") if len({row[name] for row in rows}) > 1]
@@ -208,7 +208,7 @@ def draw_scaling(rows: list[dict], title: str):
         lines.setdefault(", ".join([row["layer"], *(row[name] for name in many)]), []).append(row)
     panels = {"forward_backward_ms": "forward + backward (ms)", "peak_memory_mb": "peak memory of it (MB)"}
     figure, axes = make_panels(2, 2, PAGE / 2, 2.6)
-    figure.suptitle(title, fontsize=7)
+    figure.suptitle(wrapped(title, figure), fontsize=7)
     tokens = sorted({row["tokens"] for row in rows})
     looks = cycler(marker=["o", "s", "^"], ls=["-", "--", ":"]) * rcParams["axes.prop_cycle"]
     for axis, (key, name) in zip(axes, panels.items(), strict=True):
@@ -219,7 +219,7 @@ def draw_scaling(rows: list[dict], title: str):
         axis.set_xticks(tokens, [f"{number:,}" for number in tokens])
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.9g}"))
+        axis.yaxis.set_major_formatter(short_number)
         axis.minorticks_off()
         axis.set_xlabel("tokens")
         axis.set_title(name)

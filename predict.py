@@ -109,7 +109,7 @@ def predict(run: Path, files: list[Path], device: str, batch_size: int, top: int
 
 def draw_sheet(rows: list[dict], pictures: list):
     """Draw a contact sheet: each image with its three likeliest classes."""
-    from experiments.figures import PAGE, make_panels
+    from experiments.panels import PAGE, make_panels
     from experiments.pictures import show_picture
     from runs.files import drawable
 

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from experiments import analysis, figures, pictures
+from experiments import analysis, figures, panels, pictures
 from experiments.abilities import draw_abilities, draw_tasks
 from experiments.explorer import LARGEST, explorer_page
 from experiments.pictures import draw_attention, draw_masks, draw_neighbors, draw_samples
@@ -48,7 +48,7 @@ def draw_curves(args: argparse.Namespace):
 
     # Many lines leave no room for training curves; the styles then tell lines of one color apart.
     parts = {"train": (":", 0.08), "test": ("-", 0.2)} if len(groups) <= MOST_WITH_TRAINING else {"test": (None, 0.2)}
-    figure, axes = figures.make_panels(2, 1, figures.COLUMN, 1.8)
+    figure, axes = panels.make_panels(2, 1, panels.COLUMN, 1.8)
     for axis, key, name in zip(axes, ("loss", "top1"), ("loss", "top-1 accuracy (%)"), strict=True):
         for number, (label, group) in enumerate(zip(labels, groups.values(), strict=True)):
             for part, (style, band) in parts.items():
@@ -61,7 +61,9 @@ def draw_curves(args: argparse.Namespace):
     if len(parts) > 1:
         axes[0].plot([], [], "k-", label="test")
         axes[0].plot([], [], "k:", label="training")
-    figures.legend_below(figure, *axes[0].get_legend_handles_labels())
+    if any(len(group) > 1 for group in groups.values()):
+        axes[0].fill_between([], [], color="k", alpha=0.2, lw=0, label="range of seeds")
+    panels.legend_below(figure, *axes[0].get_legend_handles_labels())
     return figure
 
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.figures import COLUMN, PAGE, make_panels, read_metrics
+from experiments.figures import read_metrics
+from experiments.panels import COLUMN, PAGE, make_panels, wrapped
 from experiments.report import read_summary
 from experiments.trained import read_config
 from options.data import TASKS
@@ -103,6 +104,6 @@ def draw_abilities(sweep: Path):
         axis.set_xticks([len(seeds) * (number + 0.5) - 0.5 for number in range(len(TASKS))], TASKS, fontsize=6)
         axis.set_yticks(range(len(layers)), layers, fontsize=6)
         axis.tick_params(length=0)
-        axis.set_title(title)
-    figure.supxlabel(f"task; one column per seed ({', '.join(map(str, seeds))})", fontsize=7)
+        axis.set_title(wrapped(title, figure))
+    figure.supxlabel(wrapped(f"task; one column per seed ({', '.join(map(str, seeds))})", figure), fontsize=7)
     return figure

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dataset import channel_stats
-from experiments.figures import PAGE, color_of, legend_below, make_panels
+from experiments.figures import color_of
 from experiments.measures import (
     distance_shares,
     gini,
@@ -27,6 +27,7 @@ from experiments.measures import (
     times_chosen,
 )
 from experiments.mixing import ABSENT, Mixing, record_mixing, record_run
+from experiments.panels import PAGE, legend_below, make_panels
 from experiments.trained import Run, load_model, load_runs
 from neighbors import grid_locations, location_neighbors
 from runs.files import drawable

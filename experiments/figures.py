@@ -9,12 +9,20 @@ import math
 import os
 import re
 import statistics
-import textwrap
 from pathlib import Path
-from typing import NamedTuple
 
+from experiments.panels import (
+    COLUMN,
+    PAGE,
+    Mark,
+    Section,
+    legend_below,
+    legend_of_sections,
+    make_panels,
+    short_number,
+)
 from options.layers import LAYERS1D_ROWS, layers_of
-from runs.files import drawable, paper_style
+from runs.files import drawable
 
 COSTS = {
     "latency_ms_per_image": "latency (ms per image)",
@@ -26,40 +34,14 @@ TOP1 = "test top-1 (%)"
 MARKERS = "os^vDPX*<>ph"
 LINE_STYLES = ("-", "--", ":", "-.")
 COLORS = 20  # of matplotlib's tab20
-COLUMN, PAGE = 3.3, 6.9  # inches: widths of one column of a paper, and of both
-LETTER = 0.07  # inches, more than the mean width of a letter in a legend
 LONGEST_LABEL = 60  # letters; a legend of longer ones would leave no room for the curves
 ZOOM = 3  # points below the best row that the zoomed figure shows
 MOST_LINES = 20  # in one panel, where there is an option to split the lines by
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Panels, colors, markers, legends
+# Colors, markers, labels
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def make_panels(count: int, columns: int, width: float, height: float, **shared):
-    """Return a figure and the axes of `count` panels in rows of `columns`, each width x height inches."""
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
-
-    rcParams.update(paper_style())
-    rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **shared).flatten()
-    for axis in axes[count:]:
-        axis.axis("off")
-    return figure, axes[:count]
-
-
-class Mark(NamedTuple):
-    color: tuple
-    marker: str
-
-
-class Section(NamedTuple):
-    title: str
-    entries: dict[str, Mark]
 
 
 def color_of(number: int) -> tuple:
@@ -143,42 +125,6 @@ def label_groups(kinds: list[dict], folders: list[list[Path]]) -> list[str]:
     return [label + note for label, note in zip(labels, seeds, strict=True)]
 
 
-def legend_below(figure, handles: list, labels: list[str], titles: tuple[int, ...] = ()):
-    """Add a legend below the axes, in as many columns as fit; the figure becomes taller by it. Long labels are wrapped.
-
-    titles: numbers of the entries that head a section.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    labels = [textwrap.fill(label, int(figure.get_figwidth() / LETTER)) for label in labels]
-    renderer = FigureCanvasAgg(figure).get_renderer()  # measures texts
-    for columns in range(min(len(labels), 8), 0, -1):
-        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-        for number in titles:
-            legend.get_texts()[number].set_fontweight("bold")
-        box = legend.get_window_extent(renderer)
-        if box.width < 0.97 * figure.bbox.width or columns == 1:
-            break
-        legend.remove()
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(max(width, 1.03 * box.width / figure.dpi), height + box.height / figure.dpi)
-    return legend
-
-
-def legend_of_sections(figure, sections: list[Section]):
-    from matplotlib.lines import Line2D
-
-    handles, labels, titles = [], [], []
-    for title, entries in sections:
-        if title:
-            titles.append(len(labels))
-            handles.append(Line2D([], [], alpha=0))
-            labels.append(title)
-        handles += [Line2D([], [], color=mark.color, marker=mark.marker, ls="") for mark in entries.values()]
-        labels += entries
-    return legend_below(figure, handles, labels, tuple(titles))
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Accuracy against a cost, and against an option
 # ---------------------------------------------------------------------------------------------------------------
@@ -252,7 +198,7 @@ def draw_tradeoff(rows: list[dict], swept: list[str], marked: list[dict] | None 
     Args:
         marked: rows of the whole table, whose colors and markers these rows have; default: these.
     """
-    from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     marked = marked or rows
     marks, sections = mark_rows(marked, swept)
@@ -271,7 +217,7 @@ def draw_tradeoff(rows: list[dict], swept: list[str], marked: list[dict] | None 
             axis.set_xscale("log")
             axis.minorticks_off()
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_wide else MaxNLocator(5))
-        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.9g}"))
+        axis.xaxis.set_major_formatter(short_number)
         axis.set(xlabel=label, ylabel=TOP1 + " ± deviation" * any(map(spread_of, rows)))
         axis.grid(alpha=0.3)
     legend_of_sections(figure, [*sections, Section("", {"Pareto front; other points are faint": Mark("silver", "_")})])
@@ -360,7 +306,7 @@ def draw_curves(rows: list[dict], curves: list[list[list[float]]]):
     for number, (axis, (value, lines)) in enumerate(zip(axes, panels.items(), strict=True)):
         handles, labels = draw_panel(axis, lines, numbers)
         if number % columns == 0:
-            axis.set_ylabel(TOP1)
+            axis.set_ylabel(TOP1 + "; band: range of seeds" * any(len(runs) > 1 for runs in curves))
         if len(panels) == 1:
             legend_below(figure, handles, labels)
         else:
@@ -375,8 +321,9 @@ def draw_panel(axis, lines: dict[str, list[list[float]]], numbers: dict[str, int
     entries = []
     for count, (label, runs) in enumerate(lines.items()):
         end = plot_seeds(axis, runs, **look_of(numbers.get(label, count), runs))
-        entries.append((end, axis.lines[-1], f"{label}  {end:.1f}"))
+        entries.append((end, axis.lines[-1], f"{label}  {end:.1f} %"))
     by_epoch(axis)
+    axis.set_xlabel("epoch (legend: the last one)")
     entries.sort(key=lambda entry: entry[0], reverse=True)
     return [handle for _, handle, _ in entries], [label for _, _, label in entries]
 

@@ -3,7 +3,8 @@
 import math
 
 from experiments.comparison import mean_with_interval
-from experiments.figures import COLUMN, TOP1, label_of, make_panels
+from experiments.figures import TOP1, label_of
+from experiments.panels import COLUMN, make_panels
 
 COLUMNS = {
     "top1": "Top-1 (\\%)",

@@ -9,8 +9,8 @@ import itertools
 import torch
 
 from dataset import load_data
-from experiments.figures import COLUMN, PAGE, legend_below, make_panels
 from experiments.mixing import Mixing, record_mixing
+from experiments.panels import COLUMN, PAGE, legend_below, make_panels, wrapped
 from experiments.trained import as_picture, load_run
 from launch.mask import draw_pairs, draw_patches
 from mixers.local import local_mask
@@ -56,7 +56,7 @@ def draw_attention(args: argparse.Namespace):
 
     side = max(0.75, min(1.2, PAGE / (len(maps) + 1)))
     figure, axes = make_panels(len(run.images) * (len(maps) + 1), len(maps) + 1, side, side + 0.25)
-    figure.supxlabel("attention from low (dark) to high (light), on a scale of each map", fontsize=7)
+    figure.supxlabel(wrapped("attention from low (dark) to high (light), on a scale of each map", figure), fontsize=7)
     for image, row in enumerate(axes.reshape(len(run.images), -1)):
         show_picture(row[0], as_picture(run.images[image], run.options.data))
         title_of(row[0], *(run.class_names[number] for number in (run.labels[image], logits[image].argmax())))
@@ -130,7 +130,7 @@ def draw_masks(args: argparse.Namespace):
     steps = args.expansion_step
     side = max(0.9, min(1.6, PAGE / (2 * len(steps))))
     figure, axes = make_panels(2 * len(LOCAL_MASKS) * len(steps), 2 * len(steps), side, side + 0.2)
-    figure.supxlabel("masks of all pairs, and the patches that the one with the star attends to", fontsize=7)
+    figure.supxlabel(wrapped("masks of all pairs, and the patches that the one with the star attends to", figure), fontsize=7)
     panels = iter(axes.reshape(-1, 2))
     for name in LOCAL_MASKS:
         for step in steps:

@@ -75,8 +75,11 @@ FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 
 def as_figure(figure, suffix: str = ".png") -> bytes:
     """Encode a matplotlib figure in the format of a suffix, one of FIGURE_SUFFIXES in any case."""
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=suffix.lower().removeprefix("."))
+    with rc_context(paper_style()):
+        figure.savefig(buffer, format=suffix.lower().removeprefix("."))
     return buffer.getvalue()
 
 

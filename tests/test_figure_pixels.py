@@ -13,7 +13,7 @@ import benchmark
 import predict
 import visualize
 import vit_main
-from experiments import figures, pictures
+from experiments import figures, panels, pictures
 from launch.mask import draw_mask
 from mixers.base import TokenLayout
 from mixers.local import MultiHeadMaskedAttention
@@ -100,7 +100,7 @@ def test_figures_show_something_and_cut_nothing_off(name, run, tmp_path):
     assert len(np.unique(picture)) > 20
     if isinstance(figure, bytes):
         return
-    assert figure.get_figwidth() <= figures.PAGE + 1e-9 and figure.dpi == 200
+    assert figure.get_figwidth() <= panels.PAGE + 1e-9 and figure.dpi == 200
     box = figure.get_tightbbox(canvas.get_renderer())  # of everything drawn, in inches
     assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.get_figwidth() and box.y1 <= figure.get_figheight()
     for axis in figure.axes:
