@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.panels import PAGE, legend_below, make_panels, short_number, wrapped
+from experiments.panels import PAGE, legend_below, log_locator, make_panels, short_number, wrapped
 from experiments.tables import as_markdown
 from options.allconvnet import AllConvNetConfig
 from options.benchmark import BenchmarkConfig
@@ -200,7 +200,6 @@ def add_ratios(rows: list[dict]) -> list[dict]:
 def draw_scaling(rows: list[dict], title: str):
     """Plot time and peak memory against the number of tokens, all axes logarithmic."""
     from matplotlib import cycler, rcParams
-    from matplotlib.ticker import LogLocator
 
     lines: dict[str, list[dict]] = {}
     many = [name for name in ("precision", "execution") if len({row[name] for row in rows}) > 1]
@@ -218,7 +217,7 @@ def draw_scaling(rows: list[dict], title: str):
         axis.set_xscale("log")
         axis.set_xticks(tokens, [f"{number:,}" for number in tokens])
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_locator(log_locator([row[key] for row in rows]))
         axis.yaxis.set_major_formatter(short_number)
         axis.minorticks_off()
         axis.set_xlabel("tokens")

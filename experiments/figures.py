@@ -18,6 +18,7 @@ from experiments.panels import (
     Section,
     legend_below,
     legend_of_sections,
+    log_locator,
     make_panels,
     short_number,
 )
@@ -198,7 +199,7 @@ def draw_tradeoff(rows: list[dict], swept: list[str], marked: list[dict] | None 
     Args:
         marked: rows of the whole table, whose colors and markers these rows have; default: these.
     """
-    from matplotlib.ticker import LogLocator, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     marked = marked or rows
     marks, sections = mark_rows(marked, swept)
@@ -216,11 +217,13 @@ def draw_tradeoff(rows: list[dict], swept: list[str], marked: list[dict] | None 
         if is_wide:
             axis.set_xscale("log")
             axis.minorticks_off()
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_wide else MaxNLocator(5))
+        axis.xaxis.set_major_locator(log_locator(values) if is_wide else MaxNLocator(5))
         axis.xaxis.set_major_formatter(short_number)
         axis.set(xlabel=label, ylabel=TOP1 + " ± deviation" * any(map(spread_of, rows)))
         axis.grid(alpha=0.3)
-    legend_of_sections(figure, [*sections, Section("", {"Pareto front; other points are faint": Mark("silver", "_")})])
+    front = {"Pareto front; other points are faint": Mark("silver", "_")}
+    sections = [*sections, Section("", front)] if sections[-1].title else [Section("", sections[-1].entries | front)]
+    legend_of_sections(figure, sections)
     return figure
 
 

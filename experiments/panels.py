@@ -37,6 +37,13 @@ def short_number(value: float, _position=None) -> str:
     return f"{value:,.9g}"
 
 
+def log_locator(values: list[float]):
+    """Return a locator of ticks for a logarithmic axis of these values: more in a decade where they span about one."""
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(subs=(1, 2, 5) if max(values) > 12 * min(values) else (1, 1.5, 2, 3, 5, 7))
+
+
 class Mark(NamedTuple):
     color: tuple
     marker: str
@@ -57,7 +64,7 @@ class Columns(NamedTuple):
 
 
 def in_columns(sections: list[tuple[str, list, list[str]]], rows: int) -> Columns:
-    """Arrange sections (title, handles, labels) in columns of so many rows; an empty title takes no entry."""
+    """Arrange sections (title, handles, labels) in columns of so many rows; 0: all in one. An empty title takes no entry."""
     from matplotlib.lines import Line2D
 
     handles, labels, titles = [], [], []
@@ -66,10 +73,10 @@ def in_columns(sections: list[tuple[str, list, list[str]]], rows: int) -> Column
             titles.append(len(labels))
         of_section = [Line2D([], [], alpha=0)] * bool(title) + of_section
         names = [title] * bool(title) + names
-        blank = -len(names) % rows
+        blank = -len(names) % rows if rows else 0
         handles += of_section + [Line2D([], [], alpha=0)] * blank
         labels += names + [""] * blank
-    return Columns(handles, labels, titles, len(labels) // rows)
+    return Columns(handles, labels, titles, len(labels) // rows if rows else 1)
 
 
 def legend_below(figure, handles: list, labels: list[str]):
@@ -95,15 +102,15 @@ def legend_of_parts(figure, sections: list[tuple[str, list, list[str]]]):
     renderer = FigureCanvasAgg(figure).get_renderer()  # measures texts
     sections = [(title, handles, [wrapped(label, figure) for label in labels]) for title, handles, labels in sections]
     longest = sum(len(labels) + bool(title) for title, _, labels in sections)
-    for rows in range(1, longest + 1):
+    for rows in [*sorted({-(-longest // columns) for columns in range(1, MOST_COLUMNS + 1)}), 0]:
         parts = in_columns(sections, rows)
-        if parts.count > MOST_COLUMNS and rows < longest:
+        if parts.count > MOST_COLUMNS:
             continue
         legend = figure.legend(parts.handles, parts.labels, loc="outside lower center", ncols=parts.count)
         for number in parts.titles:
             legend.get_texts()[number].set_fontweight("bold")
         box = legend.get_window_extent(renderer)
-        if box.width < 0.97 * figure.bbox.width or rows == longest:
+        if box.width < 0.97 * figure.bbox.width or not rows:
             break
         legend.remove()
     width, height = figure.get_size_inches()
