@@ -305,7 +305,7 @@ def draw_curves(rows: list[dict], curves: list[list[list[float]]]):
     columns = min(2, len(panels))
     of_legend = 1 if max(len(label) for lines in panels.values() for label in lines) > 18 else 2  # columns
     below = 0 if len(panels) == 1 else 0.35 + 0.15 * max(map(len, panels.values())) / of_legend  # inches under each panel
-    figure, axes = make_panels(len(panels), columns, PAGE / 2, 2.4 + below, sharey=True)
+    figure, axes = make_panels(len(panels), columns, PAGE / 2 if columns > 1 else COLUMN, 2.4 + below, sharey=True)
     for number, (axis, (value, lines)) in enumerate(zip(axes, panels.items(), strict=True)):
         handles, labels = draw_panel(axis, lines, numbers)
         if number % columns == 0:
