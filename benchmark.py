@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.panels import PAGE, legend_below, log_locator, make_panels, short_number, wrapped
 from experiments.tables import as_markdown
 from options.allconvnet import AllConvNetConfig
 from options.benchmark import BenchmarkConfig
@@ -28,7 +29,7 @@ from options.runs import check_environment
 from options.timm import describe, is_timm
 from options.vit import ViTConfig
 from runs import RunError, Stopped
-from runs.files import as_csv, as_png, check_writable, write_atomically
+from runs.files import as_csv, as_figure, check_writable, write_atomically
 from runs.measure import MEASURED, Case, count_flops, count_parameters, device_name, training_flops, versions
 from runs.streams import run_program
 
@@ -111,7 +112,6 @@ def make_mixers(
     With `baseline`, Attention is followed by attention with separate projections of q, k and v.
     """
     import torch
-    from torch import nn
 
     if config.is_backbone:
         from models.build import build_network
@@ -124,25 +124,15 @@ def make_mixers(
         x = torch.randn(batch_size, config.channels[0], *config.image_size)
         yield config.title, make_layer2d(config, *config.channels), x
         return
-    from layers1d import MultiHeadAttention
     from mixers.base import TokenLayout
     from vit import make_layer1d
-
-    class Separate(MultiHeadAttention):
-        """Attention with three projections instead of a merged one."""
-
-        def make_projection(self, d_model: int, bias: bool) -> None:
-            self.parts = nn.ModuleList(nn.Linear(d_model, d_model, bias=bias) for _ in range(3))
-
-        def project(self, x):
-            return tuple(self.split_heads(part(x)) for part in self.parts)
 
     layout = TokenLayout(*config.grid, config.class_tokens)
     x = torch.randn(batch_size, layout.num_tokens, config.d_model)
     yield layer_label(config.layer), make_layer1d(config, layout), x
     if baseline and config.layer == "Attention":
-        apart = Separate(config.d_model, config.num_heads, attention_dropout=config.attention_dropout, bias=config.bias)
-        yield "Attention (q, k, v apart)", apart, x.clone()
+        apart = dataclasses.replace(config, separate_qkv=True)
+        yield "Attention (q, k, v apart)", make_layer1d(apart, layout), x.clone()
 
 
 def measure(bench: BenchmarkConfig, configs: list, device, progress) -> list[dict]:
@@ -210,33 +200,30 @@ def add_ratios(rows: list[dict]) -> list[dict]:
 def draw_scaling(rows: list[dict], title: str):
     """Plot time and peak memory against the number of tokens, all axes logarithmic."""
     from matplotlib import cycler, rcParams
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     lines: dict[str, list[dict]] = {}
     many = [name for name in ("precision", "execution") if len({row[name] for row in rows}) > 1]
     for row in rows:
         lines.setdefault(", ".join([row["layer"], *(row[name] for name in many)]), []).append(row)
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    figure.suptitle(title, fontsize=9)
+    panels = {"forward_backward_ms": "forward + backward (ms)", "peak_memory_mb": "peak memory of it (MB)"}
+    figure, axes = make_panels(2, 2, PAGE / 2, 2.6)
+    figure.suptitle(wrapped(title, figure), fontsize=7)
     tokens = sorted({row["tokens"] for row in rows})
     looks = cycler(marker=["o", "s", "^"], ls=["-", "--", ":"]) * rcParams["axes.prop_cycle"]
-    panels = {"forward_backward_ms": "forward + backward (ms)", "peak_memory_mb": "peak memory of it (MB)"}
-    axes = figure.subplots(1, 2)
     for axis, (key, name) in zip(axes, panels.items(), strict=True):
         axis.set_prop_cycle(looks)
         for label, of_line in lines.items():
-            axis.plot([row["tokens"] for row in of_line], [row[key] for row in of_line], ms=4, lw=1.2, label=label)
+            axis.plot([row["tokens"] for row in of_line], [row[key] for row in of_line], ms=3, label=label)
         axis.set_xscale("log")
         axis.set_xticks(tokens, [f"{number:,}" for number in tokens])
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axis.yaxis.set_major_locator(log_locator([row[key] for row in rows]))
+        axis.yaxis.set_major_formatter(short_number)
         axis.minorticks_off()
         axis.set_xlabel("tokens")
-        axis.set_title(name, fontsize=10)
+        axis.set_title(name)
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    legend_below(figure, *axes[0].get_legend_handles_labels())
     return figure
 
 
@@ -246,7 +233,7 @@ def write(rows: list[dict], folder: Path, command: str, machine: str) -> None:
     write_atomically(folder / "benchmark.md", f"```\n{command}\n```\n\n{machine}\n\n{as_markdown(rows)}\n\n{UNSEEN}\n")
     fits = any(not math.isnan(row["forward_backward_ms"]) for row in rows)
     if fits and len({row["tokens"] for row in rows}) > 1:
-        write_atomically(folder / "scaling.png", as_png(draw_scaling(rows, machine)))
+        write_atomically(folder / "scaling.png", as_figure(draw_scaling(rows, machine)))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -59,7 +59,32 @@ class Attention1d(OnSequence, Attention2d):
 
 
 class MultiHeadAttention(MultiHeadMixer):
-    """Multi-head self-attention (Vaswani et al., arXiv 1706.03762): every token attends to all."""
+    """Multi-head self-attention (Vaswani et al., arXiv 1706.03762): every token attends to all.
+
+    Args:
+        separate_qkv: project by three linears `query`, `key` and `value`, instead of one of three times the width, `qkv`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        separate_qkv: bool = False,
+        layout: TokenLayout | None = None,
+        attention_dropout: float = 0.0,
+        bias: Bias = True,
+    ):
+        self.separate_qkv = separate_qkv  # read by `make_projection`
+        super().__init__(d_model, num_heads, layout=layout, attention_dropout=attention_dropout, bias=bias)
+
+    def make_projection(self, d_model: int, bias: bool) -> None:
+        if not self.separate_qkv:
+            return super().make_projection(d_model, bias)
+        self.query, self.key, self.value = (nn.Linear(d_model, d_model, bias=bias) for _ in range(3))
+
+    def project_features(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.query(x), self.key(x), self.value(x)) if self.separate_qkv else super().project_features(x)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
         return attend(query, key, value, dropout=self.dropout, output_matrix=output_matrix)

@@ -242,6 +242,37 @@ def make_conv2d(
     return convolution(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias)
 
 
+class ShuffledConv2d(ImageMixer):
+    """Convolution of tokens: unshuffled before, with their coordinates if asked for, and shuffled after.
+
+    (B, C_in, H, W) -> (B, C_out, H, W), as `Conv2d_New` of the published code: the baseline of ConvNN under the same shuffles.
+
+    Args:
+        kernel_size, aggregation_type: as in `make_conv2d`; coordinates are appended after the unshuffle.
+        shuffle_pattern, shuffle_scale: as in `ConvNN2d`.
+
+    Raises ValueError if the scale does not divide the sides of the map.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        aggregation_type: str = "Col",
+        shuffle_pattern: str = "NA",
+        shuffle_scale: int = 2,
+        bias: bool = True,
+    ):
+        super().__init__(in_channels, out_channels, shuffle_pattern, shuffle_scale)
+        self.conv = make_conv2d(*self.token_channels, kernel_size, aggregation_type=aggregation_type, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.token_grid(tuple(x.shape[2:]))  # raises
+        return self.shuffle(self.conv(self.unshuffle(x)))
+
+
 class Strided2d(nn.Module):
     """A mixer followed by a stride: every `stride`-th row and column is kept.
 

@@ -109,16 +109,16 @@ def predict(run: Path, files: list[Path], device: str, batch_size: int, top: int
 
 def draw_sheet(rows: list[dict], pictures: list):
     """Draw a contact sheet: each image with its three likeliest classes."""
-    from experiments.figures import make_panels
+    from experiments.panels import PAGE, make_panels
     from experiments.pictures import show_picture
     from runs.files import drawable
 
-    figure, axes = make_panels(len(pictures), min(8, len(pictures)), 1.7, 2.2)
+    figure, axes = make_panels(len(pictures), min(6, len(pictures)), PAGE / 6, 1.7)
     for axis, row, picture in zip(axes, rows, pictures, strict=False):
         show_picture(axis, picture)
         likeliest = [(row[f"class_{rank}"], row[f"probability_{rank}"]) for rank in (1, 2, 3) if f"class_{rank}" in row]
-        axis.set_title("\n".join(f"{drawable(name, 18)} {100 * share:.0f} %" for name, share in likeliest), fontsize=7)
-        axis.set_xlabel(drawable(Path(row["file"]).name, 24), fontsize=6)
+        axis.set_title("\n".join(f"{drawable(name, 14)} {100 * share:.0f} %" for name, share in likeliest), fontsize=6)
+        axis.set_xlabel(drawable(Path(row["file"]).name, 24), fontsize=5)
     return figure
 
 
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     table = args.output or args.run / "predictions.csv"
     sheet = table.with_suffix(".png")
     from runs import DataError, RunError
-    from runs.files import as_csv, as_png, check_writable, write_atomically
+    from runs.files import as_csv, as_figure, check_writable, write_atomically
 
     try:
         if table.suffix.lower() != ".csv":
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             rows, pictures = predict(args.run, files, args.device, args.batch_size, args.top)
         table.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(table, as_csv(rows))
-        write_atomically(sheet, as_png(draw_sheet(rows, pictures)))
+        write_atomically(sheet, as_figure(draw_sheet(rows, pictures)))
     except (ValueError, OSError, DataError, RunError) as error:
         parser.error(" ".join(str(error).split()))
     for row in rows[:10]:

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from experiments import analysis, figures, pictures
+from experiments import analysis, figures, panels, pictures
 from experiments.abilities import draw_abilities, draw_tasks
 from experiments.explorer import LARGEST, explorer_page
 from experiments.pictures import draw_attention, draw_masks, draw_neighbors, draw_samples
@@ -21,7 +21,7 @@ from options.data import DATASETS
 from options.parser import OneLineParser, nonempty_path, number_type, output_path
 from options.trust import trusting
 from runs import DataError, RunError, Stopped
-from runs.files import as_csv, as_png, write_atomically
+from runs.files import FIGURE_SUFFIXES, as_csv, as_figure, write_atomically
 from runs.memory import is_out_of_memory
 from runs.streams import run_program
 
@@ -48,7 +48,7 @@ def draw_curves(args: argparse.Namespace):
 
     # Many lines leave no room for training curves; the styles then tell lines of one color apart.
     parts = {"train": (":", 0.08), "test": ("-", 0.2)} if len(groups) <= MOST_WITH_TRAINING else {"test": (None, 0.2)}
-    figure, axes = figures.make_panels(2, 2, 4.5, min(8, max(4.2, 0.14 * len(groups))))
+    figure, axes = panels.make_panels(2, 1, panels.COLUMN, 1.8)
     for axis, key, name in zip(axes, ("loss", "top1"), ("loss", "top-1 accuracy (%)"), strict=True):
         for number, (label, group) in enumerate(zip(labels, groups.values(), strict=True)):
             for part, (style, band) in parts.items():
@@ -61,22 +61,31 @@ def draw_curves(args: argparse.Namespace):
     if len(parts) > 1:
         axes[0].plot([], [], "k-", label="test")
         axes[0].plot([], [], "k:", label="training")
-    figures.legend_beside(figure, *axes[0].get_legend_handles_labels())
+    if any(len(group) > 1 for group in groups.values()):
+        axes[0].fill_between([], [], color="k", alpha=0.2, lw=0, label="range of seeds")
+    panels.legend_below(figure, *axes[0].get_legend_handles_labels())
     return figure
 
 
 def folders_of_runs(paths: list[Path]) -> list[Path]:
-    """Return the paths without files, and without folders of runs in their first epoch, which stderr names.
+    """Return the folders of runs: the paths and, for the folder of a sweep, the folders in it.
 
-    `Output/ViT/*` has both. A path that does not exist is kept, to be an error.
+    Files, and folders of runs in their first epoch, which stderr names, are left out: `Output/ViT/*` has both. A path that does
+    not exist is kept, to be an error.
     """
-    folders = [path for path in paths if not path.is_file()]
+    folders = [run for path in paths if not path.is_file() for run in runs_in(path)]
     begun = [path for path in folders if path.is_dir() and not (path / "metrics.csv").exists()]
     if len(begun) == len(folders):
         raise ValueError(f"{paths[0]} holds no metrics.csv; give folders of runs that have ended an epoch")
     if begun:
         print(f"left out, as there is no metrics.csv in them: {', '.join(map(str, begun))}", file=sys.stderr)
     return [path for path in folders if path not in begun]
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """Return the folders of runs in the folder of a sweep; any other folder as it is."""
+    is_run = (folder / "config.yaml").exists() or (folder / "metrics.csv").exists()
+    return [folder] if is_run else sorted(path.parent for path in folder.glob("*/config.yaml")) or [folder]
 
 
 def draw_confusion(args: argparse.Namespace):
@@ -147,7 +156,7 @@ def make_parser() -> OneLineParser:
 
     def add(name: str, help: str, run: str | None = None, images: int | None = None, count=at_least_one):
         one = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        one.add_argument("--output", type=output_path, metavar=f"FILE{Path(file_name(name)).suffix}", help="file to write")
+        one.add_argument("--output", type=output_path, metavar=f"FILE{'|'.join(suffixes_of(name))}", help="file to write")
         if run:
             one.add_argument(
                 run, nargs="+" if run == "runs" else None, type=nonempty_path, metavar="DIR", help="output folder of a run"
@@ -159,7 +168,11 @@ def make_parser() -> OneLineParser:
             one.add_argument("--trust_code", action="store_true", help="run the custom mixer's file, whoever wrote it")
         return one
 
-    add("curves", "loss and accuracy of one or many runs, seeds as a band (default output: curves.png beside them)", "runs")
+    add(
+        "curves",
+        "loss and accuracy of runs, or of all runs of a sweep; seeds as a band (default output: curves.png beside them)",
+        "runs",
+    )
     add("confusion", "predicted by true classes of an evaluated run (default output: confusion.png in its folder)", "run")
     add(
         "attention",
@@ -177,7 +190,7 @@ def make_parser() -> OneLineParser:
         tiles,
     )
     neighbors.add_argument("--queries", nargs="+", type=place, metavar="Y,X", help="places of the tokens, from 0,0 to 1,1")
-    neighbors.add_argument("--head", type=at_least_zero, default=0, help="head, where there are several (default: 0)")
+    neighbors.add_argument("--head", type=at_least_one, default=1, help="head, where there are several (default: 1)")
     explore = add(
         "explore", "a page that shows the neighbors of any token (default output: explorer.html beside the runs)", "runs", 16
     )
@@ -226,6 +239,10 @@ def file_name(figure: str) -> str:
     return {"explore": "explorer.html", "analyze": "analysis.png"}.get(figure, f"{figure}.png")
 
 
+def suffixes_of(figure: str) -> tuple[str, ...]:
+    return (".html",) if figure == "explore" else FIGURE_SUFFIXES
+
+
 def default_output(args: argparse.Namespace) -> Path:
     name = file_name(args.figure)
     if "runs" in args:
@@ -239,14 +256,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     output = args.output or default_output(args)
-    suffix = Path(file_name(args.figure)).suffix
-    if output.suffix.lower() != suffix:
-        parser.error(f"--output {output} is not a {suffix} file")
+    suffixes = suffixes_of(args.figure)
+    if output.suffix.lower() not in suffixes:
+        parser.error(f"--output {output} is not a file of {' or '.join(suffixes)}")
     try:
         with trusting(getattr(args, "trust_code", False)):
             figure = DRAW[args.figure](args)
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, figure if isinstance(figure, str) else as_png(figure))
+        write_atomically(output, figure if isinstance(figure, str) else as_figure(figure, output.suffix))
     except Exception as error:
         if is_out_of_memory(error):
             parser.error(f"out of memory while drawing {args.figure}; smaller or fewer images need less")

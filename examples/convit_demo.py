@@ -29,7 +29,7 @@ def main() -> None:
     attention = model.backbone.blocks[0].mixer
     _, matrix = attention(torch.randn(1, 24, 36), output_attentions=True)  # (1, heads, patches, patches)
     patch = 1 * 6 + 2  # row 1, column 2
-    for head, weights in enumerate(matrix[0, :, patch]):
+    for head, weights in enumerate(matrix[0, :, patch], 1):
         row, column = divmod(int(weights.argmax()), 6)
         print(f"head {head} looks {row - 1:+d} down, {column - 2:+d} right of its patch: weight {weights.max():.2f}")
     print(f"gates: {attention.gate.sigmoid().detach().mean():.2f} by location, the rest by content")

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.figures import make_panels, read_metrics
+from experiments.figures import read_metrics
+from experiments.panels import COLUMN, PAGE, make_panels, wrapped
 from experiments.report import read_summary
 from experiments.trained import read_config
 from options.data import TASKS
@@ -18,15 +19,15 @@ LEARNED = 90  # percent of the validation images
 
 def draw_tasks(images: int = 4):
     """Draw some training and some test images of each task, with their classes."""
-    figure, axes = make_panels(len(TASKS) * 2 * images, 2 * images, 1.1, 1.3)
+    figure, axes = make_panels(len(TASKS) * 2 * images, 2 * images, PAGE / (2 * images), PAGE / (2 * images) + 0.2)
     for task, row in zip(TASKS, axes.reshape(len(TASKS), -1), strict=True):
         parts = [generate(task, 0, part, np.arange(images)) for part in ("train", "test")]
         pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         for axis, image, label in zip(row, pixels.transpose(0, 2, 3, 1), labels, strict=True):
             axis.imshow(image, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            axis.set_title(class_names(task)[label], fontsize=7)
-        row[0].set_ylabel(task, fontsize=9)
+            axis.set_title(class_names(task)[label], fontsize=6)
+        row[0].set_ylabel(task)
     return figure
 
 
@@ -75,7 +76,12 @@ def draw_abilities(sweep: Path):
     steps = np.array([[run.steps if run and run.steps else math.nan for run in row] for row in runs])
     top1 = np.array([[run.top1 if run else math.nan for run in row] for row in runs])
     panels = {
-        "solved (0: chance, 1: every test image); text: top-1 in percent": (solved, Normalize(0, 1), "viridis", top1),
+        "solved (0: chance, 1: every test image); text: top-1 in percent; gray: not run": (
+            solved,
+            Normalize(0, 1),
+            "viridis",
+            top1,
+        ),
         f"steps until {LEARNED} % of the validation images, in hundreds; white: never": (
             steps,
             LogNorm(),
@@ -83,8 +89,8 @@ def draw_abilities(sweep: Path):
             steps / 100,
         ),
     }
-    width = max(4.5, 0.17 * len(TASKS) * len(seeds) + 1.8)
-    figure, axes = make_panels(2, 2, width, 1.3 + 0.17 * len(layers), sharey=True)
+    width = max(COLUMN, 0.17 * len(TASKS) * len(seeds) + 1.5)
+    figure, axes = make_panels(2, 1, width, 0.8 + 0.12 * len(layers))
     for axis, (title, (values, norm, colors, texts)) in zip(axes, panels.items(), strict=True):
         cells = colormaps[colors].with_extremes(bad="white")(norm(np.ma.masked_invalid(values)))
         cells[missing] = colormaps["gray"](0.85)
@@ -95,9 +101,9 @@ def draw_abilities(sweep: Path):
                 axis.text(x, y, f"{text:.0f}", ha="center", va="center", fontsize=5, color=color)
         for edge in range(len(seeds), len(TASKS) * len(seeds), len(seeds)):
             axis.axvline(edge - 0.5, color="w", lw=2)
-        axis.set_xticks([len(seeds) * (number + 0.5) - 0.5 for number in range(len(TASKS))], TASKS, fontsize=7)
-        axis.set_yticks(range(len(layers)), layers, fontsize=7)
+        axis.set_xticks([len(seeds) * (number + 0.5) - 0.5 for number in range(len(TASKS))], TASKS, fontsize=6)
+        axis.set_yticks(range(len(layers)), layers, fontsize=6)
         axis.tick_params(length=0)
-        axis.set_title(title, fontsize=8)
-    figure.supxlabel(f"task; one column per seed ({', '.join(map(str, seeds))})", fontsize=8)
+        axis.set_title(wrapped(title, figure))
+    figure.supxlabel(wrapped(f"task; one column per seed ({', '.join(map(str, seeds))})", figure), fontsize=7)
     return figure

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dataset import channel_stats
-from experiments.figures import color_of, make_panels
+from experiments.figures import color_of
 from experiments.measures import (
     distance_shares,
     gini,
@@ -27,6 +27,7 @@ from experiments.measures import (
     times_chosen,
 )
 from experiments.mixing import ABSENT, Mixing, record_mixing, record_run
+from experiments.panels import PAGE, legend_below, make_panels
 from experiments.trained import Run, load_model, load_runs
 from neighbors import grid_locations, location_neighbors
 from runs.files import drawable
@@ -170,17 +171,13 @@ def draw_analysis(rows: list[dict]):
     drawings = [(_draw_distances, name) for name in names]
     drawings += [(_draw_measure, name) for name in PANELS if any(_values(rows, run, name) for run in names)]
     drawings += [(_draw_runs, "")] * ("overlap of runs" in measures) + [(_draw_epochs, "")] * ("overlap of epochs" in measures)
-    figure, axes = make_panels(len(drawings), min(4, len(drawings)), 3.4, 2.9)
-    figure.set_figheight(figure.get_figheight() + 0.3)  # for the legend
+    figure, axes = make_panels(len(drawings), min(3, len(drawings)), PAGE / 3, 2)
     for axis, (draw, name) in zip(axes, drawings, strict=True):
         draw(axis, rows, names, name)
         axis.grid(alpha=0.3)
-        axis.tick_params(labelsize=7)
-        axis.xaxis.label.set_fontsize(8)
-        axis.yaxis.label.set_fontsize(8)
     handles, labels = axes[len(names)].get_legend_handles_labels()  # of the first measure
     labels = [f"{number}: {label}" if label in names else label for number, label in enumerate(labels, 1)]
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
+    legend_below(figure, handles, labels)
     return figure
 
 
@@ -219,10 +216,10 @@ def _draw_distances(axis, rows: list[dict], names: list[str], run: str) -> None:
         of = {"run": name, "layer": layer, "measure": "share of distances"}
         shares = [row["value"] for row in rows if of.items() <= row.items()]
         if name == run or len(shares) == len(axis.lines[0].get_xdata()):  # on a grid as large as the first run's
-            axis.plot(range(len(shares)), shares, lw=1.2, **looks)
-    axis.set_title(run, fontsize=8)
+            axis.plot(range(len(shares)), shares, **looks)
+    axis.set_title(run)
     axis.set(xlabel="distance (tokens, rounded down)", ylabel="share of the neighbors", ylim=(0, None))
-    axis.legend(fontsize=6, frameon=False)
+    axis.legend(fontsize=6)
 
 
 def _draw_runs(axis, rows: list[dict], names: list[str], _) -> None:
@@ -233,7 +230,7 @@ def _draw_runs(axis, rows: list[dict], names: list[str], _) -> None:
             lines.setdefault(label, {})[row["layer"]] = row["value"]
     _by_layer(axis, lines | {"chance": _values(rows, "chance", "overlap of heads")})
     axis.set(ylabel="overlap of runs, heads joined", ylim=(0, 1))
-    axis.legend(fontsize=6, frameon=False, title="runs, as below", title_fontsize=6)
+    axis.legend(fontsize=6, title="runs, as below", title_fontsize=6)
 
 
 def _draw_epochs(axis, rows: list[dict], names: list[str], _) -> None:

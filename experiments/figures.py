@@ -10,10 +10,20 @@ import os
 import re
 import statistics
 from pathlib import Path
-from typing import NamedTuple
 
+from experiments.panels import (
+    COLUMN,
+    PAGE,
+    Mark,
+    Section,
+    legend_below,
+    legend_of_sections,
+    log_locator,
+    make_panels,
+    short_number,
+)
 from options.layers import LAYERS1D_ROWS, layers_of
-from runs.files import drawable, figure_fonts
+from runs.files import drawable
 
 COSTS = {
     "latency_ms_per_image": "latency (ms per image)",
@@ -31,31 +41,8 @@ MOST_LINES = 20  # in one panel, where there is an option to split the lines by
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Panels, colors, markers, legends
+# Colors, markers, labels
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def make_panels(count: int, columns: int, width: float, height: float, **shared):
-    """Return a figure and the axes of `count` panels in rows of `columns`, each width x height inches."""
-    from matplotlib.figure import Figure
-
-    figure_fonts()
-    rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **shared).flatten()
-    for axis in axes[count:]:
-        axis.axis("off")
-    return figure, axes[:count]
-
-
-class Mark(NamedTuple):
-    color: tuple
-    marker: str
-
-
-class Section(NamedTuple):
-    title: str
-    entries: dict[str, Mark]
 
 
 def color_of(number: int) -> tuple:
@@ -139,40 +126,6 @@ def label_groups(kinds: list[dict], folders: list[list[Path]]) -> list[str]:
     return [label + note for label, note in zip(labels, seeds, strict=True)]
 
 
-def legend_beside(figure, handles: list, labels: list[str], titles: tuple[int, ...] = ()):
-    """Add a legend on the right, in as many columns as its height asks for; the figure becomes wider by it.
-
-    titles: numbers of the entries that head a section.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    renderer = FigureCanvasAgg(figure).get_renderer()  # measures texts
-    for columns in range(1, len(labels) + 1):
-        legend = figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False, ncols=columns)
-        for number in titles:
-            legend.get_texts()[number].set_fontweight("bold")
-        box = legend.get_window_extent(renderer)
-        if box.height < 0.97 * figure.bbox.height or columns == len(labels):
-            break
-        legend.remove()
-    figure.set_figwidth(figure.get_figwidth() + box.width / figure.dpi)
-    return legend
-
-
-def legend_of_sections(figure, sections: list[Section]):
-    from matplotlib.lines import Line2D
-
-    handles, labels, titles = [], [], []
-    for title, entries in sections:
-        if title:
-            titles.append(len(labels))
-            handles.append(Line2D([], [], alpha=0))
-            labels.append(title)
-        handles += [Line2D([], [], color=mark.color, marker=mark.marker, ls="", ms=6) for mark in entries.values()]
-        labels += entries
-    return legend_beside(figure, handles, labels, tuple(titles))
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Accuracy against a cost, and against an option
 # ---------------------------------------------------------------------------------------------------------------
@@ -246,35 +199,37 @@ def draw_tradeoff(rows: list[dict], swept: list[str], marked: list[dict] | None 
     Args:
         marked: rows of the whole table, whose colors and markers these rows have; default: these.
     """
-    from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
+    from matplotlib.ticker import MaxNLocator
 
     marked = marked or rows
     marks, sections = mark_rows(marked, swept)
     marks = [mark for row, mark in zip(marked, marks, strict=True) if row in rows]
-    figure, axes = make_panels(len(COSTS), 2, 4.5, 3.75)
+    figure, axes = make_panels(len(COSTS), 2, PAGE / 2, 2.4)
     for axis, (cost, label) in zip(axes, COSTS.items(), strict=True):
         faint = dominated(rows, cost)
         front = sorted((row[cost], row["top1"]) for row, is_faint in zip(rows, faint, strict=True) if not is_faint)
         axis.plot(*zip(*front, strict=True), color="silver", lw=1, zorder=0)
         for row, (color, marker), is_faint in zip(rows, marks, faint, strict=True):
-            style = {"color": color, "ms": 7, "lw": 1, "capsize": 2, "alpha": 0.35 if is_faint else 1}
+            style = {"color": color, "capsize": 2, "alpha": 0.35 if is_faint else 1}
             axis.errorbar(row[cost], row["top1"], spread_of(row), fmt=marker, **style)
         values = [row[cost] for row in rows]
         is_wide = max(values) > 3 * min(values)
         if is_wide:
             axis.set_xscale("log")
             axis.minorticks_off()
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_wide else MaxNLocator(5))
-        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        axis.set(xlabel=label, ylabel=TOP1)
+        axis.xaxis.set_major_locator(log_locator(values) if is_wide else MaxNLocator(5))
+        axis.xaxis.set_major_formatter(short_number)
+        axis.set(xlabel=label, ylabel=TOP1 + " ± deviation" * any(map(spread_of, rows)))
         axis.grid(alpha=0.3)
+    front = {"Pareto front; other points are faint": Mark("silver", "_")}
+    sections = [*sections, Section("", front)] if sections[-1].title else [Section("", sections[-1].entries | front)]
     legend_of_sections(figure, sections)
     return figure
 
 
 def draw_option(rows: list[dict], option: str, others: list[str]):
     """Plot accuracy against one option, a line for every combination of the others."""
-    figure, (axis,) = make_panels(1, 1, 6, 4.2)
+    figure, (axis,) = make_panels(1, 1, COLUMN, 2.4)
     rows = [row for row in rows if row[option] != ""]
     lines: dict[str, list[dict]] = {}
     for row in rows:
@@ -284,7 +239,7 @@ def draw_option(rows: list[dict], option: str, others: list[str]):
         points = sorted((row[option], row["top1"], spread_of(row)) for row in of_line)
         x, top1, spreads = zip(*points, strict=True)
         axis.errorbar(x, top1, spreads, color=color, marker=marker, capsize=2, label=label)
-    axis.set(xlabel=option, ylabel=TOP1)
+    axis.set(xlabel=option, ylabel=TOP1 + " ± deviation" * any(map(spread_of, rows)))
     values = sorted({row[option] for row in rows})
     if 0 < 16 * values[0] <= values[-1]:  # as 1, 2, 4, ..., 64, which would lie upon each other
         axis.set_xscale("log", base=2)
@@ -347,20 +302,20 @@ def draw_curves(rows: list[dict], curves: list[list[list[float]]]):
     numbers = numbered(label for lines in panels.values() for label in lines)
     if len(numbers) > COLORS:  # too many for a label to have its own color in all panels: colors are of one panel each
         numbers = {}
-    columns = min(3, len(panels))
-    of_legend = 1 if max(len(label) for lines in panels.values() for label in lines) > 26 else 2  # columns
-    below = 0 if len(panels) == 1 else 0.4 + 0.18 * max(map(len, panels.values())) / of_legend  # inches under each panel
-    figure, axes = make_panels(len(panels), columns, max(7 / columns, 4.2), 4.2 + below, sharey=True)
+    columns = min(2, len(panels))
+    of_legend = 1 if max(len(label) for lines in panels.values() for label in lines) > 18 else 2  # columns
+    below = 0 if len(panels) == 1 else 0.35 + 0.15 * max(map(len, panels.values())) / of_legend  # inches under each panel
+    figure, axes = make_panels(len(panels), columns, PAGE / 2 if columns > 1 else COLUMN, 2.4 + below, sharey=True)
     for number, (axis, (value, lines)) in enumerate(zip(axes, panels.items(), strict=True)):
         handles, labels = draw_panel(axis, lines, numbers)
         if number % columns == 0:
-            axis.set_ylabel(TOP1)
+            axis.set_ylabel(TOP1 + "; band: range of seeds" * any(len(runs) > 1 for runs in curves))
         if len(panels) == 1:
-            legend_beside(figure, handles, labels)
+            legend_below(figure, handles, labels)
         else:
-            axis.set_title(label_of({by: value}, [by]) if value != "" else f"no {by}", fontsize=10)
+            axis.set_title(label_of({by: value}, [by]) if value != "" else f"no {by}")
             where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5}  # under the axis and its label
-            axis.legend(handles, labels, **where, ncols=of_legend if len(labels) > 3 else 1, fontsize=8, frameon=False)
+            axis.legend(handles, labels, **where, ncols=of_legend if len(labels) > 3 else 1)
     return figure
 
 
@@ -369,8 +324,9 @@ def draw_panel(axis, lines: dict[str, list[list[float]]], numbers: dict[str, int
     entries = []
     for count, (label, runs) in enumerate(lines.items()):
         end = plot_seeds(axis, runs, **look_of(numbers.get(label, count), runs))
-        entries.append((end, axis.lines[-1], f"{label}  {end:.1f}"))
+        entries.append((end, axis.lines[-1], f"{label}  {end:.1f} %"))
     by_epoch(axis)
+    axis.set_xlabel("epoch (legend: the last one)")
     entries.sort(key=lambda entry: entry[0], reverse=True)
     return [handle for _, handle, _ in entries], [label for _, _, label in entries]
 

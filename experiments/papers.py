@@ -3,7 +3,8 @@
 import math
 
 from experiments.comparison import mean_with_interval
-from experiments.figures import TOP1, label_of, make_panels
+from experiments.figures import TOP1, label_of
+from experiments.panels import COLUMN, make_panels
 
 COLUMNS = {
     "top1": "Top-1 (\\%)",
@@ -54,14 +55,15 @@ def draw_ranking(rows: list[dict], swept: list[str], seeds: list[list[float]]):
     seeds: the top-1 of each row's runs. Rows of fewer than three seeds have no interval.
     """
     order = sorted(range(len(rows)), key=lambda number: rows[number]["top1"])
-    figure, (axis,) = make_panels(1, 1, 5.5, 0.9 + 0.24 * len(rows))
+    labels = [label_of(rows[number], swept) for number in order]
+    figure, (axis,) = make_panels(1, 1, COLUMN + 0.05 * max(0, max(map(len, labels)) - 20), 0.6 + 0.14 * len(rows))
     for height, number in enumerate(order):
         found = mean_with_interval(seeds[number])
-        axis.plot(seeds[number], [height] * len(seeds[number]), ".", color="silver", ms=5)
+        axis.plot(seeds[number], [height] * len(seeds[number]), ".", color="silver")
         if not math.isnan(found.low):
-            axis.plot([found.low, found.high], [height] * 2, "-", color="tab:blue", lw=1.5)
-        axis.plot(found.mean, height, "o", color="tab:blue", ms=4)
-    axis.set_yticks(range(len(rows)), [label_of(rows[number], swept) for number in order], fontsize=8)
+            axis.plot([found.low, found.high], [height] * 2, "-", color="tab:blue")
+        axis.plot(found.mean, height, "o", color="tab:blue", ms=3)
+    axis.set_yticks(range(len(rows)), labels)
     axis.set_xlabel(f"{TOP1}: mean, 95 % t interval, seeds")
     axis.grid(alpha=0.3)
     return figure

@@ -9,9 +9,10 @@ import itertools
 import torch
 
 from dataset import load_data
-from experiments.figures import make_panels
 from experiments.mixing import Mixing, record_mixing
+from experiments.panels import COLUMN, PAGE, legend_below, make_panels, wrapped
 from experiments.trained import as_picture, load_run
+from launch.mask import draw_pairs, draw_patches
 from mixers.local import local_mask
 from options.data import DATASETS, DataConfig
 from options.layers import LOCAL_MASKS
@@ -19,6 +20,7 @@ from options.vit import ViTConfig
 from runs.files import drawable
 
 QUERIES = ((0.3, 0.3), (0.3, 0.7), (0.6, 0.5))  # places of tokens: down and right, from 0 to 1
+RING = {"marker": "o", "ms": 8, "mfc": "none", "ls": ""}  # around a token that has the class token as a neighbor
 
 
 def show_picture(axis, picture) -> None:
@@ -30,7 +32,7 @@ def title_of(axis, truth: str, prediction: str) -> None:
     """Set the class as the title, green where the model is right, red where it is wrong."""
     right = truth == prediction
     truth, prediction = drawable(truth, 18), drawable(prediction, 18)
-    axis.set_title(truth if right else f"{prediction}\n(is {truth})", color="tab:green" if right else "tab:red", fontsize=8)
+    axis.set_title(truth if right else f"{prediction}\n(is {truth})", color="tab:green" if right else "tab:red")
 
 
 def draw_attention(args: argparse.Namespace):
@@ -52,7 +54,9 @@ def draw_attention(args: argparse.Namespace):
         raise ValueError(f"{args.run}: the convolutions of layer={run.options.model.layer} have no attention")
     maps["average"] = torch.stack(list(maps.values())).mean(dim=0)
 
-    figure, axes = make_panels(len(run.images) * (len(maps) + 1), len(maps) + 1, 1.5, 1.75)
+    side = max(0.75, min(1.2, PAGE / (len(maps) + 1)))
+    figure, axes = make_panels(len(run.images) * (len(maps) + 1), len(maps) + 1, side, side + 0.25)
+    figure.supxlabel(wrapped("attention from low (dark) to high (light), on a scale of each map", figure), fontsize=7)
     for image, row in enumerate(axes.reshape(len(run.images), -1)):
         show_picture(row[0], as_picture(run.images[image], run.options.data))
         title_of(row[0], *(run.class_names[number] for number in (run.labels[image], logits[image].argmax())))
@@ -60,34 +64,43 @@ def draw_attention(args: argparse.Namespace):
             axis.imshow(of_images[image].numpy(), cmap="viridis", extent=(0, 1, 1, 0))
             axis.set(xticks=[], yticks=[])
             if image == 0:
-                axis.set_title(name, fontsize=8)
+                axis.set_title(name)
     return figure
 
 
 def draw_neighbors(args: argparse.Namespace):
     """Draw the neighbors of some tokens in every layer on the image: joined to the token, the nearest boldest."""
+    from matplotlib.lines import Line2D
+
     run = load_run(args.run, args.images, args.data_path)
     logits, layers = record_mixing(run.model, run.images, run.options.model.K)
     layers = [layer for layer in layers if layer.is_search]
     if not layers:
         raise ValueError(f"{args.run}: layer={run.options.model.layer} searches no neighbors; ConvNN and its kin do")
     heads = max(layer.index.shape[1] for layer in layers)
-    if args.head >= heads:
-        raise ValueError(f"--head {args.head}: the layers have heads 0 to {heads - 1}")
+    if args.head > heads:
+        raise ValueError(f"--head {args.head}: the layers have heads 1 to {heads}")
 
-    figure, axes = make_panels(len(run.images) * len(layers), len(layers), 2.2, 2.45)
+    side = max(0.95, min(1.65, PAGE / len(layers)))
+    figure, axes = make_panels(len(run.images) * len(layers), len(layers), side, side + 0.25)
     for image, row in enumerate(axes.reshape(len(run.images), -1)):
         for layer, axis in zip(layers, row, strict=True):
             show_picture(axis, as_picture(run.images[image], run.options.data))
-            head = min(args.head, layer.index.shape[1] - 1)  # the last one of layers with fewer heads
+            head = min(args.head, layer.index.shape[1])  # the last one of layers with fewer heads
             for number, place in enumerate(args.queries or QUERIES):
-                draw_lines(axis, layer, layer.index[image, head], place, f"C{number}")
+                draw_lines(axis, layer, layer.index[image, head - 1], place, f"C{number}")
             if image == 0:
                 of_head = f", head {head}" if layer.index.shape[1] > 1 else ""
                 size = " x ".join(map(str, layer.grid))
-                axis.set_xlabel(f"{layer.name.replace('block', 'layer')}: {size} tokens{of_head}", fontsize=8)
+                axis.set_xlabel(f"{layer.name}{of_head}\n{size} tokens")
                 axis.xaxis.set_label_position("top")
         title_of(row[0], *(run.class_names[number] for number in (run.labels[image], logits[image].argmax())))
+    looks = {"a token": "*", "its neighbors, the nearest boldest": "o"}
+    handles = [Line2D([], [], color="gray", marker=marker, ls="") for marker in looks.values()]
+    if any(layer.class_tokens for layer in layers):
+        looks["the class token among them"] = ""
+        handles.append(Line2D([], [], color="gray", **RING))
+    legend_below(figure, handles, list(looks))
     return figure
 
 
@@ -101,13 +114,13 @@ def draw_lines(axis, layer: Mixing, index, place: tuple[float, float], color: st
     for rank, token in enumerate(neighbors):
         strength = 1 - 0.8 * rank / max(len(neighbors) - 1, 1)
         if token < layer.class_tokens:
-            axis.plot(x, y, "o", ms=11, mfc="none", mec=color, mew=1)
+            axis.plot(x, y, color=color, **RING)
             continue
         v, u = (cell - layer.padding + 0.5 for cell in divmod(token - layer.class_tokens, layer.grid[1]))
         looks = {"color": color, "alpha": 0.25 + 0.75 * strength}
-        axis.plot([x, u / width], [y, v / height], "-", lw=0.5 + 1.5 * strength, **looks)
-        axis.plot(u / width, v / height, "o", ms=1.5 + 3 * strength, **looks)
-    axis.plot(x, y, "*", color=color, ms=10, mec="white", mew=0.8)
+        axis.plot([x, u / width], [y, v / height], "-", lw=0.4 + strength, **looks)
+        axis.plot(u / width, v / height, "o", ms=1 + 2 * strength, **looks)
+    axis.plot(x, y, "*", color=color, ms=7, mec="white", mew=0.5)
 
 
 def draw_masks(args: argparse.Namespace):
@@ -115,25 +128,20 @@ def draw_masks(args: argparse.Namespace):
     height, width = args.grid
     row, column = height // 2, width // 2
     steps = args.expansion_step
-    figure, axes = make_panels(2 * len(LOCAL_MASKS) * len(steps), 2 * len(steps), 1.7, 1.9)
+    side = max(0.9, min(1.6, PAGE / (2 * len(steps))))
+    figure, axes = make_panels(2 * len(LOCAL_MASKS) * len(steps), 2 * len(steps), side, side + 0.2)
+    figure.supxlabel(wrapped("masks of all pairs, and the patches that the one with the star attends to", figure), fontsize=7)
     panels = iter(axes.reshape(-1, 2))
     for name in LOCAL_MASKS:
         for step in steps:
-            mask = local_mask(name, step, height, width).numpy()
-            of_patch = mask[row * width + column].reshape(height, width)
+            mask = local_mask(name, step, height, width)
             whole, around = next(panels)
-            whole.imshow(mask, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-            whole.set(xticks=[], yticks=[])
+            draw_pairs(whole, mask)
             if step == steps[0]:
-                whole.set_ylabel(name, fontsize=9)
+                whole.set_ylabel(name)
             if name == "1d_cardinal":
-                whole.set_title(f"expansion step {step}", fontsize=9, fontweight="bold")
-            around.imshow(of_patch, cmap="Blues", vmin=0, vmax=1)
-            around.plot(column, row, "*", color="tab:red", ms=7)
-            around.set(xticks=[x - 0.5 for x in range(width)], yticks=[y - 0.5 for y in range(height)])
-            around.tick_params(length=0, labelbottom=False, labelleft=False)
-            around.grid(color="lightgray", lw=0.4)
-            around.set_title(f"{int(of_patch.sum())} patches", fontsize=8)
+                whole.set_title(f"expansion step {step}", fontweight="bold")
+            draw_patches(around, mask[row * width + column].view(height, width), row, column)
     return figure
 
 
@@ -143,31 +151,31 @@ def draw_samples(args: argparse.Namespace):
     config = DataConfig(**values, data_path=args.data_path or "./Data", resize=size, num_workers=0, download=False)
     data = load_data(config, batch_size=args.images, seed=args.seed, device=torch.device("cpu"))
     images, labels = next(iter(data.train.epoch(0)))
-    figure, axes = make_panels(len(images), min(8, len(images)), 1.25, 1.5)
+    figure, axes = make_panels(len(images), min(8, len(images)), PAGE / 8, 1.1)
     for axis, image, label in zip(axes, images, labels, strict=True):
         show_picture(axis, as_picture(image, config))
-        axis.set_title(drawable(data.class_names[label], 18), fontsize=8)
+        axis.set_title(drawable(data.class_names[label], 16), fontsize=6)
     return figure
 
 
 def draw_confusion(names: list[str], counts: list[list[int]]):
     """Draw the shares of each class's images by predicted class, in percent, and the accuracy of each class."""
     shares = [[100 * n / max(sum(row), 1) for n in row] for row in counts]
-    size = min(14, max(4.5, 0.45 * len(names)))
-    figure, (axis,) = make_panels(1, 1, size + 1.2, size)
+    size = min(PAGE, max(COLUMN, 0.25 * len(names)))
+    figure, (axis,) = make_panels(1, 1, size, 0.8 * size)
     figure.set_layout_engine("compressed")  # which knows of square cells; "constrained" cuts the labels off
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, ax=axis, label="% of the class", shrink=0.8)
+    figure.colorbar(image, ax=axis, label="% of the class", shrink=0.6)
     axis.set(xlabel="predicted", ylabel="class")
     if len(names) > 60:  # too many to be read
         return figure
     names = [drawable(name, 18) for name in names]
     labels = [f"{name} ({row[number]:.0f} %)" for number, (name, row) in enumerate(zip(names, shares, strict=True))]
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    axis.set_yticks(range(len(names)), labels, fontsize=7)
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    axis.set_yticks(range(len(names)), labels, fontsize=6)
     if len(names) <= 20:
         for y, x in itertools.product(range(len(names)), repeat=2):
             if counts[y][x]:
                 color = "w" if shares[y][x] > 60 else "k"
-                axis.text(x, y, str(counts[y][x]), ha="center", va="center", fontsize=6, color=color)
+                axis.text(x, y, str(counts[y][x]), ha="center", va="center", fontsize=5, color=color)
     return figure

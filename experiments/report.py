@@ -20,7 +20,7 @@ from options.fields import specs
 from options.parser import read_yaml
 from options.training import TrainConfig
 from runs import Stopped
-from runs.files import as_csv, as_png, write_atomically
+from runs.files import as_csv, as_figure, write_atomically
 
 FAILURE = "failure.txt"  # in the folder of a point whose last run failed
 MEASURES = {  # column -> its place in summary.json, and its unit
@@ -236,7 +236,7 @@ def _files_of(points: list[Point], folder: Path, draw_plots: bool, beside: Besid
     if drawn:
         figures["curves"] = draw_curves(*map(list, zip(*drawn, strict=True)))
     for name, figure in figures.items():
-        yield f"{name}.png", as_png(figure)
+        yield f"{name}.png", as_figure(figure)
 
 
 def curves_of(group: list[Point], folder: Path) -> list[list[float]]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from dataset import Data, load_data
 from kernels import backend
+from launch.mask import write_mask
 from launch.probe import probe
 from models.backbones import fitted_options
 from options.data import sides_of
@@ -106,6 +107,7 @@ def begin_training(request: Request, warnings: list[str]) -> tuple[Training, Dat
             print(f"warning: {warning}", file=sys.stderr)
         remember(options.model.layer)
         folder.start(plain, model, resumed=found is not None, notes=notes)
+        write_mask(model, folder.path / "mask.png")
         trained = f" ({facts['trained_parameters']:,} of them trained)" if train.freeze else ""
         print(
             f"{options.model.title} on {options.data.dataset}: {facts['parameters']:,} parameters{trained}, "

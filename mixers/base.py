@@ -219,7 +219,11 @@ class MultiHeadMixer(TokenMixer):
 
     def project(self, x: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, ...]:
         """(B, N, d_model) -> inputs of `mix`, here query, key and value of every head: (B, H, N, d) each."""
-        return tuple(self.split_heads(part) for part in self.qkv(x).chunk(3, dim=2))
+        return tuple(self.split_heads(part) for part in self.project_features(x))
+
+    def project_features(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, N, d_model) -> query, key and value of all heads, (B, N, d_model) each."""
+        return self.qkv(x).chunk(3, dim=2)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, N, d_model) -> (B, H, N, d)."""

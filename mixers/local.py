@@ -85,7 +85,7 @@ class SparsityPattern(ConstantTables):
     def allows(self, i: Tensor, j: Tensor) -> Tensor:
         """Return True where token i attends to token j, for numbers that broadcast."""
         c = self.layout.class_tokens
-        allowed = (i < c) | (j < c)
+        allowed = (i < c) | (j < c) | (not self.sees)
         for sees in self.sees:
             allowed = allowed | sees(i - c, j - c)
         return allowed
@@ -263,6 +263,7 @@ class MultiHeadMaskedAttention(PatternAttention):
         check_at_least(0, expansion_step=expansion_step)
         tilings = partial(mask_tilings, mask_type, expansion_step)
         super().__init__(d_model, num_heads, tilings, layout=layout, attention_dropout=attention_dropout, bias=bias)
+        self.mask_type, self.expansion_step = mask_type, expansion_step
 
 
 def local_mask(mask_type: str, expansion_step: int, height: int, width: int) -> Tensor:

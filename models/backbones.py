@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from allconvnet import make_layer2d
-from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d, CoordConv2d, Strided2d
+from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d, CoordConv2d, ShuffledConv2d, Strided2d
 from mixers.controls import Pooling2d
 from mixers.graph import GraphConv2d
 from options.allconvnet import AllConvNetConfig
@@ -241,6 +241,8 @@ def init_for_relu(layer: nn.Module, mode: str = "fan_out") -> None:
             nn.init.zeros_(layer.join.bias)
     elif isinstance(layer, Strided2d):
         init_for_relu(layer.layer, mode)
+    elif isinstance(layer, ShuffledConv2d):
+        init_for_relu(layer.conv, mode)
     elif isinstance(layer, (nn.Conv2d, CoordConv2d, ConvNN2d, Pooling2d)):
         convolution = layer if isinstance(layer, nn.Conv2d) else layer.conv
         *depthwise, last = convolution if isinstance(convolution, nn.Sequential) else [convolution]

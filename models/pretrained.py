@@ -79,6 +79,19 @@ def joined_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
+def fitted_projections(weights: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """Join q, k and v to one `qkv`, or split it, where a model with parameters of these names has the other form."""
+    fitted = dict(weights)
+    for name in {*weights, *names}:
+        mixer, qkv, kind = name.rpartition(".qkv.")
+        parts = [f"{mixer}.{part}.{kind}" for part in ("query", "key", "value")] * bool(qkv)
+        if name in names and name not in weights and parts and weights.keys() >= {*parts}:
+            fitted[name] = torch.cat([fitted.pop(part) for part in parts])
+        elif name not in names and parts and names >= {*parts}:
+            fitted |= zip(parts, fitted.pop(name).chunk(3), strict=True)
+    return fitted
+
+
 def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], policy: LoadPolicy = LoadPolicy()) -> Loaded:  # noqa: B008  it is immutable
     """Load a state dict of this model, or of the same architecture by torchvision or timm (`vit_b_16`, `vit_base_patch16_224`).
 
@@ -93,7 +106,7 @@ def load_vit_weights(model: nn.Module, state_dict: dict[str, Tensor], policy: Lo
         patterns = FOREIGN.get(stem, {})
         pattern = next((pattern for pattern in patterns if re.match(pattern, name)), None)
         weights[name if pattern is None else re.sub(pattern, patterns[pattern], name, count=1)] = value
-    weights, resampled = joined_projections(weights), ""
+    weights, resampled = fitted_projections(joined_projections(weights), {*model.state_dict()}), ""
     try:
         table = weights.get("pos_embedding")
         if table is not None and table.ndim == 3 and model.config.pos_embedding == "learned":

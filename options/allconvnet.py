@@ -65,7 +65,7 @@ class AllConvNetConfig(ModelConfig):
     layer_sha256: str | None = option(None, LAYER_SHA256, kind=str, flag=False)
     num_layers: int | None = option(None, "must match the length of --channels if given", kind=int, low=1, high=LAYERS)
     channels: tuple[int, ...] = option((32, 64, 128, 256, 512), "output channels of each layer", low=1, high=WIDTH)
-    kernel_size: int = option(3, "Conv2d: side of the window", low=1, high=SIDE)
+    kernel_size: int = option(3, "Conv2d, Conv2d_New: side of the window", low=1, high=SIDE)
     num_heads: int = option(4, "Attention: heads", low=1, high=WIDTH)
     attention_dropout: float = option(
         0.0, "ConvNN_Attn, Attention: probability of dropping a weight of a pair of tokens", low=0, below=1

@@ -66,6 +66,7 @@ PERFORMER = (("num_features", "performer_features"), ("kernel", "performer_kerne
 
 LAYERS2D_ROWS = {
     "Conv2d": Row("layers2d:make_conv2d", ("kernel_size", "aggregation_type", "stride", "bias")),
+    "Conv2d_New": Row("layers2d:ShuffledConv2d", ("kernel_size", "aggregation_type", "bias", *SHUFFLES)),
     "ConvNN": Row("layers2d:ConvNN2d", ("neighbors", "convolution_type", "padding", "image_size", "bias", *SHUFFLES)),
     "ConvNN_Attn": Row(
         "layers2d:ConvNNAttention2d",
@@ -79,7 +80,7 @@ LAYERS2D_ROWS = {
 
 
 LAYERS1D_ROWS = {
-    "Attention": Row("layers1d:MultiHeadAttention", PAIRS),
+    "Attention": Row("layers1d:MultiHeadAttention", ("separate_qkv", *PAIRS)),
     "ConvNN": Row("layers1d:MultiHeadConvNN", CONVNN),
     "ConvNNAttention": Row("layers1d:MultiHeadConvNNAttention", CONVNN),
     "Conv1d": Row("layers1d:MultiHeadConv1d", CONV1D),
@@ -212,6 +213,7 @@ WITHOUT_EFFECT = (
     ("momentum", "optimizer", ("adam", "adamw")),
     ("lr_step", "scheduler", ("cosine", "none")),
     ("lr_gamma", "scheduler", ("cosine", "none")),
+    ("plateau_metric", "scheduler", ("step", "cosine", "none")),
     ("compile_mode", "use_compiled", (False,)),
     ("amp_dtype", "use_amp", (False,)),
 )

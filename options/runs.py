@@ -149,9 +149,9 @@ ONLY_IN_TRAINING = {"dropout", "attention_dropout", "drop_path", "initializer_ra
 
 # Model options that change names or shapes of weights; `model` changes others.
 SHOWN_BY_SHAPES = set(
-    "model num_layers channels patch_size d_model d_mlp kernel_size attention_bias qkv_bias proj_bias patch_norm final_norm "
-    "pos_embedding pool linformer_k convolution_type branch_ratio shuffle_pattern shuffle_scale replace stem classifier_width "
-    "batch_norm".split()
+    "model num_layers channels patch_size d_model d_mlp kernel_size attention_bias qkv_bias proj_bias separate_qkv "
+    "patch_norm final_norm pos_embedding pool linformer_k convolution_type branch_ratio shuffle_pattern shuffle_scale "
+    "replace stem classifier_width batch_norm".split()
 )
 
 

@@ -60,11 +60,14 @@ class TrainConfig:
     scheduler: str = option(
         "none",
         "step: times lr_gamma every lr_step epochs; cosine: to min_lr at the end; plateau: times lr_gamma after lr_step "
-        "epochs without a better loss",
+        "epochs without a better plateau_metric",
         choices=("step", "cosine", "plateau", "none"),
     )
     lr_step: int = option(20, "step, plateau: epochs", low=1, high=EPOCHS)
     lr_gamma: float = option(0.1, "step, plateau: factor", low=0, below=1)
+    plateau_metric: str = option(
+        "loss", "plateau: loss or top-1 accuracy, of the validation images or else the test images", choices=("loss", "top1")
+    )
     warmup_epochs: int = option(
         0, "epochs over which the learning rate rises linearly from --lr / steps to --lr", low=0, high=EPOCHS
     )

@@ -61,7 +61,9 @@ VIT_MODELS = {"vit": {}} | {
 
 CONVITS = VIT_MODELS.keys() - {"vit"}
 TIMM = {"dropout": 0.0, "attention_dropout": 0.0}  # defaults of the options by a model of timm, besides its sizes
-NOT_OF_TIMM = "attention_bias pos_embedding patch_norm final_norm pool initializer_range".split()  # its own model decides
+NOT_OF_TIMM = (
+    "attention_bias separate_qkv pos_embedding patch_norm final_norm pool initializer_range".split()
+)  # its own model decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,7 @@ class ViTConfig(ModelConfig):
     attention_bias: bool = preset_option(True, "biases of the q, k, v and output projections")
     qkv_bias: bool | None = option(None, "biases of the q, k, v projections; none: --attention_bias", kind=bool)
     proj_bias: bool | None = option(None, "bias of the output projection; none: --attention_bias", kind=bool)
+    separate_qkv: bool = option(False, "Attention: q, k and v by a linear each, instead of one of three times the width")
     pos_embedding: str = preset_option("sinusoidal", "positions added to the tokens", choices=("sinusoidal", "learned", "none"))
     patch_norm: bool = preset_option(True, "LayerNorm after the patch embedding")
     final_norm: bool = preset_option(False, "LayerNorm after the last block")

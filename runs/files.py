@@ -1,4 +1,4 @@
-"""Atomic writes, tables as CSV, figures as PNG, checks before a run begins."""
+"""Atomic writes, tables as CSV, figures as PNG, PDF and SVG, checks before a run begins."""
 
 import contextlib
 import csv
@@ -70,10 +70,16 @@ def as_csv(rows: list[dict], columns: list[str] | None = None) -> str:
     return text.getvalue()
 
 
-def as_png(figure, dpi: int = 110) -> bytes:
-    """Encode a matplotlib figure."""
+FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
+
+
+def as_figure(figure, suffix: str = ".png") -> bytes:
+    """Encode a matplotlib figure in the format of a suffix, one of FIGURE_SUFFIXES in any case."""
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    with rc_context(paper_style()):
+        figure.savefig(buffer, format=suffix.lower().removeprefix("."))
     return buffer.getvalue()
 
 
@@ -86,13 +92,31 @@ CJK_FONTS = (
 
 @functools.cache
 def figure_fonts() -> list:
-    """Make matplotlib take dollar signs literally and use the fonts above, in texts made from now on; return the fonts."""
-    from matplotlib import font_manager, rcParams
+    """Return the fonts of figures: matplotlib's own, and those above that this machine has."""
+    from matplotlib import font_manager
 
     there = {font.name for font in font_manager.fontManager.ttflist}
-    rcParams["text.parse_math"] = False
-    rcParams["font.family"] = ["DejaVu Sans", *(name for name in CJK_FONTS if name in there)]
-    return [font_manager.get_font(font_manager.findfont(name)) for name in rcParams["font.family"]]
+    names = ["DejaVu Sans", *(name for name in CJK_FONTS if name in there)]
+    return [font_manager.get_font(font_manager.findfont(name)) for name in names]
+
+
+def paper_style() -> dict:
+    """Return settings of matplotlib for figures in a paper: texts of 7 points that take dollar signs literally, and 200 dpi.
+
+    Texts stay texts in an SVG, and in a PDF with TrueType fonts, as publishers require.
+    """
+    return {
+        "font.family": [font.family_name for font in figure_fonts()],
+        "font.size": 7,
+        "axes.titlesize": "medium",
+        "figure.dpi": 200,
+        "legend.frameon": False,
+        "lines.linewidth": 1,
+        "lines.markersize": 4,
+        "pdf.fonttype": 42,
+        "svg.fonttype": "none",
+        "text.parse_math": False,
+    }
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from options.runs import same_value
 from options.training import TrainConfig
 from runs import RunError
 from runs.checkpoints import save_checkpoint
-from runs.files import as_csv, as_png, check_writable, remove_temporaries, write_atomically
+from runs.files import as_csv, as_figure, check_writable, paper_style, remove_temporaries, write_atomically
 from runs.lock import locked
 from runs.measure import count_parameters, device_name, measure_latency, process_peak_memory, versions
 from runs.progress import epoch_line
@@ -35,7 +35,7 @@ COLUMNS = (
 
 
 RESULTS = ["metrics.csv", "metrics.json", "summary.json", "curves.png"]
-TEXTS = ["args.txt", "config.yaml", "model.txt", "train_eval_results.txt", *RESULTS, ID_FILE]
+TEXTS = ["args.txt", "config.yaml", "model.txt", "train_eval_results.txt", "mask.png", *RESULTS, ID_FILE]
 CHECKPOINTS = "last.pt previous.pt best.pt".split()
 # Options that every config.yaml of a run holds, and files of options seldom.
 ALWAYS = {"layer", "dataset", "num_epochs", "seed", "output_dir", "batch_size", "lr", "save_every", "tensorboard"}
@@ -248,8 +248,7 @@ class RunFolder:
 
 def costs_of(model: nn.Module, image_shape: tuple[int, ...], device: torch.device) -> dict:
     """Measure the latency of one image, for a second, and the peak memory of this process so far."""
-    image = torch.zeros(1, *image_shape, device=device)
-    return {**process_peak_memory(device), "latency_ms_per_image": measure_latency(model, image)}
+    return process_peak_memory(device) | measure_latency(model, torch.zeros(1, *image_shape, device=device))
 
 
 def summarize(training: Training, selection_split: str, facts: dict, ended: bool) -> dict:
@@ -263,9 +262,11 @@ def summarize(training: Training, selection_split: str, facts: dict, ended: bool
         "note": "" if selection_split == "val" else note,
         "final": history[-1],
         "best": training.best,
-        "average_epoch_seconds": sum(row["seconds"] for row in history) / len(history),
+        "training_seconds": sum(row["seconds"] for row in history),
+        "average_epoch_seconds": statistics.fmean(row["seconds"] for row in history),
         **facts,
         "latency_ms_per_image": None,
+        "latency_std_ms": None,
         **(costs_of(training.model, facts["image_shape"], device) if ended else process_peak_memory(device)),
         "device": device_name(device),
         "versions": versions(),
@@ -285,18 +286,20 @@ def results_text(history: list[dict], best: dict) -> str:
 
 def draw_curves(history: list[dict], path: Path) -> None:
     """Draw loss and top-1 accuracy by epoch, as PNG."""
-    from matplotlib.figure import Figure  # imported late: it takes most of a second
+    from matplotlib import rc_context  # imported late: it takes most of a second
+    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
     epochs = [row["epoch"] for row in history]
-    for axis, key, label in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1 accuracy (%)"), strict=True):
-        for name in ("train", "val", "test"):
-            if f"{name}_{key}" in history[0]:
-                marker = "." if len(epochs) < 30 else None
-                axis.plot(epochs, [row[f"{name}_{key}"] for row in history], label=name, marker=marker)
-        axis.set_xlabel("epoch")
-        axis.set_ylabel(label)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    write_atomically(path, as_png(figure, dpi=120))
+    with rc_context(paper_style()):  # the settings of a caller stay
+        figure = Figure(figsize=(6.9, 2.4), layout="constrained")
+        for axis, key, label in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1 accuracy (%)"), strict=True):
+            for name in ("train", "val", "test"):
+                if f"{name}_{key}" in history[0]:
+                    marker = "." if len(epochs) < 30 else None
+                    axis.plot(epochs, [row[f"{name}_{key}"] for row in history], label=name, marker=marker)
+            axis.set_xlabel("epoch")
+            axis.set_ylabel(label)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(alpha=0.3)
+            axis.legend()
+        write_atomically(path, as_figure(figure))

@@ -110,14 +110,17 @@ def median_ms(seconds: Sequence[float]) -> float:
     return 1e3 * statistics.median(seconds)
 
 
-def measure_latency(model: nn.Module, image: Tensor, seconds: float = 1.0) -> float:
-    """Measure a forward pass in eval mode on an image (1, C, H, W) for some seconds; return the median in milliseconds."""
+def measure_latency(model: nn.Module, image: Tensor, seconds: float = 1.0) -> dict[str, float]:
+    """Measure a forward pass in eval mode on an image (1, C, H, W) for some seconds.
+
+    Returns the median as `latency_ms_per_image` and the standard deviation as `latency_std_ms`.
+    """
     times, end = [], time.perf_counter() + seconds
     with _inference(model):
         # 3 for warm-up, then at least 10 and at most 100.
         while len(times) < 13 or (time.perf_counter() < end and len(times) < 103):
             times.append(seconds_of(lambda: model(image), image.device))
-    return median_ms(times[3:])
+    return {"latency_ms_per_image": median_ms(times[3:]), "latency_std_ms": 1e3 * statistics.stdev(times[3:])}
 
 
 def take_turns(functions: Sequence[Callable[[], object]], rounds: int, device: torch.device) -> list[tuple[float, ...]]:

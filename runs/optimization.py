@@ -66,8 +66,9 @@ class LearningRate:
         schedulers = torch.optim.lr_scheduler
         # Both exist always, so that checkpoints of all schedules have one form; `step` and `epoch_done` choose.
         self.by_step = schedulers.LambdaLR(optimizer, self.factor)
+        mode = "min" if config.plateau_metric == "loss" else "max"
         self.plateau = schedulers.ReduceLROnPlateau(
-            optimizer, factor=config.lr_gamma, patience=config.lr_step - 1, threshold=0, eps=0
+            optimizer, mode, factor=config.lr_gamma, patience=config.lr_step - 1, threshold=0, eps=0
         )
 
     def factor(self, step: int) -> float:
@@ -90,9 +91,9 @@ class LearningRate:
         if self.config.scheduler != "plateau" or self.by_step.last_epoch < self.warmup_steps:
             self.by_step.step()
 
-    def epoch_done(self, loss: float) -> None:
+    def epoch_done(self, loss: float, top1: float) -> None:
         if self.config.scheduler == "plateau" and self.by_step.last_epoch >= self.warmup_steps:
-            self.plateau.step(loss)
+            self.plateau.step(loss if self.config.plateau_metric == "loss" else top1)
 
     @property
     def lr(self) -> float:

@@ -87,7 +87,7 @@ class Training:
         for name in ("train", "val", "test"):
             if not math.isfinite(row.get(f"{name}_loss", 0.0)):
                 raise Stopped(f"the {name} loss is not finite after epoch {row['epoch']}; try a lower --lr")
-        self.schedule.epoch_done(row[f"{selection_split}_loss"])
+        self.schedule.epoch_done(row[f"{selection_split}_loss"], row[f"{selection_split}_top1"])
         self.history.append(row)
         if not self.best or row[f"{selection_split}_top1"] > self.best[f"{selection_split}_top1"]:
             self.best, self.predictions["best"] = row, self.predictions["last"]

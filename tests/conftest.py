@@ -83,6 +83,6 @@ def quick_results():
 
     with pytest.MonkeyPatch.context() as patch:  # which outlasts a test's own monkeypatch.undo()
         patch.setattr("runs.folder.draw_curves", lambda history, path: write_atomically(path, b"a picture"))
-        patch.setattr("runs.folder.measure_latency", lambda model, image: 1.0)
+        patch.setattr("runs.folder.measure_latency", lambda model, image: {"latency_ms_per_image": 1.0})
         patch.setattr("runs.progress.Progress.LINE_EVERY", math.inf)  # no line on stderr where a machine is slow
         yield

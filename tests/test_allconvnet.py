@@ -6,16 +6,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from allconvnet import AllConvNet, make_layer2d
-from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d
+from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d, ShuffledConv2d
 from mixers.controls import Pooling2d
 from mixers.graph import GraphConv2d
 from options.allconvnet import AllConvNetConfig
 from options.layers import LAYERS2D_NAMES
 from runs.measure import count_flops, count_parameters
 
-CONTROLS = ("Identity", "Pooling")
-MIXERS = [name for name in LAYERS2D_NAMES if name not in CONTROLS]
-PAIRS = [*(f"{a}/{b}" for a, b in itertools.combinations(MIXERS, 2)), *(f"{name}/ConvNN" for name in CONTROLS)]
+OTHERS = ("Conv2d_New", "Identity", "Pooling")
+MIXERS = [name for name in LAYERS2D_NAMES if name not in OTHERS]
+PAIRS = [*(f"{a}/{b}" for a, b in itertools.combinations(MIXERS, 2)), *(f"{name}/ConvNN" for name in OTHERS)]
 LAYERS = [*LAYERS2D_NAMES, *PAIRS]
 
 
@@ -27,7 +27,7 @@ def make(**options):
 def combinations():
     """Every layer with every value of the options that it looks at."""
     for layer in LAYERS:
-        patterns = ["BA"] if layer in ("Conv2d", *CONTROLS) else ["BA", "NA"]
+        patterns = ["BA"] if layer in ("Conv2d", *OTHERS) else ["BA", "NA"]
         samplings = [("all", -1), ("random", 5), ("spatial", 2)] if "ConvNN" in layer else [("all", -1)]
         metrics = ["similarity", "distance", "matmul"] if "ConvNN" in layer else ["similarity"]
         if "/" in layer:
@@ -60,7 +60,7 @@ def test_every_layer_trains_a_step(layer, sampling, samples, magnitude_type, pat
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers_are_what_the_name_says(layer):
     types = {"Conv2d": nn.Conv2d, "ConvNN": ConvNN2d, "ConvNN_Attn": ConvNNAttention2d, "Attention": Attention2d}
-    types |= {"ViG": GraphConv2d, "Identity": nn.Conv2d, "Pooling": Pooling2d}
+    types |= {"Conv2d_New": ShuffledConv2d, "ViG": GraphConv2d, "Identity": nn.Conv2d, "Pooling": Pooling2d}
     config = AllConvNetConfig(layer=layer, channels=[8], K=3, image_size=4, branch_ratio=0.25)
     mixer = make_layer2d(config, 3, 8)
     if "/" not in layer:
@@ -70,6 +70,27 @@ def test_layers_are_what_the_name_says(layer):
     assert type(mixer) is Branching2d and type(mixer.first) is types[first] and type(mixer.second) is types[second]
     x = torch.randn(1, 3, 4, 4)
     assert mixer.first(x).shape[1] == 6 and mixer.second(x).shape[1] == 2
+
+
+@pytest.mark.parametrize("pattern", ["BA", "NA", "B", "A"])
+def test_conv2d_new_convolves_unshuffled_tokens_and_their_coordinates(pattern):
+    for kind in ("Col", "Loc_Col"):
+        config = AllConvNetConfig(
+            layer="Conv2d_New", channels=(4,), image_size=(4, 6), aggregation_type=kind, shuffle_pattern=pattern
+        )
+        layer, x = make_layer2d(config, 3, 4).double(), torch.randn(2, 3, 4, 6).double()
+        tokens = F.pixel_unshuffle(x, 2) if "B" in pattern else x
+        if kind == "Loc_Col":
+            rows, columns = (torch.linspace(-1, 1, side).double() for side in tokens.shape[2:])
+            plane = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
+            tokens = torch.cat([tokens, plane.expand(2, -1, -1, -1)], dim=1)
+        (weight, bias) = layer.parameters()
+        expected = F.conv2d(tokens, weight, bias, padding=1)
+        expected = F.pixel_shuffle(expected, 2) if "A" in pattern.replace("NA", "") else expected
+        torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=0)  # linspace is of float32
+        if "B" in pattern:
+            with pytest.raises(ValueError, match="shuffle_scale=2 does not divide the 3 x 6 input"):
+                layer(x[:, :, 1:])
 
 
 @pytest.mark.parametrize(("ratio", "kind"), [(0, nn.Conv2d), (1, ConvNN2d), (0.5, Branching2d)])

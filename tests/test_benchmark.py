@@ -141,7 +141,8 @@ def test_attention_comes_with_separate_projections_if_they_are_asked_for(capsys)
     assert len(list(make_mixers(config, 3))) == 1
     (_, merged, x), (label, apart, same) = make_mixers(config, 3, baseline=True)
     assert label == "Attention (q, k, v apart)" and x.shape == same.shape == (3, 10, 8)
-    for part, weight, bias in zip(apart.parts, merged.qkv.weight.chunk(3), merged.qkv.bias.chunk(3), strict=True):
+    parts = apart.query, apart.key, apart.value
+    for part, weight, bias in zip(parts, merged.qkv.weight.chunk(3), merged.qkv.bias.chunk(3), strict=True):
         part.weight.data, part.bias.data = weight, bias
     apart.proj = merged.proj
     torch.testing.assert_close(apart(x), merged(x))

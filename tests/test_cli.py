@@ -106,6 +106,7 @@ def test_summary(trained):
     assert summary["final"]["test_loss"] == float(table[-1]["test_loss"])
     assert summary["best_epoch_chosen_on"] == "test set" and "--val_fraction" in summary["note"]
     assert summary["latency_ms_per_image"] > 0 and summary["peak_memory_bytes"] > 0
+    assert summary["latency_std_ms"] >= 0 and summary["training_seconds"] == sum(float(row["seconds"]) for row in table)
     model = (trained / "model.txt").read_text()
     assert f"{summary['parameters']:,}" in model and "Branching2d" in model
     state = torch.load(trained / "best.pt", weights_only=True)

@@ -13,7 +13,10 @@ import benchmark
 import predict
 import visualize
 import vit_main
-from experiments import figures, pictures
+from experiments import figures, panels, pictures
+from launch.mask import draw_mask
+from mixers.base import TokenLayout
+from mixers.local import MultiHeadMaskedAttention
 from runs import files, folder
 from runs.files import drawable
 from tests.experiments.test_figures import CURVES, rows_of
@@ -28,7 +31,7 @@ def run(tmp_path_factory):
     place = tmp_path_factory.mktemp("$runs$") / "猫$1$"
     patch = pytest.MonkeyPatch()
     patch.setattr("runs.folder.draw_curves", lambda history, path: None)
-    patch.setattr("runs.folder.measure_latency", lambda model, image: 1.0)
+    patch.setattr("runs.folder.measure_latency", lambda model, image: {"latency_ms_per_image": 1.0})
     vit = f"{COMMON} --resize 8 --patch_size 2 --num_layers 1 --num_heads 2 --d_model 8 --d_mlp 8 --K 4 --layer ConvNNAttention"
     assert vit_main.main([*shlex.split(vit), "--output_dir", str(place)]) == 0
     second = f"{COMMON} --layer Conv2d --channels 4"
@@ -61,6 +64,7 @@ def scaling():
     return benchmark.draw_scaling([row | {"forward_backward_ms": 2.0, "peak_memory_mb": 3.0} for row in rows], "a machine")
 
 
+MASKED = MultiHeadMaskedAttention(8, 2, layout=TokenLayout(4, 5, 1), mask_type="2d_cardinal", expansion_step=1)
 COUNTS = np.eye(10, dtype=int).tolist()
 FIGURES = {
     "curves of a run": lambda run, tmp_path: curves_of_a_run(tmp_path),
@@ -71,6 +75,7 @@ FIGURES = {
     "neighbors": lambda run, _: drawn("neighbors", run, "--images", 2),
     "analysis": lambda run, _: drawn("analyze", run, "--images", 1),
     "masks": lambda run, _: drawn("masks", "--grid", 4, 5, "--expansion_step", 1),
+    "mask of a run": lambda run, _: draw_mask(MASKED),
     "samples": lambda run, _: drawn("samples", "--images", 10),
     "sheet": lambda run, _: sheet_of(NAMES),
     "sheet of one": lambda run, _: sheet_of(NAMES[:1]),
@@ -95,6 +100,7 @@ def test_figures_show_something_and_cut_nothing_off(name, run, tmp_path):
     assert len(np.unique(picture)) > 20
     if isinstance(figure, bytes):
         return
+    assert figure.get_figwidth() <= panels.PAGE + 1e-9 and figure.dpi == 200
     box = figure.get_tightbbox(canvas.get_renderer())  # of everything drawn, in inches
     assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.get_figwidth() and box.y1 <= figure.get_figheight()
     for axis in figure.axes:

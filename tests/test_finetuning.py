@@ -416,7 +416,7 @@ def test_schedules_keep_the_ratios_of_layer_decay(scheduler):
             one.optimizer.step()
             one.step()
             if step % 2:
-                one.epoch_done(1.0)
+                one.epoch_done(1.0, 50.0)
     assert len(rates) == 4 and (schedule.lr < 0.1) == (scheduler != "none")
 
 

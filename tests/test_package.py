@@ -134,7 +134,7 @@ assert all(one.THEIRS for one in (dataset, mixers, models, utils, vit))
 import pytest
 assert pytest.main(["tests", "-k", "by_location or all_neighbors", "-x", "-q", "-p", "no:cacheprovider"]) == 0
 from convnn.runs import folder
-folder.draw_curves = folder.measure_latency = lambda *_: None  # they take seconds
+folder.draw_curves = folder.measure_latency = lambda *_: {}  # they take seconds
 sys.argv = ["convnn", "vit_main", *sys.argv[1:]]
 runpy.run_module("convnn", run_name="__main__", alter_sys=True)
 """

@@ -102,8 +102,8 @@ def test_mixing_keeps_the_shares_of_pixels(mixup, cutmix):
 # --- learning rate --------------------------------------------------------------------------------------------------
 
 
-def rates(steps, losses=None, **options):
-    """Learning rate at the start of every epoch."""
+def rates(steps, losses=None, top1=None, **options):
+    """Learning rate at the start of every epoch; losses and top-1 accuracies of the epochs are one unless given."""
     config = TrainConfig(lr=0.5, num_epochs=12, **options)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
     schedule = LearningRate(optimizer, config, steps)
@@ -113,7 +113,7 @@ def rates(steps, losses=None, **options):
         for _ in range(steps):
             optimizer.step()
             schedule.step()
-        schedule.epoch_done(losses[epoch] if losses else 1.0)
+        schedule.epoch_done(*(values[epoch] if values else 1.0 for values in (losses, top1)))
     return result
 
 
@@ -141,6 +141,11 @@ def test_schedules_are_those_of_torch_at_every_epoch():
     expected = reference(lambda o: schedulers.ReduceLROnPlateau(o, factor=0.2, patience=1, threshold=0), losses)
     assert plateau == pytest.approx(expected)
     assert plateau == pytest.approx([0.5] * 4 + [0.1] * 4 + [0.02] * 2 + [0.004] * 2)
+    top1 = [50, 60, 60, 58, 60, 59, 57, 60, 60, 61, 60, 60]  # the losses above would lower the rate four times
+    by_top1 = rates(5, losses, top1, scheduler="plateau", plateau_metric="top1", lr_step=6, lr_gamma=0.2)
+    expected = reference(lambda o: schedulers.ReduceLROnPlateau(o, "max", factor=0.2, patience=5, threshold=0), top1)
+    assert by_top1 == pytest.approx(expected)
+    assert by_top1 == pytest.approx([0.5] * 8 + [0.1] * 4)
 
 
 @pytest.mark.parametrize("warmup", [{"warmup_epochs": 2}, {"warmup_steps": 10}])

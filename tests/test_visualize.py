@@ -2,6 +2,7 @@ import csv
 import shlex
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from dataset import load_data
 from experiments.mixing import Mixing
 from experiments.pictures import draw_attention, draw_lines, draw_neighbors
 from experiments.trained import as_picture, load_run
+from launch.mask import draw_mask
 from mixers.local import local_mask
 from mixers.selection import NeighborSelection
 from options.data import DataConfig
 from options.layers import LOCAL_MASKS
 from options.neighbors import NeighborConfig
-from runs.files import as_png
+from runs.files import as_figure
 
 COMMON = "--dataset digits --num_epochs 2 --train_limit 40 --test_limit 20 --batch_size 20 --device cpu --download False"
 
@@ -35,6 +37,7 @@ def runs(tmp_path_factory):
         "convnn-1": (vit_main, f"{vit} --layer ConvNNAttention --seed 1"),
         "gpsa": (vit_main, f"{vit} --layer GPSA --num_local_layers 1"),
         "mean": (vit_main, f"{vit} --pool mean"),
+        "masked": (vit_main, f"{vit} --layer MaskedAttention --mask_type 2d_cardinal --expansion_step 2"),
         "vig": (vit_main, f"{vit} --layer ViG --dilation 3"),
         "conv": (vit_main, f"{vit} --layer Conv1dAttention"),
         "images": (allconvnet_main, f"{COMMON} --layer Conv2d/ConvNN --channels 4 6 --K 4 --padding 1 --shuffle_pattern NA"),
@@ -55,9 +58,18 @@ def test_the_file_holds_the_figure(runs, tmp_path):
     output = tmp_path / "a" / "figure.png"
     for line in (["masks", "--grid", 3, 4], ["attention", runs / "mean", "--images", 2]):
         assert visualize.main([*map(str, line), "--output", str(output)]) == 0
-        assert output.read_bytes() == as_png(drawn(*line))
+        assert output.read_bytes() == as_figure(drawn(*line))
         with Image.open(output) as picture:
             assert len(picture.convert("L").getcolors()) > 10
+
+
+def test_texts_of_a_pdf_and_an_svg_are_texts(tmp_path):
+    for name in ("masks.pdf", "masks.SVG"):
+        assert visualize.main(["masks", "--grid", "2", "3", "--expansion_step", "1", "--output", str(tmp_path / name)]) == 0
+    pdf = (tmp_path / "masks.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType, which journals ask for
+    texts = {node.text for node in ElementTree.parse(tmp_path / "masks.SVG").iter("{http://www.w3.org/2000/svg}text")}
+    assert {"2d_cardinal", "expansion step 1", "6 patches"} <= texts
 
 
 def test_curves_are_the_columns_of_the_table(runs):
@@ -88,6 +100,31 @@ def test_seeds_are_one_line_in_a_band(runs):
     assert list(mean.get_ydata()) == pytest.approx([(a + b) / 2 for a, b in zip(*seeds, strict=True)])
     only, bands = lines_of_curves([runs / "mean"])
     assert list(only) == ["Attention"] and not bands
+
+
+def test_the_folder_of_a_sweep_is_its_runs(runs, tmp_path):
+    names = ["convnn", "convnn-1", "mean"]
+    for name in names:
+        (tmp_path / name).symlink_to(runs / name)
+    (tmp_path / "summary.csv").write_text("layer\n")
+    (tmp_path / "not_a_run").mkdir()
+    lines, bands = lines_of_curves([tmp_path])
+    expected, _ = lines_of_curves([runs / name for name in names])
+    assert list(lines) == list(expected) and len(bands) == 2
+    for label, line in lines.items():
+        assert list(line.get_ydata()) == list(expected[label].get_ydata())
+
+
+def test_a_run_with_a_mask_leaves_its_picture(runs):
+    (mixer, *_) = (block.mixer for block in load_run(runs / "masked", 1, None).model.blocks)
+    figure = draw_mask(mixer)
+    whole, around = (axis.images[0].get_array() for axis in figure.axes)
+    query = [[(y == 2) + (x == 2) for x in range(4)] for y in range(4)]  # the row and the column of the patch in the middle
+    assert around.tolist() == [[min(one, 1) for one in row] for row in query]
+    assert whole.shape == (17, 17) and whole[0].all() and whole[:, 0].all()  # the class token
+    assert whole[11, 1:].tolist() == around.flatten().tolist()
+    assert (runs / "masked" / "mask.png").read_bytes() == as_figure(figure)
+    assert not list(runs.glob("[!m]*/mask.png"))
 
 
 def test_attention_maps_are_those_of_the_patches(runs):
@@ -130,7 +167,7 @@ def test_neighbors_in_a_ring_of_padding(runs):
             assert [10 * row + column for row, column in places] == found[layer][image, query].tolist()
 
 
-@pytest.mark.parametrize("head", [0, 1])
+@pytest.mark.parametrize("head", [1, 2])
 def test_neighbors_are_those_of_the_image_and_the_head(runs, head):
     """Lines end where the mixing matrix of that image and head is not zero."""
     line = ["neighbors", str(runs / "convnn"), "--images", "3", "--queries", "0.6,0.3", "--head", str(head)]
@@ -140,11 +177,11 @@ def test_neighbors_are_those_of_the_image_and_the_head(runs, head):
     query = 1 + 2 * 4 + 1  # of the 4 x 4 patches after the class token
     for number, axis in enumerate(figure.axes):
         image, layer = divmod(number, 2)
-        chosen = matrices[layer][image, head, query].nonzero().flatten().tolist()
+        chosen = matrices[layer][image, head - 1, query].nonzero().flatten().tolist()
         expected = {((j - 1) % 4, (j - 1) // 4) for j in chosen if j > 0}
         ends = [line.get_data() for line in axis.lines if line.get_linestyle() == "-"]
         assert {(round(float(x[-1]) * 4 - 0.5), round(float(y[-1]) * 4 - 0.5)) for x, y in ends} == expected
-        assert any(line.get_markersize() == 11 for line in axis.lines) == (0 in chosen)
+        assert any(line.get_markersize() == 8 for line in axis.lines) == (0 in chosen)
 
 
 def test_of_a_dilated_graph_every_nth_neighbor_is_drawn(runs):
@@ -259,8 +296,10 @@ def test_default_places_of_figures(runs, monkeypatch, tmp_path, capsys):
         ("neighbors conv2d", "layer=Conv2d searches no neighbors"),
         ("neighbors convnn --queries 2,0", "'2,0' is not two numbers from 0 to 1"),
         ("neighbors convnn --queries 2", "'2' is not two numbers"),
-        ("neighbors convnn --head 2", "--head 2: the layers have heads 0 to 1"),
-        ("masks --output masks.jpg", "--output masks.jpg is not a .png file"),
+        ("neighbors convnn --head 3", "--head 3: the layers have heads 1 to 2"),
+        ("neighbors convnn --head 0", "'0' is not a whole number of at least 1"),
+        ("masks --output masks.jpg", "--output masks.jpg is not a file of .png or .pdf or .svg"),
+        ("attention nowhere --output x", "--output x is not a file of .png or .pdf or .svg"),
         ("attention mean --images 0", "'0' is not a whole number of at least 1"),
         ("attention mean --images 9999", "9999"),
         ("samples --dataset cifar10 --data_path nowhere", "nowhere"),

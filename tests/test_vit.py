@@ -516,13 +516,19 @@ def test_vit_b16_is_that_of_torchvision():
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_torchvision_state_dicts_by_weights_that_matter():
+@pytest.mark.parametrize("separate", [False, True])
+def test_torchvision_state_dicts_by_weights_that_matter(separate):
     reference = torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 24, num_classes=5)
     random_weights(reference.double())
-    model = make(image_size=16, **SAME_AS_OTHERS).double().eval()
+    model = make(image_size=16, separate_qkv=separate, **SAME_AS_OTHERS).double().eval()
     load_vit_weights(model, reference.state_dict())
     x = images(size=(16, 16)).double()
     torch.testing.assert_close(model(x), reference(x), atol=1e-9, rtol=1e-9)
+    other = make(image_size=16, separate_qkv=not separate, **SAME_AS_OTHERS).double().eval()
+    load_vit_weights(other, model.state_dict())  # joins q, k and v, or splits them
+    torch.testing.assert_close(other(x), model(x))
+    names = {name.split(".")[-2] for name, _ in model.blocks[0].mixer.named_parameters(prefix="mixer")}
+    assert names == ({"query", "key", "value", "proj"} if separate else {"qkv", "proj"})
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])

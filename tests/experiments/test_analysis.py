@@ -179,7 +179,7 @@ def test_the_table_and_the_figure_hold_the_rows(runs, tmp_path, capsys):
         ("analyze conv", "layer=Conv1dAttention has no neighbors"),
         ("analyze convnn --noise -1", "'-1' is not a number of at least 0"),
         ("analyze convnn --noise x", "'x' is not a number"),
-        ("analyze convnn --output found.csv", "--output found.csv is not a .png file"),
+        ("analyze convnn --output found.csv", "--output found.csv is not a file of .png or .pdf or .svg"),
     ],
 )
 def test_errors_are_one_line(line, says, runs, capsys, monkeypatch):

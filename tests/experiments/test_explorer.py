@@ -239,7 +239,7 @@ def test_the_page_goes_beside_the_runs(runs, capsys):
         ("explore conv", "layer=Conv1dAttention has no neighbors"),
         ("explore convnn conv2d", "conv2d: layer=Conv2d has no neighbors"),
         ("explore images larger", "larger: its images are of digits at 12 x 12, the images of images of digits at 8 x 8"),
-        ("explore convnn --output page.png", "--output page.png is not a .html file"),
+        ("explore convnn --output page.png", "--output page.png is not a file of .html"),
         ("explore convnn --images 0", "'0' is not a whole number of at least 1"),
         ("explore convnn --pairs 0", "'0' is not a whole number of at least 1"),
         ("explore convnn --images 9999", "9999"),

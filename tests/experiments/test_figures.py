@@ -9,19 +9,18 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from experiments.figures import (
-    Mark,
     branches_alone,
     dominated,
     draw_curves,
     draw_option,
     draw_tradeoff,
-    legend_beside,
     mark_rows,
     panel_option,
     plot_seeds,
     read_metrics,
     swept_options,
 )
+from experiments.panels import PAGE, Mark, legend_below, short_number
 from experiments.points import Point
 from experiments.report import write_summary
 
@@ -56,24 +55,25 @@ def texts_inside(figure, legends):
         box = legend.get_window_extent(renderer)
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
         assert not any(box.overlaps(axis.bbox) for axis in figure.axes)
-        texts += [text.get_text() for text in legend.get_texts()]
+        texts += filter(None, (text.get_text() for text in legend.get_texts()))  # columns of sections end with blanks
     return texts
 
 
 @pytest.mark.parametrize(
     ("rows", "entries"),
     [
-        (rows_of(layer=LAYERS[:2]), 2),
-        (rows_of(layer=LAYERS[:6], lr=[0.1, 0.2]), 6 + 2 + 2),
-        (several_programs(), 25 + 3),
-        (rows_of(**SIXTY), 6 + 10 + 2),
-        (rows_of(layer=[f"A layer whose name is long, number {number}" for number in range(60)]), 60),
+        (rows_of(layer=LAYERS[:2]), 2 + 1),  # and the front
+        (rows_of(layer=LAYERS[:6], lr=[0.1, 0.2]), 6 + 2 + 2 + 1),
+        (several_programs(), 25 + 3 + 1),
+        (rows_of(**SIXTY), 6 + 10 + 2 + 1),
+        (rows_of(layer=[f"A layer whose name is long, number {number}" for number in range(60)]), 60 + 1),
     ],
 )
 def test_the_legend_of_the_tradeoff_is_whole(rows, entries):
     figure = draw_tradeoff(rows, swept_options(rows))
     assert len(texts_inside(figure, figure.legends)) == entries
     assert all(axis.bbox.width > 200 and axis.bbox.height > 200 for axis in figure.axes)
+    assert figure.get_figwidth() == PAGE
 
 
 @pytest.mark.parametrize("axes", [{"layer": LAYERS}, {"layer": LAYERS, "K": list(range(3))}, SIXTY, {"K": list(range(60))}])
@@ -173,7 +173,7 @@ def test_curves_by_epoch(rows, panels, titles):
         assert {tuple(map(tuple, line.get_xydata().tolist())) for line in axis.lines} == {((1, 11), (2, 23), (3, 29))}
         assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == len(axis.lines)
     texts = texts_inside(figure, [*figure.legends, *filter(None, (axis.get_legend() for axis in axes))])
-    assert len(texts) == len(rows) and all(text.endswith("  29.0") for text in texts)
+    assert len(texts) == len(rows) and all(text.endswith("  29.0 %") for text in texts)
     assert all(axis.bbox.width > 350 and axis.bbox.height > 350 for axis in axes)
 
 
@@ -181,7 +181,7 @@ def test_the_best_line_comes_first_in_the_legend_and_is_the_one_named():
     rows = rows_of(layer=["a", "b", "c"])
     figure = draw_curves(rows, [[[1.0, 5.0]], [[2.0, 9.0]], [[3.0, 7.0]]])
     legend = figure.legends[0]
-    assert [text.get_text() for text in legend.get_texts()] == ["b  9.0", "c  7.0", "a  5.0"]
+    assert [text.get_text() for text in legend.get_texts()] == ["b  9.0 %", "c  7.0 %", "a  5.0 %"]
     colors = {line.get_color(): line.get_ydata()[-1] for line in figure.axes[0].lines}
     assert [colors[handle.get_color()] for handle in legend.legend_handles] == [9, 7, 5]
 
@@ -200,13 +200,16 @@ def test_what_panels_are_made_of():
     assert panel_option(rows_of(layer=LAYERS * 3), ["layer"]) is None
 
 
-def test_a_legend_of_many_entries_takes_columns():
+@pytest.mark.parametrize(("letters", "is_wider"), [(1, False), (90, True)])
+def test_a_legend_of_many_entries_takes_columns_and_a_long_label_room(letters, is_wider):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 2), layout="constrained")
     handles = figure.subplots().plot([[0] * 30, [1] * 30])
-    legend_beside(figure, handles, [f"line {number}" for number in range(30)])
-    assert figure.get_figwidth() > 7 and len(texts_inside(figure, figure.legends)) == 30
+    legend = legend_below(figure, handles, [f"line {number}" + "m" * letters for number in range(30)])
+    assert len(texts_inside(figure, figure.legends)) == 30 and (figure.get_figwidth() > 5) == is_wider
+    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) > 2 or is_wider
+    assert figure.get_figheight() > 2.5
 
 
 # --- curves.png of a sweep ------------------------------------------------------------------------------------------
@@ -273,3 +276,7 @@ def test_the_table_of_a_run(tmp_path):
 def test_the_front_joins_what_nothing_dominates():
     rows = [{"top1": top1, "cost": cost} for top1, cost in ((80, 4), (70, 2), (75, 3), (74, 3), (80, 5), (70, 2))]
     assert dominated(rows, "cost") == [False, False, False, True, True, False]
+
+
+def test_numbers_of_ticks_are_short():
+    assert [*map(short_number, (0.05, 1, 200, 5000, 20000, 1.5e6, 2e9))] == ["0.05", "1", "200", "5,000", "20k", "1.5M", "2G"]

@@ -15,6 +15,7 @@ from mixers.local import (
     MultiHeadMaskedAttention,
     MultiHeadSparseAttention,
     NeighborhoodAttention,
+    local_mask,
     rotate,
 )
 from options.layers import LOCAL_MASKS, MASK_TYPES
@@ -203,6 +204,8 @@ def masks():
 def test_masked_attention(pays, layout, mask_type, step, mask, monkeypatch):
     monkeypatch.setattr(place_attention, "TILES_PAY", pays)
     check(MultiHeadMaskedAttention(12, 2, layout=layout, mask_type=mask_type, expansion_step=step), mask)
+    c = layout.class_tokens
+    assert torch.equal(local_mask(mask_type, step, layout.height, layout.width), mask[c:, c:])
 
 
 @pytest.mark.parametrize("mask_type", MASK_TYPES)

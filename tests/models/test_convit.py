@@ -204,7 +204,7 @@ def test_errors(changes, message):
 def test_the_demo_runs(capsys):
     runpy.run_path(str(Path(__file__).parent.parent.parent / "examples" / "convit_demo.py"), run_name="__main__")
     text = capsys.readouterr().out
-    assert "head 0 looks -1 down, -1 right" in text and "head 8 looks +1 down, +1 right" in text
+    assert "head 1 looks -1 down, -1 right" in text and "head 9 looks +1 down, +1 right" in text
 
 
 def test_whole_numbers_of_numpy_are_whole_numbers():

@@ -138,7 +138,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("timm")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("runs.folder.draw_curves", lambda history, path: path.write_bytes(b""))
-        patch.setattr("runs.folder.measure_latency", lambda model, image: 1.0)
+        patch.setattr("runs.folder.measure_latency", lambda model, image: {"latency_ms_per_image": 1.0})
         for name in GOOD:
             assert run(folder / name, "--model", f"timm:{name}", "--layer", "KvtAttention", "--K", "16") == 0
     return folder

@@ -18,7 +18,7 @@ BOOLEANS = ("use_amp", "use_compiled", "augment", "download", "deterministic", "
 BOOLEANS += ("overwrite", "override", "trust_code", "strict", "decay_norms", "batch_norm", "wandb")
 
 
-LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention", "ViG", "Identity", "Pooling")
+LAYERS = ("Conv2d", "Conv2d_New", "ConvNN", "ConvNN_Attn", "Attention", "ViG", "Identity", "Pooling")
 
 
 NOTED = ("layer_sha256",)  # what a run notes in its files, and no flag gives
@@ -97,6 +97,7 @@ DEFAULTS = {
     "scheduler": "none",
     "lr_step": 20,
     "lr_gamma": 0.1,
+    "plateau_metric": "loss",
     "warmup_epochs": 0,
     "warmup_steps": 0,
     "min_lr": 0.0,
@@ -154,6 +155,7 @@ CHOICES = {
     "criterion": ("CrossEntropy", "MSE"),
     "optimizer": ("adam", "sgd", "adamw"),
     "scheduler": ("step", "cosine", "plateau", "none"),
+    "plateau_metric": ("loss", "top1"),
     "device": ("auto", "cpu", "cuda", "mps"),
     "kernels": ("auto", "chunked", "triton"),
 }
@@ -221,6 +223,7 @@ VIT_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name not in O
     "attention_bias": True,
     "qkv_bias": None,
     "proj_bias": None,
+    "separate_qkv": False,
     "pos_embedding": "sinusoidal",
     "patch_norm": True,
     "final_norm": False,
@@ -262,6 +265,7 @@ VIT_BOOLEANS = (
     "attention_bias",
     "qkv_bias",
     "proj_bias",
+    "separate_qkv",
     "patch_norm",
     "final_norm",
     "softmax_topk_val",

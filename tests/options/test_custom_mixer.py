@@ -267,7 +267,7 @@ OPTIONS = [
     ("vit_main.py", "Attention/mine.py:Kinds", "", "must be one layer"),
     ("allconvnet_main.py", "mine.py:Scaled/mine.py:Scaled", "", "A/B of two different ones"),
     ("allconvnet_main.py", "Conv2d/mine.py:Kinds", "", "is a mixer for vit_main.py"),
-    ("allconvnet_main.py", "mine.py:Scaled/Performer", "", "is not one of Conv2d, ConvNN"),
+    ("allconvnet_main.py", "mine.py:Scaled/Performer", "", "is not one of Conv2d, Conv2d_New"),
 ]
 
 

@@ -62,7 +62,7 @@ BAD = [
     ("K=3", "'K=3'"),
     ("--num_epochs 3 stray", "'stray'"),
     ("--layer ConvNN Attention", "'Attention'"),
-    ("--layer convNN", "layer='convNN'; did you mean ConvNN?; Conv2d, ConvNN, ConvNN_Attn, Attention"),
+    ("--layer convNN", "layer='convNN'; did you mean ConvNN?; Conv2d, Conv2d_New, ConvNN, ConvNN_Attn, Attention"),
     ("--layer K=3", "layer='K=3'"),
     ("--dataset mnits", "dataset='mnits'; did you mean mnist?; cifar10"),
     ("--dataset MNIST", "dataset='MNIST'; did you mean mnist?"),

@@ -78,6 +78,7 @@ VIT = [
     ("--momentum 0.5 --lr_step 5", ["--momentum 0.5 is not used by --optimizer adamw", "--lr_step 5"]),
     ("--momentum 0.5 --optimizer sgd --lr_step 5 --lr_gamma 0.5 --scheduler plateau", []),
     ("--lr_step 20 --lr_gamma 0.5 --scheduler cosine", ["--lr_step 20 is not used by --scheduler cosine", "--lr_gamma 0.5"]),
+    ("--plateau_metric top1 --scheduler step", ["--plateau_metric top1 is not used by --scheduler step"]),
     ("--compile_mode reduce-memory", ["--compile_mode reduce-memory is not used by --use_compiled False"]),
     ("--compile_mode reduce-memory --use_compiled --amp_dtype bfloat16 --use_amp", []),
     ("--amp_dtype bfloat16 --no-use_amp", ["--amp_dtype bfloat16 is not used by --use_amp False"]),
@@ -189,6 +190,7 @@ TWO_VALUES = {
 VIT_VALUES = TWO_VALUES | {
     "attention_dropout": (0.2, 0.7),
     "attention_bias": (True, False),
+    "separate_qkv": (False, True),
     "convolution_type": ("standard", "depthwise-separable"),
     "softmax_topk_val": (True, False),
     "kernel_size": (3, 1),

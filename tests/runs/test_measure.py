@@ -28,7 +28,7 @@ def clock(monkeypatch, seconds):
     monkeypatch.setattr(measure, "seconds_of", seconds_of)
 
 
-def test_latency_is_a_median_without_the_warm_up(monkeypatch):
+def test_latency_is_a_median_and_a_deviation_without_the_warm_up(monkeypatch):
     clock(monkeypatch, [9.0, 9.0, 9.0, 1.0, 8.0, 1.0, 7.0, 3.0, 3.0, 5.0, 5.0, 5.0, 2.0])
     seen = []
 
@@ -38,7 +38,8 @@ def test_latency_is_a_median_without_the_warm_up(monkeypatch):
             return super().forward(x)
 
     model = Spy()
-    assert measure_latency(model, torch.zeros(1, 3), seconds=0) == 4000  # of 1, 1, 2, 3, 3, 5, 5, 5, 7, 8
+    found = measure_latency(model, torch.zeros(1, 3), seconds=0)  # 1, 1, 2, 3, 3, 5, 5, 5, 7, 8
+    assert found == {"latency_ms_per_image": 4000, "latency_std_ms": pytest.approx(1e3 * (52 / 9) ** 0.5)}  # mean 4
     assert seen == [(False, False)] * 13 and model.training
 
 
