@@ -25,9 +25,13 @@ test: $(VENV)/.installed-dev lint
 bench: $(VENV)/.installed
 	$(BIN)/python benchmark.py targets
 
-# Run the tests, targets, epochs and profiles that need a GPU; without one, list what is skipped.
-gpu: $(VENV)/.installed-dev
-	$(BIN)/python -m experiments.gpu
+# Check and measure the kernels on a GPU, with PYTHON where it has all that is needed, else with the environment. Without a GPU,
+# list what is skipped.
+NEEDED = torch torchvision numpy tqdm yaml matplotlib safetensors pytest hypothesis
+READY = $(shell $(PYTHON) -c 'from importlib.util import find_spec; print(*map(find_spec, "$(NEEDED)".split()))' | grep -v None)
+.SECONDEXPANSION:
+gpu: $$(if $$(READY),,$$(VENV)/.installed-dev)
+	$(if $(READY),$(PYTHON),$(BIN)/python) -m experiments.first_contact --parts check time tests epochs profile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

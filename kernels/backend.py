@@ -39,25 +39,65 @@ def triton_kernels():
     return cuda
 
 
-_failure: str | None = None  # error of Triton's first failed compilation
+_failed: set[tuple] = set()  # operators and configurations that Triton could not compile
+# Words of errors of the device, which another kernel would meet too.
+FATAL = (
+    "CUDA error",
+    "out of memory",
+    "illegal",
+    "misaligned address",
+    "launch failure",
+    "launch timed out",
+    "device-side assert",
+)
+
+
+def is_device_error(error: Exception) -> bool:
+    """Return True for an error of the device, such as an illegal address, which leaves nothing to fall back to."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in FATAL)
+
+
+def _configuration(compute: Callable, given: tuple) -> tuple:
+    """Return what a kernel is compiled for: the operator, dtype and channels of its tensors, and its other arguments."""
+    name = getattr(compute, "__name__", type(compute).__name__)
+    return name, *(f"{str(x.dtype).removeprefix('torch.')} {x.shape[-1]}" if isinstance(x, torch.Tensor) else x for x in given)
 
 
 def attempt(compute: Callable, *given):
-    """Return `compute(*given)`, or None where Triton could not compile it; then warn once and go on without Triton."""
-    global _failure
+    """Return `compute(*given)`, or None where Triton cannot compile it for such arguments, with one warning.
+
+    Errors of the device are raised, and under `triton` every error.
+    """
+    if _failed and _configuration(compute, given) in _failed:
+        return None
     try:
         return compute(*given)
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # another kernel would meet the same
     except Exception as error:  # no ptxas, an old driver, a tile that is too large for the device
-        _failure = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        warnings.warn(f"Triton kernels are not used: {_failure[:300]}", stacklevel=2)
+        message = str(error).strip() or "no message"
+        if _chosen == "triton" or is_device_error(error):
+            raise
+        name, *arguments = configuration = _configuration(compute, given)
+        _failed.add(configuration)
+        reason = f"{type(error).__name__}: {message.splitlines()[0][:300]}"
+        warnings.warn(f"{name}({', '.join(map(str, arguments))}) runs without Triton: {reason}", stacklevel=2)
         return None
+
+
+def check_fallback(name: str, given: tuple) -> None:
+    """Raise RuntimeError under `triton` where an operator has no kernel for such arguments; empty tensors need none."""
+    tensors = [x for x in given if isinstance(x, torch.Tensor)]
+    if _chosen != "triton" or any(x.numel() == 0 for x in tensors):
+        return
+    shapes = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" for x in tensors)
+    raise RuntimeError(f"kernels=triton: no Triton kernel computes {name} of {shapes}; use kernels=auto")
 
 
 @torch.compiler.assume_constant_result
 def may_use_triton() -> bool:
-    return _chosen in ("auto", "triton") and _failure is None and triton_kernels() is not None
+    """Return True where Triton may compute. Raises RuntimeError under `triton` where it is not installed."""
+    if _chosen == "triton" and triton_kernels() is None:
+        raise RuntimeError("kernels=triton: Triton is not installed; use kernels=auto, or PyTorch for CUDA on Linux")
+    return _chosen in ("auto", "triton") and triton_kernels() is not None
 
 
 def running_on(device: torch.device) -> str:

@@ -299,7 +299,8 @@ for _operator, _formula in FLOPS.items():
 # Backends
 # ---------------------------------------------------------------------------------------------------------------
 
-# Operator, its form on a CPU, its form on any device, and its Triton kernel if that covers the arguments.
+# Operator, its form on a CPU, its form on any device, and its Triton kernel: False if it does not cover the arguments, None if
+# there is none.
 BACKENDS = (
     (
         find_neighbors,
@@ -375,6 +376,8 @@ def _register(operator: CustomOpDef, on_cpu: Callable, on_any_device: Callable, 
             kernel = triton_kernel(backend.triton_kernels(), *given)
             if kernel and (found := backend.attempt(kernel, *given)) is not None:
                 return found
+            if kernel is False:
+                backend.check_fallback(operator._name, given)
         return on_any_device(*given)
 
 

@@ -34,9 +34,10 @@ def load_rows(x, offset, there, channels, C: tl.constexpr):
     return tl.load(x + offset[:, None] + channels[None, :], mask=there[:, None] & (channels < C)[None, :], other=0.0)
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, device: torch.device, **options) -> None:
+def launch(kernel, grid: tuple[int, ...], *arguments, device: torch.device, **options):
+    """Launch the kernel and return its compiled form, which knows its registers and spills; None under the interpreter."""
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        kernel[grid](*arguments, **options, **COMPILATION)
+        return kernel[grid](*arguments, **options, **COMPILATION)
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, tuple[int, int]]:

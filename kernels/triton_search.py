@@ -191,7 +191,8 @@ def search(
     # Less a center, numbers of 16 bits are float32 too. Products of float32 do without tensor cores, and their operands share
     # the registers with their sums.
     if query.dtype == torch.float32 or center is not None:
-        tiles = {"BM": 32, "BC": block(C, 64) if C <= 64 and center is None else 32, "num_warps": 8}
+        BC = block(C, 64) if C <= 64 and center is None else 16 if C > 64 and forced else 32  # Triton 3.6 spills with 32
+        tiles = {"BM": 32, "BC": BC, "num_warps": 8}
     else:
         tiles = {"BM": 64, "BC": block(C, 128), "num_warps": 4 if C <= 64 else 8}
     common.launch(

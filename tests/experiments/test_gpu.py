@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from experiments.gpu_parts import full_precision
+from kernels import backend
 from options.training import TrainConfig
 from runs.optimization import make_loss
 from runs.training import Training
@@ -14,11 +16,10 @@ models = pytest.mark.parametrize(("kind", "config"), MODELS, ids=lambda value: g
 
 
 @pytest.fixture(autouse=True)
-def full_precision():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
+def strict_and_precise():
+    """A kernel that cannot run fails the test, and float32 is not TF32, which would choose other neighbors."""
+    with full_precision(), backend.use("triton"):
+        yield
 
 
 @models

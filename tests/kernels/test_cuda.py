@@ -33,6 +33,7 @@ HEAVIEST = [
     "convolution_kernel: standard, bf16, C 256, K 9, D 512",
     "rows_grad_kernel: standard with scores backward, bf16, C 64, K 9, D 64",
     "rows_grad_kernel: standard with scores backward, fp32, C 256, K 9, D 512",
+    "search_kernel: search, cosine, own first, fp32, C 256, K 9",  # Triton 3.6 has spilled
 ]
 
 

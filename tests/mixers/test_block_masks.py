@@ -89,7 +89,7 @@ def test_a_compiler_that_fails_is_one_warning_and_tiles(monkeypatch):
     monkeypatch.setattr(block_masks, "compiled_attention", fail)
     monkeypatch.setattr(backend, "running_on", lambda device: "triton" if backend.may_use_triton() else "chunked")
     monkeypatch.setattr(backend, "triton_kernels", lambda: True)
-    monkeypatch.setattr(backend, "_failure", None)
+    monkeypatch.setattr(backend, "_failed", set())
     for name, table in block_masks.list_blocks(pattern.allows, GRID.num_tokens, CPU).items():
         pattern.blocks.register_buffer(name, table)
     with pytest.warns(UserWarning, match="no ptxas") as caught:
