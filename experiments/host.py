@@ -21,7 +21,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from experiments.tables import as_markdown
-from kernels import cuda, operators
+from kernels import attention, cuda, operators
 from layers1d import MultiHeadAttention, MultiHeadConvNNAttention, MultiHeadKvtAttention
 from layers2d import ConvNN2d
 from mixers.base import TokenLayout
@@ -65,6 +65,9 @@ def without_gpu() -> Iterator[None]:
         for operator, *_ in operators.BACKENDS:
             if function := getattr(cuda, operator._name, None):
                 stack.enter_context(patch.dict(operator._backend_fns, cpu=function))
+        stack.enter_context(patch.object(cuda, "INTERPRETED", True))  # kernels cover tensors on the CPU
+        stack.enter_context(patch.object(attention, "compose", lambda _, *given: attention._on_cuda(*given)))
+        stack.enter_context(patch.object(attention, "compose_backward", lambda _, *given: attention._backward_on_cuda(*given)))
         yield
 
 

@@ -9,9 +9,12 @@ Sums over the pairs that chose a token are atomic additions in any order, or, un
 through the pairs sorted by token. Nothing here waits for the device.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
+from kernels.reference import slots_of
 from kernels.triton_common import INTERPRETED
 from kernels.triton_convolution import convolution, convolution_rows_grad, convolution_weight_grad
 from kernels.triton_search import search
@@ -25,10 +28,14 @@ MOST_ELEMENTS = 2**31 - 2**16  # range of 32 bits, less a tile
 def _covered(K: int, *tensors: Tensor) -> bool:
     """Return True for tensors on the device, not empty, with each group within 32 bits."""
     for x in tensors:
-        extent = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-        if not (x.is_cuda or INTERPRETED) or x.numel() == 0 or extent > MOST_ELEMENTS:
+        if not (x.is_cuda or INTERPRETED) or x.numel() == 0 or _extent(x.shape[1:], x.stride()[1:]) > MOST_ELEMENTS:
             return False
     return 1 <= K <= MOST_NEIGHBORS
+
+
+@functools.lru_cache(1024)
+def _extent(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    return sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
 def covers_search(query: Tensor, key: Tensor, K: int) -> bool:
@@ -66,6 +73,18 @@ def covers_weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> bool:
         and weights.dtype in DTYPES
         and max(index.numel(), len(values) * values.shape[1]) <= MOST_ELEMENTS
         and _covered(index.shape[2], values, index, weights)
+    )
+
+
+def covers_attention(query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, K: int) -> bool:
+    images, heads, N, _ = query.shape
+    return (
+        query.dtype in DTYPES
+        and key.dtype == query.dtype
+        and value.dtype in DTYPES
+        and (weight is None or weight.dtype in DTYPES)
+        and images * heads * max(N * K, key.shape[2]) <= MOST_ELEMENTS
+        and _covered(K, query, key, value)
     )
 
 
@@ -124,6 +143,34 @@ def aggregate_backward(
     grad_values = spread(grad, index, scores, values, weight) if need_values else values.new_empty(0)
     grad_scores = values.new_empty(0, dtype=torch.float32) if scores is None else dot_pairs(grad, values, index, weight)
     return grad_values, depthwise_weight_grad(grad, values, index, scores).to(weight.dtype), grad_scores
+
+
+def neighbor_attention(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, K: int, divisor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    index, products = search(query, key, K, "matmul", None, None, scored=True)
+    weights = products.div_(divisor).softmax(2)
+    return sum_neighbors(value, index, weights, None if weight is None else slots_of(weight)), index, weights
+
+
+def neighbor_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    index: Tensor,
+    weights: Tensor,
+    divisor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    slots, grad_weight = None, value.new_empty(0)
+    if weight is not None:
+        slots = slots_of(weight)
+        grad_weight = depthwise_weight_grad(grad, value, index, weights).to(weight.dtype)
+    to_weights = dot_pairs(grad, value, index, slots)
+    to_scores = torch._softmax_backward_data(to_weights, weights, 2, weights.dtype).div_(divisor)
+    grad_query, grad_key = sum_neighbors(key, index, to_scores), spread(query, index, to_scores, key)
+    return grad_query, grad_key, spread(grad, index, weights, value, slots), grad_weight
 
 
 def max_neighbors(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
