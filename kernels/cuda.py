@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.reference import slots_of
+from kernels.triton_attention import attend, attend_backward
 from kernels.triton_common import INTERPRETED
 from kernels.triton_convolution import convolution, convolution_rows_grad, convolution_weight_grad
 from kernels.triton_search import search
@@ -82,6 +83,7 @@ def covers_attention(query: Tensor, key: Tensor, value: Tensor, weight: Tensor |
         query.dtype in DTYPES
         and key.dtype == query.dtype
         and value.dtype in DTYPES
+        and value.shape[3] == query.shape[3]
         and (weight is None or weight.dtype in DTYPES)
         and images * heads * max(N * K, key.shape[2]) <= MOST_ELEMENTS
         and _covered(K, query, key, value)
@@ -148,9 +150,7 @@ def aggregate_backward(
 def neighbor_attention(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, K: int, divisor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    index, products = search(query, key, K, "matmul", None, None, scored=True)
-    weights = products.div_(divisor).softmax(2)
-    return sum_neighbors(value, index, weights, None if weight is None else slots_of(weight)), index, weights
+    return attend(query, key, value, None if weight is None else slots_of(weight), K, divisor)
 
 
 def neighbor_attention_backward(
@@ -163,14 +163,8 @@ def neighbor_attention_backward(
     weights: Tensor,
     divisor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    slots, grad_weight = None, value.new_empty(0)
-    if weight is not None:
-        slots = slots_of(weight)
-        grad_weight = depthwise_weight_grad(grad, value, index, weights).to(weight.dtype)
-    to_weights = dot_pairs(grad, value, index, slots)
-    to_scores = torch._softmax_backward_data(to_weights, weights, 2, weights.dtype).div_(divisor)
-    grad_query, grad_key = sum_neighbors(key, index, to_scores), spread(query, index, to_scores, key)
-    return grad_query, grad_key, spread(grad, index, weights, value, slots), grad_weight
+    slots = None if weight is None else slots_of(weight)
+    return attend_backward(grad, query, key, value, slots, index, weights, divisor)
 
 
 def max_neighbors(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
