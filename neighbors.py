@@ -210,7 +210,8 @@ def attend_to_neighbors(
     convolution over the slots, None: of one. Returns (B, H, N, C). Equal to `find_scored_neighbors`, `neighbor_weights`
     and `aggregate` or `weighted_sum` on the heads. Raises ValueError for a K above M.
     """
-    _check_candidates(key[:, 0], K, None)
+    if not 1 <= K <= key.shape[2]:
+        raise ValueError(f"K={K} must be 1 to {key.shape[2]}, the number of candidates")
     divisor = temperature
     if canonical_metric(metric) == "cosine":
         query, key = _unit(query), _unit(key)

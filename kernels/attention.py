@@ -126,7 +126,7 @@ def _gradient(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
 class _NeighborAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *given):
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowAutograd():  # past the gradient that torch.library knows
             output = _forward(*given)
         *tensors, ctx.K, ctx.divisor = given
         ctx.save_for_backward(*tensors, *output[1:])

@@ -14,8 +14,8 @@ import functools
 import torch
 from torch import Tensor
 
-from kernels.reference import slots_of
-from kernels.triton_attention import attend, attend_backward
+from kernels.triton_attention import neighbor_attention as neighbor_attention
+from kernels.triton_attention import neighbor_attention_backward as neighbor_attention_backward
 from kernels.triton_common import INTERPRETED
 from kernels.triton_convolution import convolution, convolution_rows_grad, convolution_weight_grad
 from kernels.triton_search import search
@@ -84,7 +84,7 @@ def covers_attention(query: Tensor, key: Tensor, value: Tensor, weight: Tensor |
         and key.dtype == query.dtype
         and value.dtype in DTYPES
         and value.shape[3] == query.shape[3]
-        and (weight is None or weight.dtype in DTYPES)
+        and (weight is None or (weight.dtype in DTYPES and weight.is_contiguous()))
         and images * heads * max(N * K, key.shape[2]) <= MOST_ELEMENTS
         and _covered(K, query, key, value)
     )
@@ -145,26 +145,6 @@ def aggregate_backward(
     grad_values = spread(grad, index, scores, values, weight) if need_values else values.new_empty(0)
     grad_scores = values.new_empty(0, dtype=torch.float32) if scores is None else dot_pairs(grad, values, index, weight)
     return grad_values, depthwise_weight_grad(grad, values, index, scores).to(weight.dtype), grad_scores
-
-
-def neighbor_attention(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, K: int, divisor: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return attend(query, key, value, None if weight is None else slots_of(weight), K, divisor)
-
-
-def neighbor_attention_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor | None,
-    index: Tensor,
-    weights: Tensor,
-    divisor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    slots = None if weight is None else slots_of(weight)
-    return attend_backward(grad, query, key, value, slots, index, weights, divisor)
 
 
 def max_neighbors(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,17 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import triton_common as common
+from kernels.reference import slots_of
 from kernels.triton_common import block, cdiv, chosen_offset, load_rows, new_rows, row_offset, rows_of, strides_of
 from kernels.triton_search import search
 from kernels.triton_sums import depthwise_weight_grad, spread
 
 
 @triton.jit
-def _load_slot(x, chosen, there, channels, weight, k, C: tl.constexpr):
-    """Rows that a slot chose, times its weights."""
+def _load_slot(x, chosen, there, channels, weight, k, K: tl.constexpr, C: tl.constexpr):
+    """Rows that a slot chose, times its weights (C, K)."""
     part = load_rows(x, chosen, there, channels, C).to(tl.float32)
     if weight is not None:
-        part *= tl.load(weight + k * C + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
+        part *= tl.load(weight + channels * K + k, mask=channels < C, other=0.0).to(tl.float32)[None, :]
     return part
 
 
@@ -59,7 +60,7 @@ def _mix_kernel(
     total = tl.zeros((BN, BC), tl.float32)
     for k in range(K):
         chosen = chosen_offset(index, index_strides, row, k, there, N, value_strides)
-        part = _load_slot(value, chosen, there, channels, weight, k, C)
+        part = _load_slot(value, chosen, there, channels, weight, k, K, C)
         total += part * tl.sum(tl.where(slot[None, :] == k, share, 0.0), axis=1)[:, None]
     there_too = there[:, None] & (channels < C)[None, :]
     tl.store(output + row_offset(row, N, output_strides)[:, None] + channels[None, :], total, mask=there_too)
@@ -101,7 +102,7 @@ def _mix_rows_grad_kernel(
         own = load_rows(grad, row_offset(row, N, grad_strides), there, channels, C).to(tl.float32)
         for k in range(K):
             chosen = chosen_offset(index, index_strides, row, k, there, N, value_strides)
-            dot = tl.sum(own * _load_slot(value, chosen, there, channels, weight, k, C), axis=1)
+            dot = tl.sum(own * _load_slot(value, chosen, there, channels, weight, k, K, C), axis=1)
             slope += tl.where(slot[None, :] == k, dot[:, None], 0.0)
     share = tl.load(weights + place, mask=kept, other=0.0)
     slope = share * (slope - tl.sum(share * slope, axis=1)[:, None]) / divisor
@@ -152,74 +153,75 @@ def _mix_tokens_grad_kernel(
     part = load_rows(grad, row_offset(row, N, grad_strides), there, channels, C).to(tl.float32)
     part *= tl.load(weights + pair, mask=there, other=0.0)[:, None]
     if weight is not None:
-        part *= load_rows(weight, slot * C, there, channels, C).to(tl.float32)
+        place = channels[None, :] * K + slot[:, None]
+        part *= tl.load(weight + place, mask=there_too, other=0.0).to(tl.float32)
     token = chosen_offset(index, index_strides, row, slot, there, N, value_strides)
     tl.atomic_add(grad_value + token[:, None] + channels[None, :], part, mask=there_too, sem="relaxed")
 
 
-def _sizes(index: Tensor, value: Tensor, BN: int = 32) -> tuple[int, int, dict[str, int]]:
-    """Return blocks of rows, blocks of channels, and the constants of a kernel over rows."""
-    (G, N, K), C = index.shape, value.shape[3]
-    BC = block(C, 64)
-    return cdiv(G * N, BN), cdiv(C, BC), {"K": K, "C": C, "KP": block(K, 64, 2), "BN": BN, "BC": BC, "num_warps": 4}
+def _sizes(N: int, K: int, C: int) -> tuple[tuple[int, int, int, int], dict[str, int]]:
+    """Return the strides of an index (groups, N, K), and the constants of a kernel over rows."""
+    return (N * K, K, 0, 1), {"K": K, "C": C, "KP": block(K, 64, 2), "BN": 32, "BC": block(C, 64), "num_warps": 4}
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, slots: Tensor | None, K: int, divisor: float
+def neighbor_attention(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, K: int, divisor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, index and weights; slots (K, C): weights of a depthwise convolution."""
+    """Return the output, index and weights; weight (C, 1, K), without gaps: of a depthwise convolution over the slots."""
     index, products = search(query, key, K, "matmul", None, None, scored=True)
-    output, weights = new_rows(value, index.shape[1]), torch.empty_like(products)
-    row_blocks, channel_blocks, sizes = _sizes(index, value)
+    (G, N, _), C = index.shape, value.shape[3]
+    output, weights = new_rows(value, N), torch.empty_like(products)
+    pair_strides, sizes = _sizes(N, K, C)
     common.launch(
         _mix_kernel,
-        (row_blocks, channel_blocks),
-        *(*rows_of(value), index, strides_of(index), products, slots, weights, output, strides_of(output)),
-        *(len(index) * index.shape[1], index.shape[1], divisor),
+        (cdiv(G * N, sizes["BN"]), cdiv(C, sizes["BC"])),
+        *(*rows_of(value), index, pair_strides, products, weight, weights, output, strides_of(output), G * N, N, divisor),
         device=value.device,
         **sizes,
     )
     return output, index, weights
 
 
-def attend_backward(
+def neighbor_attention_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    slots: Tensor | None,
+    weight: Tensor | None,
     index: Tensor,
     weights: Tensor,
     divisor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key, value and slots, which is empty if there are none."""
-    (G, N, K), M = index.shape, key.shape[2]
-    to_slots = value.new_empty(0) if slots is None else depthwise_weight_grad(grad, value, index, weights).to(slots.dtype)
+    """Return the gradients of query, key, value and, slot by slot, weight: (K, C), empty if there is none."""
+    (G, N, K), M, C = index.shape, key.shape[2], value.shape[3]
+    to_weight = value.new_empty(0)
+    if weight is not None:
+        to_weight = depthwise_weight_grad(grad, value, index, weights).to(weight.dtype)
     to_scores, to_query = torch.empty_like(weights), new_rows(query, N)
     (grad, grad_strides), (query, query_strides) = rows_of(grad), rows_of(query)
-    given = index, strides_of(index)
-    row_blocks, _, sizes = _sizes(index, value)
+    pair_strides, sizes = _sizes(N, K, C)
     common.launch(
         _mix_rows_grad_kernel,
-        (row_blocks,),
-        *(grad, grad_strides, *rows_of(key), *rows_of(value), *given, weights, slots),
+        (cdiv(G * N, sizes["BN"]),),
+        *(grad, grad_strides, *rows_of(key), *rows_of(value), index, pair_strides, weights, weight),
         *(to_scores, to_query, strides_of(to_query), G * N, N, divisor),
         device=value.device,
         **sizes,
     )
     if torch.are_deterministic_algorithms_enabled():
-        return to_query, spread(query, index, to_scores, key), spread(grad, index, weights, value, slots), to_slots
+        to_value = spread(grad, index, weights, value, None if weight is None else slots_of(weight))
+        return to_query, spread(query, index, to_scores, key), to_value, to_weight
     to_key, to_value = new_rows(key, M, torch.float32, zero=True), new_rows(value, M, torch.float32, zero=True)
     common.launch(
         _mix_tokens_grad_kernel,
-        (cdiv(G * N * K, 32), cdiv(sizes["C"], sizes["BC"])),
-        *(query, query_strides, grad, grad_strides, *given, to_scores, weights, slots),
+        (cdiv(G * N * K, 32), cdiv(C, sizes["BC"])),
+        *(query, query_strides, grad, grad_strides, index, pair_strides, to_scores, weights, weight),
         *(to_key, strides_of(to_key), to_value, strides_of(to_value), G * N * K, N),
         device=value.device,
         K=K,
-        C=sizes["C"],
+        C=C,
         BP=32,
         BC=sizes["BC"],
         num_warps=4,
     )
-    return to_query, to_key.to(key.dtype), to_value.to(value.dtype), to_slots
+    return to_query, to_key.to(key.dtype), to_value.to(value.dtype), to_weight

@@ -52,17 +52,18 @@ def launch(kernel, grid: tuple[int, ...], *arguments, device: torch.device, **op
     arguments: those before the constants, which are among the options.
     """
     given = tuple([(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in arguments])
-    key = id(kernel), device.index, given, *options.values()
+    key = id(kernel), device.index, grid, given, *options.values()
     with torch.cuda.device(device if device.type == "cuda" else -1):
         if found := _compiled.get(key):
-            compiled, constants = found
-            compiled[(*grid, 1, 1)](*arguments, *constants)
+            run, constants = found
+            run(*arguments, *constants)
             return
         compiled = kernel[grid](*arguments, **options, **COMPILATION)
         if compiled is not None:  # as under the interpreter
             if len(_compiled) >= MOST_COMPILED:
                 _compiled.clear()
-            _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+            constants = tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+            _compiled[key] = compiled[(*grid, 1, 1)], constants
 
 
 Strides = tuple[int, int, int, int]  # of image, row and head, then the number of heads
