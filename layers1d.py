@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels import attention
 from layers2d import Attention2d, ConvNN2d, ConvNNAttention2d, make_convolution, make_slot_convolution, slot_convolution
 from mixers.base import (
     Bias,
@@ -119,7 +120,8 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
         self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool, layout: TokenLayout
     ) -> tuple[Tensor, Tensor | None]:
         K, metric, temperature = self.select.neighbors.K, self.select.neighbors.metric, self.score_temperature
-        if self.is_one_operator and not output_matrix and not self.dropout and (self.topk == "hard" or not self.training):
+        plain = not (output_matrix or self.dropout) and (self.topk == "hard" or not self.training)
+        if plain and attention.pays(query) and self.is_one_operator:
             return attend_to_neighbors(query, key, value, K, metric, self.conv.weight, temperature=temperature), None
         heads, grid = query.shape[:2], layout.grid
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B * H, N, d)
@@ -195,7 +197,8 @@ class MultiHeadKvtAttention(MultiHeadMixer):
         self.K, self.score_temperature, self.topk = K, score_temperature, topk
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
-        if not output_matrix and not self.dropout and (self.topk == "hard" or not self.training):
+        plain = not (output_matrix or self.dropout) and (self.topk == "hard" or not self.training)
+        if plain and attention.pays(query):
             return attend_to_neighbors(query, key, value, self.K, "matmul", temperature=self.score_temperature), None
         heads = query.shape[:2]
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B * H, N, d)

@@ -66,6 +66,7 @@ def without_gpu() -> Iterator[None]:
             if function := getattr(cuda, operator._name, None):
                 stack.enter_context(patch.dict(operator._backend_fns, cpu=function))
         stack.enter_context(patch.object(cuda, "INTERPRETED", True))  # kernels cover tensors on the CPU
+        stack.enter_context(patch.object(attention, "pays", lambda query: True))
         stack.enter_context(patch.object(attention, "compose", lambda _, *given: attention._on_cuda(*given)))
         stack.enter_context(patch.object(attention, "compose_backward", lambda _, *given: attention._backward_on_cuda(*given)))
         yield

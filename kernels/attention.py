@@ -1,9 +1,8 @@
-"""Attention to the K keys of largest product, as one operator with one backward operator.
+"""Attention to the K keys of largest product, as one operator with one backward operator, for CUDA.
 
 Search, softmax, weighted sum and convolution over the slots, in one call: an operator takes 30 to 100 microseconds of host
-time, and between operators a tensor of all heads is copied. Heads keep the strides that the projection gave them.
-
-`compose` puts the parts of any backend together, and `cuda.py` and `cpu.py` have their own forms.
+time, and between operators a tensor of all heads is copied. Heads keep the strides that the projection gave them. On a CPU
+it does not pay (docs/dev/performance.md), and layers compute step by step.
 """
 
 from types import ModuleType
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.library import Library
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import backend, chunked, cpu, reference
+from kernels import backend, chunked, reference
 from kernels.reference import accumulator, slots_of
 
 LIBRARY = Library("convnn", "FRAGMENT")
@@ -29,6 +28,11 @@ LIBRARY.define(
 )
 _forward = torch.ops.convnn.neighbor_attention.default
 _backward = torch.ops.convnn.neighbor_attention_backward.default
+
+
+def pays(query: Tensor) -> bool:
+    """Return True where the one operator is faster than its steps."""
+    return query.is_cuda
 
 
 def neighbor_attention(query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, K: int, divisor: float) -> Tensor:
@@ -173,14 +177,6 @@ def _(grad, query, key, value, weight, index, weights, divisor, *, out_shape, **
     return 8 * B * H * N * C * index[2]
 
 
-def _on_cpu(*given):
-    return compose(chunked if backend.chosen() == "chunked" else cpu, *given)
-
-
-def _backward_on_cpu(*given):
-    return compose_backward(chunked if backend.chosen() == "chunked" else cpu, *given)
-
-
 def _on_cuda(*given):
     if backend.may_use_triton():
         cuda = backend.triton_kernels()
@@ -198,7 +194,15 @@ def _backward_on_cuda(*given):
     return compose_backward(chunked, *given)
 
 
-LIBRARY.impl("neighbor_attention", _on_cpu, "CPU")
-LIBRARY.impl("neighbor_attention_backward", _backward_on_cpu, "CPU")
+def _anywhere(*given):
+    return compose(chunked, *given)
+
+
+def _backward_anywhere(*given):
+    return compose_backward(chunked, *given)
+
+
+LIBRARY.impl("neighbor_attention", _anywhere, "CompositeExplicitAutograd")
+LIBRARY.impl("neighbor_attention_backward", _backward_anywhere, "CompositeExplicitAutograd")
 LIBRARY.impl("neighbor_attention", _on_cuda, "CUDA")
 LIBRARY.impl("neighbor_attention_backward", _backward_on_cuda, "CUDA")
