@@ -139,7 +139,6 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
         out = slot_convolution(self.conv, values, index, F.dropout(weights, self.dropout), shares)
         return out.unflatten(0, heads), mixing_matrix(index, weights, self.num_heads) if output_matrix else None
 
-
     @property
     def is_one_operator(self) -> bool:
         """True where `attend_to_neighbors` computes the forward pass without dropout."""

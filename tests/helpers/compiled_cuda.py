@@ -39,6 +39,8 @@ def _kind(value) -> tuple[str, list]:
     """Type of one argument, and what the runtime would tell the compiler of its value."""
     if isinstance(value, Tensor):
         return "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
+    if isinstance(value, float):
+        return "fp32", []
     if value is None or value == 1:
         return "constexpr", []
     return "i32" if abs(value) < 2**31 else "i64", [["tt.divisibility", 16]] if value % 16 == 0 else []
