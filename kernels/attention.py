@@ -180,7 +180,8 @@ def _(grad, query, key, value, weight, index, weights, divisor, *, out_shape, **
 def _on_cuda(*given):
     if backend.may_use_triton():
         cuda = backend.triton_kernels()
-        if cuda.covers_attention(*given[:5]) and (found := backend.attempt(cuda.neighbor_attention, *given)) is not None:
+        covered = cuda.covers_attention(*given[:5])
+        if covered and (found := backend.attempt(cuda.neighbor_attention, *given)) is not None:
             return found
     return compose(chunked, *given)
 
@@ -188,9 +189,9 @@ def _on_cuda(*given):
 def _backward_on_cuda(*given):
     if backend.may_use_triton():
         cuda = backend.triton_kernels()
-        if cuda.covers_attention(*given[1:5], given[5].shape[2]):
-            if (found := backend.attempt(cuda.neighbor_attention_backward, *given)) is not None:
-                return found
+        covered = cuda.covers_attention(*given[1:5], given[5].shape[2])
+        if covered and (found := backend.attempt(cuda.neighbor_attention_backward, *given)) is not None:
+            return found
     return compose_backward(chunked, *given)
 
 

@@ -36,7 +36,6 @@ def test_layers_reach_the_launcher(monkeypatch):
     monkeypatch.setattr(host.Nothing, "launch_metadata", lambda *given: launched.append(given))
     with host.without_gpu():
         for name, case in host.make_cases().items():
-            launched.clear()
             forward, _ = host.passes(*case)
             launched.clear()
             forward()

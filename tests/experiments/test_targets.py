@@ -58,9 +58,7 @@ def test_naive_forms_compute_the_same(layer, shape):
         torch.testing.assert_close(ours, naive, atol=1e-9 * max(1, naive.abs().max().item()), rtol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "sampling", ({}, {"sampling_type": "random", "num_samples": 9}, {"sampling_type": "spatial", "num_samples": 3})
-)
+@pytest.mark.parametrize("sampling", [{}, {"sampling_type": "random", "num_samples": 9}], ids=str)
 @pytest.mark.parametrize("pattern", ["NA", "BA"])
 def test_the_published_form_computes_the_same(sampling, pattern):
     layer = ConvNN2d(3, 8, K=5, shuffle_pattern=pattern, **sampling).double().eval()

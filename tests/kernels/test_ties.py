@@ -79,8 +79,8 @@ def test_largest_of_rows_with_many_equal_scores(M, K, dtype):
         assert torch.equal(largest(scores.clone(), K), expected), largest
 
 
-@pytest.mark.parametrize("M", [197, 1000, 1024, 2061, 4096])
-@pytest.mark.parametrize("K", [1, 9, 16, 64])
+@pytest.mark.parametrize("M", [197, 2061, 4096])
+@pytest.mark.parametrize("K", [9, 16, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_largest_of_long_rows(M, K, dtype):
     scores = torch.randn(2, 9, M).to(dtype)
@@ -93,8 +93,7 @@ def test_largest_of_long_rows(M, K, dtype):
     for largest in (cpu.largest, chunked.largest):
         found = largest(scores, K)
         assert torch.equal(found[finite], expected[finite]), largest
-        if K > 1:  # NaN counts as infinity
-            assert torch.equal(found, chunked.largest_exactly(scores, K)), largest
+        assert torch.equal(found, chunked.largest_exactly(scores, K)), largest  # NaN counts as infinity
 
 
 def test_the_exported_form_of_largest(monkeypatch):
