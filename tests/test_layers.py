@@ -299,9 +299,12 @@ def test_one_operator_computes_what_its_steps_do(make, monkeypatch):
     """On CUDA, and here on a CPU; not with dropout, and not where the matrix of weights is asked for."""
     layer, x = make(8, 2, K=3, score_temperature=0.5, attention_dropout=0.5), torch.randn(2, 9, 8)
     calls = []
-    monkeypatch.setattr(
-        layers1d, "attend_to_neighbors", lambda *given, **more: calls.append(1) or attend_to_neighbors(*given, **more)
-    )
+
+    def counted(*given, **more):
+        calls.append(1)
+        return attend_to_neighbors(*given, **more)
+
+    monkeypatch.setattr(layers1d, "attend_to_neighbors", counted)
     expected = layer.eval()(x)
     monkeypatch.setattr("kernels.attention.pays", lambda query: True)
     torch.testing.assert_close(layer(x), expected)
