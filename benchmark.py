@@ -4,11 +4,13 @@ python benchmark.py vit --layer Attention Performer --resolution 16 32 64
 python benchmark.py allconvnet --layer ConvNN --channels 64 128 --resolution 32 --batch_size 32 --against naive
 python benchmark.py allconvnet --model resnet18 --layer Conv2d ConvNN --resolution 32
 python benchmark.py targets
+python benchmark.py host
 """
 
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import math
 import os
@@ -55,7 +57,7 @@ def parse(argv: list[str]) -> tuple[str, BenchmarkConfig, list[ViTConfig | AllCo
     """Return the family, the options of the benchmark, and a config for every layer at every resolution."""
     prog = Path(sys.argv[0]).name
     words = OneLineParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("family", choices=(*FAMILIES, "targets"), help="`benchmark.py vit --help` lists the options")
+    words.add_argument("family", choices=(*FAMILIES, "targets", "host"), help="`benchmark.py vit --help` lists the options")
     name = words.parse_args(argv[:1]).family
     family = FAMILIES[name]
     about = "Measure single layers, or a backbone with its layers."
@@ -242,6 +244,16 @@ def main(argv: list[str] | None = None) -> int:
         from experiments import targets
 
         return targets.main(argv[1:])
+    if argv[:1] == ["host"]:
+        if importlib.util.find_spec("triton") is None:
+            print(
+                "benchmark.py: error: host measures Triton kernels; install PyTorch for CUDA, which brings Triton",
+                file=sys.stderr,
+            )
+            return 2
+        from experiments import host
+
+        return host.main(argv[1:])
     _, bench, configs = parse(argv)
     # torch takes seconds to import: only once the options are known to be right.
     from tqdm import tqdm

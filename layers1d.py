@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels import attention
 from layers2d import Attention2d, ConvNN2d, ConvNNAttention2d, make_convolution, make_slot_convolution, slot_convolution
 from mixers.base import (
     Bias,
@@ -22,12 +23,13 @@ from mixers.base import (
     attend,
     both_biases,
     check_at_least,
+    is_plain,
     layout_argument,
     mixing_matrix,
 )
 from mixers.selection import select_tokens
 from mixers.topk import find_learned_neighbors, learn_from_unchosen
-from neighbors import find_scored_neighbors, neighbor_weights, weighted_sum
+from neighbors import attend_to_neighbors, find_scored_neighbors, neighbor_weights, weighted_sum
 from options.checks import branch_widths, check_slots, check_temperature, check_topk
 from options.neighbors import NeighborConfig, NeighborFields, as_neighbors
 
@@ -142,12 +144,15 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
     def mix(
         self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool, layout: TokenLayout
     ) -> tuple[Tensor, Tensor | None]:
+        K, metric, temperature = self.select.neighbors.K, self.select.neighbors.metric, self.score_temperature
+        plain = not (output_matrix or self.dropout) and (self.topk == "hard" or not self.training)
+        if plain and attention.pays(query) and self.is_one_operator:
+            return attend_to_neighbors(query, key, value, K, metric, self.conv.weight, temperature=temperature), None
         heads, grid = query.shape[:2], layout.grid
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B * H, N, d)
         query, key = (self.select.search_features(part, grid) for part in (query, key))
         values = self.select.append_coordinates(value, grid)
-        K, metric, space = self.select.neighbors.K, self.select.neighbors.metric, self.select.search_space(grid, key.device)
-        temperature = self.score_temperature
+        space = self.select.search_space(grid, key.device)
         if self.topk != "hard" and self.training:
             index, weights, shares = find_learned_neighbors(
                 query, key, K, metric, topk=self.topk, temperature=temperature, **space
@@ -158,6 +163,19 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
             shares = None
         out = slot_convolution(self.conv, values, index, F.dropout(weights, self.dropout), shares)
         return out.unflatten(0, heads), mixing_matrix(index, weights, self.num_heads) if output_matrix else None
+
+    @property
+    def is_one_operator(self) -> bool:
+        """True where `attend_to_neighbors` computes the forward pass without dropout."""
+        rules, conv = self.select.neighbors, self.conv
+        return (
+            (rules.sampling, rules.similarity_type) == ("all", "Col")
+            and rules.metric != "euclidean"
+            and self.softmax_topk_val
+            and is_plain(conv, nn.Conv1d)
+            and conv.groups == conv.out_channels == self.head_dim
+            and conv.bias is None
+        )
 
 
 class MultiHeadConvNN(MultiHeadConvNNAttention):
@@ -203,6 +221,9 @@ class MultiHeadKvtAttention(MultiHeadMixer):
         self.K, self.score_temperature, self.topk = K, score_temperature, topk
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, output_matrix: bool) -> tuple[Tensor, Tensor | None]:
+        plain = not (output_matrix or self.dropout) and (self.topk == "hard" or not self.training)
+        if plain and attention.pays(query):
+            return attend_to_neighbors(query, key, value, self.K, "matmul", temperature=self.score_temperature), None
         heads = query.shape[:2]
         query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)  # (B * H, N, d)
         if self.topk != "hard" and self.training:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import backend, operators, reference
+from kernels import attention, backend, operators, reference
 from kernels.reference import accumulator
 from options.neighbors import canonical_metric
 from utils import hash_int32
@@ -192,6 +192,37 @@ def weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """
     (values,) = _autocast(values)
     return _kernels().weighted_sum(values, index, weights)
+
+
+def attend_to_neighbors(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    K: int,
+    metric: str,
+    weight: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Find, weight by the softmax and aggregate K neighbors of each query, head by head, in one operator.
+
+    query (B, H, N, C), key and value (B, H, M, C), of any strides; metric: cosine or matmul; weight (C, 1, K) of a depthwise
+    convolution over the slots, None: of one. Returns (B, H, N, C). Equal to `find_scored_neighbors`, `neighbor_weights`
+    and `aggregate` or `weighted_sum` on the heads. Raises ValueError for a K above M.
+    """
+    if not 1 <= K <= key.shape[2]:
+        raise ValueError(f"K={K} must be 1 to {key.shape[2]}, the number of candidates")
+    divisor = temperature
+    if canonical_metric(metric) == "cosine":
+        query, key = _unit(query), _unit(key)
+    else:
+        divisor *= math.sqrt(query.shape[-1])
+    query, key = _searched(query, key)
+    if weight is None:
+        (value,) = _autocast(value)
+    else:
+        value, weight = _autocast(value, weight)
+    return attention.neighbor_attention(query, key, value, weight, K, divisor)
 
 
 def max_neighbors(values: Tensor, index: Tensor) -> Tensor:

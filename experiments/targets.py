@@ -47,6 +47,7 @@ def make_targets() -> list[Target]:
     import torch
     from torch import nn
 
+    from experiments.naive import Published
     from layers1d import MultiHeadAttention, MultiHeadConvNNAttention, MultiHeadKvtAttention
     from layers2d import ConvNN2d
     from mixers.base import TokenLayout
@@ -59,18 +60,26 @@ def make_targets() -> list[Target]:
     windows = ConvNN2d(64, 128, NeighborConfig(K=9, similarity_type="Loc"), padding=1)
     neighbors = NeighborConfig(K=9, magnitude_type="matmul")
     attention = MultiHeadConvNNAttention(192, 3, neighbors, layout=TokenLayout(14, 14, 1))
-    wide = TokenLayout(64, 64)
+    kvt, wide = MultiHeadKvtAttention(192, 3, 9), TokenLayout(64, 64)
     local = MultiHeadLocalAttention(192, 3, layout=wide, window_size=24)
     near = NeighborhoodAttention(192, 3, layout=wide, kernel_size=7)
-    small = ConvNN2d(16, 32, NeighborConfig(K=9))
+    images16 = torch.randn(16, 16, 32, 32)
+    small, random, spatial = (
+        ConvNN2d(16, 32, K=9, **sampling)
+        for sampling in ({}, {"sampling_type": "random", "num_samples": 64}, {"sampling_type": "spatial", "num_samples": 8})
+    )
     return [
         Target("ConvNN2d, BA 2, 64 -> 128, 32 x 32, B = 32", shuffled, images, 1 / 2.2, 1 / 3),
         Target("the same in bfloat16, against float32", shuffled, images, 1 / 4.5, 1 / 4, precision="bf16"),
-        Target("ConvNN2d, NA, 16 -> 32, 32 x 32, B = 16", small, torch.randn(16, 16, 32, 32), 1 / 2, 1 / 4),
+        Target("ConvNN2d, NA, 16 -> 32, 32 x 32, B = 16", small, images16, 1 / 2, 1 / 4),
+        Target("the same, against the published form", small, images16, 1 / 2, None, Published(small)),
+        Target("the same among 64 random tokens", random, images16, 1 / 2, None, Published(random)),
+        Target("the same among 8 x 8 spatial tokens", spatial, images16, 1 / 2, None, Published(spatial)),
         Target("ConvNN2d Loc, against the Conv2d it equals", windows, images, 1.5, None, nn.Conv2d(64, 128, 3, padding=1)),
         Target("MultiHeadConvNNAttention, B = 64, N = 197, 3 x 64, K = 9", attention, patches, 1 / 3.5, 1 / 4),
-        Target("the same, against MultiHeadAttention", attention, patches, 2, None, MultiHeadAttention(192, 3)),
-        Target("MultiHeadKvtAttention, B = 64, N = 197", MultiHeadKvtAttention(192, 3, 9), patches, 1 / 1.2, 1 / 1.5),
+        Target("the same, against MultiHeadAttention", attention, patches, 1.3, None, MultiHeadAttention(192, 3)),
+        Target("MultiHeadKvtAttention, B = 64, N = 197", kvt, patches, 1 / 1.2, 1 / 1.5),
+        Target("the same, against MultiHeadAttention", kvt, patches, 1.1, None, MultiHeadAttention(192, 3)),
         Target("MultiHeadLocalAttention, N = 4096, 49 tokens", local, many, 1 / 5, 1 / 10),
         Target("NeighborhoodAttention, N = 4096, 7 x 7", near, many, 1 / 5, 1 / 10),
     ]

@@ -57,7 +57,7 @@ def largest(scores: Tensor, K: int) -> Tensor:
     bits hold the score in its order-preserving form and, below it, the inverted column: no two of a row are equal.
     """
     M = scores.shape[2]
-    if scores.dtype != torch.float32 or not 1 < K <= 16 or not 32 <= M < 64 * K:
+    if scores.dtype != torch.float32 or not 1 < K <= 16 or not 32 <= M < min(64 * K, 512):
         return chunked.largest(scores, K)
     keys = chunked.ordered(scores).long().bitwise_left_shift_(COLUMN_BITS)
     keys = keys.add_(torch.arange(M - 1, -1, -1) + (0x3FF8 << 48)).view(torch.float64)

@@ -9,9 +9,13 @@ Sums over the pairs that chose a token are atomic additions in any order, or, un
 through the pairs sorted by token. Nothing here waits for the device.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
+from kernels.triton_attention import neighbor_attention as neighbor_attention
+from kernels.triton_attention import neighbor_attention_backward as neighbor_attention_backward
 from kernels.triton_common import INTERPRETED
 from kernels.triton_convolution import convolution, convolution_rows_grad, convolution_weight_grad
 from kernels.triton_search import search
@@ -25,10 +29,14 @@ MOST_ELEMENTS = 2**31 - 2**16  # range of 32 bits, less a tile
 def _covered(K: int, *tensors: Tensor) -> bool:
     """Return True for tensors on the device, not empty, with each group within 32 bits."""
     for x in tensors:
-        extent = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-        if not (x.is_cuda or INTERPRETED) or x.numel() == 0 or extent > MOST_ELEMENTS:
+        if not (x.is_cuda or INTERPRETED) or x.numel() == 0 or _extent(x.shape[1:], x.stride()[1:]) > MOST_ELEMENTS:
             return False
     return 1 <= K <= MOST_NEIGHBORS
+
+
+@functools.lru_cache(1024)
+def _extent(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    return sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
 def covers_search(query: Tensor, key: Tensor, K: int) -> bool:
@@ -66,6 +74,19 @@ def covers_weighted_sum(values: Tensor, index: Tensor, weights: Tensor) -> bool:
         and weights.dtype in DTYPES
         and max(index.numel(), len(values) * values.shape[1]) <= MOST_ELEMENTS
         and _covered(index.shape[2], values, index, weights)
+    )
+
+
+def covers_attention(query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, K: int) -> bool:
+    images, heads, N, _ = query.shape
+    return (
+        query.dtype in DTYPES
+        and key.dtype == query.dtype
+        and value.dtype in DTYPES
+        and value.shape[3] == query.shape[3]
+        and (weight is None or (weight.dtype in DTYPES and weight.is_contiguous()))
+        and images * heads * max(N * K, key.shape[2]) <= MOST_ELEMENTS
+        and _covered(K, query, key, value)
     )
 
 

@@ -15,6 +15,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def slots_of(weight: Tensor) -> Tensor:
+    """Return the weights of a depthwise convolution, (C, 1, K), slot by slot, (K, C)."""
+    return weight.squeeze(1).t().contiguous()
+
+
 def all_scores(query: Tensor, key: Tensor, metric: str) -> Tensor:
     """(B, N, C), (B, M, C) -> (B, N, M): cosine, minus the Euclidean distance, or the dot product; larger is nearer."""
     dtype = accumulator(query.dtype)

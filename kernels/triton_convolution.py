@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import triton_common as common
-from kernels.triton_common import block, chosen_offset, load_rows, parts_of, row_offset, rows_of
+from kernels.triton_common import block, cdiv, chosen_offset, load_rows, parts_of, row_offset, rows_of
 from kernels.triton_sums import spread
 
 ORDERED_ELEMENTS = 2**24  # written at a time by the deterministic gradient of the values
@@ -132,7 +132,7 @@ def _rows_grad_kernel(
     there = row < count
     k = tl.program_id(1)
     chosen = chosen_offset(index, index_strides, row, k, there, N, values_strides)
-    token = chosen_offset(index, index_strides, row, k, there, N, (M, 1))
+    token = chosen_offset(index, index_strides, row, k, there, N, (M, 1, 0, 1))
     to_score = tl.zeros((BN,), tl.float32)
     for c in range(0, C, BC):
         channels = c + tl.arange(0, BC)
@@ -179,7 +179,7 @@ def convolution(values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | 
     tiles = _tiles(values.dtype, C, D, wide=(64, 64, 16), narrow=(128, 128, 32))
     common.launch(
         _convolution_kernel,
-        (triton.cdiv(G * N, tiles["BN"]) * triton.cdiv(D, tiles["BD"]),),
+        (cdiv(G * N, tiles["BN"]) * cdiv(D, tiles["BD"]),),
         *(*rows_of(values), *rows_of(index), scores, weight, output, G * N, N, D),
         device=values.device,
         K=K,
@@ -193,7 +193,7 @@ def convolution(values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | 
 def convolution_weight_grad(grad: Tensor, values: Tensor, index: Tensor, weight: Tensor, scores: Tensor | None) -> Tensor:
     (G, N, K), C, D = index.shape, values.shape[2], weight.shape[0]
     tiles = _tiles(values.dtype, C, D, wide=(16, 64, 64), narrow=(64, 128, 64))
-    blocks = K * triton.cdiv(C, tiles["BC"]), triton.cdiv(D, tiles["BD"])
+    blocks = K * cdiv(C, tiles["BC"]), cdiv(D, tiles["BD"])
     parts, rows_per_part = parts_of(G * N, blocks, tiles["BN"])
     partial = values.new_empty((parts, D, K * C), dtype=torch.float32)
     common.launch(
@@ -249,7 +249,7 @@ def _launch_rows_grad(
     tiles = _tiles(values.dtype, C, D, wide=(64, 16, 32), narrow=(64, 64, 64))
     common.launch(
         _rows_grad_kernel,
-        (triton.cdiv(G * N, tiles["BN"]), K),
+        (cdiv(G * N, tiles["BN"]), K),
         *(*rows_of(grad), *rows_of(values), *rows_of(index), scores, weight),
         *(None if scores is None else grad_scores, grad_values, grad_pairs, G * N, N, M, D),
         device=values.device,

@@ -1,5 +1,7 @@
 """The K nearest keys of each query: tiles of keys stream past a tile of queries, and nothing of size N x M is written."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from kernels import chunked
 from kernels import triton_common as common
-from kernels.triton_common import block, load_rows, row_offset, rows_of
+from kernels.triton_common import block, cdiv, group_offset, load_rows, row_offset, rows_of
 from kernels.triton_sums import dot_pairs
 
 
@@ -81,8 +83,8 @@ def _search_kernel(
     group = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks) * BN + tl.arange(0, BN)
     there = row < N
-    own_offset = group * query_strides[0] + row * query_strides[1]
-    key += group * key_strides[0]
+    own_offset = group_offset(group, query_strides) + row * query_strides[1]
+    key += group_offset(group, key_strides)
     if center is not None:
         center += group * C
     if terms is not None:
@@ -149,7 +151,7 @@ def _search_kernel(
             product = tl.zeros((BN,), tl.float32)
             for c in range(0, C, BC):
                 queries = load_rows(query, own_offset, there, c + channels, C).to(tl.float32)
-                keys = load_rows(all_keys + group * all_strides[0], own * all_strides[1], there, c + channels, C)
+                keys = load_rows(all_keys + group_offset(group, all_strides), own * all_strides[1], there, c + channels, C)
                 product += tl.sum(queries * keys.to(tl.float32), axis=1)
             tl.store(products + first_pair, product, mask=there)
 
@@ -157,8 +159,12 @@ def _search_kernel(
 def search(
     query: Tensor, key: Tensor, K: int, metric: str, candidates: Tensor | None, self_index: Tensor | None, scored: bool
 ) -> tuple[Tensor, Tensor]:
-    """index (B, N, K) and, if scored, the products of query and key (B, N, K), float32; else an empty tensor."""
-    (B, N, C), forced, device = query.shape, int(self_index is not None), query.device
+    """index (B, N, K) and, if scored, the products of query and key (B, N, K), float32; else an empty tensor.
+
+    By products among all keys, query and key may be (images, heads, N, C); then B is images x heads.
+    """
+    (*groups, N, C), forced, device = query.shape, int(self_index is not None), query.device
+    B = math.prod(groups)
     index = query.new_empty((B, N, K), dtype=torch.long)
     products = query.new_empty((B, N, K) if scored else 0, dtype=torch.float32)
     if forced:
@@ -170,7 +176,7 @@ def search(
     if candidates is not None:
         candidates = candidates.sort().values  # so that the first column of equal scores is the smallest row of key
         key = all_keys.index_select(1, candidates)
-    (query, query_strides), (key, key_strides), M = rows_of(query), rows_of(key), key.shape[1]
+    (query, query_strides), (key, key_strides), M = rows_of(query), rows_of(key), key.shape[-2]
     center = terms = None
     if metric != "matmul":
         if metric == "euclidean":
@@ -178,7 +184,7 @@ def search(
         terms = key.new_empty((B, M), dtype=torch.float32)
         common.launch(
             _key_terms_kernel,
-            (triton.cdiv(B * M, 32),),
+            (cdiv(B * M, 32),),
             *(key, key_strides, center, terms, B * M, M),
             device=device,
             C=C,
@@ -186,7 +192,7 @@ def search(
             BC=block(C, 64),
             num_warps=4,
         )
-    KP = max(2, triton.next_power_of_2(K - forced))
+    KP = block(K - forced, 64, 2)
     BN = 64 if KP <= 32 else 32
     # Less a center, numbers of 16 bits are float32 too. Products of float32 do without tensor cores, and their operands share
     # the registers with their sums.
@@ -197,7 +203,7 @@ def search(
         tiles = {"BM": 64, "BC": block(C, 128), "num_warps": 4 if C <= 64 else 8}
     common.launch(
         _search_kernel,
-        (B * triton.cdiv(N, BN),),
+        (B * cdiv(N, BN),),
         *(query, query_strides, key, key_strides, all_keys, all_strides, center, terms, candidates, self_index),
         *(index, products if scored else None, N, M),
         device=device,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import triton_common as common
-from kernels.triton_common import block, chosen_offset, load_rows, parts_of, row_offset, rows_of
+from kernels.triton_common import block, cdiv, chosen_offset, load_rows, new_rows, parts_of, row_offset, rows_of, strides_of
 
 
 @triton.jit
@@ -60,6 +60,7 @@ def _gather_sum_kernel(
     scale,
     weight,
     output,
+    output_strides,
     count,
     N,
     K: tl.constexpr,
@@ -86,7 +87,7 @@ def _gather_sum_kernel(
             part *= tl.load(weight + k * C + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
         total += part
     there_too = there[:, None] & (channels < C)[None, :]
-    tl.store(output + row.to(tl.int64)[:, None] * C + channels[None, :], total, mask=there_too)
+    tl.store(output + row_offset(row, N, output_strides)[:, None] + channels[None, :], total, mask=there_too)
 
 
 @triton.jit
@@ -153,23 +154,22 @@ def _spread_atomic_kernel(
     scale,
     weight,
     output,
+    output_strides,
     pairs,
     N,
-    M,
     K: tl.constexpr,
     C: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Add the term of each pair to the row of output (groups, M, C), float32, of the token that it chose."""
+    """Add the term of each pair to the row of output, float32, of the token that it chose."""
     pair = tl.program_id(0) * BP + tl.arange(0, BP)
     there = pair < pairs
     channels = tl.program_id(1) * BC + tl.arange(0, BC)
     part = _passed_back(rows, rows_strides, x, x_strides, index, index_strides, scale, weight, pair, there, channels, N, K, C)
-    # The output lies without gaps: a group every M * C elements.
-    token = chosen_offset(index, index_strides, pair // K, pair % K, there, N, (M, 1))
+    token = chosen_offset(index, index_strides, pair // K, pair % K, there, N, output_strides)
     there_too = there[:, None] & (channels < C)[None, :]
-    tl.atomic_add(output + token[:, None] * C + channels[None, :], part, mask=there_too, sem="relaxed")
+    tl.atomic_add(output + token[:, None] + channels[None, :], part, mask=there_too, sem="relaxed")
 
 
 @triton.jit
@@ -185,7 +185,9 @@ def _spread_sorted_kernel(
     pairs,  # sorted by the token that they chose
     starts,  # where each token's begin
     output,
+    output_strides,
     N,
+    M,
     K: tl.constexpr,
     C: tl.constexpr,
     BP: tl.constexpr,
@@ -204,7 +206,7 @@ def _spread_sorted_kernel(
             rows, rows_strides, x, x_strides, index, index_strides, scale, weight, pair, there, channels, N, K, C
         )
         first += BP
-    tl.store(output + token * C + channels, tl.sum(total, axis=0), mask=channels < C)
+    tl.store(output + row_offset(token, M, output_strides) + channels, tl.sum(total, axis=0), mask=channels < C)
 
 
 @triton.jit
@@ -253,12 +255,12 @@ def _incoming(index: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 def dot_pairs(rows: Tensor, x: Tensor, index: Tensor, weight: Tensor | None = None, squared_distance: bool = False) -> Tensor:
     """Sum over channels of row x neighbor (x weight of the slot, (K, C)), or squared distances: (G, N, K), float32."""
-    (G, N, K), C = index.shape, x.shape[2]
+    (G, N, K), C = index.shape, x.shape[-1]
     output = x.new_empty((G, N, K), dtype=torch.float32)
     pairs = 64
     common.launch(
         _pair_kernel,
-        (triton.cdiv(G * N * K, pairs),),
+        (cdiv(G * N * K, pairs),),
         *(*rows_of(rows), *rows_of(x), *rows_of(index), weight, output, G * N * K, N),
         device=x.device,
         K=K,
@@ -275,14 +277,14 @@ def sum_neighbors(
     x: Tensor, index: Tensor, scale: Tensor | None, weight: Tensor | None = None, minus: Tensor | None = None
 ) -> Tensor:
     """Sum over slots of neighbors, or of 2 (minus - neighbors), times scale (G, N, K) and weight (K, C): (G, N, C)."""
-    (G, N, K), C = index.shape, x.shape[2]
-    output = x.new_empty((G, N, C))
+    (G, N, K), C = index.shape, x.shape[-1]
+    output = new_rows(x, N)
     BN, BC = 32, block(C, 64)
     common.launch(
         _gather_sum_kernel,
-        (triton.cdiv(G * N, BN), triton.cdiv(C, BC)),
+        (cdiv(G * N, BN), cdiv(C, BC)),
         *(*((None, None) if minus is None else rows_of(minus)), *rows_of(x), *rows_of(index)),
-        *(None if scale is None else scale.contiguous(), weight, output, G * N, N),
+        *(None if scale is None else scale.contiguous(), weight, output, strides_of(output), G * N, N),
         device=x.device,
         K=K,
         C=C,
@@ -295,12 +297,12 @@ def sum_neighbors(
 
 def max_rows(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Largest neighbor by channel, and the row it came from: x (G, M, C), index (G, N, K) -> (G, N, C) each."""
-    (G, N, K), C = index.shape, x.shape[2]
+    (G, N, K), C = index.shape, x.shape[-1]
     largest, winner = x.new_empty((G, N, C)), x.new_empty((G, N, C), dtype=torch.int32)
     BN, BC = 32, block(C, 64)
     common.launch(
         _gather_max_kernel,
-        (triton.cdiv(G * N, BN), triton.cdiv(C, BC)),
+        (cdiv(G * N, BN), cdiv(C, BC)),
         *(*rows_of(x), *rows_of(index), largest, winner, G * N, N),
         device=x.device,
         K=K,
@@ -317,16 +319,16 @@ def spread(
 ) -> Tensor:
     """Sum over the pairs that chose a token of row times scale (G, N, K) and weight (K, C), or, with `minus`, of
     2 (token of `like` - row) times scale: (G, N, C) -> as `like` (G, M, C)."""
-    (G, N, K), (_, M, C) = index.shape, like.shape
+    (G, N, K), (*_, M, C) = index.shape, like.shape
     scale = None if scale is None else scale.contiguous()
     given = (*rows_of(rows), *(rows_of(like) if minus else (None, None)), *rows_of(index), scale, weight)
     BC = block(C, 64)
     if torch.are_deterministic_algorithms_enabled():
-        output = like.new_empty((G, M, C))
+        output = new_rows(like, M)
         common.launch(
             _spread_sorted_kernel,
-            (G * M, triton.cdiv(C, BC)),
-            *(*given, *_incoming(index, M), output, N),
+            (G * M, cdiv(C, BC)),
+            *(*given, *_incoming(index, M), output, strides_of(output), N, M),
             device=like.device,
             K=K,
             C=C,
@@ -335,11 +337,11 @@ def spread(
             num_warps=2,
         )
         return output
-    output = like.new_zeros((G, M, C), dtype=torch.float32)
+    output = new_rows(like, M, torch.float32, zero=True)
     common.launch(
         _spread_atomic_kernel,
-        (triton.cdiv(G * N * K, 32), triton.cdiv(C, BC)),
-        *(*given, output, G * N * K, N, M),
+        (cdiv(G * N * K, 32), cdiv(C, BC)),
+        *(*given, output, strides_of(output), G * N * K, N),
         device=like.device,
         K=K,
         C=C,
@@ -352,9 +354,9 @@ def spread(
 
 def depthwise_weight_grad(grad: Tensor, values: Tensor, index: Tensor, scores: Tensor | None) -> Tensor:
     """Gradient of depthwise weights (K, C), in float32: the sum over rows of grad x neighbor (x score)."""
-    (G, N, K), C = index.shape, values.shape[2]
+    (G, N, K), C = index.shape, values.shape[-1]
     BN, BC = 32, block(C, 64)
-    blocks = K, triton.cdiv(C, BC)
+    blocks = K, cdiv(C, BC)
     parts, rows_per_part = parts_of(G * N, blocks, BN)
     partial = values.new_empty((parts, K, C), dtype=torch.float32)
     common.launch(

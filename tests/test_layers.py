@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layers1d import Attention1d, ConvNN1d, ConvNNAttention1d
+import layers1d
+from layers1d import Attention1d, ConvNN1d, ConvNNAttention1d, MultiHeadConvNNAttention, MultiHeadKvtAttention
 from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d, convnn_plain, make_conv2d
 from mixers.base import PixelShuffle, PixelUnshuffle
-from neighbors import coordinates, grid_locations, random_candidates, spatial_candidates
+from neighbors import attend_to_neighbors, coordinates, grid_locations, random_candidates, spatial_candidates
 from options.neighbors import NeighborConfig
 from tests.helpers.naive import aggregate, neighbors, pairs, window
 from tests.helpers.side_by_side import SideBySide
@@ -291,6 +292,26 @@ def test_shuffled_layer_is_the_layer_between_shuffles(layer_type):
     inside.load_state_dict(layer.state_dict())
     x = torch.randn(2, 3, 6, 8).double()
     torch.testing.assert_close(layer(x), F.pixel_shuffle(inside(F.pixel_unshuffle(x, 2)), 2))
+
+
+@pytest.mark.parametrize("make", [MultiHeadConvNNAttention, MultiHeadKvtAttention])
+def test_one_operator_computes_what_its_steps_do(make, monkeypatch):
+    """On CUDA, and here on a CPU; not with dropout, and not where the matrix of weights is asked for."""
+    layer, x = make(8, 2, K=3, score_temperature=0.5, attention_dropout=0.5), torch.randn(2, 9, 8)
+    calls = []
+
+    def counted(*given, **more):
+        calls.append(1)
+        return attend_to_neighbors(*given, **more)
+
+    monkeypatch.setattr(layers1d, "attend_to_neighbors", counted)
+    expected = layer.eval()(x)
+    monkeypatch.setattr("kernels.attention.pays", lambda query: True)
+    torch.testing.assert_close(layer(x), expected)
+    assert calls == [1]
+    torch.testing.assert_close(layer(x, True)[0], expected)
+    layer.train()(x)
+    assert calls == [1]
 
 
 def test_branching():

@@ -13,6 +13,7 @@ from kernels import reference
 from kernels.reference import gather
 from neighbors import (
     aggregate,
+    attend_to_neighbors,
     coordinates,
     find_neighbors,
     find_scored_neighbors,
@@ -508,6 +509,52 @@ def test_operators_follow_the_rules_of_torch_library(depthwise):
     torch.library.opcheck(torch.ops.convnn.weighted_sum, (x, index, factors))
     torch.library.opcheck(torch.ops.convnn.max_neighbors, (x, index), test_utils=checks)
     torch.library.opcheck(torch.ops.convnn.aggregate, (x, index, weight.requires_grad_(), factors, depthwise))
+
+
+@pytest.mark.parametrize("metric", ["matmul", "cosine"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_attention_to_neighbors_is_its_steps(metric, weighted, backend):
+    query, key, value = (torch.randn(2, n, 2, 4).double().transpose(1, 2).requires_grad_() for n in (5, 7, 7))
+    weight = torch.randn(4, 1, 3).double().requires_grad_() if weighted else None
+    inputs = [query, key, value, weight] if weighted else [query, key, value]
+
+    def in_steps():
+        q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+        index, scores = find_scored_neighbors(q, k, 3, metric)
+        weights = neighbor_weights(scores, metric, temperature=0.7)
+        mixed = aggregate(v, index, weight, weights, depthwise=True) if weighted else weighted_sum(v, index, weights)
+        return mixed.unflatten(0, (2, 2))
+
+    def at_once():
+        return attend_to_neighbors(query, key, value, 3, metric, weight, temperature=0.7)
+
+    def slopes(function):
+        return torch.cat([x.flatten() for x in torch.autograd.grad(function().square().sum(), inputs, create_graph=True)])
+
+    assert_same_gradients(at_once(), in_steps(), inputs)
+    assert_same_gradients(slopes(at_once), slopes(in_steps), inputs)
+    with pytest.raises(ValueError, match="K=8 must be 1 to 7"):
+        attend_to_neighbors(query, key, value, 8, metric)
+
+
+def test_attention_to_neighbors_compiles_in_one_graph():
+    query, key, value = (torch.randn(2, 7, 2, 4).transpose(1, 2).requires_grad_() for _ in range(3))
+    weight = torch.randn(4, 1, 3, requires_grad=True)
+
+    def attend(*tensors):
+        return attend_to_neighbors(*tensors[:3], 3, "cosine", *tensors[3:])
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    for inputs in ((query, key, value), (query, key, value, weight)):
+        assert_same_gradients(compiled(*inputs), attend(*inputs), inputs, 1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_attention_to_neighbors_follows_the_rules_of_torch_library(weighted):
+    query, key, value = (torch.randn(2, n, 2, 4).transpose(1, 2).requires_grad_() for n in (5, 7, 7))
+    weight = torch.randn(4, 1, 3, requires_grad=True) if weighted else None
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.convnn.neighbor_attention, (query, key, value, weight, 3, 2.0), test_utils=checks)
 
 
 @pytest.mark.parametrize("metric", ["matmul", "cosine", "euclidean"])

@@ -11,7 +11,7 @@ from torch import nn
 
 import benchmark
 from experiments import targets
-from experiments.naive import Naive, has_naive_form
+from experiments.naive import Naive, Published, has_naive_form
 from experiments.targets import Limit, Target, floor_of, main, measure_data, measure_search, measure_target
 from layers1d import MultiHeadConvNNAttention, MultiHeadKvtAttention
 from layers2d import ConvNN2d, ConvNNAttention2d
@@ -56,6 +56,24 @@ def test_naive_forms_compute_the_same(layer, shape):
         results.append([out, *torch.autograd.grad((out * direction).sum(), [given, *layer.parameters()])])
     for ours, naive in zip(*results, strict=True):
         torch.testing.assert_close(ours, naive, atol=1e-9 * max(1, naive.abs().max().item()), rtol=1e-9)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"sampling_type": "random", "num_samples": 9}], ids=str)
+@pytest.mark.parametrize("pattern", ["NA", "BA"])
+def test_the_published_form_computes_the_same(sampling, pattern):
+    layer = ConvNN2d(3, 8, K=5, shuffle_pattern=pattern, **sampling).double().eval()
+    x = torch.randn(2, 3, 8, 10).double().requires_grad_()
+    ours, published = (
+        [form(x), *torch.autograd.grad(form(x).square().sum(), [x, *layer.parameters()])] for form in (layer, Published(layer))
+    )
+    for one, other in zip(ours, published, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+
+
+def test_the_published_form_has_cosines_only():
+    for rules in ({"magnitude_type": "euclidean"}, {"similarity_type": "Loc"}):
+        with pytest.raises(ValueError, match="the published form"):
+            Published(ConvNN2d(3, 8, K=5, **rules))
 
 
 def test_layers_without_a_naive_form():
@@ -198,9 +216,9 @@ def test_the_exit_status_follows_the_rows(missed, clock, monkeypatch, tmp_path, 
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert ("bfloat16 is left out: its products run at 0.12 of float32's speed here" in lines) == (bf16 == 8)
-    assert err.splitlines()[-1] == f"{12 - (bf16 == 8)}/{12 - (bf16 == 8)} data: time_ratio 0.5 (0.4 to 0.6), ETA 00:00"
+    assert err.splitlines()[-1] == f"{16 - (bf16 == 8)}/{16 - (bf16 == 8)} data: time_ratio 0.5 (0.4 to 0.6), ETA 00:00"
     assert [line for line in lines if line.startswith("missed")] == [f"missed: {missed}: time ratio"] * bool(missed)
-    for name, number in (("targets", 9 - (bf16 == 8)), ("search", 1), ("data", 2)):
+    for name, number in (("targets", 13 - (bf16 == 8)), ("search", 1), ("data", 2)):
         assert len(list(csv.DictReader((tmp_path / f"{name}.csv").open()))) == number
     assert "--repeats 2" in (tmp_path / "targets.md").read_text()
 

@@ -39,6 +39,8 @@ def _kind(value) -> tuple[str, list]:
     """Type of one argument, and what the runtime would tell the compiler of its value."""
     if isinstance(value, Tensor):
         return "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
+    if isinstance(value, float):
+        return "fp32", []
     if value is None or value == 1:
         return "constexpr", []
     return "i32" if abs(value) < 2**31 else "i64", [["tt.divisibility", 16]] if value % 16 == 0 else []
@@ -110,6 +112,11 @@ def cases() -> dict[str, tuple]:
                 found[f"{name} backward, {size}"] = cuda.pair_scores_backward, scores, x, x, index, squared
             found[f"weighted sum, {size}"] = cuda.weighted_sum, x, index, scores
             found[f"largest neighbor, {size}"] = cuda.max_neighbors, x, index
+            heads = [new(G, N, 2, C, dtype=dtype).transpose(1, 2) for _ in range(4)]
+            one = new(2 * G, N, K, dtype=torch.long), new(2 * G, N, K)
+            conv = new(C, 1, K, dtype=dtype)
+            found[f"attention, {size}"] = cuda.neighbor_attention, *heads[1:], conv, K, 8.0
+            found[f"attention backward, {size}"] = cuda.neighbor_attention_backward, *heads, conv, *one, 8.0
             weight = new(K, C, dtype=dtype)
             found[f"depthwise, {size}"] = cuda.aggregate, x, index, weight, scores, True
             found[f"depthwise backward, {size}"] = cuda.aggregate_backward, x, x, index, weight, scores, True, True

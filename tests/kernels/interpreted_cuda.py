@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 
-from kernels import cuda, triton_convolution
+from kernels import attention, cuda, triton_convolution
 from kernels.reference import gather
 from tests.helpers.naive import aggregate as naive_aggregate
 from tests.helpers.naive import scores
@@ -273,6 +273,38 @@ def test_aggregate(size, dtype, scored, form, in_order, monkeypatch):
         if scored:
             assert_close(found[2], to_scores[0])
         assert (found[0].numel() == 0) == (not need_values) and (found[2].numel() == 0) == (not scored)
+
+
+@pytest.mark.parametrize(
+    "size, dtype, weighted, in_order",
+    [
+        ((2, 19, 9, 12, 9), torch.float32, True, False),
+        ((1, 9, 20, 20, 16), torch.float16, True, True),
+        ((1, 5, 12, 70, 4), torch.float32, False, False),
+    ],
+    ids=str,
+    indirect=["in_order"],
+)
+def test_neighbor_attention(size, dtype, weighted, in_order):
+    """Forward and backward of the one operator on heads that lie side by side, with a convolution over the slots or without."""
+    B, N, M, C, K = size
+    H, divisor = 2, 3.0
+    query, key, value, grad = (torch.randn(B, rows, H, C).to(dtype).transpose(1, 2) for rows in (N, M, M, N))
+    weight = torch.randn(C, 1, K).to(dtype) if weighted else None
+    output, index, weights = cuda.neighbor_attention(query, key, value, weight, K, divisor)
+    full = (query.double() @ key.double().mT).flatten(0, 1)
+    assert_same_neighbors(index, full, K)
+
+    def plain(query, key, value, weight=None):
+        return attention.mixed_pairs(query, key, value, weight, index, divisor, K)
+
+    expected, *slopes = gradients(plain, grad, query, key, value, weight)
+    assert_close(output, expected, dtype)
+    assert_close(weights, (full.gather(2, index) / divisor).softmax(2))
+    found = cuda.neighbor_attention_backward(grad, query, key, value, weight, index, weights, divisor)
+    for one, other in zip(found, slopes, strict=weighted):
+        assert_close(one, other if other.ndim == 4 else other.squeeze(1).t(), dtype)
+    assert all(x.transpose(1, 2).is_contiguous() for x in (output, *found[:3]))
 
 
 def test_sums_in_order_do_not_change():

@@ -28,6 +28,9 @@ HEAVIEST = [
     "gather_sum_kernel: squared distances backward, fp32, C 64, K 16",
     "spread_atomic_kernel: squared distances backward, fp32, C 64, K 16",
     "spread_sorted_kernel: squared distances backward, fp32, C 64, K 16",
+    "mix_kernel: attention, fp32, C 64, K 16",
+    "mix_rows_grad_kernel: attention backward, fp32, C 256, K 9",
+    "mix_tokens_grad_kernel: attention backward, fp32, C 64, K 16",
     "depthwise_weight_grad_kernel: depthwise backward, bf16, C 64, K 9",
     "weight_grad_kernel: standard with scores backward, bf16, C 256, K 9, D 512",
     "convolution_kernel: standard, bf16, C 256, K 9, D 512",
@@ -94,6 +97,14 @@ def calls(dtype):
     yield cuda.weighted_sum, (key.mT.contiguous().mT, index[:1].expand(B, -1, -1), pairs.to(dtype)), [rows]
     yield cuda.weighted_sum_backward, (query, key, index, pairs.to(dtype)), [keys, ((B, N, K), dtype)]
     yield cuda.max_neighbors, (key, index), [rows, ((B, N, C), torch.int32)]
+    one, other, grad = (new(B, rows, 2, C).transpose(1, 2) for rows in (N, M, N))
+    index2, pairs2 = new(2 * B, N, K, dtype=torch.long), new(2 * B, N, K, dtype=torch.float32)
+    found = [((B, 2, N, C), dtype), ((2 * B, N, K), torch.long), ((2 * B, N, K), torch.float32)]
+    grads = [((B, 2, N, C), dtype), *[((B, 2, M, C), dtype)] * 2]
+    for weight, shape in ((None, (0,)), (new(C, 1, K), (K, C))):
+        yield cuda.neighbor_attention, (one, other, other, weight, K, 2.0), found
+        given = grad, one, other, other, weight, index2, pairs2, 2.0
+        yield cuda.neighbor_attention_backward, given, [*grads, (shape, dtype)]
     for depthwise in (True, False):
         weight, out = (new(K, C), C) if depthwise else (new(D, K * C), D)
         for scores in (None, pairs):
@@ -121,7 +132,7 @@ def test_functions_stay_on_the_device(dtype, in_order, monkeypatch):
                 found, launched = launches(function, *arguments)
                 found = found if isinstance(found, tuple) else (found,)
                 assert [(tuple(x.shape), x.dtype) for x in found] == expected, function.__name__
-                assert all(x.is_cuda and x.is_contiguous() for x in found)
+                assert all(x.is_cuda and (x.transpose(1, 2) if x.ndim == 4 else x).is_contiguous() for x in found)
                 tensors = [x for _, given, _ in launched for x in given if isinstance(x, torch.Tensor)]
                 assert all(x.is_cuda for x in tensors)
                 assert launched or function is cuda.find_neighbors

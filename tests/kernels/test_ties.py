@@ -79,6 +79,23 @@ def test_largest_of_rows_with_many_equal_scores(M, K, dtype):
         assert torch.equal(largest(scores.clone(), K), expected), largest
 
 
+@pytest.mark.parametrize("M", [197, 2061, 4096])
+@pytest.mark.parametrize("K", [9, 16, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_largest_of_long_rows(M, K, dtype):
+    scores = torch.randn(2, 9, M).to(dtype)
+    scores[0, 1:3] = scores[0, 1:3].round()
+    scores[0, 3, ::7] = scores[0, 4, 5::9] = torch.inf
+    scores[0, 5, : M - K // 2] = -torch.inf
+    scores[0, 6, M // 2] = scores[0, 7, ::2] = torch.nan
+    finite = ~scores.isnan().any(2)
+    expected = scores.double().sort(dim=2, descending=True, stable=True).indices[:, :, :K]
+    for largest in (cpu.largest, chunked.largest):
+        found = largest(scores, K)
+        assert torch.equal(found[finite], expected[finite]), largest
+        assert torch.equal(found, chunked.largest_exactly(scores, K)), largest  # NaN counts as infinity
+
+
 def test_the_exported_form_of_largest(monkeypatch):
     scores = torch.randint(-3, 4, (2, 30, 50)).float()
     expected = [reference.largest(scores, K) for K in (1, 9, 50)]
