@@ -11,8 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from experiments import analysis, figures, panels, pictures
-from experiments.abilities import draw_abilities, draw_tasks
+from experiments import abilities, analysis, figures, panels, pictures
 from experiments.explorer import LARGEST, explorer_page
 from experiments.pictures import draw_attention, draw_masks, draw_neighbors, draw_samples
 from experiments.points import readable
@@ -117,6 +116,17 @@ def draw_analysis(args: argparse.Namespace):
     return analysis.draw_analysis(rows)
 
 
+def draw_map_of_abilities(args: argparse.Namespace):
+    """Draw how much of each task every mixer has learned; write the numbers of a sweep as a table beside the figure."""
+    results = abilities.read_results(args.run)
+    if args.run.suffix != ".csv":
+        table = (args.output or default_output(args)).with_suffix(".csv")
+        table.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(table, as_csv(abilities.as_rows(results), abilities.COLUMNS))
+        print(table)
+    return abilities.draw_abilities(results)
+
+
 DRAW = {
     "curves": draw_curves,
     "confusion": draw_confusion,
@@ -126,8 +136,8 @@ DRAW = {
     "analyze": draw_analysis,
     "masks": draw_masks,
     "samples": draw_samples,
-    "tasks": lambda args: draw_tasks(),
-    "abilities": lambda args: draw_abilities(args.run),
+    "tasks": lambda args: abilities.draw_tasks(),
+    "abilities": draw_map_of_abilities,
 }
 
 
@@ -228,10 +238,10 @@ def make_parser() -> OneLineParser:
     )
     samples.add_argument("--seed", type=at_least_zero, default=0, help="seed of order, augmentation and noise")
     add("tasks", "the generated tasks: four training and four test images of each (default output: ./Output/tasks.png)")
-    abilities = add(
-        "abilities", "mixers by generated tasks, of a sweep over both (default output: abilities.png in its folder)"
+    grid = add("abilities", "mixers by generated tasks, as a table too (default output: abilities.png in the sweep's folder)")
+    grid.add_argument(
+        "run", type=nonempty_path, metavar="SWEEP", help="output folder of a sweep over both, or its table (.csv)"
     )
-    abilities.add_argument("run", type=Path, metavar="SWEEP", help="output folder of the sweep")
     return parser
 
 
@@ -248,7 +258,7 @@ def default_output(args: argparse.Namespace) -> Path:
     if "runs" in args:
         return (args.runs[0] if len(args.runs) == 1 else args.runs[0].parent) / name
     if "run" in args:
-        return args.run / name
+        return (args.run.parent if args.run.suffix == ".csv" else args.run) / name
     return Path("Output") / (f"{args.dataset}.png" if args.figure == "samples" else name)
 
 

@@ -1,6 +1,8 @@
 """Pictures of the generated tasks, and the map of abilities: how much of each task every mixer of a sweep has learned."""
 
+import csv
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from options.layers import layer_label
 from readers.tasks import class_names, generate
 
 LEARNED = 90  # percent of the validation images
+COLUMNS = ("layer", "task", "seed", "top1", "steps")
 
 
 def draw_tasks(images: int = 4):
@@ -39,22 +42,47 @@ class Result(NamedTuple):
     steps: int | None  # until `LEARNED` percent; None: never
 
 
-def read_results(sweep: Path) -> dict[str, dict[str, dict[int, Result]]]:
-    """Read the finished runs of a sweep's folder by layer, task and seed. Raises ValueError if none is of a task."""
+def read_results(path: Path) -> dict[str, dict[str, dict[int, Result]]]:
+    """Read the finished runs of a sweep's folder, or the table of such runs, by layer, task and seed.
+
+    Raises ValueError if none is of a task.
+    """
     found: dict[str, dict[str, dict[int, Result]]] = {}
+    for layer, task, seed, top1, steps in read_table(path) if path.suffix == ".csv" else read_runs(path):
+        chance = 100 / TASKS[task]
+        result = Result(top1, max(0, (top1 - chance) / (100 - chance)), steps)
+        found.setdefault(layer, {}).setdefault(task, {})[seed] = result
+    if not found:
+        raise ValueError(f"{path} holds no finished run of a generated task; train configs/sweeps/abilities.yaml first")
+    return found
+
+
+def read_runs(sweep: Path) -> Iterator[tuple[str, str, int, float, int | None]]:
     for folder in sorted(path.parent for path in sweep.glob("*/summary.json")):
         options, summary = read_config(folder), read_summary(folder)
         task = str(options["dataset"]).removeprefix("task_")
         if task not in TASKS or summary is None or not summary["finished"]:
             continue
-        top1, chance = summary["best"]["test_top1"], 100 / TASKS[task]
         steps = math.ceil(summary["train_images"] / options["batch_size"])
         learned = (round(row["epoch"]) * steps for row in read_metrics(folder) if row["val_top1"] >= LEARNED)
-        result = Result(top1, max(0, (top1 - chance) / (100 - chance)), next(learned, None))
-        found.setdefault(layer_label(options["layer"]), {}).setdefault(task, {})[options["seed"]] = result
-    if not found:
-        raise ValueError(f"{sweep} holds no finished run of a generated task; train configs/sweeps/abilities.yaml first")
-    return found
+        yield layer_label(options["layer"]), task, options["seed"], summary["best"]["test_top1"], next(learned, None)
+
+
+def read_table(path: Path) -> Iterator[tuple[str, str, int, float, int | None]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            steps = int(row["steps"]) if row["steps"] else None
+            yield row["layer"], row["task"], int(row["seed"]), float(row["top1"]), steps
+
+
+def as_rows(results: dict[str, dict[str, dict[int, Result]]]) -> list[dict]:
+    """Return a row of `COLUMNS` for each run; `read_table` reads them."""
+    return [
+        {"layer": layer, "task": task, "seed": seed, "top1": result.top1, "steps": result.steps}
+        for layer, tasks in results.items()
+        for task, seeds in tasks.items()
+        for seed, result in seeds.items()
+    ]
 
 
 def mean_solved(tasks: dict[str, dict[int, Result]]) -> float:
@@ -62,12 +90,11 @@ def mean_solved(tasks: dict[str, dict[int, Result]]) -> float:
     return sum(sum(result.solved for result in seeds.values()) / len(seeds) for seeds in tasks.values()) / len(TASKS)
 
 
-def draw_abilities(sweep: Path):
+def draw_abilities(results: dict[str, dict[str, dict[int, Result]]]):
     """Draw two maps of mixers by tasks, a cell per seed: how much is solved, and steps until it is learned; gray: not run."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm, Normalize
 
-    results = read_results(sweep)
     layers = sorted(results, key=lambda layer: -mean_solved(results[layer]))
     seeds = sorted({seed for tasks in results.values() for by_seed in tasks.values() for seed in by_seed})
     runs = [[results[layer].get(task, {}).get(seed) for task in TASKS for seed in seeds] for layer in layers]

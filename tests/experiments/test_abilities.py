@@ -55,7 +55,7 @@ def test_chance_is_0_and_steps_are_counted_to_the_first_epoch_above_90_percent(s
 
 
 def test_the_map_shows_every_run(sweep):
-    figure = draw_abilities(sweep)
+    figure = draw_abilities(read_results(sweep))
     solved, steps = figure.axes
     assert [label.get_text() for label in solved.get_yticklabels()] == ["Pointwise", "Attention"]  # the best first
     assert [label.get_text() for label in solved.get_xticklabels()] == list(TASKS)
@@ -68,7 +68,11 @@ def test_the_map_shows_every_run(sweep):
 
 def test_the_file(sweep, tmp_path, capsys):
     assert visualize.main(["abilities", str(sweep)]) == 0
-    assert Image.open(sweep / "abilities.png").width > 600
+    drawn = Image.open(sweep / "abilities.png")
+    assert drawn.width > 600
+    assert read_results(sweep / "abilities.csv") == read_results(sweep)
+    assert visualize.main(["abilities", str(sweep / "abilities.csv"), "--output", str(tmp_path / "again.png")]) == 0
+    assert Image.open(tmp_path / "again.png").tobytes() == drawn.tobytes()
     with pytest.raises(SystemExit):
         visualize.main(["abilities", str(tmp_path / "none")])
     assert "holds no finished run of a generated task" in capsys.readouterr().err
