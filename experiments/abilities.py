@@ -128,7 +128,7 @@ def draw_abilities(results: dict[str, dict[str, dict[int, Result]]]):
                 axis.text(x, y, f"{text:.0f}", ha="center", va="center", fontsize=5, color=color)
         for edge in range(len(seeds), len(TASKS) * len(seeds), len(seeds)):
             axis.axvline(edge - 0.5, color="w", lw=2)
-        axis.set_xticks([len(seeds) * (number + 0.5) - 0.5 for number in range(len(TASKS))], TASKS, fontsize=6)
+        axis.set_xticks([len(seeds) * (number + 0.5) - 0.5 for number in range(len(TASKS))], TASKS, fontsize=6, rotation=30)
         axis.set_yticks(range(len(layers)), layers, fontsize=6)
         axis.tick_params(length=0)
         axis.set_title(wrapped(title, figure))
