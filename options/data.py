@@ -47,7 +47,7 @@ def info_of(dataset: object) -> DatasetInfo | None:
     library, _, name = str(dataset).partition(":")
     if library == "torchvision" and name in TORCHVISION:
         return DATASETS["folder"]._replace(size=TORCHVISION[name].size, classes=TORCHVISION[name].classes)
-    return DATASETS["folder"] if is_hub(dataset) else DATASETS.get(dataset)
+    return DATASETS["folder"] if is_hub(dataset) else DATASETS.get(str(dataset))
 
 
 def is_task(dataset: object) -> bool:
@@ -141,6 +141,9 @@ class DataConfig:
                 raise ValueError(f"dataset={self.dataset!r} {line}{did_you_mean(name, TORCHVISION)}")
             line = f"is not one of {', '.join(DATASETS)}; there are also {' and '.join(OTHERS)}"
             raise ValueError(f"dataset={self.dataset!r} {line}{did_you_mean(self.dataset, DATASETS)}")
+        for name in ("image_column", "label_column"):
+            if getattr(self, name) is not None and not is_hub(self.dataset):
+                raise ValueError(f"{name}={getattr(self, name)!r} is for dataset=hf:NAME_OR_FOLDER only; leave it out")
         for name in ("mean", "std"):
             numbers = getattr(self, name) or getattr(info, name)
             if len(numbers) not in (info.channels, 3):

@@ -148,14 +148,15 @@ def find_part(root: Path, part: str) -> tuple[FileSystem | Archive, Path] | None
     In an archive, one folder around the class folders is skipped. Returns None where there is neither. Raises ValueError for
     an archive that cannot be read in place.
     """
-    if (root / part).is_dir():
+    if os.path.isdir(root / part):  # False for names that are too long, where Path.is_dir raises
         return DISK, root / part
     for path in (root / f"{part}.zip", root / f"{part}.tar"):
-        if path.is_file():
+        if os.path.isfile(path):
             status = path.stat()
             archive = _open_archive(str(path), status.st_ino, status.st_size, status.st_mtime_ns)
             return archive, _skip_outer_folders(archive, path)
-    for path in (*root.glob(f"{part}.tar.*"), *root.glob(f"{part}.tgz")):
+    compressed = (f"{root / part}{end}" for end in (".tar.gz", ".tar.xz", ".tar.bz2", ".tar.zst", ".tgz"))
+    for path in filter(os.path.isfile, compressed):
         raise ValueError(
             f"{path}: images in a compressed .tar cannot be read one by one; decompress it, as by gunzip, to {part}.tar"
         )

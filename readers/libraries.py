@@ -4,6 +4,7 @@ import functools
 import hashlib
 import inspect
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -83,12 +84,13 @@ def read_torchvision(config: DataConfig, parts: tuple[str, ...]) -> Source:
     row = TORCHVISION[name]
     make = getattr(import_torchvision().datasets, name)
     accepted = inspect.signature(make).parameters
+    root = os.path.abspath(config.data_path)  # so that names relative to it do not depend on the working folder
     arguments = {part: getattr(row, part) or row.train for part in parts}
     more = {"loader": str} if "loader" in accepted or name == "ImageNet" else {}  # paths in place of decoded images
     more |= {"download": False} if "download" in accepted else {}
 
     def open_all() -> dict:
-        return {part: make(root=str(Path(config.data_path)), **values, **more) for part, values in arguments.items()}
+        return {part: make(root=root, **values, **more) for part, values in arguments.items()}
 
     def fetch(aside: str) -> None:
         for values in arguments.values():
@@ -97,18 +99,25 @@ def read_torchvision(config: DataConfig, parts: tuple[str, ...]) -> Source:
     try:
         try:
             made = open_all()
+        except ImportError:
+            raise
         except Exception as error:  # each data set raises others
-            if isinstance(error, ImportError) or "download" not in accepted or not config.download:
+            if "download" not in accepted or not config.download:
                 raise
-            if failed := download_to(Path(config.data_path), fetch):
+            if failed := download_to(Path(root), fetch):
                 raise DataError(f"{error}{failed}") from None
             made = open_all()
+    except ImportError as error:
+        raise DataError(f"--dataset {config.dataset} needs the package {error.name}: pip install {error.name}") from None
     except Exception as error:
-        raise DataError(f"--data_path {config.data_path} does not hold --dataset {config.dataset}: {error}") from None
+        reason = " ".join(str(error).replace("You can use download=True to download it", "").split())
+        remedy = "" if config.download else "; leave out --no-download to download it"
+        remedy = remedy if "download" in accepted else "; it has to be downloaded by hand"
+        raise DataError(f"--data_path {config.data_path} does not hold --dataset {config.dataset} ({reason}{remedy})") from None
 
     def read(part: str) -> Listed:
         dataset, place = made.get(part, made["test"]), f"{config.dataset}/{part}"
-        return _list_torchvision(dataset, PATHS.get(name, _pairs)(dataset), place, config.data_path, row.classes)
+        return _list_torchvision(dataset, PATHS.get(name, _pairs)(dataset), place, root, row.classes)
 
     return _as_source(read, parts, row.test is not None, _class_names(made["test"], row.classes))
 
