@@ -23,8 +23,10 @@ from tests.helpers import any_data
 from tests.helpers.data import CPU, everything, load, write_folder
 
 needs_hub = pytest.mark.skipif(not importlib.util.find_spec("datasets"), reason="needs the extra: pip install datasets")
+QUIET = "--num_workers 0 --device cpu --no-download"
 MODEL = "--resize 16 --patch_size 8 --num_layers 1 --num_heads 1 --d_model 8 --d_mlp 8 --dropout 0.1 --augment --lr 0.01 "
-MODEL += "--batch_size 8 --num_epochs 2 --train_limit 16 --test_limit 8 --num_workers 0 --device cpu --save_minutes 1e-9 --no-download"
+MODEL += "--batch_size 8 --num_epochs 2 --train_limit 16 --test_limit 8 --save_minutes 1e-9 "
+MODEL += QUIET
 
 WRITERS = [
     pytest.param(lambda root, _: any_data.write_archives(root, "tar"), id="tar"),
@@ -63,9 +65,7 @@ def test_trained_killed_resumed_evaluated_and_predicted(write, tmp_path, monkeyp
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert summary["data"] == json.loads((tmp_path / "killed" / "summary.json").read_text())["data"]
 
-    assert (
-        run(f"--device cpu --num_workers 0 --no-download --test_only --checkpoint {tmp_path / 'whole' / 'best.pt'}", "x") == 0
-    )
+    assert run(f"{QUIET} --test_only --checkpoint {tmp_path / 'whole' / 'best.pt'}", tmp_path / "test") == 0
     Image.new("RGB", (20, 20)).save(tmp_path / "one.png")
     words = ["--run", str(tmp_path / "whole"), str(tmp_path / "one.png"), "--output", str(tmp_path / "out.csv")]
     assert predict.main(words) == 0
