@@ -68,7 +68,7 @@ def read_sweep(path: str, changes: list[str]) -> tuple[list[tuple[str, dict]], l
         check_values(path, fixed | varying)
         choices = [values if isinstance(values, list) else [values] for values in varying.values()]
         points += [(programs[-1], fixed | dict(zip(varying, values, strict=True))) for values in itertools.product(*choices)]
-    # What --set removed may leave twins. A dict of texts finds them in one pass.
+    # Points can be equal without an axis that --set removed. A dict of texts finds them in one pass.
     distinct = list({json.dumps(point, sort_keys=True): point for point in points}.values())
     axes = [name for name in axes | changed if name != "seed"] + ["seed"] * ("seed" in {*axes, *changed, *sweep})
     return distinct, ["program", *axes] if len(set(programs)) > 1 else axes

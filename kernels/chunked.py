@@ -66,7 +66,7 @@ def center(keys: Tensor) -> Tensor:
 def ordered(scores: Tensor) -> Tensor:
     """float32 as int32 in the same order: both zeros equal, NaN as infinity, and -inf above the least finite number."""
     most = torch.finfo(torch.float32).max
-    # What masks a score is the least finite number, and even a score of -inf must come before it.
+    # Masked scores are the least finite number, and even a score of -inf must come before them.
     bits = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-0.999 * most).add_(0.0).view(torch.int32)
     return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
 

@@ -1,4 +1,4 @@
-"""Load weights of our own ViT, torchvision's and timm's into a ViT."""
+"""Load weights of this program, torchvision and timm into a ViT."""
 
 import math
 import re

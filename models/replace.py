@@ -1,4 +1,4 @@
-"""Replace the attention of vision transformers of timm, torchvision and Hugging Face by our mixers."""
+"""Replace the attention of vision transformers of timm, torchvision and Hugging Face by mixers of this package."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Our mixers inside the blocks of timm's models: `timm_mixer`, and the models of `--model timm:NAME`."""
+"""Mixers of this package in the blocks of timm's models: `timm_mixer`, and the models of `--model timm:NAME`."""
 
 import copyreg
 import dataclasses

@@ -34,7 +34,7 @@ class BenchmarkConfig:
     device: str = option("auto", DEVICE_HELP, choices=("auto", "cpu", "cuda", "mps"))
     kernels: str = option("auto", KERNELS_HELP, choices=KERNELS)
     seed: int = option(0, "seed of weights and inputs", low=0, below=2**31)
-    output_dir: str = option("./Output/benchmark", "folder for the table and the plot")
+    output_dir: str = option("./Output/benchmark", "folder for the table and the plot", path=True)
 
     def __post_init__(self):
         check_fields(self)

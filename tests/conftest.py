@@ -19,7 +19,7 @@ if os.environ.get("ATEN_CPU_CAPABILITY") == "default":  # inductor uses vectors 
 
     torch._inductor.config.cpp.simdlen = 1
 
-# What is known of image files is the user's; tests have their own.
+# The cache of checked images is the user's; tests have their own.
 os.environ["CONVNN_CACHE"] = tempfile.mkdtemp(prefix="convnn-tests-")
 atexit.register(shutil.rmtree, os.environ["CONVNN_CACHE"], ignore_errors=True)
 
@@ -42,7 +42,7 @@ def pytest_collection_finish(session):
     """Where tests are about to run, with their modules imported and nothing computed yet."""
     from tests.helpers import forked
 
-    # What was imported stays: a search for garbage need not look through it, nor run after every 700 objects.
+    # Imported modules stay: garbage collection need not search them, nor run after every 700 objects.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000)

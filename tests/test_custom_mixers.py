@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ class InThisProcess:
 def test_by_path_from_an_empty_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(runner.subprocess, "Popen", InThisProcess)
+    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(Popen=InThisProcess, DEVNULL=subprocess.DEVNULL))
     (minimal, code), (sweep,), commands = (blocks(kind, BY_PATH) for kind in ("python", "yaml", "sh"))
     Path("mean_mixer.py").write_text(minimal)
     Path("cosine_attention.py").write_text(code)
@@ -66,7 +67,7 @@ def test_by_path_from_an_empty_folder(tmp_path, monkeypatch, capsys):
         said.append(capsys.readouterr())
     assert all("warning" not in err for _, err in said)
     first, flags, training, resumed, tested, swept, costs, drawn = (" ".join(out.split()) for out, _ in said)
-    assert "--mixer_option temperature=FLOAT what cosines are divided by (default: 0.1)" in flags
+    assert "--mixer_option temperature=FLOAT divisor of the cosines (default: 0.1)" in flags
     assert "--attention_dropout, --attention_bias (as bias)" in flags
     assert first.startswith("MeanMixer on digits")
     assert training.startswith("CosineAttention on digits") and "1 epochs and" in resumed and "top-1" in tested
@@ -86,7 +87,7 @@ def test_by_path_from_an_empty_folder(tmp_path, monkeypatch, capsys):
     assert Path(drawn).read_bytes().startswith(b"\x89PNG")
 
 
-# What the copy runs, in one process: the commands of the page, two mistakes, and the option beside two layers.
+# Commands of the copy, in one process: the commands of the page, two mistakes, and the option beside two layers.
 DRIVER = """
 import shlex, sys
 import pytest, vit_main
@@ -138,7 +139,7 @@ def test_with_a_row_in_a_copy(tmp_path):
     assert int(re.search(r"(\d+) passed", tests)[1]) >= 10 and "passed" in reference
     said = " ".join(flags.split())
     assert "GPSA,CosineAttention," in said
-    assert "--cosine_temperature FLOAT CosineAttention: what cosines are divided by (default: 0.1)" in said
+    assert "--cosine_temperature FLOAT CosineAttention: divisor of the cosines (default: 0.1)" in said
     assert "CosineAttention 0.2\nPerformer 0.2\n" in done.stdout
     assert done.stderr.count("warning") == 1 and "--cosine_temperature 0.2 is not used by --layer Performer" in done.stderr
     assert "did you mean CosineAttention?" in done.stderr

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from options.layers import LAYERS1D_ROWS, LAYERS2D_ROWS
+from tests.helpers.api_page import api_page
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = [path for pattern in ("*.py", "*/*.py", "tests/*/*.py", "configs/**/*.yaml", "scripts/*") for path in ROOT.glob(pattern)]
@@ -74,3 +77,13 @@ def test_pages_named_in_code_exist():
     for path in CODE:
         for name in re.findall(r"\b(?:docs|docs/dev|data)/\w+\.(?:md|png|csv)\b", path.read_text()):
             assert (ROOT / name).exists(), f"{by_name(path)}: {name}"
+
+
+def test_the_tables_of_mixers_are_complete():
+    _, sequences, maps, *_ = re.split(r"^## ", (ROOT / "docs" / "mixers.md").read_text(), flags=re.M)
+    for table, rows in ((sequences, LAYERS1D_ROWS), (maps, LAYERS2D_ROWS)):
+        assert sorted(re.findall(r"^\| `(\w+)` \|", table, flags=re.M)) == sorted(rows)
+
+
+def test_the_api_page_is_current():
+    assert (ROOT / "docs" / "api.md").read_text() == api_page(), "run python -m tests.helpers.api_page > docs/api.md"

@@ -1,6 +1,7 @@
-"""The layout of the project: files at the root, length of modules, floors, and no import upward or in a circle."""
+"""The layout of the project: files at the root, length of modules, floors, imports; and openings of docstrings and comments."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -83,3 +84,12 @@ def test_every_folder_of_tests_is_a_package():
     """Without, `import models` in a test could find the tests."""
     folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
     assert all((folder / "__init__.py").exists() for folder in folders) and len(folders) > 5
+
+
+def test_no_docstring_or_comment_opens_with_a_question_word():
+    opening = re.compile(r'(?:"""|#:?\s)\s*(?:What|Which|Whether|Whose|How|Those|That)\b')
+    paths = [path for pattern in ("*.py", "*/*.py", "tests/*/*.py") for path in ROOT.glob(pattern)]
+    found = [
+        f"{path}: {line}" for path in paths for line in path.read_text(encoding="utf-8").splitlines() if opening.search(line)
+    ]
+    assert not found

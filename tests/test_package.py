@@ -123,7 +123,7 @@ def test_every_import_of_the_moved_modules_leads_to_one(flat_layout, tmp_path):
 
 PIP = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation", "--no-compile", "--target"]
 BUILD = "import flat_layout; flat_layout.build_sdist(r'{0}')"
-# What the installed package runs in a folder with modules of our names.
+# Code that the installed package runs in a folder with modules of our names.
 DRIVER = """
 import runpy, sys
 import convnn

@@ -470,7 +470,7 @@ def test_dry_run_prints_the_points_and_starts_none(sweep, capsys):
 
 
 def test_submitted_runs(tmp_path):
-    """What --slurm does, as a user starts it, but that submitit runs the jobs here."""
+    """Run a sweep with --slurm as a user does, except that submitit runs the jobs here."""
     pytest.importorskip("submitit")
     options = {"dataset": "digits", "layer": "Conv2d", "channels": [2], "train_limit": 20, "test_limit": 10, "num_epochs": 1}
     sweep = {"program": "allconvnet_main.py", "options": options, "seed": 3}

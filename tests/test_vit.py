@@ -207,7 +207,7 @@ def test_every_layer_trains_a_step(layer, pool):
     before.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        # What the last block does with places alone does not reach the class token.
+        # Parameters for locations in the last block do not reach the class token.
         by_place = {"GPSA": ("blocks.1.mixer.gate", "blocks.1.mixer.pos_proj"), "BiFormer": ("blocks.1.mixer.conv",)}
         by_place |= {"GFNet": ("blocks.1.mixer.filter",), "Swin": ("blocks.1.mixer.offsets",)}
         unread = pool == "cls" and name.startswith(by_place.get(layer, ()))

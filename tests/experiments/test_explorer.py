@@ -74,7 +74,7 @@ def page_of(runs, *names, images=3):
 
 
 def outputs_of_projections(model, images):
-    """What the `qkv` of each layer gives, and their inputs: q, k and v are thirds of it."""
+    """Outputs and inputs of the `qkv` of each layer: q, k and v are thirds of an output."""
     found = []
     for name, module in model.named_modules():
         if name.endswith("qkv"):

@@ -213,7 +213,7 @@ def test_a_legend_of_many_entries_takes_columns():
 
 
 def finish(point, folder, test_top1):
-    """What a run of a point leaves, with this test top-1 by epoch."""
+    """Write the outputs of the run of a point, with this test top-1 by epoch."""
     folder = folder / point.name
     folder.mkdir(parents=True)
     rows = [

@@ -90,7 +90,7 @@ def points_with(name: str, **wanted) -> list:
 
 
 def published_in(name: str, **wanted) -> table.Published:
-    """What docs/published.csv has for the one point of this sweep with these options."""
+    """Return the rows of docs/published.csv for the one point of this sweep with these options."""
     points = points_with(name, **wanted)
     rows = read_published(str(ROOT / "docs" / "published.csv"), points)
     (found,) = match(rows, check_points(points, Path("Output/nowhere"))).values()

@@ -222,7 +222,7 @@ def test_failed_points_are_told_apart_from_those_that_have_not_run(sweep, capsys
     assert "- ConvNN_lr-0.5_seed-0: vit_main.py: error: lr is too high (see" in text
     points = name_points(*read_sweep("sweep.yaml", [*change[1:4:2], "seed=0,1"]))
     assert [row["failed"] for row in summarize(points, FOLDER)] == [0, 1]  # seed 1 has not run: no failure
-    # What has ended since has not failed, and without failures there is no such column.
+    # Runs that have ended since have not failed, and without failures there is no such column.
     program = sweep / "vit_main.py"
     program.write_text(program.read_text().replace('== "0.5"', '== "no"'))
     (FOLDER / "ConvNN_lr-0.1_seed-0" / "failure.txt").write_text("before it ended, elsewhere")

@@ -1,4 +1,4 @@
-"""What `make bench` compares computes the same and keeps its memory; and what it says of times, whatever they are.
+"""Cases of `make bench`: equal results, memory within its targets, and the lines about given times.
 
 Times themselves are for `make bench`: nothing here depends on how fast a machine is.
 """

@@ -1,4 +1,4 @@
-"""What `kernels/cuda.py` launches, found on fake CUDA tensors and compiled on a machine without a GPU.
+"""Launches of `kernels/cuda.py`, found on fake CUDA tensors and compiled on a machine without a GPU.
 
 `python -m tests.helpers.compiled_cuda` prints the table of registers that docs/dev/gpu.md holds (about 4 minutes).
 """
@@ -26,7 +26,7 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 
 
 def launches(function: Callable, *arguments) -> tuple[object, list]:
-    """What a function of `kernels.cuda` returns for fake tensors, and (kernel, arguments, options) of each of its launches."""
+    """Return the output of a function of `kernels.cuda` for fake tensors, and (kernel, arguments, options) of its launches."""
     found, launch = [], triton_common.launch
     triton_common.launch = lambda kernel, grid, *given, device, **options: found.append((kernel, given, options))
     try:

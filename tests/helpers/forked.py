@@ -23,7 +23,7 @@ _server: socket.socket | None = None
 
 
 class Forked:
-    """What subprocess.Popen makes of `python *command` (-c code, -m module or a script), with pipes for its output.
+    """Counterpart of subprocess.Popen for `python *command` (-c code, -m module or a script), with pipes for its output.
 
     The process has the modules that were imported when the server started, one thread, and a new interpreter's handlers of
     signals; where `closed` names any of 0, 1 and 2, it has not these streams.

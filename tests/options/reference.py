@@ -24,7 +24,7 @@ LAYERS = ("Conv2d", "ConvNN", "ConvNN_Attn", "Attention", "ViG", "Identity", "Po
 NOTED = ("layer_sha256",)  # what a run notes in its files, and no flag gives
 
 
-# What `allconvnet_main.py` without a flag resolves to; num_workers depends on the machine.
+# Options of `allconvnet_main.py` without a flag; num_workers depends on the machine.
 DEFAULTS = {
     # model and layer
     "model": "allconvnet",
@@ -206,7 +206,7 @@ def as_argv(settings: dict) -> list[str]:
     return argv
 
 
-# What `vit_main.py` without a flag resolves to, where it differs from `allconvnet_main.py`.
+# Options of `vit_main.py` without a flag, where they differ from `allconvnet_main.py`.
 OF_ALLCONVNET = ("channels", "padding", "branch_join", "replace", "stem", "classifier_width", "batch_norm")
 
 

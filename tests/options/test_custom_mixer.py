@@ -298,7 +298,7 @@ def test_a_file_that_is_none(folder, capsys):
 
 FORWARD = "class M(nn.Module):\n def __init__(self, d_model, num_heads, *, size: int = 0):\n  super().__init__(); "
 FORWARD += "self.linear = nn.Linear(d_model, d_model + size)\n def forward(self, x, output_attentions=False):\n  "
-# What forward does, and what the line must say.
+# Bodies of forward, and the words of the error line.
 TRIALS = [
     ("return self.linear(x)", "", "gave (2, 5, 8) for forward(x, True); under output_attentions it must give a pair"),
     ("return self.linear(x)", "size=1", "gave (2, 5, 9) for forward of (2, 5, 8); it must give (2, 5, 8)"),

@@ -1,4 +1,4 @@
-"""What is read from files, and the encoding in which text is."""
+"""Values read from files, and the encoding of text."""
 
 import ast
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def opens_text(call: ast.Call) -> bool:
-    """Whether a call opens a file as text, as far as its source says."""
+    """Tell from its source if a call opens a file as text."""
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     owner = getattr(getattr(call.func, "value", None), "id", "")
     if name in ("read_text", "write_text"):

@@ -22,7 +22,7 @@ def one_process(monkeypatch):
 
 
 def warnings(line, capsys, program="vit_main.py"):
-    """What follows "warning: " in the lines on stderr."""
+    """Return the text after "warning: " in the lines on stderr."""
     resolved, parser = parse_options(PROGRAMS[program], "", shlex.split(line), prog=program)
     for line in unused_options(resolved, parser.given):
         parser.warn(line)

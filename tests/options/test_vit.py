@@ -115,7 +115,7 @@ def test_a_convit_is_its_flags(size):
 
 
 def test_flags_beside_a_convit_override_it():
-    """Those with the default of a ViT too, and those of a YAML file."""
+    """Options with the default of a ViT too, and options of a YAML file."""
     Path("c.yaml").write_text("model: convit_ti\ndropout: 0.1\n")
     model = parse_vit("--config c.yaml --num_layers 8 --num_local_layers none --d_hidden 512 --pool mean").model
     assert (model.layer, model.num_layers, model.num_local_layers, model.d_model, model.d_mlp) == ("GPSA", 8, None, 512, 768)

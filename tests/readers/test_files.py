@@ -116,7 +116,7 @@ def test_cifar(tmp_path, name, protocol):
 
 
 def python2_batch(images, labels):
-    """What Python 2 wrote: byte strings for text and pixels alike."""
+    """Pickle as Python 2 does: byte strings for text and pixels alike."""
     raw = images.tobytes()
     array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR(K\x01K"
     array += (

@@ -76,7 +76,7 @@ def test_augmentation_of_folders_crops_and_flips(tmp_path):
             Image.fromarray(image).save(tmp_path / part / "a" / f"{i}.png")
     images = pixels(everything(load("folder", tmp_path, resize=16, augment=True).train)[0], "folder")
     assert len({out.numpy().tobytes() for out in images}) > 30
-    # Which side is bright, where the crop has both.
+    # The bright side, where the crop has both.
     difference = images[:, 0, :, -1].mean(1) - images[:, 0, :, 0].mean(1)
     assert (difference > 200).sum() > 10 and (difference < -200).sum() > 10
 

@@ -1,4 +1,4 @@
-"""What ends a run from outside: memory that is short, streams that are closed, signals of a terminal."""
+"""Ends of a run from outside: out of memory, closed streams, signals of a terminal."""
 
 import os
 import shlex

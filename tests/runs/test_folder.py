@@ -1,4 +1,4 @@
-"""What an output folder may be: empty, a run of ours finished or not, or somebody else's; and who may write into it."""
+"""States of an output folder (empty, a run of ours finished or not, somebody else's), and its lock."""
 
 import contextlib
 import errno

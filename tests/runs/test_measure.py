@@ -1,4 +1,4 @@
-"""What is measured, with a clock that the tests set: nothing here depends on how fast a machine is."""
+"""Measurements with a clock that the tests set: nothing here depends on the speed of a machine."""
 
 import os
 import subprocess
@@ -92,7 +92,7 @@ def test_what_measures_loads_torch_only_to_measure():
 
 
 def test_one_definition_each():
-    """What training, the benchmark and its targets measure with is the same function."""
+    """Training, the benchmark and its targets measure with the same function."""
     from experiments import targets
 
     assert measure_latency is measure.measure_latency and flops_of is measure.flops_of

@@ -344,7 +344,7 @@ def state_of(folder):
 
 
 def plain(state):
-    """What must be equal, as text: no times, no name of a folder."""
+    """Return the parts that must be equal, as text: no times, no name of a folder."""
     rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in state["history"]]
     sampler = {k: v for k, v in state["sampler"].items() if k != "seconds"}
     parts = {k: state[k] for k in ("model", "optimizer", "scheduler", "ema", "rng", "epoch", "step")}

@@ -69,7 +69,7 @@ def whole(tmp_path_factory):
 
 
 def state_of(folder, name="last.pt"):
-    """What must be equal: all of a checkpoint but times, and the options, which name the folder and --resume."""
+    """Return the parts that must be equal: all of a checkpoint but times and the options, which name folder and --resume."""
     state = torch.load(folder / name, weights_only=True)
     del state["config"], state["sampler"]["seconds"]
     for row in (*state["history"], state["best"]):

@@ -74,7 +74,7 @@ def test_offline_runs_hold_the_options_and_the_rows_of_metrics_csv_under_one_id(
 
 
 class Failing:
-    """What stands in for the package, and raises at one place."""
+    """Stand-in for the package that raises in one call."""
 
     def __init__(self, where):
         self.where, self.calls = where, []
