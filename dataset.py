@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from options.data import DATASETS, TASKS, DataConfig, sides_of
+from options.data import TASKS, DataConfig, info_of, sides_of
+from options.storage import DISK
 from readers.augmentation import (
     CROP,
     ERASE,
@@ -41,6 +42,8 @@ from readers.augmentation import (
 from readers.files import Source, read_cifar, read_digits, read_mnist
 from readers.folders import read_folders
 from readers.images import check_images, decode_image
+from readers.libraries import read_hub, read_torchvision
+from readers.splits import stratified_split
 from readers.stream import ImageStream, warnings_of_workers
 from readers.tasks import read_task
 from runs import DataError
@@ -66,6 +69,8 @@ ROWS = {
     "imagenet100": Row(read_folders),
     "imagenette": Row(read_folders),
     "folder": Row(read_folders),
+    "torchvision": Row(read_torchvision),
+    "hf": Row(read_hub),
 }
 ROWS |= {f"task_{task}": Row(read_task, flip=False) for task in TASKS}
 
@@ -117,7 +122,7 @@ class Batches:
     def __init__(self, index: np.ndarray, recipe: Recipe):
         self.num_samples = len(index)
         self.recipe = recipe
-        info = DATASETS[recipe.dataset]
+        info = info_of(recipe.dataset)
         statistics = _as_channels(*(recipe.statistics or (info.mean, info.std)))
         self._mean, self._std = (numbers.to(recipe.device) for numbers in statistics)
         self._epochs = itertools.count()
@@ -228,9 +233,11 @@ class DeviceBatches(Batches):
 
 
 class StreamedBatches(Batches):
-    """Image files, decoded as they are needed: files (n,) byte strings, labels (n,), index (n,)."""
+    """Image files, decoded as they are needed: paths (n,) as byte strings, labels (n,), index (n,)."""
 
-    def __init__(self, files: np.ndarray, labels: np.ndarray, index: np.ndarray, recipe: Recipe, num_workers: int):
+    def __init__(
+        self, files: np.ndarray, labels: np.ndarray, index: np.ndarray, recipe: Recipe, num_workers: int, open_file: Callable
+    ):
         super().__init__(index, recipe)
         sides, pin_memory = sides_of(recipe.resize), recipe.device.type == "cuda"
         transform = image_transform(
@@ -240,7 +247,7 @@ class StreamedBatches(Batches):
             interpolation=recipe.interpolation,
             squash=recipe.crop == "squash",
         )
-        self._stream = ImageStream(files, labels, index, recipe.seed, transform, sides, num_workers, pin_memory)
+        self._stream = ImageStream(files, labels, index, recipe.seed, transform, sides, num_workers, pin_memory, open_file)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._stream.read(epoch, self.chunks(epoch)[start:]):
@@ -254,7 +261,7 @@ def read_image(path: str | os.PathLike, config: DataConfig) -> Tensor:
     Unless `crop` is squash, the image is cropped around its center to the proportions of the model's images, with the margin
     that folders of images are tested with. Raises DataError for a file that cannot be read.
     """
-    info, (mean, std) = DATASETS[config.dataset], channel_stats(config)
+    info, (mean, std) = info_of(config.dataset), channel_stats(config)
     image = decode_image(os.fspath(path)).convert("L" if info.channels == 1 else "RGB")
     how = {"interpolation": config.interpolation, "squash": config.crop == "squash"}
     pixels = image_transform(sides_of(config.resize), margin=info.streamed, **how)(image)
@@ -273,17 +280,6 @@ def balanced_subset(labels: np.ndarray, n: int) -> np.ndarray:
     rank_in_class = np.empty(len(labels), dtype=np.int64)
     rank_in_class[order] = np.arange(len(labels)) - np.repeat(first, sizes)
     return np.sort(np.argsort(rank_in_class, kind="stable")[:n])
-
-
-def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows, ascending, to keep and to hold out: `fraction` of every class, always the same images."""
-    shuffle = keys(0, 0, torch.arange(len(labels)), ORDER).numpy()  # hashes differ, so they are an order
-    by_class = np.lexsort((shuffle, labels))
-    # Hold out an image where the rounded share of the images so far grows by one: round(n * fraction) in all and, as they are
-    # sorted by class, the right number of each class to within one.
-    due = np.floor(np.arange(len(labels) + 1) * fraction + 0.5)
-    held = np.diff(due) > 0
-    return np.sort(by_class[~held]), np.sort(by_class[held])
 
 
 def _limited(labels: np.ndarray, config: DataConfig, part: str) -> np.ndarray:
@@ -340,10 +336,10 @@ def load_data(
     assert config.resize is not None and config.num_workers is not None
     parts = ("test",) if test_only else ("train", "test")
     try:
-        source = ROWS[config.dataset].read(config, parts)
+        source = ROWS[config.dataset.partition(":")[0]].read(config, parts)
     except OSError as error:
         raise DataError(f"--data_path {config.data_path}: {error}") from None
-    streamed, warnings = DATASETS[config.dataset].streamed, list(source.warnings)
+    streamed, warnings = info_of(config.dataset).streamed, list(source.warnings)
     if streamed:
         warnings += warnings_of_workers(config.num_workers, batch_size * 3 * math.prod(sides_of(config.resize)))
     for warning in warnings if rank == 0 else ():
@@ -356,10 +352,12 @@ def load_data(
         rows[part] = _limited(source.parts[part].labels, config, part)
         if streamed:  # now, not in the middle of the first epoch or at its end
             files, threads = source.parts[part].data[rows[part]], max(config.num_workers, 1)
-            check_images(files, threads=threads, quiet=rank > 0, rank=rank, world=world)
+            storage = source.storages.get(part, DISK)
+            check_images(files, storage, threads=threads, quiet=rank > 0, rank=rank, world=world)
 
     def batches(part: str, index: np.ndarray) -> Batches:
-        images = source.parts[part if part in source.parts else "train"]  # val is held out
+        origin = part if part in source.parts else "train"  # val is held out
+        images, storage = source.parts[origin], source.storages.get(origin, DISK)
         names = ("augment", "auto_augment", "random_erasing", "noise") if part == "train" else ("noise",)
         options = {name: getattr(config, name) for name in names}
         options |= {"rank": rank, "world": world, "statistics": config.statistics}
@@ -367,7 +365,7 @@ def load_data(
         recipe = Recipe(config.dataset, part, batch_size, seed, config.resize, device, **options)
         data, labels = images.data[index], images.labels[index]
         if streamed:
-            return StreamedBatches(data, labels, index, recipe, config.num_workers)
+            return StreamedBatches(data, labels, index, recipe, config.num_workers, storage.open)
         return DeviceBatches(data, labels, index, recipe)
 
     if config.val_fraction and not test_only:

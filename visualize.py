@@ -16,7 +16,6 @@ from experiments.explorer import LARGEST, explorer_page
 from experiments.pictures import draw_attention, draw_masks, draw_neighbors, draw_samples
 from experiments.points import readable
 from experiments.trained import read_config
-from options.data import DATASETS
 from options.parser import OneLineParser, nonempty_path, number_type, output_path
 from options.trust import trusting
 from runs import DataError, RunError, Stopped
@@ -226,7 +225,7 @@ def make_parser() -> OneLineParser:
         images=24,
         count=tiles,
     )
-    samples.add_argument("--dataset", choices=DATASETS, default="digits", help="data set (default: digits)")
+    samples.add_argument("--dataset", default="digits", help="data set (default: digits)")
     samples.add_argument("--resize", type=at_least_one, nargs="+", help="side they are resized to, or height and width")
     samples.add_argument("--augment", action="store_true", help="random crop and flip")
     samples.add_argument("--auto_augment", choices=("none", "rand", "trivial"), default="none", help="torchvision's policy")
@@ -259,7 +258,7 @@ def default_output(args: argparse.Namespace) -> Path:
         return (args.runs[0] if len(args.runs) == 1 else args.runs[0].parent) / name
     if "run" in args:
         return (args.run.parent if args.run.suffix == ".csv" else args.run) / name
-    return Path("Output") / (f"{args.dataset}.png" if args.figure == "samples" else name)
+    return Path("Output") / (f"{Path(args.dataset).name}.png" if args.figure == "samples" else name)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ Each function draws the figure that the arguments of `visualize.py` ask for.
 """
 
 import argparse
+import dataclasses
 import itertools
 
 import torch
@@ -14,7 +15,7 @@ from experiments.panels import COLUMN, PAGE, legend_below, make_panels, wrapped
 from experiments.trained import as_picture, load_run
 from launch.mask import draw_pairs, draw_patches
 from mixers.local import local_mask
-from options.data import DATASETS, DataConfig
+from options.data import DataConfig
 from options.layers import LOCAL_MASKS
 from options.vit import ViTConfig
 from runs.files import drawable
@@ -147,8 +148,8 @@ def draw_masks(args: argparse.Namespace):
 
 def draw_samples(args: argparse.Namespace):
     values = {name: getattr(args, name) for name in ("dataset", "augment", "auto_augment", "random_erasing", "noise")}
-    size = args.resize or DATASETS[args.dataset].size
-    config = DataConfig(**values, data_path=args.data_path or "./Data", resize=size, num_workers=0, download=False)
+    config = DataConfig(**values, data_path=args.data_path or "./Data", resize=args.resize, num_workers=0, download=False)
+    config = dataclasses.replace(config, resize=config.resize or config.size)
     data = load_data(config, batch_size=args.images, seed=args.seed, device=torch.device("cpu"))
     images, labels = next(iter(data.train.epoch(0)))
     figure, axes = make_panels(len(images), min(8, len(images)), PAGE / 8, 1.1)

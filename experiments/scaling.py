@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from experiments.points import Point, name_of, options_of
-from options.data import DATASETS
+from options.data import info_of
 from options.runs import Options
 
 LEAST_PER_CLASS = 10  # images, in either part
@@ -53,7 +53,7 @@ def scaled_epochs(options: Options, scale: float) -> dict:
 
 def images_of(point: Point, options: Options) -> dict[str, int]:
     """Return the numbers of images of the whole run, by the option that limits them. Raises ValueError for unknown ones."""
-    known = DATASETS[options.data.dataset].images or (None, None)
+    known = info_of(options.data.dataset).images or (None, None)
     found = {limit: getattr(options.data, limit) or count for limit, count in zip(LIMITS, known, strict=True)}
     missing = [limit for limit, count in found.items() if count is None]
     if missing:

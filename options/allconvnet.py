@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from options.backbones import BACKBONES, CLASSIFIER_WIDTHS, RESNET, STEMS, VGG, check_image_size, default_stem
 from options.checks import check_slots, check_topk, closest_divisor, shuffle_factors
-from options.data import DATASETS, sides_of
+from options.data import info_of, sides_of
 from options.fields import LAYERS, SIDE, WIDTH, as_words, decide, option, with_default
 from options.layers import (
     BRANCH_JOINS,
@@ -32,7 +32,7 @@ def _decided_by_size(values: dict, given: dict) -> set[str]:
     if "model" not in values:  # written by hand: every value is deliberate
         return set()
     found, resize, stem = set(), values.get("resize"), str(values.get("stem"))
-    info = DATASETS.get(str(values.get("dataset")))
+    info = info_of(values.get("dataset"))
     if "dataset" in given and info and resize == info.size:
         found.add("resize")
     if "resize" in given or found:

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from options.fields import IMAGES, SIDE, as_words, check_fields, option
+from options.fields import IMAGES, SIDE, as_words, check_fields, did_you_mean, option
+from options.libraries import TORCHVISION, is_hub
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation
 INTERPOLATIONS = ("bilinear", "bicubic")
+OTHERS = ("torchvision:NAME", "hf:NAME_OR_FOLDER")  # data sets of other libraries
 
 
 class DatasetInfo(NamedTuple):
@@ -40,6 +42,14 @@ DATASETS |= {
 }
 
 
+def info_of(dataset: object) -> DatasetInfo | None:
+    """Return the sizes of a data set; None for an unknown one."""
+    library, _, name = str(dataset).partition(":")
+    if library == "torchvision" and name in TORCHVISION:
+        return DATASETS["folder"]._replace(size=TORCHVISION[name].size, classes=TORCHVISION[name].classes)
+    return DATASETS["folder"] if is_hub(dataset) else DATASETS.get(str(dataset))
+
+
 def is_task(dataset: object) -> bool:
     """Return True for a data set of generated images."""
     return str(dataset).startswith("task_")
@@ -53,9 +63,13 @@ class DataConfig:
 
     dataset: str = option(
         "cifar10",
-        "data set; digits comes with the code, folder reads train/ and val/ in --data_path, task_* are generated",
-        choices=tuple(DATASETS),
+        "data set; digits comes with the code, folder reads train/ and val/ (or train.zip, val.tar) in --data_path, task_* are "
+        "generated; torchvision: a classification set of torchvision.datasets; hf: a set on the Hugging Face hub, a folder "
+        "saved by datasets, or a parquet file",
+        metavar="{" + ",".join((*DATASETS, *OTHERS)) + "}",
     )
+    image_column: str | None = option(None, "hf: column of the images (default: the only one of their type)", kind=str)
+    label_column: str | None = option(None, "hf: column of the classes (default: the only one of their type)", kind=str)
     task_size: int = option(6, "task_*: cells of 4 x 4 pixels along a side", low=3, high=32)
     task_symbols: int | None = option(
         None, "task_*: patterns that a cell can hold (default: 8; task_recall: 6)", kind=int, low=6, high=15
@@ -119,7 +133,17 @@ class DataConfig:
                 raise ValueError(f"resize={as_words(self.resize)} is neither a side nor height and width")
             if len(set(self.resize)) == 1:
                 object.__setattr__(self, "resize", self.resize[0])
-        info = DATASETS[self.dataset]
+        info = info_of(self.dataset)
+        if info is None:
+            library, _, name = self.dataset.partition(":")
+            if library == "torchvision":
+                line = f"is none of torchvision's data sets for classification: {', '.join(TORCHVISION)}"
+                raise ValueError(f"dataset={self.dataset!r} {line}{did_you_mean(name, TORCHVISION)}")
+            line = f"is not one of {', '.join(DATASETS)}; there are also {' and '.join(OTHERS)}"
+            raise ValueError(f"dataset={self.dataset!r} {line}{did_you_mean(self.dataset, DATASETS)}")
+        for name in ("image_column", "label_column"):
+            if getattr(self, name) is not None and not is_hub(self.dataset):
+                raise ValueError(f"{name}={getattr(self, name)!r} is for dataset=hf:NAME_OR_FOLDER only; leave it out")
         for name in ("mean", "std"):
             numbers = getattr(self, name) or getattr(info, name)
             if len(numbers) not in (info.channels, 3):
@@ -144,18 +168,18 @@ class DataConfig:
     @property
     def size(self) -> int:
         """Side of the images in pixels before `resize`."""
-        return CELL * self.task_size if self.is_task else DATASETS[self.dataset].size
+        return CELL * self.task_size if self.is_task else info_of(self.dataset).size
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of the channels: those given, else the data set's."""
-        info = DATASETS[self.dataset]
+        info = info_of(self.dataset)
         return self.mean or info.mean, self.std or info.std
 
     @property
     def preprocessing(self) -> dict:
         """Description of how an image file becomes the input of a model, as plain values; `resize` must be set."""
-        info, size = DATASETS[self.dataset], sides_of(self.resize)
+        info, size = info_of(self.dataset), sides_of(self.resize)
         mean, std = self.statistics
         return {
             "mode": "L" if info.channels == 1 else "RGB",
@@ -170,7 +194,7 @@ class DataConfig:
 
 def default_statistics(values: dict) -> set[str]:
     """Return the names among mean and std where options by name hold the numbers of their data set."""
-    info = DATASETS.get(str(values.get("dataset")))
+    info = info_of(values.get("dataset"))
     given = {name: values.get(name) for name in ("mean", "std")}
     return {
         name

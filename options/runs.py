@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from options.allconvnet import AllConvNetConfig
 from options.backbones import BACKBONES
-from options.data import CELL, DATASETS, DataConfig, default_statistics, is_task, sides_of
+from options.data import CELL, DataConfig, default_statistics, info_of, is_task, sides_of
 from options.fields import as_words, build, check_option, specs
 from options.layers import WITHOUT_EFFECT, layer_label
+from options.libraries import is_hub, open_hub
 from options.machine import cpu_cores
 from options.models import ModelConfig
 from options.neighbors import as_sides, canonical_metric
@@ -41,16 +42,26 @@ class Options(NamedTuple):
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def _count_classes(data_path: str) -> int:
-    train = Path(data_path) / "train"
-    if not all(os.path.isdir(os.path.join(data_path, part)) for part in ("train", "val")):
-        raise ValueError(f"data_path={data_path!r} must hold train/ and val/ with one folder per class for dataset=folder")
+def _count_classes(data: DataConfig) -> int:
+    if is_hub(data.dataset):
+        return len(open_hub(data.dataset, data.image_column, data.label_column, data.download).class_names)
+    from options.storage import DISK, find_part  # imports numpy, which the help of a program does not need
+
+    data_path = data.data_path
+    train, val = (find_part(Path(data_path), part) for part in ("train", "val"))
+    if train is None or val is None:
+        raise ValueError(
+            f"data_path={data_path!r} must hold train/ and val/ with one folder per class for dataset=folder, or train.zip and "
+            "val.zip (or .tar) with these folders"
+        )
+    storage, folder = train
     try:
-        classes = sum(entry.is_dir() and not is_hidden(entry.name) for entry in train.iterdir())
+        classes = sum(entry.is_dir() and not is_hidden(entry.name) for entry in storage.scandir(folder))
     except OSError as error:
         raise ValueError(f"data_path={data_path!r}: {error.filename} cannot be read ({error.strerror})") from None
     if classes < 2:
-        raise ValueError(f"data_path={data_path!r} has {classes} class folders in train/; it needs at least 2")
+        name = "train/" if storage is DISK else folder.relative_to(data_path)
+        raise ValueError(f"data_path={data_path!r} has {classes} class folders in {name}; it needs at least 2")
     return classes
 
 
@@ -59,7 +70,6 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
     data, train = build(DataConfig, values), build(TrainConfig, values)
     if train.override:  # accept a changed custom mixer
         values = {name: value for name, value in values.items() if name != "layer_sha256"}
-    info = DATASETS[data.dataset]
     mean, std = data.statistics
     data = dataclasses.replace(
         data,
@@ -68,7 +78,7 @@ def resolve(model_type: type, family: str, values: dict) -> Options:
         resize=data.resize or data.size,
         num_workers=min(8, cpu_cores()) if data.num_workers is None else data.num_workers,
     )
-    classes = info.classes or _count_classes(data.data_path)
+    classes = info_of(data.dataset).classes or _count_classes(data)
     model = build(model_type, values, image_size=data.resize, in_channels=len(mean), num_classes=classes)
     if train.output_dir is None:
         name, preset = layer_label(model.layer).replace("/", "-"), getattr(model, "model", None)
@@ -162,7 +172,8 @@ def program_of(options: dict) -> str | None:
 
 
 # Options of the data that an evaluation takes from the training.
-OF_DATA = ("dataset", "task_size", "task_symbols", "data_path", "resize", "crop", "interpolation", "mean", "std")
+OF_DATA = ("dataset", "image_column", "label_column", "task_size", "task_symbols", "data_path")
+OF_DATA += ("resize", "crop", "interpolation", "mean", "std")
 
 
 def evaluation_options(options: Options) -> dict:

@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -51,6 +51,7 @@ class Source(NamedTuple):
     class_names: list[str]
     warnings: tuple[str, ...] = ()  # for the user, one line each
     hashes: Mapping[str, str] = MappingProxyType({})  # of the list of files of each part, or of generated images
+    storages: Mapping[str, object] = MappingProxyType({})  # that hold the files of each part; by default the file system
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def import_torchvision():
 
 
 def find_folder(config: DataConfig, folders: list[Path], names: list[str], download: str | None = None) -> Path:
-    """Return the first folder that holds all `names` (files, also as .gz, or folders), after a download if need be.
+    """Return the first folder that holds all `names` (files or folders, also packed), after a download if need be.
 
     Args:
         download: Class of torchvision.datasets that downloads the data set.
@@ -83,12 +84,15 @@ def find_folder(config: DataConfig, folders: list[Path], names: list[str], downl
     """
 
     def find() -> Path | None:
-        holding = (f for f in folders if all((f / name).exists() or (f / f"{name}.gz").exists() for name in names))
+        packed = ("", ".gz", ".zip", ".tar")
+        holding = (f for f in folders if all(any(os.path.exists(f"{f / name}{end}") for end in packed) for name in names))
         return next(holding, None)
 
     found, reason = find(), "" if download else " (it has to be downloaded by hand)"
     if found is None and download and config.download:
-        reason = _download(Path(config.data_path), download)
+        reason = download_to(
+            Path(config.data_path), lambda aside: getattr(import_torchvision().datasets, download)(root=aside, download=True)
+        )
         found = find()
     if found is None:
         raise DataError(
@@ -98,19 +102,18 @@ def find_folder(config: DataConfig, folders: list[Path], names: list[str], downl
     return found
 
 
-def _download(root: Path, name: str) -> str:
-    """Download by `torchvision.datasets.<name>`; return why it failed, or "".
+def download_to(root: Path, fetch: Callable[[str], object]) -> str:
+    """Download into a folder by `fetch`, which takes its path; return why it failed, or "".
 
     Files are moved into place when all are there, so that a failure leaves nothing behind.
     """
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # behind a firewall, a compute node would wait for minutes
     try:
-        make = getattr(import_torchvision().datasets, name)
         parent = next(folder for folder in (root, *root.parents) if folder.exists())
         # torchvision prints; stdout is for results.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=parent) as aside, contextlib.redirect_stdout(sys.stderr):
-            make(root=aside, download=True)
+            fetch(aside)
             shutil.copytree(aside, root, dirs_exist_ok=True, copy_function=os.replace)
     except Exception as error:
         return f", and the download failed ({type(error).__name__}: {error})"
@@ -124,7 +127,7 @@ def _download(root: Path, name: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _checked_labels(path: Path, labels: np.ndarray, classes: int, images: int) -> np.ndarray:
+def checked_labels(path: Path, labels: np.ndarray, classes: int, images: int) -> np.ndarray:
     """Return the labels as int64. Raises DataError unless there is one from 0 to classes - 1 for each image."""
     if not 0 < images == len(labels):
         raise DataError(f"{path}: has {len(labels)} labels for {images} images")
@@ -174,7 +177,7 @@ def read_mnist(config: DataConfig, parts: tuple[str, ...]) -> Source:
     for part in parts:
         pixels = _read_idx(folder / f"{prefix[part]}-images-idx3-ubyte", (28, 28))
         path = folder / f"{prefix[part]}-labels-idx1-ubyte"
-        read[part] = Images(pixels[:, None], _checked_labels(path, _read_idx(path, ()), 10, len(pixels)))
+        read[part] = Images(pixels[:, None], checked_labels(path, _read_idx(path, ()), 10, len(pixels)))
     return Source(read, class_names)
 
 
@@ -214,7 +217,7 @@ def _read_cifar_batch(path: Path, key: str, classes: int) -> Images:
             raise ValueError("data must be n x 3072 bytes")
     except Exception as error:  # a damaged pickle raises nearly anything
         raise DataError(f"{path}: is not a batch of CIFAR images ({type(error).__name__}: {error})") from None
-    return Images(pixels.reshape(-1, 3, 32, 32), _checked_labels(path, labels, classes, len(pixels)))
+    return Images(pixels.reshape(-1, 3, 32, 32), checked_labels(path, labels, classes, len(pixels)))
 
 
 CIFAR = {  # class of torchvision.datasets, folder, key of the labels, names of the classes, files of each part

@@ -1,6 +1,5 @@
-"""Read data sets that are folders of images: `train/` and `val/` with one folder per class."""
+"""Read data sets that are class folders of images: in `train/` and `val/`, or in an archive in place of either."""
 
-import filecmp
 import hashlib
 import os
 from collections import Counter
@@ -11,6 +10,7 @@ import numpy as np
 
 from options.data import DATASETS, DataConfig
 from options.reading import is_hidden
+from options.storage import Archive, Entry, FileSystem, find_part
 from readers.files import Images, Source, find_folder
 from runs import DataError
 
@@ -28,8 +28,12 @@ def read_folders(config: DataConfig, parts: tuple[str, ...]) -> Source:
     places = [root, root / config.dataset] + [root / "imagenette2"] * is_imagenette
     needed = [f"{FOLDERS[part]}/" for part in parts]
     root = find_folder(config, places, needed, "Imagenette" if is_imagenette else None)
-    listed = root / ("train" if (root / "train").is_dir() else "val")
-    classes = _class_folders(listed, Counter())
+    try:
+        places = {part: place for part in FOLDERS if (place := find_part(root, FOLDERS[part]))}
+    except ValueError as error:  # of an archive
+        raise DataError(str(error)) from None
+    storage, listed = places.get("train") or places["test"]
+    classes = list(_class_folders(storage, listed, Counter()))
     expected = DATASETS[config.dataset].classes
     if not classes or len(classes) != (expected or len(classes)):
         raise DataError(
@@ -38,11 +42,12 @@ def read_folders(config: DataConfig, parts: tuple[str, ...]) -> Source:
     read, warnings, hashes = {}, [], {}
     files: dict[str, np.ndarray] = {}
     for part in parts:
-        folder, left_out = root / FOLDERS[part], Counter()
-        found = {name: _files_below(folder / name, left_out) for name in _class_folders(folder, left_out)}
+        (storage, folder), left_out = places[part], Counter()
+        entries = _class_folders(storage, folder, left_out)
+        found = {name: _files_below(storage, entry, left_out) for name, entry in entries.items()}
         for name, below in found.items():
             if name not in classes:
-                raise DataError(f"{folder / name}: this class folder is missing in {root / 'train'}")
+                raise DataError(f"{folder / name}: this class folder is missing in {listed}")
             if not below:
                 raise DataError(f"{folder / name}: a class folder without images ({' '.join(IMAGE_SUFFIXES)})")
         if not found:
@@ -51,12 +56,12 @@ def read_folders(config: DataConfig, parts: tuple[str, ...]) -> Source:
         # Workers share an array of bytes. A list would be copied into each as soon as its references are counted.
         paths = np.array([os.fsencode(path) for below in by_class for path in below])
         read[part] = Images(paths, np.repeat(np.arange(len(classes)), [len(below) for below in by_class]))
-        files[part] = _look_at(paths)
-        hashes[part] = _hash_of(_names(paths, folder), files[part]["size"])
+        files[part] = look_at(paths, storage)
+        hashes[part] = hash_of(relative_names(paths, folder), files[part]["size"])
         warnings += _describe(folder, left_out, [name for name in classes if name not in found], len(classes))
     if len(read) == 2:
-        warnings += _shared_images(root, {part: read[part].data for part in read}, files)
-    return Source(read, classes, tuple(warnings), hashes)
+        warnings += _shared_images(places, {part: read[part].data for part in read}, files)
+    return Source(read, classes, tuple(warnings), hashes, {part: storage for part, (storage, _) in places.items()})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -64,25 +69,26 @@ def read_folders(config: DataConfig, parts: tuple[str, ...]) -> Source:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _entries(folder: Path | str, left_out: Counter) -> list[os.DirEntry]:
+def _entries(storage: FileSystem | Archive, folder: Path | str, left_out: Counter) -> list[os.DirEntry | Entry]:
     """Return the entries of a folder, sorted, without hidden and system entries, which are counted."""
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    entries = sorted(storage.scandir(folder), key=lambda entry: entry.name)
     visible = [entry for entry in entries if not is_hidden(entry.name)]
     left_out["hidden"] += len(entries) - len(visible)
     return visible
 
 
-def _class_folders(folder: Path, left_out: Counter) -> list[str]:
-    entries = _entries(folder, left_out)
-    folders = [entry.name for entry in entries if entry.is_dir()]
+def _class_folders(storage: FileSystem | Archive, folder: Path, left_out: Counter) -> dict[str, str]:
+    """Return the paths of the class folders by name."""
+    entries = _entries(storage, folder, left_out)
+    folders = {entry.name: entry.path for entry in entries if entry.is_dir()}
     left_out["beside"] += sum(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in entries if not entry.is_dir())
     return folders
 
 
-def _files_below(folder: Path | str, left_out: Counter) -> list[str]:
+def _files_below(storage: FileSystem | Archive, folder: str, left_out: Counter) -> list[str]:
     """Return the image files of a folder, sorted, then those of each folder below it; count other entries."""
     files, folders = [], []
-    for entry in _entries(folder, left_out):
+    for entry in _entries(storage, folder, left_out):
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.is_dir():
             folders.append(entry.path)
@@ -91,7 +97,7 @@ def _files_below(folder: Path | str, left_out: Counter) -> list[str]:
         elif suffix in UNREAD_SUFFIXES:
             left_out[suffix] += 1
     for path in folders:
-        files += _files_below(path, left_out)
+        files += _files_below(storage, path, left_out)
     return files
 
 
@@ -119,14 +125,14 @@ def _describe(folder: Path, left_out: Counter, untested: list[str], classes: int
 LOOKED_AT = [("device", np.uint64), ("inode", np.uint64), ("size", np.uint64)]
 
 
-def _look_at(paths: np.ndarray) -> np.ndarray:
+def look_at(paths: np.ndarray, storage: FileSystem | Archive) -> np.ndarray:
     """Return device, inode and size of each file, zeros for a missing one."""
 
     def look(chunk: np.ndarray) -> list[tuple[int, int, int]]:
         found = []
         for path in chunk:
             try:
-                status = os.stat(path)
+                status = storage.stat(path)
                 found.append((status.st_dev, status.st_ino, status.st_size))
             except OSError:
                 found.append((0, 0, 0))
@@ -137,28 +143,36 @@ def _look_at(paths: np.ndarray) -> np.ndarray:
         return np.array([status for found in pool.map(look, chunks) for status in found], LOOKED_AT)
 
 
-def _names(paths: np.ndarray, folder: Path) -> list[bytes]:
+def relative_names(paths: np.ndarray, folder: Path) -> list[bytes]:
     """Return the paths relative to the folder."""
     start = len(os.fsencode(folder)) + 1
     return [path[start:] for path in paths.tolist()]
 
 
-def _hash_of(names: list[bytes], sizes: np.ndarray) -> str:
+def hash_of(names: list[bytes], sizes: np.ndarray) -> str:
     """Hash the sorted names and sizes of files."""
     lines = sorted(b"%s\0%d\n" % pair for pair in zip(names, sizes.tolist(), strict=True))
     return hashlib.blake2b(b"".join(lines), digest_size=16).hexdigest()
 
 
-def _shared_images(root: Path, paths: dict[str, np.ndarray], files: dict[str, np.ndarray]) -> list[str]:
+def _shared_images(
+    places: dict[str, tuple[FileSystem | Archive, Path]], paths: dict[str, np.ndarray], files: dict[str, np.ndarray]
+) -> list[str]:
     """Return a warning if test images are training images: links to them, or copies under the same names."""
-    train, val = root / "train", root / "val"
+    train, val = (places[part][1] for part in FOLDERS)
     linked = np.isin(files["test"][["device", "inode"]], files["train"][["device", "inode"]]).sum()
     if linked:
         return [f"{val}: {linked} of {len(paths['test'])} images are files of {train} too: tests are on training images"]
-    sizes = dict(zip(_names(paths["test"], val), files["test"]["size"].tolist(), strict=True))
-    names = zip(_names(paths["train"], train), files["train"]["size"].tolist(), strict=True)
+    sizes = dict(zip(relative_names(paths["test"], val), files["test"]["size"].tolist(), strict=True))
+    names = zip(relative_names(paths["train"], train), files["train"]["size"].tolist(), strict=True)
     alike = [os.fsdecode(name) for name, size in names if sizes.get(name) == size]
     for name in alike[:: len(alike) // 20 + 1]:
-        if filecmp.cmp(train / name, val / name, shallow=False):
+        first, second = (_content(storage, f"{folder}/{name}") for storage, folder in places.values())
+        if first == second:
             return [f"{val / name}: is a copy of {train / name}, and others may be: tests are on training images"]
     return []
+
+
+def _content(storage: FileSystem | Archive, path: str) -> bytes:
+    with storage.open(path) as file:
+        return file.read()

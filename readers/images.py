@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from options.machine import cache_folder
 from options.reading import open_regular
+from options.storage import DISK, Archive, FileSystem
 from runs import DataError, Stopped
 from runs.files import write_atomically
 from runs.progress import Progress
@@ -54,10 +55,10 @@ def _open(raw: BinaryIO, load: bool):
 
 
 @contextlib.contextmanager
-def _opened(path: str, load: bool = False) -> Iterator[tuple]:
+def _opened(path: str, open_file: Callable[[str], BinaryIO], load: bool = False) -> Iterator[tuple]:
     """Open an image and read its header, or all of it: (PIL image, file). Raises DataError, also for errors in the block."""
     try:
-        with open_regular(path) as raw, _open(raw, load) as image:
+        with open_file(path) as raw, _open(raw, load) as image:
             # PIL opens 16-bit grayscale as I or I;16. In a TIFF, I has 32 bits, and the value of white is unknown.
             is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
             if image.mode not in MODES and not is_16_bit:
@@ -70,13 +71,15 @@ def _opened(path: str, load: bool = False) -> Iterator[tuple]:
         raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {reason})") from None
 
 
-def decode_image(path: str):
+def decode_image(path: str, open_file: Callable[[str], BinaryIO] = open_regular):
     """Return the upright image in a file as PIL's RGB; transparency is dropped, not composited.
+
+    open_file: `open` of the storage that holds the file.
 
     Raises:
         DataError: The file cannot be read. The message names it.
     """
-    with _opened(path, load=True) as (image, raw):
+    with _opened(path, open_file, load=True) as (image, raw):
         if image.format in ("JPEG", "MPO") and _ends_gray(image):
             raw.seek(0)
             if _lacks_data(raw.read()):
@@ -122,23 +125,23 @@ def _end_of_scan(raw: bytes) -> int:
     return len(raw)
 
 
-def check_image(path: str) -> int:
+def check_image(path: str, open_file: Callable[[str], BinaryIO] = open_regular) -> int:
     """Check an image by its header and its last bytes, or by decoding it where these do not tell; return its pixels.
 
     Raises DataError.
     """
-    with _opened(path) as (image, raw):
+    with _opened(path, open_file) as (image, raw):
         if image.format == "JPEG":  # decode no data, which gives gray, by the process and the tables in the header
             start = raw.tell()
             raw.seek(0)
             with Image.open(io.BytesIO(raw.read(start) + b"\xff\xd9"), formats=("JPEG",)) as header:
                 header.draft(None, (1, 1))
                 header.load()
-        raw.seek(max(os.fstat(raw.fileno()).st_size - 12, 0))
+        raw.seek(max(raw.seek(0, os.SEEK_END) - 12, 0))
         end = raw.read()
         is_complete = {"JPEG": end.endswith(b"\xff\xd9"), "PNG": end[4:8] == b"IEND", "GIF": end.endswith(b";")}
     if not is_complete.get(image.format):
-        decode_image(path)
+        decode_image(path, open_file)
     return math.prod(image.size)
 
 
@@ -150,13 +153,21 @@ def check_image(path: str) -> int:
 CHUNK = 1000  # files whose check is remembered together
 
 
-def check_images(files: np.ndarray, *, threads: int, quiet: bool, rank: int = 0, world: int = 1) -> None:
+def check_images(
+    files: np.ndarray,
+    storage: FileSystem | Archive = DISK,
+    *,
+    threads: int,
+    quiet: bool,
+    rank: int = 0,
+    world: int = 1,
+) -> None:
     """Check image files, except those that an earlier call found sound and that have not changed since.
 
     Keys of sound chunks are kept in the user's cache folder; if that is not writable, files are checked every time.
 
     Args:
-        files: Paths (n,) as byte strings, grouped by folder.
+        files: Paths (n,) in the storage as byte strings, grouped by folder.
         threads: Files to check at the same time.
         quiet: Show no progress.
         rank, world: Check this process's share of the files, one of `world`.
@@ -176,10 +187,10 @@ def check_images(files: np.ndarray, *, threads: int, quiet: bool, rank: int = 0,
     sound, large = known.copy(), []
 
     def check(chunk: list[bytes]) -> bytes:
-        key = _key(chunk)
+        key = _key(chunk, storage)
         if key not in known:
             for file in chunk:
-                if check_image(os.fsdecode(file)) > LARGE:
+                if check_image(os.fsdecode(file), storage.open) > LARGE:
                     large.append(file)
         return key
 
@@ -200,12 +211,12 @@ def check_images(files: np.ndarray, *, threads: int, quiet: bool, rank: int = 0,
                     write_atomically(cache / f"{name}-{rank}-of-{world}.txt", b"\n".join(sorted(sound)))
 
 
-def _key(files: list[bytes]) -> bytes:
+def _key(files: list[bytes], storage: FileSystem | Archive) -> bytes:
     """Hash the paths, times and sizes of files."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         digest.update(os.path.abspath(file) + b"\0")
         with contextlib.suppress(OSError):  # a missing file: left to `check_image`
-            status = os.stat(file)
+            status = storage.stat(file)
             digest.update(b"%d\0%d\0" % (status.st_mtime_ns, status.st_size))
     return digest.hexdigest().encode()

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from options.machine import cpu_cores
+from options.reading import open_regular
 from readers.augmentation import WORKER, seeded
 from readers.images import decode_image
 from runs import DataError
@@ -44,8 +46,10 @@ class _Packed:
 class _ImageFiles(Dataset):
     """(epoch, rows (B,)) -> images (B, 3, H, W) uint8, labels (B,) and index (B,), or the DataError that prevents it."""
 
-    def __init__(self, files: np.ndarray, labels: np.ndarray, index: np.ndarray, seed: int, transform: Callable, sides):
-        self.files, self.labels, self.index = files, labels, index
+    def __init__(
+        self, files: np.ndarray, labels: np.ndarray, index: np.ndarray, seed: int, transform: Callable, sides, open_file
+    ):
+        self.files, self.labels, self.index, self.open_file = files, labels, index, open_file
         self.seed, self.transform, self.sides = seed, transform, sides
 
     def __getitem__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, Tensor] | _Packed | DataError:
@@ -54,7 +58,7 @@ class _ImageFiles(Dataset):
         images = torch.empty(len(rows), 3, *self.sides, dtype=torch.uint8)
         for image, row in seeded(zip(images, rows, strict=True), keys(self.seed, epoch, index, WORKER)):
             try:
-                image.copy_(self.transform(decode_image(os.fsdecode(self.files[row]))))
+                image.copy_(self.transform(decode_image(os.fsdecode(self.files[row]), self.open_file)))
             except DataError as error:
                 return DataError(str(error))  # a copy without traceback, which would keep this frame alive
         found = images, torch.from_numpy(self.labels[rows]), index
@@ -102,6 +106,7 @@ class ImageStream:
         labels: (n,) int64.
         index: Number of each image in the whole data set, (n,) int64; with `seed` and epoch it seeds `transform`.
         transform: PIL image -> (3, *sides) uint8, drawing from torch's CPU generator.
+        open_file: `open` of the storage that holds the files.
     """
 
     def __init__(
@@ -114,11 +119,12 @@ class ImageStream:
         sides: tuple[int, int],
         num_workers: int,
         pin_memory: bool,
+        open_file: Callable[[str], BinaryIO] = open_regular,
     ):
         # The batches of an epoch. A sampler that refers back to the loader would delay the end of its workers by seconds.
         self._plan: list[tuple[int, np.ndarray]] = []
         self.loader = DataLoader(
-            _ImageFiles(files, labels, index, seed, transform, sides),
+            _ImageFiles(files, labels, index, seed, transform, sides, open_file),
             batch_size=None,  # an item is a batch
             sampler=self._plan,
             num_workers=num_workers,

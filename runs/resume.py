@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from options.data import DATASETS, DataConfig
+from options.data import DataConfig, info_of
 from options.fields import as_words, specs
 from options.models import ModelConfig
 from options.runs import program_of, same_value
@@ -49,7 +49,7 @@ def _check_options(options: dict, trained: dict, path: Path) -> None:
     if program and program_of(options) not in (None, program):
         raise RunError(f"--resume: {path} is of a run of {program}; resume it with that, or use another --output_dir")
     check_same_class(options, trained, path, "--resume")
-    info = DATASETS.get(trained.get("dataset"))
+    info = info_of(trained.get("dataset"))
     trained = ({"mean": info.mean, "std": info.std} if info else {}) | trained
     for name, value in options.items():
         before = trained.get(name, DEFAULTS.get(name))  # an option that is newer than the run

@@ -60,6 +60,8 @@ DEFAULTS = {
     "lambda_param": 0.5,
     # data
     "dataset": "cifar10",
+    "image_column": None,
+    "label_column": None,
     "task_size": 6,
     "task_symbols": None,
     "data_path": "./Data",

@@ -21,7 +21,7 @@ def opens_text(call: ast.Call) -> bool:
     owner = getattr(getattr(call.func, "value", None), "id", "")
     if name in ("read_text", "write_text"):
         return name != "read_text" or isinstance(call.func, ast.Attribute)
-    if name not in ("open", "fdopen") or owner in ("gzip", "Image") or (owner == "os" and name == "open"):
+    if name not in ("open", "fdopen") or owner in ("gzip", "Image", "tarfile", "storage") or (owner == "os" and name == "open"):
         return False
     modes = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
     modes += [word.value.value for word in call.keywords if word.arg == "mode"]
