@@ -31,7 +31,7 @@ from runs.memory import stop_if_out_of_memory
 from runs.metrics import Meter, Metrics, Predictions, history_row, stalled
 from runs.optimization import autocast_for, compile_for, make_loss, make_mix
 from runs.parameters import start_training
-from runs.processes import Interrupted, Processes, Signals
+from runs.processes import Interrupted, Processes, Signals, plain_interrupts
 from runs.progress import Progress, Timer, epoch_line
 from runs.tracking import Board, Tracker
 from runs.training import Training
@@ -336,11 +336,11 @@ def train(
 
     The loaders, iterables of (images (B, ...), labels (B,)), are read once before training, then once per epoch. The default of
     `output_dir` is ./Output/ and the class of the model. Raises TypeError, ValueError, RunError, DataError or Stopped, each in
-    one line, and Interrupted after a signal, once the state is saved.
+    one line, and KeyboardInterrupt after a signal, once the state is saved.
     """
     given = Given(model, train_loader, test_loader, config, output_dir)
-    folder = RunFolder(given.options.train.output_dir)
-    with Signals() as signals, stop_if_out_of_memory("what this run needs", MEMORY_ADVICE), folder.claimed(given.options.train):
+    folder, memory = RunFolder(given.options.train.output_dir), stop_if_out_of_memory("what this run needs", MEMORY_ADVICE)
+    with plain_interrupts(), Signals() as signals, memory, folder.claimed(given.options.train):
         request = Request(given.options, lambda _: model, load_state, Processes(), signals, given.read)
         training, data, facts = begin_training(request, [])
         _train(training, data, folder, given.options, facts)

@@ -52,7 +52,7 @@ def draw_attention(args: argparse.Namespace):
             weights = weights[:, 0] if has_class_token else weights.mean(dim=1)  # (B, N)
             maps[f"block {number}"] = weights[:, -grid[0] * grid[1] :].unflatten(1, grid)
     if not maps:
-        raise ValueError(f"{args.run}: the convolutions of layer={run.options.model.layer} have no attention")
+        raise ValueError(f"{args.run}: layer={run.options.model.layer} returns no mixing matrix")
     maps["average"] = torch.stack(list(maps.values())).mean(dim=0)
 
     side = max(0.75, min(1.2, PAGE / (len(maps) + 1)))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mixers.base import TokenMixer
 from models.timm import call_of_timm, mixer_class
 from vit import init_vit_weights
 
@@ -28,6 +29,10 @@ def replace_attention(model: nn.Module, layer: str, **options) -> nn.Module:
     library = LIBRARIES[_name_of(next(iter(found.values())))] if found else None
     owner = next((part for part in model.modules() if library and hasattr(part, library.mark)), None)
     if owner is None:
+        if any(isinstance(part, TokenMixer) for part in model.modules()):
+            raise ValueError(
+                f"the attention of {type(model).__name__} is replaced already; replace it in a copy of the original"
+            )
         raise ValueError(
             f"{type(model).__name__} has no attention that a mixer can replace; a ViT, DeiT or DINOv2 of timm, torchvision's "
             "VisionTransformer and Hugging Face's ViTModel have"

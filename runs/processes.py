@@ -31,6 +31,15 @@ class Interrupted(KeyboardInterrupt):
         self.resumable = False  # whether last.pt holds the state
 
 
+@contextlib.contextmanager
+def plain_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt for Interrupted: Python exits with 130, which ends the loop of a shell, for this class alone."""
+    try:
+        yield
+    except Interrupted as error:
+        raise KeyboardInterrupt(str(error)) from None
+
+
 class Signals:
     """Context that handles SIGTERM, SIGINT, SIGUSR1 and SIGHUP (unless nohup ignores it).
 

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import vit_main
 from convnn import DataConfig, DataError, RunError, TrainConfig, ViT, evaluate, load_data, timm_mixer, train
 from options.runs import PROGRAMS, parse_options
-from runs.processes import Interrupted
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -111,8 +110,9 @@ def test_interrupted_and_resumed_bit_for_bit(make, tmp_path, capsys):
     out = capsys.readouterr().out
     for at in (4 + 3 + 2, 4 + 3 + 3):  # in the second epoch, and at its end; 4 batches are read before training
         folder = tmp_path / str(at)
-        with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        with pytest.raises(KeyboardInterrupt, match="stopped by SIGTERM") as caught:
             run(make, folder, at)
+        assert caught.type is KeyboardInterrupt  # so that an uncaught one exits with 130
         assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == 1
         random.seed(at), np.random.seed(at)  # another process
         resumed, _ = run(make, folder, resume=True)

@@ -291,7 +291,7 @@ def test_default_places_of_figures(runs, monkeypatch, tmp_path, capsys):
         ("curves nowhere", "nowhere holds no metrics.csv"),
         ("attention nowhere", "nowhere holds no run"),
         ("attention images", "of allconvnet_main.py"),
-        ("attention conv", "layer=Conv1dAttention have no attention"),
+        ("attention conv", "layer=Conv1dAttention returns no mixing matrix"),
         ("neighbors mean", "layer=Attention searches no neighbors"),
         ("neighbors conv2d", "layer=Conv2d searches no neighbors"),
         ("neighbors convnn --queries 2,0", "'2,0' is not two numbers from 0 to 1"),

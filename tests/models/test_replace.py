@@ -260,8 +260,12 @@ def test_wrong_options_in_python(layer, options, says):
 
 
 def test_a_model_without_attention_or_replaced_before():
-    for model in (nn.Linear(2, 2), replace_attention(timm.create_model("tiny_plain"), "KvtAttention", K=3)):
-        with pytest.raises(ValueError, match=r"has no attention that a mixer can replace; a ViT, DeiT or DINOv2 of timm"):
+    replaced = replace_attention(timm.create_model("tiny_plain"), "KvtAttention", K=3)
+    for model, says in (
+        (nn.Linear(2, 2), "has no attention that a mixer can replace; a ViT, "),
+        (replaced, "is replaced already"),
+    ):
+        with pytest.raises(ValueError, match=says):
             replace_attention(model, "KvtAttention", K=3)
 
 
