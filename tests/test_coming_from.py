@@ -10,7 +10,7 @@ import convnn
 import run_experiments
 import visualize
 from options.benchmark import BenchmarkConfig
-from options.data import DataConfig
+from options.data import DATASETS, DataConfig
 from options.fields import specs
 from options.layers import LAYERS1D_ROWS, LAYERS2D_ROWS
 from options.runs import PROGRAMS, Options, parse_options
@@ -44,7 +44,7 @@ def known_flags() -> set[str]:
 
 def known_names() -> set[str]:
     choices = {str(choice) for _, spec in OPTIONS for choice in spec.choices or ()}
-    return {*convnn.__all__, *LAYERS1D_ROWS, *LAYERS2D_ROWS, *choices, *WRITTEN}
+    return {*convnn.__all__, *LAYERS1D_ROWS, *LAYERS2D_ROWS, *choices, *DATASETS, *WRITTEN}
 
 
 def test_counterparts_exist():

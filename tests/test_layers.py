@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import layers1d
 from layers1d import Attention1d, ConvNN1d, ConvNNAttention1d, MultiHeadConvNNAttention, MultiHeadKvtAttention
 from layers2d import Attention2d, Branching2d, ConvNN2d, ConvNNAttention2d, convnn_plain, make_conv2d
 from mixers.base import PixelShuffle, PixelUnshuffle
@@ -304,7 +303,7 @@ def test_one_operator_computes_what_its_steps_do(make, monkeypatch):
         calls.append(1)
         return attend_to_neighbors(*given, **more)
 
-    monkeypatch.setattr(layers1d, "attend_to_neighbors", counted)
+    monkeypatch.setattr("layers1d.attend_to_neighbors", counted)
     expected = layer.eval()(x)
     monkeypatch.setattr("kernels.attention.pays", lambda query: True)
     torch.testing.assert_close(layer(x), expected)

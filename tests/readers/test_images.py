@@ -255,7 +255,7 @@ def checks(tmp_path, monkeypatch):
     seen = []
     real = image_files.check_image
     monkeypatch.setenv("CONVNN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(image_files, "check_image", lambda path: (seen.append(path), real(path))[1])
+    monkeypatch.setattr(image_files, "check_image", lambda path, *how: (seen.append(path), real(path, *how))[1])
     monkeypatch.setattr(image_files, "CHUNK", 3)
     return seen
 
