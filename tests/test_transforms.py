@@ -164,9 +164,13 @@ def many(kind, every):
     return models[0]
 
 
-# test_ties.py exports layers that search, too.
+# Exported by kernels/test_ties.py; and BranchAttention is BranchConv with attention, which is here as well, in one branch.
+ELSEWHERE = ("ConvNNAttention", "KvtAttention", "ViG", "BiFormer", "BlockTopK", "BranchAttention")
 EXPORTED = {
-    **{" ".join(names): (ViT, [{"layer": name} for name in names]) for names in in_groups(LAYERS1D_NAMES, 3)},
+    **{
+        " ".join(names): (ViT, [{"layer": name} for name in names])
+        for names in in_groups(tuple(name for name in LAYERS1D_NAMES if name not in ELSEWHERE), 2)
+    },
     "class token after local layers": (ViT, [{"layer": "GPSA", "num_layers": 2, "num_local_layers": 1}]),
     "neighbors of tokens": (ViT, [{"layer": "ConvNNAttention", **options} for options in NEIGHBORS[::2]]),
     "layers of AllConvNet and neighbors of pixels": (
