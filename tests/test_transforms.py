@@ -164,8 +164,7 @@ def many(kind, every):
     return models[0]
 
 
-# Exported by kernels/test_ties.py; and BranchAttention is BranchConv with attention, which is here as well, in one branch.
-ELSEWHERE = ("ConvNNAttention", "KvtAttention", "ViG", "BiFormer", "BlockTopK", "BranchAttention")
+ELSEWHERE = ("ConvNNAttention", "KvtAttention", "ViG", "BiFormer", "BlockTopK")  # exported by kernels/test_ties.py
 EXPORTED = {
     **{
         " ".join(names): (ViT, [{"layer": name} for name in names])

@@ -151,7 +151,7 @@ def test_a_half_blank_image_gives_one_answer(model_and_input):
 
 @torch.no_grad()
 def test_exported_graphs_give_the_same_answer(model_and_input, request, tmp_path):
-    """Those of sequences for any number of images, traced with two; test_transforms.py has layers of images with any number."""
+    """Sequences: for any number of images, traced with two. test_transforms.py exports layers on maps so."""
     (model, x), opset = model_and_input, request.node.callspec.params["model_and_input"]
     dynamic = opset == 20
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) if dynamic else None)
