@@ -138,7 +138,9 @@ class TrainConfig:
         if self.accumulate_steps > self.batch_size:
             raise ValueError(f"accumulate_steps={self.accumulate_steps} is more than batch_size={self.batch_size} images")
         if self.warmup_epochs > self.num_epochs:
-            raise ValueError(f"warmup_epochs={self.warmup_epochs} is more than num_epochs={self.num_epochs}")
+            raise ValueError(
+                f"warmup_epochs={self.warmup_epochs} is more than num_epochs={self.num_epochs}; lower warmup_epochs"
+            )
         if self.warmup_epochs and self.warmup_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} and warmup_epochs={self.warmup_epochs}: drop one of them")
         if self.min_lr > self.lr:
