@@ -86,8 +86,8 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
         topk: hard, or a learned top-k in training: straight_through or gumbel (`mixers/topk.py`).
 
     Raises:
-        ValueError: K, the samples, the heads, the temperature or the convolution type is invalid, or a learned top-k is
-            combined with a search by location or with raw scores.
+        ValueError: K, the samples, the heads, the temperature or the convolution type is invalid. A learned top-k does not
+            support a search by location or raw scores.
     """
 
     takes_layout = True

@@ -45,8 +45,8 @@ class ConvNN2d(ImageMixer):
     and the layer runs `F.conv2d`.
 
     Args:
-        neighbors: search options, which can also be given by keyword; the token itself is always slot 0, except that `Loc`
-            among all tokens uses raster order.
+        neighbors: search options, which can also be given by keyword. The token itself is always slot 0. Only `Loc` among
+            all tokens uses raster order.
         convolution_type: convolution over the slots: standard, depthwise (groups of one input channel, as in `nn.Conv2d`) or
             depthwise-separable.
         shuffle_pattern, shuffle_scale: B unshuffles before the layer, A shuffles after it, BA does both, NA neither.
@@ -54,8 +54,8 @@ class ConvNN2d(ImageMixer):
         image_size: size of the input, if known, to create tables and raise errors at construction.
 
     Raises:
-        ValueError: K, the samples or the shuffle do not fit the tokens, convolution_type is unknown, or it is depthwise and
-            out_channels is not a multiple of in_channels.
+        ValueError: K, the samples or the shuffle do not fit the tokens, or convolution_type is unknown. Depthwise needs
+            out_channels to be a multiple of in_channels.
     """
 
     def __init__(
@@ -107,9 +107,9 @@ class ConvNN2d(ImageMixer):
 class ConvNNAttention2d(ImageMixer):
     """ConvNN attention (arXiv 2511.14137) on an image: (B, C_in, H, W) -> (B, C_out, H, W).
 
-    The layer has one head and selects neighbors between projected queries and keys. It multiplies the projected values of the
-    K slots by the softmax of their scores, or by the raw scores, and convolves over the slots. With K = N, matmul, softmax and
-    depthwise weights of one, it is `Attention2d` with one head.
+    The layer has one head and selects neighbors between projected queries and keys. The projected values of the K slots are
+    multiplied by the softmax of their scores, or by the raw scores. `conv` convolves over the slots. With K = N, matmul,
+    softmax and depthwise weights of one, it is `Attention2d` with one head.
 
     Args:
         neighbors: search options, which can also be given by keyword; among all tokens, a token competes for its own slots
@@ -122,8 +122,8 @@ class ConvNNAttention2d(ImageMixer):
         shuffle_pattern, shuffle_scale, image_size: as in `ConvNN2d`.
 
     Raises:
-        ValueError: K, the samples, the shuffle, the temperature or the convolution type is invalid, or a learned top-k is
-            combined with a search by location or with raw scores.
+        ValueError: K, the samples, the shuffle, the temperature or the convolution type is invalid. A learned top-k does not
+            support a search by location or raw scores.
     """
 
     def __init__(

@@ -27,8 +27,8 @@ class ViT(nn.Module):
     and sinusoidal positions are computed. Blocks and mixers that accept a `layout` get the layout of the patches.
 
     Raises:
-        ValueError: at another image size, a mixer has parameters for every token, its forward takes no `layout` although
-            its constructor does, or it does not fit the grid.
+        ValueError: a mixer does not run at another image size. It has parameters for every token, does not fit the grid, or
+            takes a `layout` only in its constructor.
     """
 
     replaceable = r"classifier\.|blocks\.\d+\.mixer\."  # parameters that a loaded checkpoint may lack
