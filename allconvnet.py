@@ -1,4 +1,4 @@
-"""Convolutional networks whose layers are any mixer of `layers2d.py`, or two of them side by side."""
+"""Convolutional networks with any mixer of `layers2d.py`, or two mixers side by side, as layers."""
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -35,10 +35,10 @@ def make_layer2d(
 
 
 class AllConvNet(nn.Module):
-    """For every entry of `channels` a mixer, BatchNorm and ReLU; then average pooling, dropout and a linear classifier.
+    """A mixer, BatchNorm and ReLU for each entry of `channels`, then average pooling, dropout and a linear classifier.
 
-    (B, in_channels, H, W) -> logits (B, num_classes). `recompute` keeps only the inputs of the layers for the backward pass. It
-    is for a compiled model: eagerly, BatchNorm would count every batch twice.
+    (B, in_channels, H, W) -> logits (B, num_classes). `recompute` keeps only the inputs of the layers for the backward pass.
+    Use it with compiled models only: in eager mode, BatchNorm would count every batch twice.
     """
 
     replaceable = r"classifier\.|layers\.\d+\.0\."  # weights that a checkpoint need not have (`runs.checkpoints.LoadPolicy`)

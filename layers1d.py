@@ -1,9 +1,9 @@
-"""Token mixers on sequences: ConvNN, ConvNN attention, attention, convolution, k-NN attention, and two of them side by side.
+"""Token mixers on sequences: ConvNN, ConvNN attention, attention, convolution, k-NN attention, and pairs of them.
 
-Mixers on (B, C, N) come first: the mixers of `layers2d.py` on images with one side.
+Mixers on (B, C, N) come first. They are the mixers of `layers2d.py` on images with one side.
 
-Mixers on (B, N, d_model), for transformers, are a `MultiHeadMixer` (`mixers/base.py`) each: it holds the projections and the
-heads, and a mixer adds its `mix`. A `TokenLayout` describes the N tokens.
+Mixers on (B, N, d_model) are for transformers. Most subclass `MultiHeadMixer` (`mixers/base.py`), which has the projections
+and the heads, and implement `mix`. A `TokenLayout` describes the N tokens.
 """
 
 import math
@@ -35,7 +35,7 @@ from options.neighbors import NeighborConfig, NeighborFields, as_neighbors
 
 
 class OnSequence:
-    """Makes a mixer on images a mixer on sequences, which have one side."""
+    """Turn a mixer on images into a mixer on sequences, which have one side."""
 
     axes = 1
 
@@ -43,16 +43,22 @@ class OnSequence:
 class ConvNN1d(OnSequence, ConvNN2d):
     """Convolutional nearest neighbors (arXiv 2511.14137) on a sequence: (B, C_in, N) -> (B, C_out, N).
 
-    Arguments and errors as in `ConvNN2d`; by location, K = 2p + 1 neighbors are the window of an `nn.Conv1d`.
+    Arguments and errors are as in `ConvNN2d`. Selected by location, K = 2p + 1 neighbors are the window of an `nn.Conv1d`.
     """
 
 
 class ConvNNAttention1d(OnSequence, ConvNNAttention2d):
-    """ConvNN attention (arXiv 2511.14137) on a sequence: (B, C_in, N) -> (B, C_out, N). Arguments as `ConvNNAttention2d`."""
+    """ConvNN attention (arXiv 2511.14137) on a sequence: (B, C_in, N) -> (B, C_out, N).
+
+    Arguments and errors are as in `ConvNNAttention2d`.
+    """
 
 
 class Attention1d(OnSequence, Attention2d):
-    """Multi-head self-attention on a sequence: (B, C_in, N) -> (B, C_out, N). Arguments and errors as `Attention2d`."""
+    """Multi-head self-attention on a sequence: (B, C_in, N) -> (B, C_out, N).
+
+    Arguments and errors are as in `Attention2d`.
+    """
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -93,21 +99,22 @@ class MultiHeadAttention(MultiHeadMixer):
 
 
 class MultiHeadConvNNAttention(MultiHeadMixer):
-    """ConvNN attention (arXiv 2511.14137): per head K neighbors between queries and keys, then a convolution over them.
+    """ConvNN attention (arXiv 2511.14137): select K keys per query in each head, then convolve over their values.
 
-    The values of the K slots are multiplied by the softmax of their scores (or the raw scores); `conv`, shared by all
-    heads, convolves over the slots. With K = N, matmul and depthwise weights of one it is `MultiHeadAttention`.
+    The values of the K slots are multiplied by the softmax of their scores, or by the raw scores. `conv` convolves over the
+    slots and is shared by all heads. With K = N, matmul and depthwise weights of one, it is `MultiHeadAttention`.
 
     Args:
-        neighbors: rules of the search, or its fields by keyword; class tokens are always candidates, at the center of the grid.
-        layout: layout of the tokens; only a search by location, or along the sequence, needs it.
-        convolution_type: over the slots, standard, depthwise or depthwise-separable, without bias.
-        softmax_topk_val: weight values by the softmax of the scores; False: by the raw scores.
-        score_temperature: divisor of the scores before the softmax; towards 0, the nearest neighbor has all the weight.
-        topk: hard, or in training a learned top-k, straight_through or gumbel (`mixers/topk.py`).
+        neighbors: search options, which can also be given by keyword; class tokens are always candidates, at the grid center.
+        layout: layout of the tokens; only a search by location or along the sequence needs it.
+        convolution_type: convolution over the slots: standard, depthwise or depthwise-separable, without bias.
+        softmax_topk_val: weight values by the softmax of the scores; if False, by the raw scores.
+        score_temperature: divisor of the scores before the softmax; near 0, the nearest neighbor has all the weight.
+        topk: hard, or a learned top-k in training: straight_through or gumbel (`mixers/topk.py`).
 
-    Raises ValueError if K, the samples, the heads, the temperature or the convolution type do not fit, and for a learned
-    top-k by location or without the softmax.
+    Raises:
+        ValueError: K, the samples, the heads, the temperature or the convolution type is invalid. A learned top-k does not
+            support a search by location or raw scores.
     """
 
     takes_layout = True
@@ -181,7 +188,7 @@ class MultiHeadConvNNAttention(MultiHeadMixer):
 class MultiHeadConvNN(MultiHeadConvNNAttention):
     """ConvNN (arXiv 2511.14137) with queries, keys and values projected along the sequence, N -> N.
 
-    Heads split the features. Arguments and errors as in `MultiHeadConvNNAttention`.
+    Heads split the features. Arguments and errors are as in `MultiHeadConvNNAttention`.
     """
 
     per_token = "qkv.weight"
@@ -196,11 +203,17 @@ class MultiHeadConvNN(MultiHeadConvNNAttention):
 
 
 class MultiHeadKvtAttention(MultiHeadMixer):
-    """k-NN attention (KVT, Wang et al., arXiv 2106.00515): softmax over the K largest scores of a query, the rest zero.
+    """k-NN attention (KVT, Wang et al., arXiv 2106.00515): softmax over the K largest scores of each query.
 
-    With K = N it is `MultiHeadAttention`. Scores are divided by `score_temperature` before the softmax; `topk` as in
-    `MultiHeadConvNNAttention`. Raises ValueError for a temperature that is not above 0, a K above the number of tokens, or an
-    unknown `topk`.
+    All other weights are zero. With K = N, it is `MultiHeadAttention`.
+
+    Args:
+        K: number of keys that each query attends to.
+        score_temperature: divisor of the scores before the softmax.
+        topk: as in `MultiHeadConvNNAttention`.
+
+    Raises:
+        ValueError: the temperature is not above 0, K exceeds the number of tokens, or `topk` is unknown.
     """
 
     def __init__(
@@ -239,15 +252,16 @@ class MultiHeadKvtAttention(MultiHeadMixer):
 
 
 class MultiHeadConv1dAttention(ValueMixer):
-    """Convolution along the sequence in place of attention: values projected, convolved head by head, projected.
+    """Convolution along the sequence in place of attention: project values, convolve each head, project the output.
 
-    `conv`, shared by all heads, runs over the features of one head and the `kernel_size` tokens around each. The class token
-    is the first of the sequence: it sees the first patches of the image, (kernel_size - 1) / 2 more with every layer.
+    `conv` runs over the features of one head and the `kernel_size` tokens around each token. All heads share it. The class
+    token comes first in the sequence, so it sees the first patches only: (kernel_size - 1) / 2 more with every layer.
 
     Args:
         convolution_type: standard, depthwise or depthwise-separable, without bias.
 
-    Raises ValueError if the heads, the kernel or the convolution type do not fit.
+    Raises:
+        ValueError: the heads, the kernel or the convolution type is invalid.
     """
 
     takes_layout = True
@@ -288,10 +302,10 @@ class MultiHeadConv1d(MultiHeadConv1dAttention):
 
 
 class Branching1d(nn.Module):
-    """Two mixers side by side: `first` mixes the first features, `second` the rest, and a linear joins them.
+    """Two mixers side by side: `first` mixes the first features, `second` mixes the rest, and a linear layer joins them.
 
-    (B, N, first + second) -> the same. The mixing matrix is the mean of the branches' matrices, head by head, weighted by
-    their features; a convolution has none.
+    (B, N, first + second) -> (B, N, first + second). The mixing matrix is the mean of the branches' matrices, weighted by
+    their numbers of features. A convolution has no mixing matrix.
     """
 
     def __init__(self, first: nn.Module, second: nn.Module, widths: tuple[int, int], *, bias: Bias = True):
@@ -317,12 +331,16 @@ class Branching1d(nn.Module):
 
 
 class BranchingAttention(Branching1d):
-    """ConvNN attention on the first `branch_ratio` of the features beside attention on the rest, then a linear.
+    """ConvNN attention on the first `branch_ratio` of the features beside attention on the rest, then a linear layer.
 
-    Arguments as in `MultiHeadConvNNAttention`; each branch has `num_heads` heads. With a `kernel_size`, the rest goes through a
-    `MultiHeadConv1dAttention` instead. Without a `convolution_type` each branch has its own default, depthwise over the slots
-    and standard along the sequence. Raises ValueError as the branches do, and if the heads do not divide both parts of the
-    features.
+    Arguments are as in `MultiHeadConvNNAttention`. Each branch has `num_heads` heads.
+
+    Args:
+        kernel_size: if given, the second branch is a `MultiHeadConv1dAttention`.
+        convolution_type: if None, depthwise over the slots and standard along the sequence.
+
+    Raises:
+        ValueError: a branch raises it, or the heads do not divide both parts of the features.
     """
 
     def __init__(
@@ -366,9 +384,9 @@ class BranchingAttention(Branching1d):
 
 
 class BranchingConv(BranchingAttention):
-    """ConvNN attention on the first `branch_ratio` of the features beside a convolution on the rest, then a linear.
+    """ConvNN attention on the first `branch_ratio` of the features beside a convolution on the rest, then a linear layer.
 
-    Arguments and errors as in `BranchingAttention`.
+    Arguments and errors are as in `BranchingAttention`.
     """
 
     def __init__(self, d_model: int, num_heads: int, neighbors: NeighborConfig | None = None, kernel_size: int = 9, **options):

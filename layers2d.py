@@ -1,11 +1,11 @@
 """Token mixers on images, (B, C_in, H, W) -> (B, C_out, H, W).
 
-`convnn_plain` is ConvNN in ten lines; the layers compute the same in bounded memory. Every pixel is a token. A pixel-unshuffle
-before (pattern B) makes fewer, wider tokens, which a pixel-shuffle after (pattern A) undoes.
+`convnn_plain` is ConvNN in ten lines. The layers compute the same function in bounded memory. Every pixel is a token. A
+pixel-unshuffle before the layer (pattern B) makes fewer, wider tokens. A pixel-shuffle after it (pattern A) undoes this.
 
-Selected by location (`similarity_type="Loc"`), the K slots are a window and ConvNN is `nn.Conv2d`. Selected between projected
-queries and keys, with values weighted by the softmax of their scores, it is attention in which each token attends to
-its K best: `ConvNNAttention2d`. The same classes serve sequences, images with one side: `layers1d.py`.
+With neighbors selected by location (`similarity_type="Loc"`), the K slots are a window and ConvNN is `nn.Conv2d`.
+`ConvNNAttention2d` selects between projected queries and keys and weights values by the softmax of their scores. It is
+attention in which each token attends to its K best keys. `layers1d.py` applies the same classes to sequences.
 """
 
 import warnings
@@ -41,20 +41,21 @@ class ConvNN2d(ImageMixer):
     """Convolutional nearest neighbors (arXiv 2511.14137) on an image: (B, C_in, H, W) -> (B, C_out, H, W).
 
     `conv` convolves over the K nearest neighbors of each token. With `similarity_type="Loc"`, `padding=p` and
-    K = (2p + 1)^2, p = 1 or 2, it is `nn.Conv2d(kernel_size=2p + 1, padding=p)` with the weight `conv.weight` unflattened, and
-    runs `F.conv2d`.
+    K = (2p + 1)^2 for p = 1 or 2, it is `nn.Conv2d(kernel_size=2p + 1, padding=p)`. The kernel is `conv.weight`, unflattened,
+    and the layer runs `F.conv2d`.
 
     Args:
-        neighbors: rules of the search, or its fields by keyword; the token itself is always slot 0 (`Loc` among all: raster
-            order).
-        convolution_type: over the slots, standard, depthwise (groups of one input channel, as in `nn.Conv2d`), or
+        neighbors: search options, which can also be given by keyword. The token itself is always slot 0. Only `Loc` among
+            all tokens uses raster order.
+        convolution_type: convolution over the slots: standard, depthwise (groups of one input channel, as in `nn.Conv2d`) or
             depthwise-separable.
-        shuffle_pattern, shuffle_scale: B unshuffles before, A shuffles after, BA both, NA neither.
+        shuffle_pattern, shuffle_scale: B unshuffles before the layer, A shuffles after it, BA does both, NA neither.
         padding: width of a ring of zero tokens that takes part in the search.
-        image_size: size of the input if known, to make tables and raise errors at construction.
+        image_size: size of the input, if known, to create tables and raise errors at construction.
 
-    Raises ValueError if K, the samples or the shuffle do not fit the tokens, for an unknown convolution_type, and for depthwise
-    with out_channels that are no multiple of in_channels.
+    Raises:
+        ValueError: K, the samples or the shuffle do not fit the tokens, or convolution_type is unknown. Depthwise needs
+            out_channels to be a multiple of in_channels.
     """
 
     def __init__(
@@ -106,22 +107,23 @@ class ConvNN2d(ImageMixer):
 class ConvNNAttention2d(ImageMixer):
     """ConvNN attention (arXiv 2511.14137) on an image: (B, C_in, H, W) -> (B, C_out, H, W).
 
-    Neighbors are found between projected queries and keys; the projected values of the K slots are multiplied by the
-    softmax of their scores (or the raw scores) and convolved over the slots. One head. With K = N, matmul, softmax and
-    depthwise weights of one it is `Attention2d` with one head.
+    The layer has one head and selects neighbors between projected queries and keys. The projected values of the K slots are
+    multiplied by the softmax of their scores, or by the raw scores. `conv` convolves over the slots. With K = N, matmul,
+    softmax and depthwise weights of one, it is `Attention2d` with one head.
 
     Args:
-        neighbors: rules of the search, or its fields by keyword; in `all` mode a token competes for its own slots like any
-            other.
-        convolution_type: over the slots, standard, depthwise or depthwise-separable, without bias.
-        softmax_topk_val: weight values by the softmax of the scores; False: by the raw scores.
+        neighbors: search options, which can also be given by keyword; among all tokens, a token competes for its own slots
+            like any other.
+        convolution_type: convolution over the slots: standard, depthwise or depthwise-separable, without bias.
+        softmax_topk_val: weight values by the softmax of the scores; if False, by the raw scores.
         score_temperature: divisor of the scores before the softmax.
-        topk: hard, or in training a learned top-k, straight_through or gumbel (`mixers/topk.py`).
+        topk: hard, or a learned top-k in training: straight_through or gumbel (`mixers/topk.py`).
         attention_dropout: probability of dropping a weight.
         shuffle_pattern, shuffle_scale, image_size: as in `ConvNN2d`.
 
-    Raises ValueError if K, the samples, the shuffle, the temperature or the convolution type do not fit, and for a learned
-    top-k by location or without the softmax.
+    Raises:
+        ValueError: K, the samples, the shuffle, the temperature or the convolution type is invalid. A learned top-k does not
+            support a search by location or raw scores.
     """
 
     def __init__(
@@ -175,7 +177,8 @@ class Attention2d(ImageMixer):
     """Multi-head self-attention (Vaswani et al., arXiv 1706.03762) over the pixels of an image:
     (B, C_in, H, W) -> (B, C_out, H, W).
 
-    Raises ValueError if num_heads does not divide the channels that attention runs on, or attention_dropout is not in [0, 1).
+    Raises:
+        ValueError: num_heads does not divide the channels that attention runs on, or attention_dropout is not in [0, 1).
     """
 
     def __init__(
@@ -211,8 +214,8 @@ class CoordConv2d(nn.Module):
     """Convolution of the channels and the two coordinates of each pixel (CoordConv; Liu et al., arXiv 1807.03247):
     (B, C_in, H, W) -> (B, C_out, H / stride, W / stride).
 
-    Coordinates run from -1 to 1 along each side, row first; the ring of zeros around the map has none. Arguments as in
-    `nn.Conv2d`.
+    Coordinates run from -1 to 1 along each side, row first. The zero padding around the map has no coordinates. Arguments are
+    as in `nn.Conv2d`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, **geometry):
@@ -274,7 +277,7 @@ class ShuffledConv2d(ImageMixer):
 
 
 class Strided2d(nn.Module):
-    """A mixer followed by a stride: every `stride`-th row and column is kept.
+    """Mixer followed by a stride: keep every `stride`-th row and column of its output.
 
     (B, C_in, H, W) -> (B, C_out, H / stride, W / stride), rounded up.
     """
@@ -292,12 +295,12 @@ class Strided2d(nn.Module):
 
 
 class Branching2d(nn.Module):
-    """Two mixers side by side: both see the whole input, ReLU after each, channels concatenated.
+    """Two mixers side by side on the whole input, with a ReLU after each and concatenated channels.
 
     (B, C_in, H, W) -> (B, C_first + C_second, H, W).
 
     Args:
-        join: layer on the concatenated channels, instead of the two ReLUs.
+        join: layer on the concatenated channels; it replaces the two ReLUs.
     """
 
     def __init__(self, first: nn.Module, second: nn.Module, join: nn.Module | None = None):

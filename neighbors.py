@@ -1,11 +1,11 @@
 """Select and aggregate, the two steps of every mixer, as pure functions on tensors.
 
     index  = find_neighbors(query, key, K, metric)       # (B, N, K): for token i its K nearest, nearest first
-    scores = neighbor_scores(query, key, index, metric)  # (B, N, K): differentiable scores of the chosen pairs
+    scores = neighbor_scores(query, key, index, metric)  # (B, N, K): differentiable scores of the selected pairs
     output = aggregate(values, index, weight, scores)    # (B, N, D): a convolution over the K slots
 
-Tokens are rows: query (B, N, C), key and values (B, M, C). An index counts rows of key. With several heads, B is
-batch x heads. No (B, N, K, C) tensor and no (B, N, M) matrix is materialized: the operators in `kernels/` work in
+Tokens are rows: query (B, N, C), key and values (B, M, C). An index refers to rows of key. With several heads, B is
+batch x heads. No (B, N, K, C) tensor and no (B, N, M) matrix is materialized. The operators in `kernels/` work in
 chunks, and their backward passes gather neighbors again.
 """
 

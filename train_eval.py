@@ -1,7 +1,7 @@
 """Training and evaluation: one loop for fp32 and mixed precision, eager and compiled.
 
-From top to bottom: `train_step` takes one optimizer step, `train_one_epoch` and `evaluate` go over the images once, `fit` goes
-through the epochs and writes the outputs, and both command lines call `run`. Losses and counts stay on the device; the CPU
+From top to bottom: `train_step` takes one optimizer step. `train_one_epoch` and `evaluate` iterate over the images once. `fit`
+iterates over the epochs and writes the outputs. Both programs call `run`. Losses and counts stay on the device, and the CPU
 synchronizes with it every 20 steps.
 """
 

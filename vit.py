@@ -1,4 +1,4 @@
-"""Vision transformers with any mixer that has a row in `options/layers.py` in place of attention."""
+"""Vision transformers with any mixer of `options/layers.py` in place of attention."""
 
 import operator
 from functools import partial
@@ -19,13 +19,16 @@ from options.vit import ViTConfig
 class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al., arXiv 2010.11929) with any mixer: (B, channels, H, W) -> logits (B, classes).
 
-    Patches, in raster order, after the class token if `pool="cls"`. Under `num_local_layers` the first blocks mix
+    Patches are in raster order. With `pool="cls"`, the class token comes first. With `num_local_layers`, the first blocks mix
     patches only, and the class token joins after them (d'Ascoli et al., arXiv 2103.10697). `recompute` keeps only the
     inputs of the blocks for the backward pass.
 
-    Images may have another size than `config.image_size`: learned positions are resampled by `resample_positions`, sinusoidal
-    ones computed, and blocks and mixers that accept a `layout` get that of the patches. Raises ValueError where a mixer has
-    parameters for every token, accepts no layout though its constructor asks for one, or does not fit the grid.
+    The size of the images may differ from `config.image_size`. Learned positions are then resampled by `resample_positions`,
+    and sinusoidal positions are computed. Blocks and mixers that accept a `layout` get the layout of the patches.
+
+    Raises:
+        ValueError: a mixer does not run at another image size. It has parameters for every token, does not fit the grid, or
+            takes a `layout` only in its constructor.
     """
 
     replaceable = r"classifier\.|blocks\.\d+\.mixer\."  # parameters that a loaded checkpoint may lack
@@ -117,11 +120,13 @@ class ViT(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + drop(mixer(norm(x))), then x + drop(mlp(norm(x))). (B, N, d_model) -> the same.
+    """Pre-norm transformer block: x + drop(mixer(norm(x))), then x + drop(mlp(norm(x))).
+
+    (B, N, d_model) -> (B, N, d_model).
 
     Args:
-        dropout: probability of dropping a feature of either sum's second term.
-        drop_path: probability of dropping that term for a sample.
+        dropout: probability of dropping a feature of a residual branch.
+        drop_path: probability of dropping a residual branch for a sample.
     """
 
     def __init__(self, d_model: int, d_mlp: int, mixer: nn.Module, dropout: float, drop_path: float = 0.0):
@@ -199,7 +204,7 @@ def init_vit_weights(model: nn.Module, std: float | None = None, token_std: floa
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., arXiv 1603.09382): in training, zero samples of x (B, ...) at this rate."""
+    """Stochastic depth (Huang et al., arXiv 1603.09382): zero samples of x (B, ...) at this rate in training."""
 
     def __init__(self, rate: float = 0.0):
         super().__init__()
