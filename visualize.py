@@ -105,13 +105,18 @@ def write_explorer(args: argparse.Namespace) -> str:
     return page
 
 
+def write_table(args: argparse.Namespace, rows: list[dict], columns: tuple[str, ...]) -> None:
+    """Write the numbers of a figure beside it, and print the path."""
+    table = (args.output or default_output(args)).with_suffix(".csv")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(table, as_csv(rows, columns))
+    print(table)
+
+
 def draw_analysis(args: argparse.Namespace):
     """Draw distances, hubs, mass and overlaps of the neighbors by layer; write the numbers as a table beside the figure."""
     rows = analysis.analyze_runs(args.runs, args.images, args.pairs, args.noise, args.data_path)
-    table = (args.output or default_output(args)).with_suffix(".csv")
-    table.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(table, as_csv(rows, analysis.COLUMNS))
-    print(table)
+    write_table(args, rows, analysis.COLUMNS)
     return analysis.draw_analysis(rows)
 
 
@@ -119,10 +124,7 @@ def draw_map_of_abilities(args: argparse.Namespace):
     """Draw how much of each task every mixer has learned; write the numbers of a sweep as a table beside the figure."""
     results = abilities.read_results(args.run)
     if args.run.suffix != ".csv":
-        table = (args.output or default_output(args)).with_suffix(".csv")
-        table.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(table, as_csv(abilities.as_rows(results), abilities.COLUMNS))
-        print(table)
+        write_table(args, abilities.as_rows(results), abilities.COLUMNS)
     return abilities.draw_abilities(results)
 
 

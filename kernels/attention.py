@@ -43,21 +43,16 @@ def neighbor_attention(query: Tensor, key: Tensor, value: Tensor, weight: Tensor
     """
     given = query, key, value, weight, K, divisor
     if backend.is_plain():
-        return mixed_pairs(*given[:4], None, divisor, K)
+        return compose(reference, *given)[0]
     if torch.compiler.is_compiling():  # with the gradient that torch.library knows; in eager mode it costs twice the time
         return _forward(*given)[0]
     return _NeighborAttention.apply(*given)
 
 
-def mixed_pairs(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, index: Tensor | None, divisor: float, K: int
-) -> Tensor:
-    """`neighbor_attention` in PyTorch's own operators; index: the keys, if known."""
+def mixed_pairs(query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, index: Tensor, divisor: float) -> Tensor:
+    """`neighbor_attention` to the keys of an index (B * H, N, K), in PyTorch's own operators."""
     (q, k, v), heads = (part.flatten(0, 1) for part in (query, key, value)), query.shape[:2]
-    if index is None:
-        index, products = reference.find_scored_neighbors(q, k, K, None, None)
-    else:
-        products = reference.pair_scores(q, k, index, False)
+    products = reference.pair_scores(q, k, index, False)
     return mix(reference, v, index, (products / divisor).softmax(2), weight).unflatten(0, heads)
 
 
@@ -110,7 +105,7 @@ def compose_backward(
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.K, ctx.divisor = inputs
+    *tensors, _, ctx.divisor = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -120,7 +115,7 @@ def _gradient(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # the gradient is to be differentiated again: autograd computes it through the plain form
         given = [None if x is None else x.view_as(x) for x in (query, key, value, weight)]
         wanted = [x for x in given if x is not None and x.requires_grad]
-        output = mixed_pairs(*given, index, ctx.divisor, ctx.K)
+        output = mixed_pairs(*given, index, ctx.divisor)
         found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
         return *(next(found) if x is not None and x.requires_grad else None for x in given), None, None
     *found, to_weight = _backward(grad, query, key, value, weight, index, weights, ctx.divisor)
@@ -132,7 +127,7 @@ class _NeighborAttention(torch.autograd.Function):
     def forward(ctx, *given):
         with torch._C._AutoDispatchBelowAutograd():  # past the gradient that torch.library knows
             output = _forward(*given)
-        *tensors, ctx.K, ctx.divisor = given
+        *tensors, _, ctx.divisor = given
         ctx.save_for_backward(*tensors, *output[1:])
         return output[0]
 
@@ -177,30 +172,28 @@ def _(grad, query, key, value, weight, index, weights, divisor, *, out_shape, **
     return 8 * B * H * N * C * index[2]
 
 
-def _on_cuda(*given):
-    if backend.may_use_triton():
-        cuda = backend.triton_kernels()
-        covered = cuda.covers_attention(*given[:5])
-        if covered and (found := backend.attempt(cuda.neighbor_attention, *given)) is not None:
-            return found
-    return compose(chunked, *given)
-
-
-def _backward_on_cuda(*given):
-    if backend.may_use_triton():
-        cuda = backend.triton_kernels()
-        covered = cuda.covers_attention(*given[1:5], given[5].shape[2])
-        if covered and (found := backend.attempt(cuda.neighbor_attention_backward, *given)) is not None:
-            return found
-    return compose_backward(chunked, *given)
-
-
 def _anywhere(*given):
     return compose(chunked, *given)
 
 
 def _backward_anywhere(*given):
     return compose_backward(chunked, *given)
+
+
+def _kernel(cuda: ModuleType, *given):
+    return cuda.covers_attention(*given[:5]) and cuda.neighbor_attention
+
+
+def _backward_kernel(cuda: ModuleType, *given):
+    return cuda.covers_attention(*given[1:5], given[5].shape[2]) and cuda.neighbor_attention_backward
+
+
+def _on_cuda(*given):
+    return backend.on_cuda("neighbor_attention", _kernel, _anywhere, given)
+
+
+def _backward_on_cuda(*given):
+    return backend.on_cuda("neighbor_attention_backward", _backward_kernel, _backward_anywhere, given)
 
 
 LIBRARY.impl("neighbor_attention", _anywhere, "CompositeExplicitAutograd")

@@ -100,6 +100,21 @@ def may_use_triton() -> bool:
     return _chosen in ("auto", "triton") and triton_kernels() is not None
 
 
+def on_cuda(name: str, choose_kernel: Callable, otherwise: Callable, given: tuple):
+    """Compute an operator by its Triton kernel, or by `otherwise`.
+
+    choose_kernel: from `kernels.cuda` and the arguments, the kernel; False if it does not cover them, None if there is none.
+    Raises RuntimeError under `triton` for False.
+    """
+    if may_use_triton():
+        kernel = choose_kernel(triton_kernels(), *given)
+        if kernel and (found := attempt(kernel, *given)) is not None:
+            return found
+        if kernel is False:
+            check_fallback(name, given)
+    return otherwise(*given)
+
+
 def running_on(device: torch.device) -> str:
     """Return the backend that computes on this device: `triton`, `cpu`, `chunked` or `reference`."""
     if _chosen in ("chunked", "reference"):

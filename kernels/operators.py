@@ -372,13 +372,7 @@ def _register(operator: CustomOpDef, on_cpu: Callable, on_any_device: Callable, 
 
     @operator.register_kernel("cuda")
     def _(*given):
-        if backend.may_use_triton():
-            kernel = triton_kernel(backend.triton_kernels(), *given)
-            if kernel and (found := backend.attempt(kernel, *given)) is not None:
-                return found
-            if kernel is False:
-                backend.check_fallback(operator._name, given)
-        return on_any_device(*given)
+        return backend.on_cuda(operator._name, triton_kernel, on_any_device, given)
 
 
 for _row in BACKENDS:

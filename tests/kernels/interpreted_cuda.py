@@ -296,7 +296,7 @@ def test_neighbor_attention(size, dtype, weighted, in_order):
     assert_same_neighbors(index, full, K)
 
     def plain(query, key, value, weight=None):
-        return attention.mixed_pairs(query, key, value, weight, index, divisor, K)
+        return attention.mixed_pairs(query, key, value, weight, index, divisor)
 
     expected, *slopes = gradients(plain, grad, query, key, value, weight)
     assert_close(output, expected, dtype)

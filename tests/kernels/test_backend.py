@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import backend
+from kernels import attention, backend
 from kernels.operators import BACKENDS
 
 X = torch.zeros(1, 5, 8)
@@ -73,6 +73,13 @@ def test_under_triton_what_no_kernel_covers_is_refused():
         backend.check_fallback("search", (X[:0].double(), 9))
     with backend.use("auto"):
         backend.check_fallback("search", (X.double(), 9))
+
+
+def test_under_triton_attention_that_no_kernel_covers_is_refused():
+    pytest.importorskip("triton")
+    heads = torch.randn(2, 2, 5, 8, dtype=torch.float64)
+    with backend.use("triton"), pytest.raises(RuntimeError, match="no Triton kernel computes neighbor_attention of float64"):
+        attention._on_cuda(heads, heads, heads, None, 3, 1.0)
 
 
 def test_a_kernel_that_does_not_cover_the_arguments_is_false():
