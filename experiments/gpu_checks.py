@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.gpu_parts import Part, compiled_kernels, full_precision, is_interpreted, resources
-from kernels import reference
+from kernels import attention, reference
 
 METRICS = ("matmul", "cosine", "euclidean")
 
@@ -200,6 +200,29 @@ def sums(p: Problem) -> dict[str, Callable[[], dict]]:
     return found
 
 
+def check_attention(p: Problem, is_weighted: bool) -> dict:
+    """Compare attention as one operator, forward and backward, with the plain form on the keys that it chose."""
+    from kernels import cuda
+
+    query, key, grad = (x[:, None] for x in (p.query, p.key, p.rows))  # one head
+    weight = p.depthwise.t()[:, None].contiguous() if is_weighted else None
+    output, index, weights = cuda.neighbor_attention(query, key, key, weight, p.K, 3.0)
+    found = check_neighbors(index, p.query.double() @ p.key.double().mT)
+    if found["status"] != "ok":
+        return found
+
+    def plain(query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None = None) -> Tensor:
+        return attention.mixed_pairs(query, key, value, weight, index, 3.0)
+
+    def backward() -> tuple[Tensor, ...]:
+        *rows, to_weight = cuda.neighbor_attention_backward(grad, query, key, key, weight, index, weights, 3.0)
+        return *rows, *([to_weight.t()[:, None]] if is_weighted else [])
+
+    given = query, key, key, *([weight] if is_weighted else [])
+    forward, slopes = check_sums(lambda: output, plain, *given), check_gradients(backward, plain, grad, *given)
+    return found | max(forward, slopes, key=lambda row: row["error"])
+
+
 def in_order(check: Callable[[], dict]) -> dict:
     """Check with the sums of `--deterministic`."""
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -227,6 +250,8 @@ def cases_of(size: Size, dtype: torch.dtype, device: str) -> dict[str, Callable[
         found[f"search, {metric}"] = functools.partial(check_search, p, metric, False)
     if 1 < size.K and size.N <= size.M:
         found["search, cosine, own first"] = functools.partial(check_search, p, "cosine", True)
+    checks = {f"attention{kind}": functools.partial(check_attention, p, bool(kind)) for kind in ("", " with slots")}
+    found |= checks | {f"{name}, in order": functools.partial(in_order, check) for name, check in checks.items()}
     for name, check in sums(p).items():
         found[name] = check
         if "backward" in name:
