@@ -108,7 +108,7 @@ def cuda(monkeypatch):
 def test_right_kernels_pass(part, cuda):
     gpu_checks.check(part)
     found = statuses(part)
-    assert len(found) == 23 and set(found.values()) == {"ok"}
+    assert len(found) == 27 and set(found.values()) == {"ok"}
 
 
 def test_wrong_kernels_fail(part, cuda, monkeypatch):
