@@ -1,5 +1,6 @@
 """First contact with a GPU, without one: rows, budgets and errors; checks that find wrong kernels; targets from given times."""
 
+import functools
 import json
 import sys
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import torch
 
 from experiments import first_contact, gpu_checks, gpu_parts, gpu_tests, gpu_times
 from experiments.gpu_parts import Part, read_rows
-from kernels import chunked, reference
+from kernels import attention, chunked, reference
 
 
 @pytest.fixture
@@ -101,6 +102,8 @@ def cuda(monkeypatch):
         monkeypatch.setattr(cuda, name, getattr(reference, name))
     for name in ("pair_scores_backward", "weighted_sum_backward", "aggregate_backward"):
         monkeypatch.setattr(cuda, name, getattr(chunked, name))
+    monkeypatch.setattr(cuda, "neighbor_attention", functools.partial(attention.compose, reference))
+    monkeypatch.setattr(cuda, "neighbor_attention_backward", functools.partial(attention.compose_backward, chunked))
     monkeypatch.setattr(gpu_checks, "is_interpreted", lambda: True)
     return cuda
 
@@ -114,10 +117,12 @@ def test_right_kernels_pass(part, cuda):
 def test_wrong_kernels_fail(part, cuda, monkeypatch):
     monkeypatch.setattr(cuda, "find_neighbors", lambda *given: reference.find_neighbors(*given).roll(1, 1))
     monkeypatch.setattr(cuda, "weighted_sum", lambda *given: reference.weighted_sum(*given) * 1.02)
+    wrong = functools.partial(attention.compose, reference)
+    monkeypatch.setattr(cuda, "neighbor_attention", lambda *given: (wrong(*given)[0] * 1.02, *wrong(*given)[1:]))
     monkeypatch.setattr(cuda, "max_neighbors", lambda *given: [x * 0 for x in reference.max_neighbors(*given)])
     gpu_checks.check(part)
     failed = {case.split(", float32")[0] for case, status in statuses(part).items() if status.startswith("failed")}
-    assert {"search, matmul", "search, cosine, own first", "weighted sum", "largest neighbor", "ties"} <= failed
+    assert {"search, matmul", "search, cosine, own first", "weighted sum", "attention", "largest neighbor", "ties"} <= failed
     assert not {"scored search", "pair scores", "depthwise convolution, backward"} & failed
 
 
